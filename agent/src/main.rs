@@ -1,0 +1,3 @@
+//! `husk-agent`: the first process of a pod's virtual machine.
+
+fn main() {}

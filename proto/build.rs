@@ -1,0 +1,14 @@
+//! Compiles the interfaces with protox, so that no `protoc` need be installed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut protos = vec!["agent/v1/agent.proto"];
+    if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
+        protos.push("cri/v1/api.proto");
+    }
+    for proto in &protos {
+        println!("cargo::rerun-if-changed={proto}");
+    }
+    let descriptors = protox::compile(&protos, ["."])?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,36 @@
+//! What huskd and husk-agent agree on: the gRPC service, vsock ports, the
+//! places in the guest that a container's OCI configuration may name, and the
+//! greeting that opens a standard stream.
+
+#[allow(missing_docs, clippy::all)]
+mod generated {
+    tonic::include_proto!("husk.agent.v1");
+}
+pub use generated::*;
+
+pub mod stream;
+
+/// Guest port of the [`agent_server::Agent`] service.
+pub const GRPC_PORT: u32 = 1024;
+
+/// Guest port of the standard streams, see [`stream`].
+pub const STREAM_PORT: u32 = 1025;
+
+/// Host port to which the agent connects once, when its services listen. It
+/// sends one line, `READY <microseconds since the kernel started>\n`, and
+/// closes.
+pub const READY_PORT: u32 = 1023;
+
+/// Places in the guest that exist after `CreateSandbox`.
+pub mod paths {
+    /// The pod's `/etc/hosts`, bind-mounted into its containers.
+    pub const HOSTS: &str = "/run/husk/sandbox/hosts";
+    /// The pod's `/etc/hostname`.
+    pub const HOSTNAME: &str = "/run/husk/sandbox/hostname";
+    /// The pod's `/etc/resolv.conf`.
+    pub const RESOLV_CONF: &str = "/run/husk/sandbox/resolv.conf";
+    /// The pod's `/dev/shm`: a tmpfs that its containers share.
+    pub const SHM: &str = "/run/husk/sandbox/shm";
+    /// The pod's pid namespace, when its containers share one.
+    pub const PID_NAMESPACE: &str = "/run/husk/sandbox/pidns";
+}

@@ -1,0 +1,120 @@
+//! Standard streams: one vsock connection each, from the host to
+//! [`STREAM_PORT`](super::STREAM_PORT).
+//!
+//! The host opens with one line, the [`Greeting`]; the agent answers `OK\n`, or
+//! `ERR <reason>\n` and closes. From then on the connection carries the
+//! stream's raw bytes, in one direction, and ends with it: the agent closes
+//! stdout after its last byte, the host half-closes stdin at its end.
+//!
+//! While no connection is open for an output stream, its bytes wait in the
+//! container's pipe. A connection to a stream that has one already replaces it.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Longest greeting that is read, its newline included, in bytes.
+pub const MAX_GREETING: usize = 512;
+
+/// Which of a process's streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Bytes for the process to read.
+    Stdin,
+    /// Its output; with a terminal, all of it.
+    Stdout,
+    /// Its error output; refused for a process with a terminal.
+    Stderr,
+}
+
+/// The line that opens a stream: `STREAM <kind> <container id> [<process id>]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Greeting {
+    /// Which stream.
+    pub kind: Kind,
+    /// Whose.
+    pub container_id: String,
+    /// Empty for the container's init.
+    pub process_id: String,
+}
+
+/// The line is not a greeting.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadGreeting;
+
+impl fmt::Display for BadGreeting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("expected `STREAM stdin|stdout|stderr <container id> [<process id>]`")
+    }
+}
+
+impl std::error::Error for BadGreeting {}
+
+impl fmt::Display for Greeting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Stdin => "stdin",
+            Kind::Stdout => "stdout",
+            Kind::Stderr => "stderr",
+        };
+        write!(f, "STREAM {kind} {}", self.container_id)?;
+        if !self.process_id.is_empty() {
+            write!(f, " {}", self.process_id)?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Greeting {
+    type Err = BadGreeting;
+
+    fn from_str(line: &str) -> Result<Self, BadGreeting> {
+        let mut words = line.trim_end_matches('\n').split(' ');
+        if words.next() != Some("STREAM") {
+            return Err(BadGreeting);
+        }
+        let kind = match words.next() {
+            Some("stdin") => Kind::Stdin,
+            Some("stdout") => Kind::Stdout,
+            Some("stderr") => Kind::Stderr,
+            _ => return Err(BadGreeting),
+        };
+        let container_id = match words.next() {
+            Some(id) if !id.is_empty() => id.to_owned(),
+            _ => return Err(BadGreeting),
+        };
+        let process_id = words.next().unwrap_or_default().to_owned();
+        match words.next() {
+            None => Ok(Self { kind, container_id, process_id }),
+            Some(_) => Err(BadGreeting),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_greeting_reads_back_as_written() {
+        for process_id in ["", "exec-1"] {
+            let greeting =
+                Greeting { kind: Kind::Stderr, container_id: "c0ffee".into(), process_id: process_id.into() };
+            assert_eq!(format!("{greeting}\n").parse(), Ok(greeting));
+        }
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for line in [
+            "",
+            "STREAM",
+            "STREAM stdout",
+            "STREAM tty c",
+            "GET / HTTP",
+            "STREAM stdin a b c",
+            "STREAM stdin  x",
+        ] {
+            assert_eq!(line.parse::<Greeting>(), Err(BadGreeting), "{line:?}");
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The two gRPC interfaces of Husk, as generated types.
+
+/// The Kubernetes Container Runtime Interface, version 1.
+#[cfg(feature = "cri")]
+#[allow(missing_docs, clippy::all)]
+pub mod cri {
+    tonic::include_proto!("runtime.v1");
+}
+
+pub mod agent;

@@ -1,0 +1,3 @@
+//! `husk`: the command line.
+
+fn main() {}

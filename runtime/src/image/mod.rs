@@ -1,0 +1,1 @@
+//! OCI images: pulled, verified, unpacked, kept.

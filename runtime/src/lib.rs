@@ -1,0 +1,4 @@
+//! huskd, the CRI server of a node.
+
+pub mod image;
+pub mod network;

@@ -1,0 +1,3 @@
+//! `huskd`: the CRI server of a node.
+
+fn main() {}

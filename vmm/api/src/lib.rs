@@ -1,0 +1,209 @@
+//! The control interface of `husk-vmm`.
+//!
+//! huskd makes a listening `SOCK_SEQPACKET` unix socket, and starts
+//! `husk-vmm` with it as an open descriptor; so huskd can come back to a
+//! running VMM through the socket's path, and the VMM needs no access to it.
+//! Each packet is one JSON [`Request`] or [`Response`]; file descriptors ride
+//! along in `SCM_RIGHTS`, and a message names them by their place in the
+//! packet ([`FdIndex`]). Every request gets one response, in order;
+//! [`Request::Wait`] gets its own when the machine has ended, so a client
+//! gives it a connection for itself.
+//!
+//! Arguments of the program: `husk-vmm --id <sandbox id> --control-fd <n>
+//! --exit-fd <n>`. The exit descriptor is a file that receives one JSON
+//! [`Exit`] before the process ends, for a daemon that was not there to wait.
+
+use serde::{Deserialize, Serialize};
+
+pub mod socket;
+
+/// Largest packet, in bytes.
+pub const MAX_PACKET: usize = 128 * 1024;
+
+/// Most descriptors in one packet; the kernel's own limit is 253.
+pub const MAX_FDS: usize = 64;
+
+/// Most bytes of the guest's console that are kept and returned.
+pub const CONSOLE_TAIL: usize = 16 * 1024;
+
+/// Place of a file descriptor among those sent with the message.
+pub type FdIndex = usize;
+
+/// What huskd asks of the VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Builds the machine and starts its vCPUs. Once.
+    Boot(Box<VmConfig>),
+    /// Puts a disk into an empty slot, see [`VmConfig::slots`].
+    AttachDisk {
+        /// Serial number of the slot.
+        slot: String,
+        /// The file or block device behind it.
+        file: FdIndex,
+        /// Guest writes are refused.
+        read_only: bool,
+    },
+    /// Empties a slot. The guest must have unmounted it.
+    DetachDisk {
+        /// Serial number of the slot.
+        slot: String,
+    },
+    /// Asks the guest for memory back; it gets what it gives.
+    SetBalloon {
+        /// Size the balloon shall have, MiB.
+        size_mib: u32,
+    },
+    /// How the machine is.
+    Info,
+    /// The last bytes of the guest's console, at most [`CONSOLE_TAIL`].
+    Console,
+    /// Answered with [`Response::Exited`] when the machine has ended.
+    Wait,
+    /// Ends the machine at once.
+    Kill,
+}
+
+/// What the VMM answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Response {
+    /// Done.
+    Ok,
+    /// To [`Request::Info`].
+    Info(Info),
+    /// To [`Request::Console`].
+    Console {
+        /// Text, with invalid UTF-8 replaced.
+        text: String,
+    },
+    /// To [`Request::Wait`].
+    Exited(Exit),
+    /// The request failed and changed nothing.
+    Error {
+        /// What the VMM was doing, "load kernel".
+        stage: String,
+        /// What went wrong there.
+        message: String,
+    },
+}
+
+/// A machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// 1 to 64.
+    pub vcpus: u8,
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+    /// Uncompressed ELF `vmlinux`.
+    pub kernel: FdIndex,
+    /// Added to the kernel's command line.
+    pub cmdline: String,
+    /// Disks in the order in which the guest counts them; the first is its root.
+    pub disks: Vec<DiskConfig>,
+    /// Serial numbers of block devices that start empty, after `disks`.
+    pub slots: Vec<String>,
+    /// Network interfaces.
+    pub nets: Vec<NetConfig>,
+    /// The vsock device, if there is to be one.
+    pub vsock: Option<VsockConfig>,
+    /// A balloon with free page reporting.
+    pub balloon: bool,
+}
+
+/// A virtio block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// Serial number that the guest sees, at most 20 bytes of ASCII.
+    pub serial: String,
+    /// The file or block device behind it.
+    pub file: FdIndex,
+    /// Guest writes are refused.
+    pub read_only: bool,
+}
+
+/// A virtio network interface on a tap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// A descriptor of `/dev/net/tun` with its tap set up (`IFF_TAP |
+    /// IFF_NO_PI | IFF_VNET_HDR`), non-blocking. Header size and offloads are
+    /// set by the VMM.
+    pub tap: FdIndex,
+    /// Hardware address in the guest.
+    pub mac: [u8; 6],
+    /// Largest packet that the guest sends, bytes.
+    pub mtu: u16,
+}
+
+/// The virtio vsock device, with unix sockets on the host's side: a client
+/// connects to the listener and says `CONNECT <port>\n`, the answer is `OK
+/// <port>\n`; a connection that the guest makes to host port P reaches the
+/// unix socket `<path>_P`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// Context id of the guest, 3 or more.
+    pub cid: u32,
+    /// A listening `SOCK_STREAM` unix socket.
+    pub listener: FdIndex,
+    /// Path of that socket.
+    pub path: String,
+}
+
+/// How a machine is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Info {
+    /// Process id of the VMM.
+    pub pid: u32,
+    /// False before [`Request::Boot`] has succeeded.
+    pub booted: bool,
+    /// Microseconds from the process's start to the first entry into the guest.
+    pub boot_us: u64,
+    /// Bytes of guest memory that the host holds for it now.
+    pub guest_resident_bytes: u64,
+    /// What the balloon holds now, MiB.
+    pub balloon_mib: u32,
+}
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// The kind.
+    pub reason: ExitReason,
+    /// In words, for the kinds that need them.
+    pub detail: String,
+    /// The last lines of the guest's console.
+    pub console: String,
+}
+
+/// The kinds of end. The process's exit code is [`ExitReason::code`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered off.
+    Shutdown,
+    /// The guest rebooted without having said that it panicked.
+    Reset,
+    /// The guest kernel panicked.
+    Panic,
+    /// The guest triple-faulted.
+    TripleFault,
+    /// [`Request::Kill`].
+    Killed,
+    /// The VMM itself could not go on; `detail` says why.
+    VmmError,
+}
+
+impl ExitReason {
+    /// Exit code of the process.
+    #[must_use]
+    pub const fn code(self) -> i32 {
+        match self {
+            Self::Shutdown => 0,
+            Self::VmmError => 1,
+            Self::Reset => 10,
+            Self::Panic => 11,
+            Self::TripleFault => 12,
+            Self::Killed => 13,
+        }
+    }
+}

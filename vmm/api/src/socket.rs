@@ -1,0 +1,134 @@
+//! Packets of JSON with descriptors, over a connected `SOCK_SEQPACKET` socket.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{MAX_FDS, MAX_PACKET};
+
+/// A message did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The socket failed. A time-out set on the socket shows as `EAGAIN`.
+    #[error("control socket: {0}")]
+    Socket(#[from] Errno),
+    /// The packet is not one of ours.
+    #[error("control message: {0}")]
+    Json(#[from] serde_json::Error),
+    /// More than [`MAX_PACKET`] bytes or [`MAX_FDS`] descriptors.
+    #[error("control message too large")]
+    TooLarge,
+}
+
+/// Sends one message and the descriptors that it names.
+///
+/// # Errors
+/// [`Error::TooLarge`], or the socket's own.
+pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+    let packet = serde_json::to_vec(message)?;
+    if packet.len() > MAX_PACKET || fds.len() > MAX_FDS {
+        return Err(Error::TooLarge);
+    }
+    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
+    let packet = [IoSlice::new(&packet)];
+    loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &packet, control, MsgFlags::MSG_NOSIGNAL, None) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+/// Receives one message with its descriptors; `None` when the peer has closed.
+///
+/// # Errors
+/// The socket's, or [`Error::Json`] and [`Error::TooLarge`] for a packet that
+/// is not ours; its descriptors are closed then.
+pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<(M, Vec<OwnedFd>)>, Error> {
+    let mut packet = vec![0u8; MAX_PACKET];
+    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut parts = [IoSliceMut::new(&mut packet)];
+    let (length, truncated, fds) = loop {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(received) => {
+                let mut fds = Vec::new();
+                for message in received.cmsgs()? {
+                    if let ControlMessageOwned::ScmRights(raw) = message {
+                        // SAFETY: the kernel has just made these descriptors for
+                        // us, and nobody else knows them.
+                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    }
+                }
+                let truncated = received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+                break (received.bytes, truncated, fds);
+            }
+        }
+    };
+    if truncated {
+        return Err(Error::TooLarge);
+    }
+    if length == 0 {
+        return Ok(None);
+    }
+    let message = serde_json::from_slice(packet.get(..length).unwrap_or_default())?;
+    Ok(Some((message, fds)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::fs::File;
+    use std::io::{Read, Seek, Write};
+    use std::os::fd::AsFd;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+    use crate::{Request, Response};
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn a_request_arrives_with_its_descriptor() {
+        let (here, there) = pair();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"rootfs").unwrap();
+        let request = Request::AttachDisk { slot: "image-0".into(), file: 0, read_only: true };
+        send(here.as_fd(), &request, &[file.as_fd()]).unwrap();
+        let (got, fds) = receive::<Request>(there.as_fd()).unwrap().unwrap();
+        assert_eq!(got, request);
+        let mut twin = File::from(fds.into_iter().next().unwrap());
+        twin.rewind().unwrap();
+        let mut text = String::new();
+        twin.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "rootfs");
+    }
+
+    #[test]
+    fn a_closed_peer_is_an_end_and_not_an_error() {
+        let (here, there) = pair();
+        drop(there);
+        assert!(receive::<Response>(here.as_fd()).unwrap().is_none());
+    }
+
+    #[test]
+    fn foreign_packets_are_refused() {
+        let (here, there) = pair();
+        send(here.as_fd(), &"boo", &[]).unwrap();
+        assert!(matches!(receive::<Request>(there.as_fd()), Err(Error::Json(_))));
+        let large = "x".repeat(MAX_PACKET);
+        assert!(matches!(send(here.as_fd(), &large, &[]), Err(Error::TooLarge)));
+    }
+}

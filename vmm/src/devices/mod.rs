@@ -1,0 +1,3 @@
+//! Everything that the guest sees as hardware.
+
+pub mod virtio;

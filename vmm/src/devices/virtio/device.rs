@@ -1,0 +1,87 @@
+//! The contract between a virtio device and its transport.
+
+use std::sync::Arc;
+
+use event_manager::MutEventSubscriber;
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::interrupt::Interrupt;
+
+/// What a device works with once its driver has set `DRIVER_OK`.
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: GuestMemoryMmap,
+    /// The virtqueues, as the driver set them up, checked to be valid.
+    pub queues: Vec<Queue>,
+    /// For each queue the ioeventfd that the driver's notification writes to.
+    pub queue_events: Vec<EventFd>,
+    /// Towards the driver.
+    pub interrupt: Arc<Interrupt>,
+    /// The features that the driver accepted.
+    pub features: u64,
+}
+
+/// A device could not start to work.
+#[derive(Debug, thiserror::Error)]
+#[error("activate {device}: {cause}")]
+pub struct ActivateError {
+    /// "block", "net".
+    pub device: &'static str,
+    /// In words.
+    pub cause: String,
+}
+
+/// A virtio device behind a transport.
+///
+/// The transport lives on the vCPU threads and keeps the registers of virtio
+/// 1.2 §4.2.2; the device lives on the event loop. They share the device under
+/// one mutex, so no method may block or wait for the guest.
+///
+/// Life: the driver reads the features and configuration, then the transport
+/// calls [`activate`](Self::activate) once; the device keeps the
+/// [`Activation`], and must see to it that the event loop watches its queues
+/// from now on (it is called on a vCPU thread, which has no hold on the event
+/// loop: write to an eventfd that was registered in
+/// [`MutEventSubscriber::init`], and register the queues when it fires).
+/// [`reset`](Self::reset) gives the queues back; the device is then as new.
+///
+/// Everything that comes from guest memory is hostile: a malformed request is
+/// answered with the device's error status, or the queue is left alone from
+/// then on; it never panics, and never allocates what the guest asks for
+/// without a bound.
+///
+/// Each device also has a `State`: a plain serde struct with a version,
+/// `save(&self) -> State` and `restore(State, resources) -> Self`, in its
+/// `persist.rs`. The transport saves the queues and registers; the device saves
+/// what is its own.
+pub trait VirtioDevice: MutEventSubscriber + Send {
+    /// Device id (virtio 1.2 §5).
+    fn device_type(&self) -> u32;
+
+    /// The features offered, `VIRTIO_F_VERSION_1` included.
+    fn features(&self) -> u64;
+
+    /// Largest size of each virtqueue.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Reads the configuration space; bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space; writes to what is not writable are
+    /// ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver is ready.
+    ///
+    /// # Errors
+    /// The transport then sets `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// The driver reset the device: back to the state before `activate`.
+    fn reset(&mut self);
+
+    /// What the device works with, while it is active; for saving its queues.
+    fn activation(&self) -> Option<&Activation>;
+}

@@ -1,0 +1,4 @@
+//! Virtio devices (virtio 1.2), each in a folder of its own.
+
+pub mod device;
+pub mod interrupt;

@@ -1,0 +1,3 @@
+//! Husk's virtual machine monitor.
+
+pub mod devices;
