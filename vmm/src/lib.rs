@@ -1,3 +1,20 @@
-//! Husk's virtual machine monitor.
+//! Husk's virtual machine monitor: one process, one pod's machine.
+//!
+//! [`vmm`] is the process: it waits for requests ([`control`]) and for the
+//! machine's end ([`exit`]). [`builder`] makes a [`machine`] of a request to
+//! boot: guest [`memory`] with a [`kernel`] in it, [`devices`], and a thread
+//! per [`vcpu`]. [`arch`] knows the processor; [`snapshot`] knows how a machine
+//! is written down.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub mod arch;
 pub mod devices;
+pub mod kernel;
+pub mod memory;
+
+/// Locks a mutex. A panic ends the process at once, so no lock stays poisoned
+/// for anybody to see; a test's does not matter.
+pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

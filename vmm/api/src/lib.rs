@@ -26,6 +26,17 @@ pub const MAX_FDS: usize = 64;
 /// Most bytes of the guest's console that are kept and returned.
 pub const CONSOLE_TAIL: usize = 16 * 1024;
 
+/// The line that a guest writes to its console (`/dev/console`, or `/dev/kmsg`
+/// with a priority that the console prints) before it ends in good order.
+///
+/// The machine has no ACPI and so no power switch; the guest ends with
+/// `reboot(RB_AUTOBOOT)`, which Linux turns into the keyboard controller's
+/// reset (`reboot=k`). The VMM reports that as [`ExitReason::Shutdown`] when
+/// this line came before, as [`ExitReason::Panic`] when the kernel printed a
+/// panic, and as [`ExitReason::Reset`] otherwise. A terminal buffers: the guest
+/// waits with `tcdrain` until the line is out.
+pub const SHUTDOWN_MARKER: &str = "husk: shutdown";
+
 /// Place of a file descriptor among those sent with the message.
 pub type FdIndex = usize;
 
@@ -179,9 +190,9 @@ pub struct Exit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitReason {
-    /// The guest powered off.
+    /// The guest ended in good order: reset after [`SHUTDOWN_MARKER`].
     Shutdown,
-    /// The guest rebooted without having said that it panicked.
+    /// The guest reset the machine and had not said why.
     Reset,
     /// The guest kernel panicked.
     Panic,

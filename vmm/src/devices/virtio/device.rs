@@ -13,7 +13,8 @@ use super::interrupt::Interrupt;
 pub struct Activation {
     /// The guest's memory.
     pub memory: GuestMemoryMmap,
-    /// The virtqueues, as the driver set them up, checked to be valid.
+    /// The virtqueues, as the driver set them up, checked to be valid. One that
+    /// the driver has no use for is not `ready()`.
     pub queues: Vec<Queue>,
     /// For each queue the ioeventfd that the driver's notification writes to.
     pub queue_events: Vec<EventFd>,

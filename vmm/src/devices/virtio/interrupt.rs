@@ -14,6 +14,7 @@ pub const CONFIG_CHANGE: u32 = 2;
 #[derive(Debug)]
 pub struct Interrupt {
     status: AtomicU32,
+    generation: AtomicU32,
     line: EventFd,
 }
 
@@ -21,14 +22,25 @@ impl Interrupt {
     /// `line` is registered with KVM as an irqfd, or watched by a test.
     #[must_use]
     pub fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), line }
+        Self { status: AtomicU32::new(0), generation: AtomicU32::new(0), line }
     }
 
     /// Raises the line for `cause`, [`USED_RING`] or [`CONFIG_CHANGE`].
     pub fn trigger(&self, cause: u32) {
+        if cause & CONFIG_CHANGE != 0 {
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
         self.status.fetch_or(cause, Ordering::SeqCst);
         // A full counter means that the line is raised already.
         let _ = self.line.write(1);
+    }
+
+    /// The register `ConfigGeneration`: counts the changes, so that a driver
+    /// that reads the configuration in pieces notices one in between. A device
+    /// changes its configuration and triggers under one lock.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
     }
 
     /// The register `InterruptStatus`.
@@ -42,9 +54,10 @@ impl Interrupt {
         self.status.fetch_and(!causes, Ordering::SeqCst);
     }
 
-    /// Sets the status as it was when the device was saved.
-    pub fn restore(&self, status: u32) {
+    /// Sets status and generation as they were when the device was saved.
+    pub fn restore(&self, status: u32, generation: u32) {
         self.status.store(status, Ordering::SeqCst);
+        self.generation.store(generation, Ordering::SeqCst);
     }
 
     /// The irqfd.

@@ -1,0 +1,80 @@
+//! The guest-physical address map.
+//!
+//! ```text
+//! 0x0000_6000  GDT, then the kernel's command line
+//! 0x0000_7000  boot_params (the "zero page")
+//! 0x0000_8000  page tables: PML4, PDPT, PD
+//! 0x0009_f000  MP table; reserved to the end of the first 640 KiB
+//! 0x0010_0000  the kernel, wherever its ELF segments want to be
+//!    ..        memory, up to 3 GiB
+//! 0xc000_0000  virtio-mmio devices, one page each
+//! 0xfec0_0000  IOAPIC
+//! 0xfee0_0000  local APICs
+//! 0xfffb_d000  three pages that KVM wants on Intel for real mode
+//! 0x1_0000_0000  the rest of memory
+//! ```
+
+use vm_memory::GuestAddress;
+
+/// The four descriptors that the boot protocol asks for.
+pub const GDT: GuestAddress = GuestAddress(0x6000);
+/// The kernel's command line; shares its page with the GDT.
+pub const CMDLINE: GuestAddress = GuestAddress(0x6800);
+/// Longest command line with its NUL (Linux' `COMMAND_LINE_SIZE` on x86).
+pub const CMDLINE_MAX: usize = 2048;
+/// `struct boot_params`.
+pub const BOOT_PARAMS: GuestAddress = GuestAddress(0x7000);
+/// Page tables that map the first GiB to itself.
+pub const PML4: GuestAddress = GuestAddress(0x8000);
+/// The second level.
+pub const PDPT: GuestAddress = GuestAddress(0x9000);
+/// The third level, 2 MiB pages.
+pub const PD: GuestAddress = GuestAddress(0xa000);
+/// End of what the page tables map.
+pub const IDENTITY_MAPPED: u64 = 1 << 30;
+/// Where the kernel may set its own early stack to; it does so at once.
+pub const BOOT_STACK: u64 = 0x5ff0;
+
+/// The MP configuration table, and end of the usable low memory.
+pub const MP_TABLE: GuestAddress = GuestAddress(0x9_f000);
+/// The MP floating pointer; Linux looks in the last KiB below 640 KiB.
+pub const MP_POINTER: GuestAddress = GuestAddress(0x9_fc00);
+/// End of the low memory; video memory and BIOS follow on a PC.
+pub const LOW_MEMORY_END: u64 = 0xa_0000;
+/// Where memory goes on, and the lowest address for a kernel.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Start of the hole in memory for devices.
+pub const GAP_START: u64 = 0xc000_0000;
+/// End of the hole.
+pub const GAP_END: u64 = 0x1_0000_0000;
+
+/// The first virtio-mmio device.
+pub const VIRTIO_MMIO: u64 = GAP_START;
+/// Size of one virtio-mmio device's registers.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+
+/// The I/O APIC.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// The local APIC.
+pub const LAPIC: u32 = 0xfee0_0000;
+/// `KVM_SET_TSS_ADDR`: pages below the 4 GiB line that nothing else uses.
+pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// Input of the I/O APIC of the first serial port, as on every PC.
+pub const SERIAL_IRQ: u32 = 4;
+/// First I/O APIC input for virtio devices; the ones below belong to the PC.
+pub const FIRST_VIRTIO_IRQ: u32 = 5;
+/// Last input of KVM's I/O APIC.
+pub const LAST_IRQ: u32 = 23;
+/// Most virtio devices: each has an interrupt line of its own, because KVM
+/// merges simultaneous pulses of two irqfds on one edge-triggered line.
+pub const MAX_VIRTIO_DEVICES: usize = (LAST_IRQ - FIRST_VIRTIO_IRQ + 1) as usize;
+
+/// Most vCPUs.
+pub const MAX_VCPUS: u8 = 64;
+
+/// I/O port of the first serial port.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// I/O port of the keyboard controller, whose reset line Linux pulls.
+pub const I8042_PORT: u16 = 0x60;

@@ -1,0 +1,79 @@
+//! Model-specific registers: the few that must not have KVM's reset value,
+//! and the list that a snapshot saves.
+
+use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd};
+
+const IA32_MISC_ENABLE: u32 = 0x1a0;
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_ENABLE: u64 = 1 << 11;
+const MTRR_WRITE_BACK: u64 = 6;
+
+/// Model-specific registers could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum MsrError {
+    /// The list does not fit KVM's limit.
+    #[error("list of {0} model-specific registers is too long")]
+    TooMany(usize),
+    /// KVM refused.
+    #[error("model-specific registers: {0}")]
+    Kvm(#[from] kvm_ioctls::Error),
+    /// KVM stopped at one that it does not know.
+    #[error("model-specific register {0:#x} refused")]
+    Refused(u32),
+}
+
+/// Sets what firmware would have set: fast string operations on (Intel guests
+/// switch `rep movsb` off otherwise), and all memory cached write-back.
+///
+/// # Errors
+/// [`MsrError`].
+pub fn set_boot_values(vcpu: &VcpuFd) -> Result<(), MsrError> {
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    write(
+        vcpu,
+        &[
+            entry(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+            entry(MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
+        ],
+    )
+}
+
+/// Writes all of `entries`.
+///
+/// # Errors
+/// [`MsrError::Refused`] names the first that KVM did not take.
+pub fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), MsrError> {
+    for chunk in entries.chunks(KVM_MAX_MSR_ENTRIES) {
+        let msrs = Msrs::from_entries(chunk).map_err(|_| MsrError::TooMany(chunk.len()))?;
+        let written = vcpu.set_msrs(&msrs)?;
+        if let Some(refused) = chunk.get(written) {
+            return Err(MsrError::Refused(refused.index));
+        }
+    }
+    Ok(())
+}
+
+/// Reads all registers that KVM says must be saved with a vCPU. Those that
+/// this vCPU does not have are left out.
+///
+/// # Errors
+/// [`MsrError`].
+pub fn read_all(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, MsrError> {
+    let indices = kvm.get_msr_index_list()?;
+    let mut wanted: Vec<kvm_msr_entry> =
+        indices.as_slice().iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+    let mut read = Vec::with_capacity(wanted.len());
+    while !wanted.is_empty() {
+        let length = wanted.len().min(KVM_MAX_MSR_ENTRIES);
+        let chunk = wanted.get(..length).unwrap_or_default();
+        let mut msrs = Msrs::from_entries(chunk).map_err(|_| MsrError::TooMany(length))?;
+        let count = vcpu.get_msrs(&mut msrs)?.min(length);
+        read.extend_from_slice(msrs.as_slice().get(..count).unwrap_or_default());
+        // KVM stops at the first that it cannot read: skip it and go on.
+        let skipped = usize::from(count < length);
+        wanted.drain(..count + skipped);
+    }
+    Ok(read)
+}
