@@ -1,0 +1,142 @@
+//! A container's files in the guest: its root filesystem, an overlay of the
+//! image below a directory of the pod's scratch disk, and the bundle that runc
+//! reads.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::mount::MsFlags;
+
+use crate::disks::Disks;
+use crate::images::{self, Image, Images};
+use crate::mounts;
+
+const BUNDLES: &str = "/run/husk/bundles";
+
+/// Where the scratch disk is mounted.
+pub const SCRATCH: &str = "/run/husk/scratch";
+
+/// A bundle could not be made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The image below.
+    #[error("image: {0}")]
+    Image(#[from] images::Error),
+    /// The overlay.
+    #[error("root filesystem: {0}")]
+    Rootfs(#[from] mounts::Error),
+    /// Its directories and files.
+    #[error("{doing} {path}: {cause}")]
+    Files {
+        /// What failed.
+        doing: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
+}
+
+/// A container's files. Dropping it without [`Self::remove`] takes its mounts
+/// away as well as can be.
+pub struct Bundle {
+    path: PathBuf,
+    layer: PathBuf,
+    image: Mutex<Option<Image>>,
+}
+
+impl Bundle {
+    /// Mounts the root filesystem of container `id`.
+    pub async fn prepare(
+        id: &str,
+        image_serial: &str,
+        images: &Arc<Images>,
+        disks: &Disks,
+    ) -> Result<Self, Error> {
+        let image = images.mount(disks, image_serial).await?;
+        let lower = image.path().to_owned();
+        let bundle = Self {
+            path: Path::new(BUNDLES).join(id),
+            layer: Path::new(SCRATCH).join("containers").join(id),
+            image: Mutex::new(Some(image)),
+        };
+        for directory in [bundle.rootfs(), bundle.upper(), bundle.layer.join("work")] {
+            fs::create_dir_all(&directory).map_err(files("make directory", &directory))?;
+        }
+        // The layer goes with its container, so nothing in it need survive a
+        // crash of the machine: `volatile` saves the syncs (Linux
+        // `Documentation/filesystems/overlayfs.rst`, "Volatile mount").
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={},volatile",
+            lower.display(),
+            bundle.upper().display(),
+            bundle.layer.join("work").display()
+        );
+        mounts::mount("overlay", bundle.rootfs(), "overlay", MsFlags::MS_NOATIME, &options)?;
+        Ok(bundle)
+    }
+
+    /// The directory that runc calls the bundle.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The container's root filesystem.
+    pub fn rootfs(&self) -> PathBuf {
+        self.path.join("rootfs")
+    }
+
+    /// What the container has written.
+    pub fn upper(&self) -> PathBuf {
+        self.layer.join("upper")
+    }
+
+    /// The container's OCI configuration.
+    pub fn config(&self) -> PathBuf {
+        self.path.join("config.json")
+    }
+
+    /// Unmounts and deletes everything. May be repeated after a failure.
+    pub async fn remove(&self) -> Result<(), Error> {
+        let rootfs = self.rootfs();
+        mounts::when_idle(|| mounts::unmount(&rootfs)).await?;
+        let image = self.image.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(image) = image {
+            image.release().await.map_err(images::Error::Mount)?;
+        }
+        remove_tree(&self.path).map_err(files("remove", &self.path))?;
+        // What the container wrote may be much.
+        let layer = self.layer.clone();
+        let removed = tokio::task::spawn_blocking(move || remove_tree(&layer)).await;
+        removed.unwrap_or_else(|panic| Err(io::Error::other(panic))).map_err(files("remove", &self.layer))
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        let unremoved = self.image.get_mut().unwrap_or_else(PoisonError::into_inner).is_some();
+        if unremoved {
+            mounts::detach(&self.rootfs());
+            for tree in [&self.path, &self.layer] {
+                if let Err(error) = remove_tree(tree) {
+                    tracing::warn!("remove {}: {error}", tree.display());
+                }
+            }
+        }
+    }
+}
+
+fn files(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |cause| Error::Files { doing, path, cause }
+}
+
+/// Removes a directory and all in it, without following links. None is fine.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,189 @@
+//! Control groups, version 2 (Linux `Documentation/admin-guide/cgroup-v2.rst`).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+/// Where the hierarchy is mounted.
+pub const ROOT: &str = "/sys/fs/cgroup";
+
+/// The agent's own cgroup: the root must be empty of processes before its
+/// controllers can be given to the cgroups below it.
+const AGENT: &str = "/sys/fs/cgroup/husk-agent";
+
+/// Cgroups that a container may have made below its own and that are looked
+/// at when all its processes get a signal.
+const MAX_DESCENDANTS: usize = 1024;
+
+/// Moves the agent to its cgroup and turns every controller on for the rest.
+pub fn delegate_controllers() -> io::Result<()> {
+    fs::create_dir_all(AGENT)?;
+    fs::write(Path::new(AGENT).join("cgroup.procs"), "0")?;
+    let available = fs::read_to_string(Path::new(ROOT).join("cgroup.controllers"))?;
+    let enable: Vec<String> = available.split_whitespace().map(|name| format!("+{name}")).collect();
+    fs::write(Path::new(ROOT).join("cgroup.subtree_control"), enable.join(" "))
+}
+
+/// The cgroup of a container.
+#[derive(Debug)]
+pub struct Cgroup(PathBuf);
+
+/// What a container uses, in bytes and nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Processor time since its start.
+    pub cpu_nanos: u64,
+    /// `memory.current`.
+    pub memory: u64,
+    /// `inactive_file` of `memory.stat`: what the kernel takes back first.
+    pub inactive_file: u64,
+    /// `anon` of `memory.stat`.
+    pub anonymous: u64,
+    /// `pgfault`.
+    pub page_faults: u64,
+    /// `pgmajfault`.
+    pub major_page_faults: u64,
+    /// `memory.swap.current`.
+    pub swap: u64,
+    /// Processes and threads.
+    pub pids: u64,
+}
+
+impl Cgroup {
+    /// The cgroup that an OCI configuration names in `cgroupsPath`. `None`
+    /// for a path that does not stay below the root.
+    pub fn from_oci_path(path: &str) -> Option<Self> {
+        let relative = path.strip_prefix('/')?;
+        let legal = |part: &str| !matches!(part, "" | "." | "..") && !part.contains([':', '\0']);
+        relative.split('/').all(legal).then(|| Self(Path::new(ROOT).join(relative)))
+    }
+
+    /// Kills every process in it, in one step that no fork escapes.
+    pub fn kill(&self) {
+        match fs::write(self.0.join("cgroup.kill"), "1") {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!("kill the processes of {}: {error}", self.0.display()),
+        }
+    }
+
+    /// Sends a signal to every process in it.
+    pub fn signal(&self, signal: i32) -> io::Result<()> {
+        if signal == libc::SIGKILL {
+            self.kill();
+            return Ok(());
+        }
+        for pid in self.processes()? {
+            // SAFETY: kill has no memory effects.
+            match Errno::result(unsafe { libc::kill(pid, signal) }) {
+                Ok(_) | Err(Errno::ESRCH) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn processes(&self) -> io::Result<Vec<i32>> {
+        let mut pids = Vec::new();
+        let mut to_visit = vec![self.0.clone()];
+        let mut visited = 0;
+        while let Some(directory) = to_visit.pop() {
+            visited += 1;
+            if visited > MAX_DESCENDANTS {
+                break;
+            }
+            // Children may go while we look, and a threaded one has no list.
+            if let Ok(list) = fs::read_to_string(directory.join("cgroup.procs")) {
+                // 0 stands for a process outside of our pid namespace, and
+                // would be our own process group to kill(2).
+                pids.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
+            }
+            let children = fs::read_dir(&directory).into_iter().flatten().flatten();
+            to_visit.extend(
+                children
+                    .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                    .map(|entry| entry.path()),
+            );
+        }
+        Ok(pids)
+    }
+
+    /// How many of its processes the kernel has killed for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        let events = fs::read_to_string(self.0.join("memory.events")).unwrap_or_default();
+        keyed(&events, "oom_kill").unwrap_or(0)
+    }
+
+    /// What it uses now. A file that the kernel was built without counts as 0.
+    pub fn usage(&self) -> Usage {
+        let read = |name: &str| fs::read_to_string(self.0.join(name)).unwrap_or_default();
+        let number = |name: &str| read(name).trim().parse().unwrap_or(0);
+        let memory = read("memory.stat");
+        let memory_stat = |key| keyed(&memory, key).unwrap_or(0);
+        Usage {
+            cpu_nanos: keyed(&read("cpu.stat"), "usage_usec").unwrap_or(0).saturating_mul(1000),
+            memory: number("memory.current"),
+            inactive_file: memory_stat("inactive_file"),
+            anonymous: memory_stat("anon"),
+            page_faults: memory_stat("pgfault"),
+            major_page_faults: memory_stat("pgmajfault"),
+            swap: number("memory.swap.current"),
+            pids: number("pids.current"),
+        }
+    }
+}
+
+/// The value of `key` in a flat keyed file: lines of `<key> <number>`.
+fn keyed(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn a_flat_keyed_file_is_read_by_whole_keys() {
+        let text = "low 0\noom_kill_disable 7\noom 1\noom_kill 2\n";
+        assert_eq!(keyed(text, "oom_kill"), Some(2));
+        assert_eq!(keyed(text, "oom"), Some(1));
+        assert_eq!(keyed(text, "kill"), None);
+        assert_eq!(keyed("oom_kill many\n", "oom_kill"), None);
+    }
+
+    #[test]
+    fn cgroup_paths_stay_below_the_root() {
+        assert_eq!(Cgroup::from_oci_path("/pod/abc").unwrap().0, Path::new("/sys/fs/cgroup/pod/abc"));
+        for path in ["", "/", "relative", "/a/../..", "/a//b", "system.slice:husk:abc", "/."] {
+            assert!(Cgroup::from_oci_path(path).is_none(), "{path}");
+        }
+    }
+
+    #[test]
+    fn usage_is_read_from_the_files_that_are_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(directory.path().join(name), text).unwrap();
+        write("cpu.stat", "usage_usec 1500\nuser_usec 1000\n");
+        write("memory.current", "4096\n");
+        write("memory.stat", "anon 100\nfile 5\ninactive_file 7\npgfault 9\npgmajfault 1\n");
+        write("memory.events", "oom 0\noom_kill 3\n");
+        let cgroup = Cgroup(directory.path().to_owned());
+        assert_eq!(
+            cgroup.usage(),
+            Usage {
+                cpu_nanos: 1_500_000,
+                memory: 4096,
+                inactive_file: 7,
+                anonymous: 100,
+                page_faults: 9,
+                major_page_faults: 1,
+                swap: 0,
+                pids: 0
+            }
+        );
+        assert_eq!(cgroup.oom_kills(), 3);
+    }
+}

@@ -1,0 +1,55 @@
+//! Wall-clock time and the seed of random numbers: what a machine that was
+//! just made, or cloned from a template, cannot know by itself.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+
+/// Most bytes of seed that are taken; the kernel's pool holds 32.
+pub const MAX_ENTROPY: usize = 512;
+
+/// Nanoseconds since 1970.
+pub fn unix_nanos() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Sets the wall clock to `nanos` since 1970.
+pub fn set(nanos: i64) -> io::Result<()> {
+    let since = Duration::from_nanos(u64::try_from(nanos).map_err(io::Error::other)?);
+    Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(since))?)
+}
+
+/// Header of `RNDADDENTROPY`'s argument (`struct rand_pool_info`), with room
+/// for the bytes behind it.
+#[repr(C)]
+struct PoolInfo {
+    entropy_bits: libc::c_int,
+    size: libc::c_int,
+    bytes: [u8; MAX_ENTROPY],
+}
+
+nix::ioctl_write_ptr_bad!(add_entropy, nix::request_code_write!(b'R', 0x03, 8), PoolInfo);
+nix::ioctl_none!(reseed, b'R', 0x07);
+
+/// Credits `seed` to the kernel's random number generator and makes it draw
+/// from it at once (random(4)). At most [`MAX_ENTROPY`] bytes are used.
+pub fn seed(seed: &[u8]) -> io::Result<()> {
+    let seed = seed.get(..MAX_ENTROPY).unwrap_or(seed);
+    let length = libc::c_int::try_from(seed.len()).map_err(io::Error::other)?;
+    let mut info = PoolInfo { entropy_bits: length * 8, size: length, bytes: [0; MAX_ENTROPY] };
+    for (to, from) in info.bytes.iter_mut().zip(seed) {
+        *to = *from;
+    }
+    let random = File::options().write(true).open("/dev/urandom")?;
+    // SAFETY: `info` is laid out as rand_pool_info and holds `size` bytes; the
+    // kernel only reads it during the call.
+    unsafe { add_entropy(random.as_raw_fd(), &raw const info) }?;
+    // SAFETY: the request has no argument.
+    unsafe { reseed(random.as_raw_fd()) }?;
+    Ok(())
+}

@@ -1,0 +1,303 @@
+//! The pod's containers, what state each is in, and what that allows.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::time::Instant;
+
+use crate::bundle::Bundle;
+use crate::cgroup::Cgroup;
+use crate::process::Process;
+use crate::server::Error;
+use crate::usage::DiskUsage;
+
+/// Most containers of a pod; a bound on what a request can make us hold.
+const MAX_CONTAINERS: usize = 1024;
+
+/// Most exec processes of a container that run or are remembered. Past it,
+/// the one that ended first is forgotten.
+const MAX_EXECS: usize = 256;
+
+/// A container that runc has created.
+pub struct Container {
+    /// Chosen by the host.
+    pub id: String,
+    /// Its files.
+    pub bundle: Bundle,
+    /// Its cgroup.
+    pub cgroup: Arc<Cgroup>,
+    /// Its first process.
+    pub init: Process,
+    phase: Mutex<Phase>,
+    execs: Mutex<HashMap<String, ExecSlot>>,
+    /// The writable layer when it was last measured.
+    pub measured: Mutex<Option<(Instant, DiskUsage)>>,
+}
+
+/// How far the container has come; that it has exited is known by its init.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Created,
+    Starting,
+    Started,
+}
+
+enum ExecSlot {
+    /// Its id is taken while runc starts it.
+    Starting,
+    Running(Arc<Process>),
+}
+
+impl Container {
+    /// A container that has not been started.
+    pub fn new(id: String, bundle: Bundle, cgroup: Arc<Cgroup>, init: Process) -> Self {
+        Self {
+            id,
+            bundle,
+            cgroup,
+            init,
+            phase: Mutex::new(Phase::Created),
+            execs: Mutex::default(),
+            measured: Mutex::default(),
+        }
+    }
+
+    /// Claims the right to start it: once.
+    pub fn begin_start(&self) -> Result<(), Error> {
+        let mut phase = lock(&self.phase);
+        if self.init.has_exited() {
+            return Err(Error::Precondition(format!("container {} has exited", self.id)));
+        }
+        if *phase != Phase::Created {
+            return Err(Error::Precondition(format!("container {} was started before", self.id)));
+        }
+        *phase = Phase::Starting;
+        Ok(())
+    }
+
+    /// Says how the start went; after a failure it may be tried again.
+    pub fn end_start(&self, started: bool) {
+        *lock(&self.phase) = if started { Phase::Started } else { Phase::Created };
+    }
+
+    /// Takes an id for an exec, which must not be in use.
+    pub fn reserve_exec(self: &Arc<Self>, process_id: &str) -> Result<ExecReservation, Error> {
+        if *lock(&self.phase) != Phase::Started {
+            return Err(Error::Precondition(format!("container {} was not started", self.id)));
+        }
+        if self.init.has_exited() {
+            return Err(Error::Precondition(format!("container {} has exited", self.id)));
+        }
+        let mut execs = lock(&self.execs);
+        if execs.contains_key(process_id) {
+            return Err(Error::Exists(format!("container {} has a process {process_id:?}", self.id)));
+        }
+        if execs.len() >= MAX_EXECS && !forget_oldest(&mut execs) {
+            return Err(Error::Exhausted(format!("container {} runs {MAX_EXECS} exec processes", self.id)));
+        }
+        execs.insert(process_id.to_owned(), ExecSlot::Starting);
+        Ok(ExecReservation { container: self.clone(), process_id: Some(process_id.to_owned()) })
+    }
+
+    /// One of its processes: init for the empty id.
+    pub fn process(self: &Arc<Self>, process_id: &str) -> Result<ProcessRef, Error> {
+        if process_id.is_empty() {
+            return Ok(ProcessRef::Init(self.clone()));
+        }
+        match lock(&self.execs).get(process_id) {
+            Some(ExecSlot::Running(process)) => Ok(ProcessRef::Exec(process.clone())),
+            _ => Err(Error::NotFound(format!("container {} has no process {process_id:?}", self.id))),
+        }
+    }
+}
+
+/// Makes room by forgetting the process that has ended first.
+fn forget_oldest(execs: &mut HashMap<String, ExecSlot>) -> bool {
+    let ended = execs.iter().filter_map(|(id, slot)| match slot {
+        ExecSlot::Running(process) => process.ended_at().map(|instant| (instant, id)),
+        ExecSlot::Starting => None,
+    });
+    let oldest = ended.min().map(|(_, id)| id.clone());
+    oldest.is_some_and(|id| execs.remove(&id).is_some())
+}
+
+/// A process of a container, held as long as somebody deals with it.
+pub enum ProcessRef {
+    /// The container's own.
+    Init(Arc<Container>),
+    /// Of an exec.
+    Exec(Arc<Process>),
+}
+
+impl std::ops::Deref for ProcessRef {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        match self {
+            Self::Init(container) => &container.init,
+            Self::Exec(process) => process,
+        }
+    }
+}
+
+/// An exec's id, given back unless its process is started.
+pub struct ExecReservation {
+    container: Arc<Container>,
+    process_id: Option<String>,
+}
+
+impl ExecReservation {
+    /// The process runs under the id from here on.
+    pub fn publish(mut self, process: Process) {
+        if let Some(id) = self.process_id.take() {
+            lock(&self.container.execs).insert(id, ExecSlot::Running(Arc::new(process)));
+        }
+    }
+}
+
+impl Drop for ExecReservation {
+    fn drop(&mut self) {
+        if let Some(id) = &self.process_id {
+            lock(&self.container.execs).remove(id);
+        }
+    }
+}
+
+/// All containers by id.
+#[derive(Default)]
+pub struct Containers(Mutex<HashMap<String, Slot>>);
+
+enum Slot {
+    Creating,
+    Ready(Arc<Container>),
+    Removing,
+}
+
+impl Containers {
+    /// Takes an id for a container that is about to be made.
+    pub fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation, Error> {
+        let mut slots = lock(&self.0);
+        if slots.contains_key(id) {
+            return Err(Error::Exists(format!("there is a container {id}")));
+        }
+        if slots.len() >= MAX_CONTAINERS {
+            return Err(Error::Exhausted(format!("the pod has {MAX_CONTAINERS} containers")));
+        }
+        slots.insert(id.to_owned(), Slot::Creating);
+        Ok(Reservation { containers: self.clone(), id: Some(id.to_owned()) })
+    }
+
+    /// A container that can be worked with.
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match lock(&self.0).get(id) {
+            Some(Slot::Ready(container)) => Ok(container.clone()),
+            Some(Slot::Creating) => Err(Error::Precondition(format!("container {id} is being created"))),
+            Some(Slot::Removing) => Err(Error::Precondition(format!("container {id} is being removed"))),
+            None => Err(Error::NotFound(format!("there is no container {id}"))),
+        }
+    }
+
+    /// All that can be worked with.
+    pub fn all(&self) -> Vec<Arc<Container>> {
+        let slots = lock(&self.0);
+        let ready = slots.values().filter_map(|slot| match slot {
+            Slot::Ready(container) => Some(container.clone()),
+            _ => None,
+        });
+        ready.collect()
+    }
+
+    /// Takes a container to remove it; `None` if there is none.
+    pub fn begin_removal(self: &Arc<Self>, id: &str) -> Result<Option<Removal>, Error> {
+        let container = match self.get(id) {
+            Ok(container) => container,
+            Err(Error::NotFound(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        lock(&self.0).insert(id.to_owned(), Slot::Removing);
+        Ok(Some(Removal { containers: self.clone(), container, done: false }))
+    }
+}
+
+/// A container's id, given back unless the container is made.
+pub struct Reservation {
+    containers: Arc<Containers>,
+    id: Option<String>,
+}
+
+impl Reservation {
+    /// The container is known under its id from here on.
+    pub fn publish(mut self, container: Container) {
+        if let Some(id) = self.id.take() {
+            lock(&self.containers.0).insert(id, Slot::Ready(Arc::new(container)));
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if let Some(id) = &self.id {
+            lock(&self.containers.0).remove(id);
+        }
+    }
+}
+
+/// A container on its way out. If that fails it is back, to be removed again.
+pub struct Removal {
+    containers: Arc<Containers>,
+    /// Which.
+    pub container: Arc<Container>,
+    done: bool,
+}
+
+impl Removal {
+    /// Nothing is left of it.
+    pub fn finish(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        let mut slots = lock(&self.containers.0);
+        let id = &self.container.id;
+        if self.done {
+            slots.remove(id);
+        } else {
+            slots.insert(id.clone(), Slot::Ready(self.container.clone()));
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No holder leaves anything half-changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn an_id_is_given_once_and_given_back_when_creation_fails() {
+        let containers = Arc::new(Containers::default());
+        let reservation = containers.reserve("c").unwrap();
+        assert!(matches!(containers.reserve("c"), Err(Error::Exists(_))));
+        assert!(matches!(containers.get("c"), Err(Error::Precondition(_))));
+        assert!(matches!(containers.begin_removal("c"), Err(Error::Precondition(_))));
+        drop(reservation);
+        assert!(matches!(containers.get("c"), Err(Error::NotFound(_))));
+        assert!(containers.begin_removal("c").unwrap().is_none());
+        assert!(containers.reserve("c").is_ok());
+    }
+
+    #[test]
+    fn there_is_a_bound_on_containers() {
+        let containers = Arc::new(Containers::default());
+        let held: Vec<_> = (0..MAX_CONTAINERS).map(|n| containers.reserve(&n.to_string()).unwrap()).collect();
+        assert!(matches!(containers.reserve("one-more"), Err(Error::Exhausted(_))));
+        drop(held);
+        assert!(containers.reserve("one-more").is_ok());
+    }
+}

@@ -1,0 +1,136 @@
+//! Image filesystems: each is mounted once, read-only, for all containers of
+//! the pod that are made from it, and unmounted with the last of them, so that
+//! the host can take its disk away.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::mount::MsFlags;
+
+use crate::disks::{self, Disks};
+use crate::mounts;
+
+const IMAGES: &str = "/run/husk/images";
+
+/// An image could not be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its disk is not there.
+    #[error(transparent)]
+    Disk(#[from] disks::Error),
+    /// Its filesystem.
+    #[error(transparent)]
+    Mount(#[from] mounts::Error),
+}
+
+/// The mounted images, and how many containers use each. One that nobody uses
+/// is in here for as long as it takes to unmount it.
+#[derive(Default)]
+pub struct Images(Mutex<HashMap<String, usize>>);
+
+impl Images {
+    /// Mounts the image on the disk with this serial number, unless it is.
+    pub async fn mount(self: &Arc<Self>, disks: &Disks, serial: &str) -> Result<Image, Error> {
+        let device = disks.wait_for(serial).await?;
+        let path = Path::new(IMAGES).join(serial);
+        let mut users = self.users();
+        let count = match users.get(serial) {
+            Some(count) => *count,
+            None => {
+                mounts::make_mount_point(&path)?;
+                let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
+                mounts::mount(&device.to_string_lossy(), &path, "erofs", flags, "")?;
+                0
+            }
+        };
+        users.insert(serial.to_owned(), count + 1);
+        Ok(Image { images: self.clone(), serial: serial.to_owned(), path, held: true })
+    }
+
+    fn users(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn let_go(&self, serial: &str) {
+        if let Some(count) = self.users().get_mut(serial) {
+            *count = count.saturating_sub(1);
+        }
+    }
+
+    /// Runs `unmount` if the image has no users. The table is locked
+    /// meanwhile: a new user either comes before and keeps the mount, or after
+    /// and makes its own.
+    fn if_unused(
+        &self,
+        serial: &str,
+        unmount: impl FnOnce() -> Result<(), mounts::Error>,
+    ) -> Result<(), mounts::Error> {
+        let mut users = self.users();
+        if users.get(serial) == Some(&0) {
+            unmount()?;
+            users.remove(serial);
+        }
+        Ok(())
+    }
+}
+
+/// One container's use of an image.
+pub struct Image {
+    images: Arc<Images>,
+    serial: String,
+    path: PathBuf,
+    held: bool,
+}
+
+impl Image {
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Ends the use, and with the last one the mount.
+    pub async fn release(mut self) -> Result<(), mounts::Error> {
+        self.held = false;
+        self.images.let_go(&self.serial);
+        mounts::when_idle(|| self.images.if_unused(&self.serial, || mounts::unmount(&self.path))).await
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if self.held {
+            self.images.let_go(&self.serial);
+            let _ = self.images.if_unused(&self.serial, || {
+                mounts::detach(&self.path);
+                Ok(())
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn only_the_last_user_unmounts() {
+        let images = Images::default();
+        images.users().insert("a".into(), 2);
+        let unmounted = Cell::new(0);
+        for expected in [0, 1, 1] {
+            images.let_go("a");
+            images
+                .if_unused("a", || {
+                    unmounted.set(unmounted.get() + 1);
+                    Ok(())
+                })
+                .unwrap();
+            assert_eq!(unmounted.get(), expected);
+        }
+        assert!(images.users().is_empty());
+    }
+}

@@ -1,0 +1,84 @@
+//! What pid 1 owes the processes below it before the first of them starts:
+//! the kernel's filesystems, a cgroup tree with its controllers on, limits.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nix::mount::MsFlags;
+use nix::sys::resource::{Resource, setrlimit};
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::cgroup;
+use crate::mounts::{self, mount};
+
+/// Open files that containers may have unless their configuration says
+/// otherwise. A soft limit far higher makes old programs slow that close
+/// every descriptor they might have.
+const OPEN_FILES: (u64, u64) = (65_536, 1_048_576);
+
+/// The agent is the last process that the pod can do without.
+const OOM_SCORE_ADJ: &str = "-999";
+
+/// Something that pid 1 cannot do without could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A filesystem of the kernel.
+    #[error(transparent)]
+    Mount(#[from] mounts::Error),
+    /// The agent's own cgroup.
+    #[error("set up cgroups: {0}")]
+    Cgroups(#[source] io::Error),
+}
+
+/// Warnings go to the console, which the host keeps the tail of: each byte
+/// there is an exit to the VMM, so there is nothing else.
+pub fn log_to_console() {
+    tracing_subscriber::fmt()
+        .with_max_level(LevelFilter::WARN)
+        .with_writer(io::stderr)
+        .without_time()
+        .with_ansi(false)
+        .init();
+}
+
+/// One malloc arena instead of one a thread, and free memory given back: the
+/// agent's memory is the pod's.
+pub fn limit_malloc() {
+    // SAFETY: mallopt only sets parameters of the allocator; no other thread
+    // runs yet.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 * 1024);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+    }
+}
+
+/// Mounts the kernel's filesystems and sets cgroups and limits up.
+pub fn prepare() -> Result<(), Error> {
+    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let tmp = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount("proc", "/proc", "proc", plain, "")?;
+    mount("sysfs", "/sys", "sysfs", plain, "")?;
+    // The kernel may have mounted it by itself (CONFIG_DEVTMPFS_MOUNT).
+    match mount("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, "mode=0755") {
+        Err(error) if error.is_busy() => {}
+        other => other?,
+    }
+    mount("tmpfs", "/run", "tmpfs", tmp, "mode=0755")?;
+    mount("tmpfs", "/tmp", "tmpfs", tmp, "mode=1777")?;
+    mount("cgroup2", cgroup::ROOT, "cgroup2", plain, "")?;
+    cgroup::delegate_controllers().map_err(Error::Cgroups)?;
+
+    // Neither stops a pod from running.
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
+        tracing::warn!("cannot protect the agent from the OOM killer: {error}");
+    }
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1) {
+        tracing::warn!("cannot raise the limit of open files: {error}");
+    }
+    if !Path::new("/etc/resolv.conf").exists() {
+        tracing::debug!("the guest's root has no resolv.conf; only containers resolve names");
+    }
+    Ok(())
+}

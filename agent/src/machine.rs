@@ -1,0 +1,63 @@
+//! The whole machine's use of memory and processor.
+
+use std::fs;
+
+use husk_proto::agent::MachineStat;
+
+/// Ticks of `/proc/stat` a second (`USER_HZ`, the same on all architectures
+/// but two that are gone).
+const TICKS_PER_SECOND: u64 = 100;
+
+/// Reads the figures now.
+pub fn stat() -> MachineStat {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let memory = read("/proc/meminfo");
+    MachineStat {
+        memory_total_bytes: kilobytes(&memory, "MemTotal"),
+        memory_available_bytes: kilobytes(&memory, "MemAvailable"),
+        cpu_usage_nanos: busy_ticks(&read("/proc/stat")).saturating_mul(1_000_000_000 / TICKS_PER_SECOND),
+        agent_rss_bytes: kilobytes(&read("/proc/self/status"), "VmRSS"),
+    }
+}
+
+fn kilobytes(text: &str, key: &str) -> u64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    let kilobytes = value.and_then(|value| value.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kilobytes.unwrap_or(0).saturating_mul(1024)
+}
+
+/// Ticks that all processors together spent on something: the first line of
+/// `/proc/stat` without idle and iowait, and without the guest times, which
+/// are in user and nice already (proc_stat(5)).
+fn busy_ticks(stat: &str) -> u64 {
+    let Some(all) = stat.lines().find_map(|line| line.strip_prefix("cpu ")) else { return 0 };
+    let ticks = all.split_whitespace().map(|field| field.parse::<u64>().unwrap_or(0));
+    ticks.take(8).enumerate().filter(|(at, _)| !matches!(at, 3 | 4)).map(|(_, ticks)| ticks).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_told_in_bytes() {
+        let text = "MemTotal:         249000 kB\nMemFree:  1 kB\nMemAvailable:     200000 kB\n";
+        assert_eq!(kilobytes(text, "MemTotal"), 249_000 * 1024);
+        assert_eq!(kilobytes(text, "MemAvailable"), 200_000 * 1024);
+        assert_eq!(kilobytes(text, "Mem"), 0);
+    }
+
+    #[test]
+    fn idle_time_is_no_use() {
+        let text = "cpu  10 20 30 1000 500 1 2 3 7 8\ncpu0 1 1 1 1\n";
+        assert_eq!(busy_ticks(text), 10 + 20 + 30 + 1 + 2 + 3);
+        assert_eq!(busy_ticks(""), 0);
+    }
+
+    #[test]
+    fn this_machine_has_figures() {
+        let stat = stat();
+        assert!(stat.memory_total_bytes >= stat.memory_available_bytes);
+        assert!(stat.agent_rss_bytes > 0 && stat.cpu_usage_nanos > 0);
+    }
+}

@@ -1,0 +1,73 @@
+//! The pod's shared pid namespace: a process of our own that is its pid 1,
+//! and reaps what the containers leave behind.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::errno::Errno;
+use nix::mount::MsFlags;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::reaper::Reaper;
+
+/// The argument that makes this program into the namespace's first process.
+pub const PAUSE: &str = "pause";
+
+/// Starts the namespace and pins it at `path`, where the OCI configurations of
+/// containers find it.
+pub fn create_pid_namespace(reaper: &Reaper, path: &Path) -> io::Result<()> {
+    let program = c"/proc/self/exe";
+    let name = CString::new("husk-pause").map_err(io::Error::other)?;
+    let argument = CString::new(PAUSE).map_err(io::Error::other)?;
+    let arguments = [name.as_ptr(), argument.as_ptr(), std::ptr::null()];
+    let environment = [std::ptr::null::<libc::c_char>()];
+
+    let launch = reaper.launch();
+    let (pid, _exit) = launch.spawn_with(|| {
+        let flags = libc::c_long::from(libc::CLONE_NEWPID | libc::SIGCHLD);
+        // SAFETY: without CLONE_VM and with no stack this is fork(2): the
+        // child has a copy of this thread's memory. Until execve(2) it calls
+        // nothing but system calls, with arguments made before.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+        if pid == 0 {
+            // SAFETY: see above; the pointers are of this frame.
+            unsafe {
+                libc::syscall(libc::SYS_execve, program.as_ptr(), arguments.as_ptr(), environment.as_ptr());
+                libc::syscall(libc::SYS_exit_group, 127);
+            }
+        }
+        let pid = Errno::result(pid)?;
+        i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)
+    })?;
+
+    File::create(path)?;
+    let namespace = format!("/proc/{pid}/ns/pid");
+    nix::mount::mount(Some(namespace.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    // Not the pod's to kill before its containers.
+    let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-998");
+    Ok(())
+}
+
+/// The namespace's first process: reaps until it is killed.
+pub fn pause() -> ExitCode {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    // As pid 1 it gets no signal that it does not ask for, except from the
+    // agent, which sends SIGKILL.
+    if signals.thread_block().is_err() {
+        return ExitCode::FAILURE;
+    }
+    loop {
+        while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
+        {
+        }
+        if signals.wait().is_err() {
+            return ExitCode::FAILURE;
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! A process of a container, from its start until nobody asks for it any more.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use husk_proto::agent::stream::Kind;
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+use tokio_vsock::VsockStream;
+
+use crate::cgroup::Cgroup;
+use crate::fd::AsyncFile;
+use crate::pump::{self, Input};
+use crate::reaper::{self, Exit, Exited};
+use crate::stdio::Ends;
+
+/// What is known of a process that has ended and whose output is handed over.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// How it ended.
+    pub exit: Exit,
+    /// The kernel killed it, or one of its kind in the container, for want of
+    /// memory.
+    pub oom_killed: bool,
+}
+
+/// Whether the process is the container's first, on which the others depend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The container ends with it.
+    Init,
+    /// It was added by an exec.
+    Exec,
+}
+
+/// A process and its standard streams.
+pub struct Process {
+    pid: Pid,
+    exited: Exited,
+    ended: watch::Receiver<Option<Outcome>>,
+    stdin: Option<mpsc::Sender<Input<VsockStream>>>,
+    stdout: mpsc::Sender<VsockStream>,
+    stderr: Option<mpsc::Sender<VsockStream>>,
+    terminal: Option<OwnedFd>,
+    _tasks: Vec<AbortOnDropHandle<()>>,
+}
+
+impl Process {
+    /// Takes charge of a process that runc has started.
+    pub fn new(
+        (pid, exited): (Pid, Exited),
+        ends: Ends,
+        stdin_once: bool,
+        role: Role,
+        cgroup: Arc<Cgroup>,
+    ) -> io::Result<Self> {
+        let (ended_sender, ended) = watch::channel(None);
+        let mut tasks = Vec::new();
+        let mut outputs = Vec::new();
+
+        let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<VsockStream>> {
+            let (clients, receiver) = mpsc::channel(1);
+            let pump = pump::output(AsyncFile::reader(end)?, receiver, exited.clone());
+            outputs.push(AbortOnDropHandle::new(tokio::spawn(pump)));
+            Ok(clients)
+        };
+        let stdout = open(ends.stdout)?;
+        let stderr = ends.stderr.map(&mut open).transpose()?;
+        let stdin = match ends.stdin {
+            Some(end) => {
+                let (clients, receiver) = mpsc::channel(1);
+                let pump = pump::input(AsyncFile::writer(end)?, receiver, stdin_once, exited.clone());
+                tasks.push(AbortOnDropHandle::new(tokio::spawn(pump)));
+                Some(clients)
+            }
+            None => None,
+        };
+
+        let oom_kills_before = cgroup.oom_kills();
+        let exit = reaper::ended(exited.clone());
+        tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
+            let Ok(exit) = exit.await else { return };
+            if role == Role::Init {
+                // In a shared pid namespace the others would live on.
+                cgroup.kill();
+            }
+            let oom_killed = exit.code != 0 && cgroup.oom_kills() > oom_kills_before;
+            for output in outputs {
+                let _ = output.await;
+            }
+            ended_sender.send_replace(Some(Outcome { exit, oom_killed }));
+        })));
+
+        Ok(Self { pid, exited, ended, stdin, stdout, stderr, terminal: ends.terminal, _tasks: tasks })
+    }
+
+    /// Its pid in the guest. Only meaningful while [`Self::has_exited`] is false.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// It has ended, though its output may not be handed over yet.
+    pub fn has_exited(&self) -> bool {
+        self.exited.borrow().is_some()
+    }
+
+    /// When it ended, if [`Self::wait`] would answer at once.
+    pub fn ended_at(&self) -> Option<Instant> {
+        self.ended.borrow().as_ref().map(|outcome| outcome.exit.instant)
+    }
+
+    /// Waits for its exit, not for its output.
+    pub async fn exited(&self) {
+        let _ = self.exited.clone().wait_for(Option::is_some).await;
+    }
+
+    /// Waits until it has ended and its output is handed over, or until it is
+    /// removed; `None` if that comes before its end. Holds nothing of it.
+    pub fn ended(&self) -> impl Future<Output = Option<Outcome>> + use<> {
+        let mut ended = self.ended.clone();
+        let exited = self.exited.clone();
+        async move {
+            match ended.wait_for(Option::is_some).await {
+                Ok(outcome) => *outcome,
+                Err(_) => exited.borrow().map(|exit| Outcome { exit, oom_killed: false }),
+            }
+        }
+    }
+
+    /// Sends it a signal. One that has exited takes no notice.
+    pub fn signal(&self, signal: i32) -> io::Result<()> {
+        // The reaper runs on this thread, so while the exit is not marked the
+        // pid cannot have gone to another process.
+        if self.has_exited() {
+            return Ok(());
+        }
+        // SAFETY: kill has no memory effects. nix has no real-time signals.
+        match Errno::result(unsafe { libc::kill(self.pid.as_raw(), signal) }) {
+            Ok(_) | Err(Errno::ESRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Sets the size of its terminal; false if it has none.
+    pub fn resize(&self, rows: u16, columns: u16) -> io::Result<bool> {
+        let Some(terminal) = &self.terminal else { return Ok(false) };
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the kernel reads one winsize, which outlives the call.
+        Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })?;
+        Ok(true)
+    }
+
+    /// Whether a client may connect to this stream.
+    pub fn check_stream(&self, kind: Kind) -> Result<(), &'static str> {
+        match kind {
+            Kind::Stdin => match &self.stdin {
+                None => Err("the process was started without standard input"),
+                Some(stdin) if stdin.is_closed() => Err("standard input is closed"),
+                Some(_) => Ok(()),
+            },
+            Kind::Stdout => Ok(()),
+            Kind::Stderr if self.stderr.is_none() => Err("with a terminal, stderr is part of stdout"),
+            Kind::Stderr => Ok(()),
+        }
+    }
+
+    /// Gives a stream a client, in place of the one it may have. If the stream
+    /// has ended, the connection is closed, which says just that.
+    pub async fn connect(&self, kind: Kind, connection: VsockStream, early: Vec<u8>) {
+        let output = match kind {
+            Kind::Stdin => {
+                if let Some(stdin) = &self.stdin {
+                    let _ = stdin.send(Input { connection, early }).await;
+                }
+                return;
+            }
+            Kind::Stdout => Some(&self.stdout),
+            Kind::Stderr => self.stderr.as_ref(),
+        };
+        if let Some(output) = output {
+            let _ = output.send(connection).await;
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Moves the bytes of one standard stream between a process and whichever
+//! client the host has connected, and knows when to stop.
+//!
+//! An output is read one chunk ahead of its client and no further: the rest
+//! waits in the process's pipe, which holds the process up when it is full.
+//! Once the process has ended, its output ends at end-of-file; or, when a
+//! child that it left behind keeps the stream open, [`LINGER`] later with
+//! nothing more to read; or when no client has taken a byte for [`PATIENCE`].
+
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::select;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use crate::fd::AsyncFile;
+use crate::reaper::Exited;
+
+/// How long after a process's end its streams may be held open by others.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// How long after a process's end a client may fail to take its output.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Most bytes read after [`LINGER`], from a pipe that never runs dry. More
+/// than a pipe holds.
+const LATE_BYTES: usize = 1024 * 1024;
+
+const CHUNK: usize = 16 * 1024;
+
+/// A connection for standard input.
+pub struct Input<C> {
+    /// What the client sends from here on.
+    pub connection: C,
+    /// What it sent together with its greeting.
+    pub early: Vec<u8>,
+}
+
+/// Sends what `source` yields to the newest of `clients`, until its end. The
+/// connection is then closed: its end is the stream's.
+pub async fn output<C>(source: AsyncFile, mut clients: mpsc::Receiver<C>, exited: Exited)
+where
+    C: AsyncWrite + Unpin,
+{
+    let opened = Instant::now();
+    let mut client = None;
+    let mut late = LATE_BYTES;
+    while late > 0 {
+        let chunk = select! {
+            biased;
+            newer = clients.recv() => match newer {
+                Some(newer) => {
+                    client = Some(newer);
+                    continue;
+                }
+                None => return,
+            },
+            chunk = source.read(CHUNK) => chunk,
+            () = after_exit(exited.clone(), opened, LINGER) => break,
+        };
+        match chunk {
+            Ok(chunk) if chunk.is_empty() => break,
+            Ok(chunk) => {
+                if !deliver(&chunk, &mut client, &mut clients, &exited).await {
+                    return;
+                }
+                let ended = exited.borrow().as_ref().map(|exit| exit.instant);
+                if ended.is_some_and(|ended| ended.elapsed() > LINGER) {
+                    late = late.saturating_sub(chunk.len());
+                }
+            }
+            Err(error) => {
+                tracing::warn!("read a process's output: {error}");
+                break;
+            }
+        }
+    }
+    if let Some(mut client) = client {
+        // A client that is gone needs no end.
+        let _ = client.shutdown().await;
+    }
+}
+
+/// Hands `chunk` over to its last byte; false when nobody takes it.
+async fn deliver<C>(
+    mut chunk: &[u8],
+    client: &mut Option<C>,
+    clients: &mut mpsc::Receiver<C>,
+    exited: &Exited,
+) -> bool
+where
+    C: AsyncWrite + Unpin,
+{
+    let mut progress = Instant::now();
+    while !chunk.is_empty() {
+        let write = async {
+            match client.as_mut() {
+                Some(client) => client.write(chunk).await,
+                None => std::future::pending().await,
+            }
+        };
+        select! {
+            biased;
+            newer = clients.recv() => match newer {
+                Some(newer) => *client = Some(newer),
+                None => return false,
+            },
+            written = write => match written {
+                Ok(count) if count > 0 => {
+                    chunk = chunk.get(count..).unwrap_or_default();
+                    progress = Instant::now();
+                }
+                // The client is gone; another may come for the rest.
+                _ => *client = None,
+            },
+            () = after_exit(exited.clone(), progress, PATIENCE) => return false,
+        }
+    }
+    true
+}
+
+/// Sends what the newest of `clients` says to `sink`, until the process ends
+/// or, with `once`, the first client has finished. Then `sink` is closed.
+pub async fn input<C>(sink: AsyncFile, mut clients: mpsc::Receiver<Input<C>>, once: bool, exited: Exited)
+where
+    C: AsyncRead + Unpin,
+{
+    let opened = Instant::now();
+    let mut waiting = None;
+    loop {
+        let next = match waiting.take() {
+            Some(client) => Some(client),
+            None => select! {
+                client = clients.recv() => client,
+                () = after_exit(exited.clone(), opened, Duration::ZERO) => None,
+            },
+        };
+        let Some(client) = next else { return };
+        let copied = select! {
+            biased;
+            () = after_exit(exited.clone(), opened, Duration::ZERO) => return,
+            newer = clients.recv() => {
+                waiting = newer;
+                continue;
+            }
+            copied = feed(&sink, client) => copied,
+        };
+        if once || copied.is_err() {
+            return;
+        }
+    }
+}
+
+/// Copies one client's bytes to the process. An error is the process's: it
+/// reads no more.
+async fn feed<C>(sink: &AsyncFile, client: Input<C>) -> std::io::Result<()>
+where
+    C: AsyncRead + Unpin,
+{
+    let Input { mut connection, early } = client;
+    write_all(sink, &early).await?;
+    drop(early);
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match connection.read(&mut buffer).await {
+            Ok(count) if count > 0 => write_all(sink, buffer.get(..count).unwrap_or_default()).await?,
+            // A connection that broke off has ended as much as one that finished.
+            _ => return Ok(()),
+        }
+    }
+}
+
+async fn write_all(sink: &AsyncFile, mut bytes: &[u8]) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        let count = sink.write(bytes).await?;
+        bytes = bytes.get(count..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+/// Resolves `wait` after the process's end, or after `since` if that is later.
+async fn after_exit(mut exited: Exited, since: Instant, wait: Duration) {
+    let ended = match exited.wait_for(Option::is_some).await {
+        Ok(exit) => exit.as_ref().map(|exit| exit.instant),
+        Err(_) => None,
+    };
+    sleep_until(ended.map_or(since, |ended| ended.max(since)) + wait).await;
+}
+
+#[cfg(test)]
+mod tests;

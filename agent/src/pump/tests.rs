@@ -1,0 +1,190 @@
+//! Pumps between real pipes and real sockets.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::*;
+use crate::reaper::Exit;
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn ended() -> Option<Exit> {
+    Some(Exit { code: 0, signal: None, unix_nanos: 0, instant: Instant::now() })
+}
+
+struct Output {
+    process: File,
+    clients: mpsc::Sender<UnixStream>,
+    exit: watch::Sender<Option<Exit>>,
+    pump: tokio::task::JoinHandle<()>,
+}
+
+fn start_output() -> Output {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    let (clients, receiver) = mpsc::channel(1);
+    let (exit, exited) = watch::channel(None);
+    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, exited));
+    Output { process: File::from(writer), clients, exit, pump }
+}
+
+impl Output {
+    async fn connect(&self) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        self.clients.send(theirs).await.unwrap();
+        ours
+    }
+}
+
+async fn read_to_end(mut client: UnixStream) -> Vec<u8> {
+    let mut all = Vec::new();
+    timeout(SOON, client.read_to_end(&mut all)).await.unwrap().unwrap();
+    all
+}
+
+#[tokio::test]
+async fn output_before_the_client_waits_for_it() {
+    let mut stream = start_output();
+    stream.process.write_all(b"early ").unwrap();
+    let client = stream.connect().await;
+    stream.process.write_all(b"late").unwrap();
+    drop(stream.process);
+    assert_eq!(read_to_end(client).await, b"early late");
+    timeout(SOON, stream.pump).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_breaks_off_is_followed_by_another() {
+    let mut stream = start_output();
+    drop(stream.connect().await);
+    stream.process.write_all(b"for the second").unwrap();
+    let client = stream.connect().await;
+    drop(stream.process);
+    assert_eq!(read_to_end(client).await, b"for the second");
+}
+
+#[tokio::test]
+async fn a_newer_client_replaces_the_one_before() {
+    let mut stream = start_output();
+    let first = stream.connect().await;
+    let second = stream.connect().await;
+    assert_eq!(read_to_end(first).await, b"");
+    stream.process.write_all(b"x").unwrap();
+    drop(stream.process);
+    assert_eq!(read_to_end(second).await, b"x");
+}
+
+#[tokio::test]
+async fn a_silent_stream_without_client_ends_with_its_process() {
+    let stream = start_output();
+    drop(stream.process);
+    timeout(SOON, stream.pump).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn output_that_nobody_takes_is_given_up_after_the_exit() {
+    let mut stream = start_output();
+    stream.process.write_all(b"lost").unwrap();
+    drop(stream.process);
+    tokio::time::sleep(PATIENCE * 3).await;
+    assert!(!stream.pump.is_finished(), "while the process runs, output waits for its client");
+    stream.exit.send_replace(ended());
+    let before = Instant::now();
+    stream.pump.await.unwrap();
+    assert!(before.elapsed() >= PATIENCE && before.elapsed() < PATIENCE * 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_child_left_behind_does_not_hold_the_stream_for_long() {
+    let mut stream = start_output();
+    let client = stream.connect().await;
+    stream.process.write_all(b"last words").unwrap();
+    stream.exit.send_replace(ended());
+    let before = Instant::now();
+    stream.pump.await.unwrap();
+    assert!(before.elapsed() < LINGER * 2, "the pipe's write end is still open here");
+    assert_eq!(read_to_end(client).await, b"last words");
+}
+
+#[tokio::test]
+async fn a_slow_client_gets_all_that_the_pipe_held() {
+    let mut stream = start_output();
+    let client = stream.connect().await;
+    let data: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
+    let expected = data.clone();
+    let writer = std::thread::spawn(move || stream.process.write_all(&data));
+    stream.exit.send_replace(ended());
+    assert!(read_to_end(client).await == expected);
+    writer.join().unwrap().unwrap();
+}
+
+struct Stdin {
+    process: File,
+    clients: mpsc::Sender<Input<UnixStream>>,
+    exit: watch::Sender<Option<Exit>>,
+    pump: tokio::task::JoinHandle<()>,
+}
+
+fn start_input(once: bool) -> Stdin {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    let (clients, receiver) = mpsc::channel(1);
+    let (exit, exited) = watch::channel(None);
+    let pump = tokio::spawn(input(AsyncFile::writer(writer).unwrap(), receiver, once, exited));
+    Stdin { process: File::from(reader), clients, exit, pump }
+}
+
+impl Stdin {
+    async fn connect(&self, early: &[u8]) -> UnixStream {
+        let (ours, connection) = UnixStream::pair().unwrap();
+        self.clients.send(Input { connection, early: early.to_vec() }).await.unwrap();
+        ours
+    }
+}
+
+#[tokio::test]
+async fn input_once_ends_with_its_first_client() {
+    let mut stdin = start_input(true);
+    let mut client = stdin.connect(b"early ").await;
+    client.write_all(b"late").await.unwrap();
+    client.shutdown().await.unwrap();
+    timeout(SOON, stdin.pump).await.unwrap().unwrap();
+    let mut all = Vec::new();
+    stdin.process.read_to_end(&mut all).unwrap();
+    assert_eq!(all, b"early late");
+}
+
+#[tokio::test]
+async fn input_stays_open_for_the_next_client() {
+    let mut stdin = start_input(false);
+    for word in [b"one", b"two"] {
+        let mut client = stdin.connect(b"").await;
+        client.write_all(word).await.unwrap();
+        drop(client);
+        let mut read = [0; 3];
+        let mut process = stdin.process.try_clone().unwrap();
+        tokio::task::spawn_blocking(move || process.read_exact(&mut read).map(|()| assert_eq!(&read, word)))
+            .await
+            .unwrap()
+            .unwrap();
+    }
+    stdin.exit.send_replace(ended());
+    timeout(SOON, stdin.pump).await.unwrap().unwrap();
+    assert_eq!(stdin.process.read(&mut [0]).unwrap(), 0);
+}
+
+#[tokio::test]
+async fn input_to_a_process_that_does_not_read_ends_with_it() {
+    let stdin = start_input(false);
+    let mut client = stdin.connect(b"").await;
+    let flood = vec![0; 1024 * 1024];
+    assert!(timeout(Duration::from_millis(100), client.write_all(&flood)).await.is_err());
+    stdin.exit.send_replace(ended());
+    timeout(SOON, stdin.pump).await.unwrap().unwrap();
+}

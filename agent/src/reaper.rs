@@ -1,0 +1,207 @@
+//! The one place that waits for processes.
+//!
+//! Pid 1 is the parent of the processes it starts and of every orphan: runc
+//! leaves a container's init behind when it exits, so that becomes a child of
+//! the agent too, and may even have ended by the time that the agent learns
+//! its pid. Two rules close the gap. A child is started with the table locked,
+//! so it cannot be reaped before it is registered. And while a [`Launch`] is
+//! open, the statuses of processes that nobody asked for are kept, for
+//! [`Launch::claim`].
+
+use std::collections::HashMap;
+use std::io;
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::clock;
+
+/// Most statuses kept for a claim. More than a launch's own processes can be
+/// only when other containers fork wildly meanwhile.
+const MAX_UNCLAIMED: usize = 4096;
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// 0 to 255; 128 + the signal for a process that one ended.
+    pub code: i32,
+    /// That signal.
+    pub signal: Option<i32>,
+    /// Wall-clock time, nanoseconds since 1970.
+    pub unix_nanos: i64,
+    /// The same moment for deadlines.
+    pub instant: Instant,
+}
+
+/// Says when the process has ended: in the same turn of the event loop in
+/// which its pid becomes free for others.
+pub type Exited = watch::Receiver<Option<Exit>>;
+
+/// Waits for the end of a process.
+pub async fn ended(mut exited: Exited) -> io::Result<Exit> {
+    let exit = exited.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+    exit.ok_or_else(|| io::Error::other("its exit status was lost"))
+}
+
+/// Handle on the table of processes that are waited for.
+#[derive(Clone, Default)]
+pub struct Reaper(Arc<Mutex<Table>>);
+
+#[derive(Default)]
+struct Table {
+    waiting: HashMap<i32, watch::Sender<Option<Exit>>>,
+    launches: usize,
+    unclaimed: HashMap<i32, Exit>,
+}
+
+impl Reaper {
+    /// Starts reaping, as a task of the current runtime.
+    pub fn start() -> io::Result<Self> {
+        let reaper = Self::default();
+        let mut children = signal(SignalKind::child())?;
+        let task = reaper.clone();
+        tokio::spawn(async move {
+            while children.recv().await.is_some() {
+                task.reap();
+            }
+        });
+        Ok(reaper)
+    }
+
+    /// Opens a launch: from here on, no exit is lost.
+    pub fn launch(&self) -> Launch {
+        self.table().launches += 1;
+        Launch(self.clone())
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // Each change of the table is complete by itself.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reap(&self) {
+        let mut table = self.table();
+        loop {
+            let (pid, code, signal) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid, code, None),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as i32, Some(signal as i32)),
+                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
+                Ok(_) | Err(Errno::EINTR) => continue,
+                Err(error) => {
+                    tracing::error!("waitpid: {error}");
+                    return;
+                }
+            };
+            let exit = Exit { code, signal, unix_nanos: clock::unix_nanos(), instant: Instant::now() };
+            table.record(pid.as_raw(), exit);
+        }
+    }
+}
+
+impl Table {
+    fn record(&mut self, pid: i32, exit: Exit) {
+        if let Some(waiter) = self.waiting.remove(&pid) {
+            waiter.send_replace(Some(exit));
+        } else if self.launches > 0 && self.unclaimed.len() < MAX_UNCLAIMED {
+            self.unclaimed.insert(pid, exit);
+        }
+    }
+
+    fn wait_for(&mut self, pid: i32) -> Exited {
+        let (sender, receiver) = watch::channel(self.unclaimed.remove(&pid));
+        if receiver.borrow().is_none() {
+            self.waiting.insert(pid, sender);
+        }
+        receiver
+    }
+}
+
+/// A time in which processes are started. While one is open, nothing that
+/// ends is forgotten.
+pub struct Launch(Reaper);
+
+impl Launch {
+    /// Starts a child.
+    pub fn spawn(&self, command: &mut Command) -> io::Result<(Pid, Exited)> {
+        self.spawn_with(|| {
+            let child = command.spawn()?;
+            // Its pid is all that is wanted: the reaper waits for it.
+            i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other)
+        })
+    }
+
+    /// Starts a child by a way of its own.
+    pub fn spawn_with(&self, start: impl FnOnce() -> io::Result<Pid>) -> io::Result<(Pid, Exited)> {
+        let mut table = self.0.table();
+        let pid = start()?;
+        // A status under this pid is of a process that had it before.
+        table.unclaimed.remove(&pid.as_raw());
+        let receiver = table.wait_for(pid.as_raw());
+        Ok((pid, receiver))
+    }
+
+    /// Waits for a process that a child of this launch left behind, even if it
+    /// has ended already.
+    pub fn claim(&self, pid: Pid) -> Exited {
+        self.0.table().wait_for(pid.as_raw())
+    }
+}
+
+impl Drop for Launch {
+    fn drop(&mut self) {
+        let mut table = self.0.table();
+        table.launches -= 1;
+        if table.launches == 0 {
+            table.unclaimed = HashMap::new();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    fn exit(code: i32) -> Exit {
+        Exit { code, signal: None, unix_nanos: 0, instant: Instant::now() }
+    }
+
+    #[tokio::test]
+    async fn a_process_that_ended_before_it_was_claimed_is_found() {
+        let reaper = Reaper::default();
+        let launch = reaper.launch();
+        reaper.table().record(42, exit(7));
+        assert_eq!(ended(launch.claim(Pid::from_raw(42))).await.unwrap().code, 7);
+    }
+
+    #[tokio::test]
+    async fn a_process_that_ends_later_is_told_to_its_waiter() {
+        let reaper = Reaper::default();
+        let receiver = reaper.launch().claim(Pid::from_raw(42));
+        reaper.table().record(42, exit(9));
+        assert_eq!(ended(receiver).await.unwrap().code, 9);
+    }
+
+    #[test]
+    fn statuses_are_kept_only_while_a_launch_is_open_and_within_bounds() {
+        let reaper = Reaper::default();
+        reaper.table().record(1, exit(0));
+        assert!(reaper.table().unclaimed.is_empty());
+        let launch = reaper.launch();
+        let second = reaper.launch();
+        for pid in 0..(MAX_UNCLAIMED as i32 + 10) {
+            reaper.table().record(pid, exit(0));
+        }
+        assert_eq!(reaper.table().unclaimed.len(), MAX_UNCLAIMED);
+        drop(launch);
+        assert_eq!(reaper.table().unclaimed.len(), MAX_UNCLAIMED);
+        drop(second);
+        assert!(reaper.table().unclaimed.is_empty());
+    }
+}

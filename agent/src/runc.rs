@@ -1,0 +1,235 @@
+//! Runs runc, the OCI runtime, and tells its errors in its own words.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio as StdStdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::Deserialize;
+use tokio::time::timeout;
+
+use crate::reaper::{self, Exited, Launch, Reaper};
+use crate::stdio::Stdio;
+
+const RUNC: &str = "runc";
+const ROOT: &str = "/run/husk/runc";
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A runc that takes longer hangs; it takes milliseconds on hardware.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// The end of its log is where the error is.
+const LOG_TAIL: u64 = 64 * 1024;
+
+/// runc did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It could not be run, or its files could not be read.
+    #[error("{doing}: {cause}")]
+    Io {
+        /// What failed.
+        doing: &'static str,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
+    /// It said no, and why.
+    #[error("{0}")]
+    Refused(String),
+    /// It did not end in time and was killed.
+    #[error("runc did not end within {} s", DEADLINE.as_secs())]
+    Hangs,
+}
+
+fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |cause| Error::Io { doing, cause }
+}
+
+/// Files of one call: the log that runc writes, and the pid of what it
+/// started. Removed afterwards.
+struct Files {
+    log: PathBuf,
+    pid: PathBuf,
+}
+
+impl Files {
+    fn new(directory: &Path, call: &str) -> Self {
+        Self { log: directory.join(format!("{call}.log")), pid: directory.join(format!("{call}.pid")) }
+    }
+
+    fn read_pid(&self) -> Result<Pid, Error> {
+        let text = fs::read_to_string(&self.pid).map_err(io_error("read runc's pid file"))?;
+        let pid = text.trim().parse().map_err(io::Error::other);
+        Ok(Pid::from_raw(pid.map_err(io_error("read runc's pid file"))?))
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.log);
+        let _ = fs::remove_file(&self.pid);
+    }
+}
+
+/// `runc create`: makes the container of `bundle` up to the point where its
+/// program would start.
+pub async fn create(
+    reaper: &Reaper,
+    id: &str,
+    bundle: &Path,
+    stdio: &mut Stdio,
+) -> Result<(Pid, Exited), Error> {
+    let files = Files::new(bundle, "create");
+    let mut runc = command(&files, "create");
+    runc.arg("--bundle").arg(bundle).arg("--pid-file").arg(&files.pid);
+    stdio.pass_to(&mut runc);
+    runc.arg(id);
+    let launch = reaper.launch();
+    run(&launch, runc, &files).await?;
+    let pid = files.read_pid()?;
+    Ok((pid, launch.claim(pid)))
+}
+
+/// `runc start`: lets the container's program start.
+pub async fn start(reaper: &Reaper, id: &str, bundle: &Path) -> Result<(), Error> {
+    let files = Files::new(bundle, "start");
+    let mut runc = command(&files, "start");
+    runc.arg(id);
+    run(&reaper.launch(), runc, &files).await
+}
+
+/// `runc exec`: starts the process that the file `process` describes (the
+/// `process` object of the OCI configuration) in a running container.
+pub async fn exec(
+    reaper: &Reaper,
+    id: &str,
+    bundle: &Path,
+    call: &str,
+    process: &Path,
+    stdio: &mut Stdio,
+) -> Result<(Pid, Exited), Error> {
+    let files = Files::new(bundle, call);
+    let mut runc = command(&files, "exec");
+    runc.arg("--detach").arg("--process").arg(process).arg("--pid-file").arg(&files.pid);
+    stdio.pass_to(&mut runc);
+    runc.arg(id);
+    let launch = reaper.launch();
+    run(&launch, runc, &files).await?;
+    let pid = files.read_pid()?;
+    Ok((pid, launch.claim(pid)))
+}
+
+/// `runc delete --force`: kills what is left, removes the container's cgroup
+/// and runc's record. A container that runc does not know is deleted.
+pub async fn delete(reaper: &Reaper, id: &str, bundle: &Path) -> Result<(), Error> {
+    let files = Files::new(bundle, "delete");
+    let mut runc = command(&files, "delete");
+    runc.arg("--force").arg(id);
+    run(&reaper.launch(), runc, &files).await
+}
+
+fn command(files: &Files, operation: &str) -> Command {
+    let mut runc = Command::new(RUNC);
+    runc.env_clear()
+        .env("PATH", PATH)
+        .arg("--root")
+        .arg(ROOT)
+        .arg("--log")
+        .arg(&files.log)
+        .args(["--log-format", "json", operation])
+        .stdin(StdStdio::null())
+        .stdout(StdStdio::null())
+        .stderr(StdStdio::null());
+    runc
+}
+
+async fn run(launch: &Launch, mut runc: Command, files: &Files) -> Result<(), Error> {
+    let (pid, exited) = launch.spawn(&mut runc).map_err(io_error("run runc"))?;
+    // The process's side of its pipes is runc's now. A copy left here would
+    // keep the pipes open after the process has gone.
+    drop(runc);
+    let ended = reaper::ended(exited);
+    let exit = match timeout(DEADLINE, ended).await {
+        Ok(exit) => exit.map_err(io_error("wait for runc"))?,
+        Err(_) => {
+            let _ = kill(pid, Signal::SIGKILL);
+            return Err(Error::Hangs);
+        }
+    };
+    if exit.code == 0 {
+        return Ok(());
+    }
+    let log = read_tail(&files.log).unwrap_or_default();
+    Err(Error::Refused(last_error(&log).unwrap_or_else(|| match exit.signal {
+        Some(signal) => format!("runc was killed by signal {signal}"),
+        None => format!("runc ended with status {}", exit.code),
+    })))
+}
+
+fn read_tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let start = file.metadata()?.len().saturating_sub(LOG_TAIL);
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(LOG_TAIL).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[derive(Deserialize)]
+struct LogLine {
+    level: String,
+    msg: String,
+}
+
+/// The message of the last error in runc's JSON log, without the prefix that
+/// repeats what was being done.
+fn last_error(log: &str) -> Option<String> {
+    let line = log
+        .lines()
+        .rev()
+        .filter_map(|line| serde_json::from_str::<LogLine>(line).ok())
+        .find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"))?;
+    let message = line.msg.trim();
+    let message = match message.split_once(" failed: ") {
+        Some((doing, cause)) if doing.starts_with("runc ") => cause,
+        _ => message,
+    };
+    Some(message.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn the_last_error_is_what_runc_says() {
+        let log = r#"{"level":"warning","msg":"unable to get oom kill count","time":"t"}
+{"level":"error","msg":"first","time":"t"}
+{"level":"error","msg":"runc create failed: unable to start container process: exec: \"nope\": executable file not found in $PATH","time":"t"}
+{"level":"info","msg":"after"}
+"#;
+        assert_eq!(
+            last_error(log).unwrap(),
+            "unable to start container process: exec: \"nope\": executable file not found in $PATH"
+        );
+    }
+
+    #[test]
+    fn a_log_without_errors_or_without_json_has_none() {
+        assert_eq!(last_error(""), None);
+        assert_eq!(last_error("{\"level\":\"info\",\"msg\":\"x\"}\nSIGSEGV: segmentation\n{\"lev"), None);
+    }
+
+    #[test]
+    fn only_the_end_of_a_long_log_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        fs::write(&path, "x".repeat(LOG_TAIL as usize + 100) + "end").unwrap();
+        let tail = read_tail(&path).unwrap();
+        assert_eq!(tail.len() as u64, LOG_TAIL);
+        assert!(tail.ends_with("xend"));
+    }
+}

@@ -1,0 +1,141 @@
+//! A container's life: created, started, removed.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_proto::agent::{
+    CreateContainerRequest, CreateContainerResponse, RemoveContainerRequest, RemoveContainerResponse,
+    StartContainerRequest, StartContainerResponse,
+};
+use oci_spec::runtime::Spec;
+use tokio::time::timeout;
+
+use super::{Agent, Error, Stage, sandbox};
+use crate::bundle::Bundle;
+use crate::cgroup::Cgroup;
+use crate::container::Container;
+use crate::process::{Process, Role};
+use crate::stdio::Stdio;
+use crate::{id, runc, spec, user};
+
+/// How long a container may take to end once it is killed. Only a process
+/// that waits for a disk takes longer than an instant.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// `CreateContainer`.
+pub async fn create(
+    agent: Arc<Agent>,
+    request: CreateContainerRequest,
+) -> Result<CreateContainerResponse, Error> {
+    let id = request.container_id.clone();
+    id::check("container_id", &id)?;
+    let rootfs = request.rootfs.clone().unwrap_or_default();
+    id::check("rootfs.image_serial", &rootfs.image_serial)?;
+    let mut config = spec::parse(&request.spec_json).invalid("spec_json")?;
+    let cgroup = spec::choose_cgroup(&mut config, &id).invalid("spec_json")?;
+    sandbox::check_created(&agent)?;
+
+    // Given back when this function fails, and the bundle with it.
+    let reservation = agent.containers.reserve(&id)?;
+    let bundle = Bundle::prepare(&id, &rootfs.image_serial, &agent.images, &agent.disks)
+        .await
+        .stage("mount the root filesystem")?;
+    let created = create_in(&agent, &request, config, cgroup, &bundle).await;
+    let (init, cgroup) = match created {
+        Ok(created) => created,
+        Err(error) => {
+            if let Err(left) = bundle.remove().await {
+                tracing::warn!("undo the creation of container {id}: {left}");
+            }
+            return Err(error);
+        }
+    };
+    let pid = init.pid().as_raw().unsigned_abs();
+    reservation.publish(Container::new(id, bundle, cgroup, init));
+    Ok(CreateContainerResponse { pid })
+}
+
+/// The part of the creation that happens in a mounted bundle.
+async fn create_in(
+    agent: &Agent,
+    request: &CreateContainerRequest,
+    mut config: Spec,
+    cgroup: Cgroup,
+    bundle: &Bundle,
+) -> Result<(Process, Arc<Cgroup>), Error> {
+    let id = &request.container_id;
+    let asked = request.user.clone().unwrap_or_default();
+    let identity = user::resolve(&bundle.rootfs(), &asked.user, asked.strict_groups).invalid("user")?;
+    spec::complete(&mut config, &bundle.rootfs(), &identity, &asked, request.terminal)
+        .invalid("spec_json")?;
+    let json = serde_json::to_vec(&config).stage("write the bundle")?;
+    drop(config);
+    fs::write(bundle.config(), json).stage("write the bundle")?;
+
+    let mut stdio = Stdio::new(request.terminal, request.stdin).stage("open standard streams")?;
+    let created = runc::create(&agent.reaper, id, bundle.path(), &mut stdio).await;
+    let adopted = match created.stage("runc create") {
+        Ok(process) => adopt(process, stdio, request.stdin_once, Role::Init, Arc::new(cgroup)).await,
+        Err(error) => Err(error),
+    };
+    if adopted.is_err()
+        && let Err(left) = runc::delete(&agent.reaper, id, bundle.path()).await
+    {
+        tracing::warn!("undo runc create of container {id}: {left}");
+    }
+    adopted
+}
+
+/// Takes charge of a process that runc has just started.
+pub async fn adopt(
+    process: (nix::unistd::Pid, crate::reaper::Exited),
+    stdio: Stdio,
+    stdin_once: bool,
+    role: Role,
+    cgroup: Arc<Cgroup>,
+) -> Result<(Process, Arc<Cgroup>), Error> {
+    let pid = process.0;
+    let adopted = match stdio.into_ends().await {
+        Ok(ends) => Process::new(process, ends, stdin_once, role, cgroup.clone()),
+        Err(error) => Err(error),
+    };
+    if adopted.is_err() {
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+    Ok((adopted.stage("open standard streams")?, cgroup))
+}
+
+/// `StartContainer`.
+pub async fn start(
+    agent: Arc<Agent>,
+    request: StartContainerRequest,
+) -> Result<StartContainerResponse, Error> {
+    let container = agent.containers.get(&request.container_id)?;
+    container.begin_start()?;
+    let started = runc::start(&agent.reaper, &container.id, container.bundle.path()).await;
+    container.end_start(started.is_ok());
+    started.stage("runc start")?;
+    Ok(StartContainerResponse {})
+}
+
+/// `RemoveContainer`.
+pub async fn remove(
+    agent: Arc<Agent>,
+    request: RemoveContainerRequest,
+) -> Result<RemoveContainerResponse, Error> {
+    id::check("container_id", &request.container_id)?;
+    let Some(removal) = agent.containers.begin_removal(&request.container_id)? else {
+        return Ok(RemoveContainerResponse {});
+    };
+    let container = &removal.container;
+    container.cgroup.kill();
+    timeout(KILL_DEADLINE, container.init.exited())
+        .await
+        .map_err(|_| format!("still alive {} s after SIGKILL", KILL_DEADLINE.as_secs()))
+        .stage("kill the container")?;
+    runc::delete(&agent.reaper, &container.id, container.bundle.path()).await.stage("runc delete")?;
+    container.bundle.remove().await.stage("remove the root filesystem")?;
+    removal.finish();
+    Ok(RemoveContainerResponse {})
+}

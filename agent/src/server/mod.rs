@@ -1,0 +1,149 @@
+//! The gRPC service. Each file below has the whole story of its RPCs.
+
+use std::future::Future;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use husk_proto::agent::agent_server::{Agent as Service, AgentServer};
+use husk_proto::agent::*;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use tokio_vsock::VsockListener;
+use tonic::{Request, Response, Status};
+
+use crate::container::Containers;
+use crate::disks::Disks;
+use crate::images::Images;
+use crate::reaper::Reaper;
+
+mod container;
+mod error;
+mod process;
+mod sandbox;
+mod stats;
+
+pub use error::{Error, Stage};
+
+/// Largest request: an OCI configuration and change.
+const MAX_MESSAGE: usize = 8 * 1024 * 1024;
+
+/// How long the last answers may take to reach the host once the machine is
+/// to go down.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Everything that the agent knows.
+pub struct Agent {
+    /// The pod's containers.
+    pub containers: Arc<Containers>,
+    reaper: Reaper,
+    disks: Disks,
+    images: Arc<Images>,
+    /// Set when `CreateSandbox` begins, to true when it has succeeded.
+    sandbox: OnceLock<OnceLock<()>>,
+    power_off: Notify,
+}
+
+impl Agent {
+    /// An agent of a machine that is no pod yet.
+    pub fn new(reaper: Reaper) -> Self {
+        Self {
+            containers: Arc::default(),
+            reaper,
+            disks: Disks::default(),
+            images: Arc::default(),
+            sandbox: OnceLock::new(),
+            power_off: Notify::new(),
+        }
+    }
+}
+
+/// Serves until the machine is to go down and the answer to that is sent.
+pub async fn serve(listener: VsockListener, agent: Arc<Agent>) -> Result<(), tonic::transport::Error> {
+    let service = AgentServer::new(Endpoint(agent.clone())).max_decoding_message_size(MAX_MESSAGE);
+    let power_off = Notify::new();
+    let serving = tonic::transport::Server::builder()
+        .add_service(service)
+        .serve_with_incoming_shutdown(listener.incoming(), power_off.notified());
+    tokio::pin!(serving);
+    tokio::select! {
+        ended = &mut serving => return ended,
+        () = agent.power_off.notified() => power_off.notify_one(),
+    }
+    // Connections that are idle are closed, the others when they have their
+    // answers; a caller that does not read them does not keep us.
+    let _ = timeout(LAST_WORDS, serving).await;
+    Ok(())
+}
+
+struct Endpoint(Arc<Agent>);
+
+/// Runs a request to its end even if the caller goes away in the middle: what
+/// is half done would have to be undone.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<Response<T>, Status> {
+    match tokio::spawn(work).await {
+        Ok(done) => Ok(Response::new(done?)),
+        Err(panic) => Err(Status::internal(format!("the agent failed: {panic}"))),
+    }
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl Service for Endpoint {
+    async fn create_sandbox(&self, request: Request<CreateSandboxRequest>) -> Answer<CreateSandboxResponse> {
+        to_the_end(sandbox::create(self.0.clone(), request.into_inner())).await
+    }
+
+    async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {
+        to_the_end(sandbox::shutdown(self.0.clone())).await
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<CreateContainerRequest>,
+    ) -> Answer<CreateContainerResponse> {
+        to_the_end(container::create(self.0.clone(), request.into_inner())).await
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<StartContainerRequest>,
+    ) -> Answer<StartContainerResponse> {
+        to_the_end(container::start(self.0.clone(), request.into_inner())).await
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<RemoveContainerRequest>,
+    ) -> Answer<RemoveContainerResponse> {
+        to_the_end(container::remove(self.0.clone(), request.into_inner())).await
+    }
+
+    async fn exec_process(&self, request: Request<ExecProcessRequest>) -> Answer<ExecProcessResponse> {
+        to_the_end(process::exec(self.0.clone(), request.into_inner())).await
+    }
+
+    async fn signal_process(&self, request: Request<SignalProcessRequest>) -> Answer<SignalProcessResponse> {
+        Ok(Response::new(process::signal(&self.0, &request.into_inner())?))
+    }
+
+    async fn wait_process(&self, request: Request<WaitProcessRequest>) -> Answer<WaitProcessResponse> {
+        Ok(Response::new(process::wait(&self.0, &request.into_inner()).await?))
+    }
+
+    async fn resize_terminal(
+        &self,
+        request: Request<ResizeTerminalRequest>,
+    ) -> Answer<ResizeTerminalResponse> {
+        Ok(Response::new(process::resize(&self.0, &request.into_inner())?))
+    }
+
+    async fn container_stats(
+        &self,
+        request: Request<ContainerStatsRequest>,
+    ) -> Answer<ContainerStatsResponse> {
+        Ok(Response::new(stats::read(&self.0, request.into_inner()).await?))
+    }
+}

@@ -1,0 +1,128 @@
+//! The machine becomes a pod, and ends.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use husk_proto::agent::{
+    CreateSandboxRequest, CreateSandboxResponse, RemoveContainerRequest, ShutdownResponse,
+};
+use husk_proto::agent::{Dns, paths};
+use nix::mount::MsFlags;
+use tokio::time::timeout;
+
+use super::{Agent, Error, Stage, container};
+use crate::bundle::SCRATCH;
+use crate::{clock, etc, id, mounts, netlink, ns, sysctl};
+
+const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
+
+/// Longest host name (`HOST_NAME_MAX`).
+const MAX_HOSTNAME: usize = 64;
+
+/// How long all containers together may take to end at a shut-down.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// `CreateSandbox`.
+pub async fn create(
+    agent: Arc<Agent>,
+    request: CreateSandboxRequest,
+) -> Result<CreateSandboxResponse, Error> {
+    id::check("sandbox_id", &request.sandbox_id)?;
+    if request.hostname.len() > MAX_HOSTNAME {
+        return Err(Error::Invalid(format!("the host name has more than {MAX_HOSTNAME} bytes")));
+    }
+    let addresses = netlink::addresses(&request.interfaces).invalid("interfaces")?;
+    let hosts = etc::hosts(&request.hostname, &addresses).invalid("hostname")?;
+    let resolv_conf = etc::resolv_conf(request.dns.as_ref().unwrap_or(&Dns::default())).invalid("dns")?;
+    // A pod that is half made cannot be made again: nothing after this line
+    // is tried twice.
+    if agent.sandbox.set(OnceLock::new()).is_err() {
+        return Err(Error::Precondition("the sandbox was created before".into()));
+    }
+
+    // A clone of a template has its template's clock and random numbers.
+    if request.time_unix_nanos != 0 {
+        clock::set(request.time_unix_nanos).stage("set the clock")?;
+    }
+    if !request.entropy.is_empty() {
+        clock::seed(&request.entropy).stage("seed random numbers")?;
+    }
+
+    let device = agent.disks.wait_for(&request.scratch_serial).await.stage("find the scratch disk")?;
+    // It lives no longer than the pod: without barriers the host need not
+    // flush what will be deleted.
+    mounts::make_mount_point(Path::new(SCRATCH)).stage("mount the scratch disk")?;
+    mounts::mount(&device.to_string_lossy(), SCRATCH, "ext4", MsFlags::MS_NOATIME, "barrier=0")
+        .stage("mount the scratch disk")?;
+
+    netlink::configure(&request.interfaces, &request.routes).await.map_err(|error| match error {
+        netlink::Error::Invalid(what) => Error::Invalid(format!("network: {what}")),
+        other => Error::Failed { stage: "network", cause: other.to_string() },
+    })?;
+
+    if !request.hostname.is_empty() {
+        nix::unistd::sethostname(&request.hostname).stage("set the host name")?;
+    }
+    mounts::make_mount_point(Path::new(paths::SHM)).stage("mount shm")?;
+    for (path, text) in [
+        (paths::HOSTS, hosts),
+        (paths::HOSTNAME, format!("{}\n", request.hostname)),
+        (paths::RESOLV_CONF, resolv_conf),
+    ] {
+        fs::write(path, text).map_err(|error| format!("{path}: {error}")).stage("write the pod's files")?;
+    }
+    let shm_size = if request.shm_size == 0 { SHM_DEFAULT } else { request.shm_size };
+    let private = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mounts::mount("shm", paths::SHM, "tmpfs", private, &format!("mode=1777,size={shm_size}"))
+        .stage("mount shm")?;
+
+    // After the interfaces: some parameters are theirs.
+    for (name, value) in &request.sysctls {
+        sysctl::set(name, value).invalid("sysctls")?;
+    }
+    if request.shared_pid_namespace {
+        ns::create_pid_namespace(&agent.reaper, Path::new(paths::PID_NAMESPACE))
+            .stage("create the shared pid namespace")?;
+    }
+
+    if let Some(created) = agent.sandbox.get() {
+        let _ = created.set(());
+    }
+    let release = nix::sys::utsname::uname().stage("uname")?.release().to_string_lossy().into_owned();
+    Ok(CreateSandboxResponse { kernel_release: release, agent_version: env!("CARGO_PKG_VERSION").into() })
+}
+
+/// Refuses what needs a pod while the machine is none.
+pub fn check_created(agent: &Agent) -> Result<(), Error> {
+    match agent.sandbox.get().and_then(OnceLock::get) {
+        Some(()) => Ok(()),
+        None => Err(Error::Precondition("the sandbox was not created".into())),
+    }
+}
+
+/// `Shutdown`: the machine goes down once the answer is on its way.
+pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
+    let containers = agent.containers.all();
+    for container in &containers {
+        container.cgroup.kill();
+    }
+    let removals = containers
+        .iter()
+        .map(|it| container::remove(agent.clone(), RemoveContainerRequest { container_id: it.id.clone() }));
+    // Whatever does not end now ends with the machine.
+    match timeout(SHUTDOWN_DEADLINE, futures::future::join_all(removals)).await {
+        Ok(removed) => {
+            for error in removed.into_iter().filter_map(Result::err) {
+                tracing::warn!("shut down: {error}");
+            }
+        }
+        Err(_) => tracing::warn!("shut down: containers did not end in {} s", SHUTDOWN_DEADLINE.as_secs()),
+    }
+    if let Err(error) = mounts::unmount(Path::new(SCRATCH)) {
+        tracing::warn!("shut down: {error}");
+    }
+    agent.power_off.notify_one();
+    Ok(ShutdownResponse {})
+}

@@ -1,0 +1,188 @@
+//! The OCI configuration: huskd writes it, the agent fills in what only the
+//! guest knows.
+
+use std::path::Path;
+
+use husk_proto::agent::User;
+use oci_spec::runtime::{Process, Spec};
+
+use crate::cgroup::Cgroup;
+use crate::user::Identity;
+
+/// Largest configuration that is accepted.
+const MAX_JSON: usize = 4 * 1024 * 1024;
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is no OCI configuration.
+    #[error("not an OCI configuration: {0}")]
+    Json(#[from] serde_json::Error),
+    /// It is far larger than one is.
+    #[error("the OCI configuration has {0} bytes; at most {MAX_JSON} are read")]
+    TooLarge(usize),
+    /// A part that it must have is not there.
+    #[error("the OCI configuration has no {0}")]
+    Missing(&'static str),
+    /// `linux.cgroupsPath` is not usable with runc's cgroupfs driver.
+    #[error("cgroupsPath {0:?} must be absolute, without `..` and without `:`")]
+    CgroupsPath(String),
+}
+
+/// Reads a configuration.
+pub fn parse(json: &[u8]) -> Result<Spec, Error> {
+    if json.len() > MAX_JSON {
+        return Err(Error::TooLarge(json.len()));
+    }
+    let spec: Spec = serde_json::from_slice(json)?;
+    let process = spec.process().as_ref().ok_or(Error::Missing("process"))?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(Error::Missing("process.args"));
+    }
+    if spec.linux().is_none() {
+        return Err(Error::Missing("linux"));
+    }
+    Ok(spec)
+}
+
+/// The container's cgroup: the one that the configuration names, or else
+/// `/pod/<id>`, which is then written into it.
+pub fn choose_cgroup(spec: &mut Spec, id: &str) -> Result<Cgroup, Error> {
+    let linux = spec.linux_mut().as_mut().ok_or(Error::Missing("linux"))?;
+    let path = match linux.cgroups_path() {
+        Some(path) if !path.as_os_str().is_empty() => path.to_string_lossy().into_owned(),
+        _ => format!("/pod/{id}"),
+    };
+    let cgroup = Cgroup::from_oci_path(&path).ok_or_else(|| Error::CgroupsPath(path.clone()))?;
+    linux.set_cgroups_path(Some(path.into()));
+    Ok(cgroup)
+}
+
+/// Fills in the root filesystem, the user and the terminal.
+pub fn complete(
+    spec: &mut Spec,
+    rootfs: &Path,
+    identity: &Identity,
+    request: &User,
+    terminal: bool,
+) -> Result<(), Error> {
+    let mut root = spec.root().clone().unwrap_or_default();
+    root.set_path(rootfs.to_owned());
+    spec.set_root(Some(root));
+
+    let process = spec.process_mut().as_mut().ok_or(Error::Missing("process"))?;
+    process.set_terminal(Some(terminal));
+    let user = process.user_mut();
+    let mut groups = identity.groups.clone();
+    groups.extend(user.additional_gids().iter().flatten());
+    groups.extend(&request.additional_gids);
+    user.set_uid(identity.uid);
+    user.set_gid(identity.gid);
+    user.set_username(None);
+    user.set_additional_gids(Some(groups.into_iter().collect()));
+
+    let environment = process.env_mut().get_or_insert_default();
+    if !environment.iter().any(|variable| variable.starts_with("HOME=")) {
+        environment.push(format!("HOME={}", identity.home));
+    }
+    // Not the agent's own, which runc's child would inherit.
+    if process.oom_score_adj().is_none() {
+        process.set_oom_score_adj(Some(0));
+    }
+    Ok(())
+}
+
+/// What an exec runs: other arguments as the same user, in the same
+/// environment and directory, with the same capabilities as the container.
+pub fn exec_process(spec: &Spec, args: Vec<String>, terminal: bool) -> Result<Process, Error> {
+    let mut process = spec.process().clone().ok_or(Error::Missing("process"))?;
+    process.set_args(Some(args));
+    process.set_terminal(Some(terminal));
+    process.set_console_size(None);
+    Ok(process)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use std::collections::BTreeSet;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    const JSON: &str = r#"{
+        "ociVersion": "1.0.2",
+        "process": {
+            "args": ["nginx"], "cwd": "/srv", "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0, "additionalGids": [7]}
+        },
+        "root": {"path": "x", "readonly": true},
+        "linux": {"cgroupsPath": "/pod/c1"}
+    }"#;
+
+    fn identity() -> Identity {
+        Identity { uid: 33, gid: 34, groups: BTreeSet::from([34, 8]), home: "/var/www".into() }
+    }
+
+    fn completed(request: &User) -> Spec {
+        let mut spec = parse(JSON.as_bytes()).unwrap();
+        complete(&mut spec, Path::new("/run/rootfs"), &identity(), request, false).unwrap();
+        spec
+    }
+
+    #[test]
+    fn the_guests_part_is_filled_in_and_the_rest_is_kept() {
+        let request = User { additional_gids: vec![5, 8], ..User::default() };
+        let spec = completed(&request);
+        let root = spec.root().as_ref().unwrap();
+        assert_eq!((root.path(), root.readonly()), (&PathBuf::from("/run/rootfs"), Some(true)));
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!((process.user().uid(), process.user().gid()), (33, 34));
+        assert_eq!(process.user().additional_gids().as_ref().unwrap(), &[5, 7, 8, 34]);
+        assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "HOME=/var/www"]);
+        assert_eq!(process.cwd(), Path::new("/srv"));
+        assert_eq!(process.oom_score_adj(), Some(0));
+    }
+
+    #[test]
+    fn a_home_that_is_set_stays() {
+        let mut spec = parse(JSON.as_bytes()).unwrap();
+        spec.process_mut().as_mut().unwrap().set_env(Some(vec!["HOME=/data".into()]));
+        complete(&mut spec, Path::new("/r"), &identity(), &User::default(), false).unwrap();
+        assert_eq!(spec.process().as_ref().unwrap().env().as_ref().unwrap(), &["HOME=/data"]);
+    }
+
+    #[test]
+    fn an_exec_differs_from_its_container_in_arguments_and_terminal_only() {
+        let spec = completed(&User::default());
+        let exec = exec_process(&spec, vec!["sh".into()], true).unwrap();
+        assert_eq!(exec.args().as_ref().unwrap(), &["sh"]);
+        assert_eq!(exec.terminal(), Some(true));
+        let init = spec.process().as_ref().unwrap();
+        assert_eq!((exec.user(), exec.env(), exec.cwd()), (init.user(), init.env(), init.cwd()));
+    }
+
+    #[test]
+    fn configurations_that_cannot_run_are_refused() {
+        for json in ["", "[]", "{}", r#"{"ociVersion":"1.0.2","process":{"args":["x"],"cwd":"/","user":{}}}"#]
+        {
+            assert!(parse(json.as_bytes()).is_err(), "{json}");
+        }
+        assert!(matches!(parse(&vec![b' '; MAX_JSON + 1]), Err(Error::TooLarge(_))));
+        let without_args = JSON.replace(r#"["nginx"]"#, "[]");
+        assert!(matches!(parse(without_args.as_bytes()), Err(Error::Missing("process.args"))));
+    }
+
+    #[test]
+    fn the_cgroup_is_the_configurations_or_one_by_id() {
+        let mut spec = parse(JSON.as_bytes()).unwrap();
+        assert!(choose_cgroup(&mut spec, "c1").is_ok());
+        let linux = spec.linux_mut().as_mut().unwrap();
+        linux.set_cgroups_path(None);
+        choose_cgroup(&mut spec, "c2").unwrap();
+        let chosen = spec.linux().as_ref().unwrap().cgroups_path().clone();
+        assert_eq!(chosen, Some(PathBuf::from("/pod/c2")));
+        spec.linux_mut().as_mut().unwrap().set_cgroups_path(Some("/../x".into()));
+        assert!(matches!(choose_cgroup(&mut spec, "c3"), Err(Error::CgroupsPath(_))));
+    }
+}

@@ -1,0 +1,134 @@
+//! Accepts the connections of standard streams
+//! ([`husk_proto::agent::stream`]) and leads each to its process.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_proto::agent::stream::{Greeting, Kind, MAX_GREETING};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_vsock::{VsockListener, VsockStream};
+
+use crate::container::ProcessRef;
+use crate::server::Agent;
+
+/// How long a connection may take to say which stream it is for.
+const GREETING_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Connections that have not said it yet; more wait in the backlog.
+const MAX_GREETERS: usize = 64;
+
+/// Serves for ever.
+pub async fn serve(listener: VsockListener, agent: Arc<Agent>) {
+    let greeters = Arc::new(Semaphore::new(MAX_GREETERS));
+    loop {
+        let Ok(permit) = greeters.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((connection, _)) => {
+                let agent = agent.clone();
+                tokio::spawn(async move {
+                    let _permit = permit;
+                    // In time or not at all; what was read so far is dropped
+                    // with the connection.
+                    let _ = timeout(GREETING_DEADLINE, receive(connection, &agent)).await;
+                });
+            }
+            Err(error) => {
+                tracing::warn!("accept a stream: {error}");
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn receive(mut connection: VsockStream, agent: &Agent) -> std::io::Result<()> {
+    let found = match read_greeting(&mut connection).await {
+        Ok((greeting, early)) => find(agent, &greeting).map(|process| (process, greeting.kind, early)),
+        Err(reason) => Err(reason),
+    };
+    match found {
+        Ok((process, kind, early)) => {
+            connection.write_all(b"OK\n").await?;
+            process.connect(kind, connection, early).await;
+        }
+        Err(reason) => {
+            connection.write_all(format!("ERR {reason}\n").as_bytes()).await?;
+            connection.shutdown(std::net::Shutdown::Both)?;
+        }
+    }
+    Ok(())
+}
+
+fn find(agent: &Agent, greeting: &Greeting) -> Result<ProcessRef, String> {
+    let container = agent.containers.get(&greeting.container_id).map_err(|error| error.to_string())?;
+    let process = container.process(&greeting.process_id).map_err(|error| error.to_string())?;
+    process.check_stream(greeting.kind).map_err(str::to_owned)?;
+    Ok(process)
+}
+
+/// Reads the first line, and returns what came behind it.
+async fn read_greeting(connection: &mut (impl AsyncRead + Unpin)) -> Result<(Greeting, Vec<u8>), String> {
+    let mut received = Vec::with_capacity(MAX_GREETING);
+    loop {
+        let room = MAX_GREETING - received.len();
+        let count = connection.take(room as u64).read_buf(&mut received).await.map_err(|e| e.to_string())?;
+        if let Some(newline) = received.iter().position(|byte| *byte == b'\n') {
+            let early = received.split_off(newline + 1);
+            let line = std::str::from_utf8(&received).map_err(|error| error.to_string())?;
+            let greeting: Greeting = line.parse().map_err(|bad| format!("{bad}"))?;
+            return match greeting.kind {
+                Kind::Stdin => Ok((greeting, early)),
+                Kind::Stdout | Kind::Stderr => Ok((greeting, Vec::new())),
+            };
+        }
+        if count == 0 {
+            return Err(format!("no greeting of at most {MAX_GREETING} bytes"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    async fn read(bytes: &[u8]) -> Result<(Greeting, Vec<u8>), String> {
+        let mut reader: &[u8] = bytes;
+        read_greeting(&mut reader).await
+    }
+
+    #[tokio::test]
+    async fn what_follows_the_greeting_is_input() {
+        let (greeting, early) = read(b"STREAM stdin c1 e1\nfirst\nbytes").await.unwrap();
+        assert_eq!((greeting.container_id.as_str(), greeting.process_id.as_str()), ("c1", "e1"));
+        assert_eq!(early, b"first\nbytes");
+    }
+
+    #[tokio::test]
+    async fn a_greeting_may_come_in_pieces() {
+        let (mut host, mut agent) = tokio::io::duplex(3);
+        let writer = tokio::spawn(async move { host.write_all(b"STREAM stdout c1\n").await.map(|()| host) });
+        let (greeting, early) = read_greeting(&mut agent).await.unwrap();
+        assert_eq!((greeting.kind, early), (Kind::Stdout, Vec::new()));
+        writer.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn endless_and_broken_greetings_are_refused() {
+        assert!(read(&vec![b'x'; 100_000]).await.unwrap_err().contains("no greeting"));
+        assert!(read(b"STREAM stdout c1").await.is_err());
+        assert!(read(b"STREAM \xff c1\n").await.is_err());
+        assert!(read(b"HELLO\n").await.is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let _ = runtime.block_on(read(&bytes));
+        }
+    }
+}

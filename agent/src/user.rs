@@ -1,0 +1,289 @@
+//! Who a container's process runs as: names looked up in the container's own
+//! `/etc/passwd` and `/etc/group`, which are as hostile as its image.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::Mode;
+
+/// Largest passwd or group file that is read.
+const MAX_FILE: u64 = 4 * 1024 * 1024;
+
+/// A user could not be found.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A name that is not in the file.
+    #[error("no {what} {name:?} in the container's /etc/{file}")]
+    Unknown {
+        /// "user" or "group".
+        what: &'static str,
+        /// As asked for.
+        name: String,
+        /// "passwd" or "group".
+        file: &'static str,
+    },
+    /// The file is there but cannot be read.
+    #[error("read the container's /{path}: {cause}")]
+    Unreadable {
+        /// Which.
+        path: &'static str,
+        /// Why.
+        cause: String,
+    },
+}
+
+/// A process's user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// User id.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+    /// Supplementary groups, the primary one among them, ascending.
+    pub groups: BTreeSet<u32>,
+    /// Home directory; "/" for a user that has none.
+    pub home: String,
+}
+
+/// Looks `request` ("", "user", "uid", "user:group", "uid:gid"...) up in the
+/// root filesystem at `rootfs`. The groups that `/etc/group` gives the user
+/// are added unless `strict`.
+pub fn resolve(rootfs: &Path, request: &str, strict: bool) -> Result<Identity, Error> {
+    let root = open(rootfs, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(|cause| Error::Unreadable { path: "", cause: cause.to_string() })?;
+    let passwd = read_inside(&root, "etc/passwd")?;
+    let group = read_inside(&root, "etc/group")?;
+    look_up(request, strict, &passwd, &group)
+}
+
+/// Reads a file as a process inside `root` would see it: links are followed,
+/// but never out of the root. A file that does not exist is empty.
+fn read_inside(root: &OwnedFd, path: &'static str) -> Result<String, Error> {
+    let unreadable = |cause: String| Error::Unreadable { path, cause };
+    // O_NONBLOCK: a fifo must not hold us up.
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = match openat2(root, path, how) {
+        Ok(file) => File::from(file),
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(String::new()),
+        Err(cause) => return Err(unreadable(cause.to_string())),
+    };
+    let metadata = file.metadata().map_err(|cause| unreadable(cause.to_string()))?;
+    if !metadata.is_file() {
+        return Err(unreadable("not a regular file".to_owned()));
+    }
+    let mut bytes = Vec::new();
+    let read: io::Result<usize> = file.take(MAX_FILE + 1).read_to_end(&mut bytes);
+    match read {
+        Ok(count) if count as u64 > MAX_FILE => Err(unreadable(format!("larger than {MAX_FILE} bytes"))),
+        Ok(_) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(cause) => Err(unreadable(cause.to_string())),
+    }
+}
+
+/// A line of `/etc/passwd` (passwd(5)).
+struct PasswdEntry<'a> {
+    name: &'a str,
+    uid: u32,
+    gid: u32,
+    home: &'a str,
+}
+
+/// The well-formed lines; others are passed over, as the C library does.
+fn passwd_entries(text: &str) -> impl Iterator<Item = PasswdEntry<'_>> {
+    text.lines().filter_map(|line| {
+        let mut fields = line.trim().split(':');
+        let name = fields.next().filter(|name| !name.is_empty() && !name.starts_with('#'))?;
+        let _password = fields.next()?;
+        let uid = id(fields.next()?)?;
+        let gid = id(fields.next()?)?;
+        let _comment = fields.next();
+        Some(PasswdEntry { name, uid, gid, home: fields.next().unwrap_or_default() })
+    })
+}
+
+/// A line of `/etc/group` (group(5)).
+struct GroupEntry<'a> {
+    name: &'a str,
+    gid: u32,
+    members: &'a str,
+}
+
+impl GroupEntry<'_> {
+    fn has(&self, user: &str) -> bool {
+        self.members.split(',').any(|member| member.trim() == user)
+    }
+}
+
+fn group_entries(text: &str) -> impl Iterator<Item = GroupEntry<'_>> {
+    text.lines().filter_map(|line| {
+        let mut fields = line.trim().split(':');
+        let name = fields.next().filter(|name| !name.is_empty() && !name.starts_with('#'))?;
+        let _password = fields.next()?;
+        let gid = id(fields.next()?)?;
+        Some(GroupEntry { name, gid, members: fields.next().unwrap_or_default() })
+    })
+}
+
+/// A user or group id. The largest number means "no change" to the kernel.
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id != u32::MAX)
+}
+
+fn look_up(request: &str, strict: bool, passwd: &str, group: &str) -> Result<Identity, Error> {
+    let (user, primary) = match request.split_once(':') {
+        Some((user, primary)) => (user, Some(primary).filter(|primary| !primary.is_empty())),
+        None => (request, None),
+    };
+    let user = if user.is_empty() { "0" } else { user };
+    let number = id(user);
+
+    // A name that looks like a number is found before the number is.
+    let entry = passwd_entries(passwd)
+        .find(|entry| entry.name == user)
+        .or_else(|| passwd_entries(passwd).find(|entry| Some(entry.uid) == number));
+    let (uid, own_gid, name, home) = match (entry, number) {
+        (Some(entry), _) => (entry.uid, entry.gid, Some(entry.name), entry.home),
+        (None, Some(uid)) => (uid, 0, None, ""),
+        (None, None) => return Err(Error::Unknown { what: "user", name: user.to_owned(), file: "passwd" }),
+    };
+    let gid = match primary {
+        None => own_gid,
+        Some(primary) => group_entries(group)
+            .find(|entry| entry.name == primary)
+            .map(|entry| entry.gid)
+            .or_else(|| id(primary))
+            .ok_or_else(|| Error::Unknown { what: "group", name: primary.to_owned(), file: "group" })?,
+    };
+
+    let mut groups = BTreeSet::from([gid]);
+    if let Some(name) = name.filter(|_| !strict) {
+        groups.extend(group_entries(group).filter(|entry| entry.has(name)).map(|entry| entry.gid));
+    }
+    let home = if home.is_empty() { "/" } else { home };
+    Ok(Identity { uid, gid, groups, home: home.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\n\
+        # comment:x:5:5::/:\n\
+        broken line\n\
+        www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n\
+        1234:x:77:88::/home/number:\n\
+        nohome:x:50:50\n";
+    const GROUP: &str =
+        "root:x:0:\nwww-data:x:33:\nssl:x:104:www-data,root\nmail:x:8:www-data\nbad:x:x:www-data\n";
+
+    fn found(request: &str) -> (u32, u32, Vec<u32>, String) {
+        let identity = look_up(request, false, PASSWD, GROUP).unwrap();
+        (identity.uid, identity.gid, identity.groups.into_iter().collect(), identity.home)
+    }
+
+    #[test]
+    fn users_and_groups_are_found_by_name_and_number() {
+        assert_eq!(found(""), (0, 0, vec![0, 104], "/root".into()));
+        assert_eq!(found("www-data"), (33, 33, vec![8, 33, 104], "/var/www".into()));
+        assert_eq!(found("33"), found("www-data"));
+        assert_eq!(found("www-data:ssl"), (33, 104, vec![8, 104], "/var/www".into()));
+        assert_eq!(found("1000:1000"), (1000, 1000, vec![1000], "/".into()));
+        assert_eq!(found("nohome"), (50, 50, vec![50], "/".into()));
+    }
+
+    #[test]
+    fn an_unknown_number_gets_group_zero() {
+        assert_eq!(found("4711"), (4711, 0, vec![0], "/".into()));
+    }
+
+    #[test]
+    fn a_name_made_of_digits_is_a_name_first() {
+        assert_eq!(found("1234"), (77, 88, vec![88], "/home/number".into()));
+    }
+
+    #[test]
+    fn strict_groups_leave_the_images_groups_out() {
+        let identity = look_up("www-data", true, PASSWD, GROUP).unwrap();
+        assert_eq!(identity.groups, BTreeSet::from([33]));
+    }
+
+    #[test]
+    fn unknown_names_and_illegal_numbers_are_errors() {
+        for request in ["nobody", "4294967295", "-1", "99999999999"] {
+            let error = look_up(request, false, PASSWD, GROUP).unwrap_err();
+            assert!(matches!(error, Error::Unknown { what: "user", .. }), "{request}");
+        }
+        for request in ["root:wheel", "0:4294967295", "0:x:y"] {
+            let error = look_up(request, false, PASSWD, GROUP).unwrap_err();
+            assert!(matches!(error, Error::Unknown { what: "group", .. }), "{request}");
+        }
+    }
+
+    #[test]
+    fn links_stay_inside_the_root() {
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("passwd"), "trap:x:1:1::/:\n").unwrap();
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        symlink(outside.path().join("passwd"), root.path().join("etc/passwd")).unwrap();
+        assert!(resolve(root.path(), "trap", false).is_err());
+
+        fs::create_dir(root.path().join("inside")).unwrap();
+        fs::write(root.path().join("inside/passwd"), "ok:x:9:9::/:\n").unwrap();
+        fs::remove_file(root.path().join("etc/passwd")).unwrap();
+        symlink("/../../inside/passwd", root.path().join("etc/passwd")).unwrap();
+        assert_eq!(resolve(root.path(), "ok", false).unwrap().uid, 9);
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_without_waiting() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        nix::unistd::mkfifo(&root.path().join("etc/passwd"), Mode::S_IRWXU).unwrap();
+        let error = resolve(root.path(), "0", false).unwrap_err();
+        assert!(error.to_string().contains("not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn an_image_without_the_files_still_has_numbers() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(resolve(root.path(), "7:8", false).unwrap().gid, 8);
+        assert!(resolve(root.path(), "daemon", false).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_survived(request in ".{0,20}", passwd in "(?s).{0,300}", group in "(?s).{0,300}") {
+            let _ = look_up(&request, false, &passwd, &group);
+        }
+
+        #[test]
+        fn a_written_entry_is_found_among_noise(
+            name in "[a-z_][a-z0-9_-]{0,15}",
+            uid in 0..u32::MAX,
+            gid in 0..u32::MAX,
+            member_of in 0..u32::MAX,
+            noise in prop::collection::vec("[#!:0-9]{0,20}", 0..5),
+        ) {
+            let passwd = format!("{}\n{name}:x:{uid}:{gid}::/home/{name}:/bin/sh\n", noise.join("\n"));
+            let group = format!("{}\nextra:x:{member_of}:other,{name}\n", noise.join("\n"));
+            let identity = look_up(&name, false, &passwd, &group).unwrap();
+            prop_assert_eq!((identity.uid, identity.gid), (uid, gid));
+            prop_assert_eq!(identity.groups, BTreeSet::from([gid, member_of]));
+            prop_assert_eq!(identity.home, format!("/home/{name}"));
+        }
+    }
+}
