@@ -1,5 +1,10 @@
 //! Virtio devices (virtio 1.2), each in a folder of its own.
 
+pub mod buffers;
+pub mod config;
 pub mod device;
 pub mod interrupt;
 pub mod mmio;
+#[cfg(test)]
+pub(crate) mod test_utils;
+pub mod watch;
