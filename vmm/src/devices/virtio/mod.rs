@@ -7,4 +7,5 @@ pub mod interrupt;
 pub mod mmio;
 #[cfg(test)]
 pub(crate) mod test_utils;
+pub mod vsock;
 pub mod watch;

@@ -1,0 +1,212 @@
+//! The device: queues on one side, the [`Muxer`] on the other.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::muxer::Muxer;
+use super::packet::{HEADER_LEN, Header};
+use crate::devices::virtio::buffers::Buffers;
+use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
+use crate::devices::virtio::interrupt::USED_RING;
+use crate::devices::virtio::watch::QueueWatch;
+
+/// Index of the queue that carries packets to the guest.
+pub const RX: usize = 0;
+/// Index of the queue that carries packets from the guest.
+pub const TX: usize = 1;
+/// Index of the queue that carries events to the guest.
+pub const EVENT: usize = 2;
+
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+
+/// Most packets in each direction before other devices get their turn.
+const BATCH: usize = 64;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2 §5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+
+/// The vsock device.
+pub struct Vsock {
+    pub(super) muxer: Muxer,
+    pub(super) watch: QueueWatch,
+    pub(super) timer: TimerFd,
+    pub(super) timer_is_set: bool,
+    /// The driver is to be told that all connections are gone.
+    pub(super) owes_reset_event: bool,
+    activation: Option<Activation>,
+}
+
+impl Vsock {
+    /// A device for a guest with context id `cid`. Host clients come through
+    /// `listener`, whose path is `path`.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub fn new(cid: u32, listener: UnixListener, path: PathBuf) -> io::Result<Self> {
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        Ok(Self {
+            muxer: Muxer::new(cid, listener, path)?,
+            watch: QueueWatch::new()?,
+            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
+            timer_is_set: false,
+            owes_reset_event: false,
+            activation: None,
+        })
+    }
+
+    /// Moves packets both ways, at most a batch.
+    pub(super) fn serve(&mut self) {
+        let Some(Activation { memory, queues, interrupt, .. }) = &mut self.activation else { return };
+        let [rx, tx, event] = queues.as_mut_slice() else { return };
+        let mut used = false;
+        if self.owes_reset_event && send_event(memory, event, TRANSPORT_RESET) {
+            self.owes_reset_event = false;
+            used |= event.needs_notification(memory).unwrap_or(true);
+        }
+        let mut left = BATCH;
+        let sent = transmit(&mut self.muxer, memory, tx, &mut left);
+        let stalled = !self.muxer.can_receive();
+        let mut room = BATCH;
+        let received = receive(&mut self.muxer, memory, rx, &mut room);
+        used |= sent && tx.needs_notification(memory).unwrap_or(true);
+        used |= received && rx.needs_notification(memory).unwrap_or(true);
+        if used {
+            interrupt.trigger(USED_RING);
+        }
+        if left == 0 || room == 0 || (stalled && self.muxer.can_receive()) {
+            self.watch.wake();
+        }
+    }
+
+    /// A driver is there.
+    pub(super) const fn is_active(&self) -> bool {
+        self.activation.is_some()
+    }
+}
+
+/// Takes packets from the guest, `left` at most. True if there were any.
+fn transmit(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) -> bool {
+    let mut any = false;
+    while *left > 0 && muxer.can_receive() {
+        let Some(chain) = queue.pop_descriptor_chain(memory) else {
+            // A driver with an impossible ring index always has "more".
+            if any_more(queue, memory) && queue.iter(memory).is_ok() {
+                continue;
+            }
+            break;
+        };
+        *left -= 1;
+        let head = chain.head_index();
+        if let Ok(buffers) = Buffers::readable(memory, chain) {
+            let mut header = Header::new_zeroed();
+            if buffers.read(0, header.as_mut_bytes()) == HEADER_LEN {
+                muxer.receive(&header, &buffers);
+            }
+        }
+        if queue.add_used(memory, head, 0).is_err() {
+            break;
+        }
+        any = true;
+    }
+    any
+}
+
+/// Gives packets to the guest, `left` at most. True if there were any.
+fn receive(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) -> bool {
+    let mut any = false;
+    while *left > 0 && muxer.has_packets() {
+        let Some(chain) = queue.pop_descriptor_chain(memory) else {
+            if any_more(queue, memory) && queue.iter(memory).is_ok() {
+                continue;
+            }
+            break;
+        };
+        let head = chain.head_index();
+        let len = match Buffers::writable(memory, chain) {
+            Ok(buffers) if buffers.len() > HEADER_LEN => {
+                let Some(header) = muxer.next_packet(&buffers) else {
+                    queue.go_to_previous_position();
+                    break;
+                };
+                buffers.write(0, header.as_bytes());
+                // At most MAX_PAYLOAD.
+                u32::try_from(HEADER_LEN).unwrap_or_default() + header.len.get()
+            }
+            // No packet fits in there.
+            _ => 0,
+        };
+        *left -= 1;
+        if queue.add_used(memory, head, len).is_err() {
+            break;
+        }
+        any = true;
+    }
+    any
+}
+
+/// Asks for a notification when there are chains; true if there are some now.
+fn any_more(queue: &mut Queue, memory: &GuestMemoryMmap) -> bool {
+    queue.enable_notification(memory).unwrap_or(false)
+}
+
+/// Tells the driver of an event, if it has given a buffer for that.
+fn send_event(memory: &GuestMemoryMmap, queue: &mut Queue, id: u32) -> bool {
+    let Some(chain) = queue.pop_descriptor_chain(memory) else { return false };
+    let head = chain.head_index();
+    let len = Buffers::writable(memory, chain).map_or(0, |buffers| buffers.write(0, &id.to_le_bytes()));
+    queue.add_used(memory, head, u32::try_from(len).unwrap_or_default()).is_ok()
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn features(&self) -> u64 {
+        // Without a feature bit of its own the device has streams only.
+        (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_RING_F_EVENT_IDX)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        crate::devices::virtio::config::read(&self.muxer.guest_cid().to_le_bytes(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let fail = |cause: String| ActivateError { device: "vsock", cause };
+        if activation.queues.len() != QUEUE_SIZES.len() {
+            return Err(fail(format!("there are {} queues instead of 3", activation.queues.len())));
+        }
+        let event_idx = activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        for queue in &mut activation.queues {
+            queue.set_event_idx(event_idx);
+        }
+        self.watch.activate(&activation.queue_events).map_err(|error| fail(error.to_string()))?;
+        self.activation = Some(activation);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.activation = None;
+        self.owes_reset_event = false;
+        self.watch.reset();
+    }
+
+    fn activation(&self) -> Option<&Activation> {
+        self.activation.as_ref()
+    }
+}

@@ -1,0 +1,56 @@
+//! What a saved vsock device is.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::device::Vsock;
+
+/// Version of [`State`].
+pub const VERSION: u32 = 1;
+
+/// A saved device. Connections are not saved: their host sides are processes
+/// that know nothing of it. The guest is told so when it runs again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Context id of the guest.
+    pub cid: u32,
+}
+
+/// A saved device cannot be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Another version of this program made it.
+    #[error("the vsock device was saved as version {0}, this program knows {VERSION}")]
+    Version(u32),
+    /// The operating system does not play along.
+    #[error("make the vsock device: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl Vsock {
+    /// Saves what is the device's own.
+    #[must_use]
+    pub fn save(&self) -> State {
+        // It was made from a u32.
+        State { version: VERSION, cid: u32::try_from(self.muxer.guest_cid()).unwrap_or_default() }
+    }
+
+    /// Restores it, behind another listener. A clone may get a `cid` of its own
+    /// in the state: the guest reads it again.
+    ///
+    /// # Errors
+    /// See [`RestoreError`].
+    pub fn restore(state: &State, listener: UnixListener, path: PathBuf) -> Result<Self, RestoreError> {
+        if state.version != VERSION {
+            return Err(RestoreError::Version(state.version));
+        }
+        let mut vsock = Self::new(state.cid, listener, path)?;
+        vsock.owes_reset_event = true;
+        Ok(vsock)
+    }
+}
