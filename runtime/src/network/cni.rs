@@ -1,0 +1,160 @@
+//! A chain of CNI plugins, run forwards to connect a pod and backwards to
+//! disconnect it. See the CNI specification, section 3.
+
+use serde_json::{Map, Value};
+
+use super::conflist::{NetworkList, del_wants_result, plugin_type};
+use super::plugin::{self, Plugins, Target, Verb};
+
+/// ADD failed part of the way.
+#[derive(Debug)]
+pub struct AddFailed {
+    /// Place of the plugin that failed.
+    pub at: usize,
+    /// What the plugins before it answered.
+    pub result: Option<Value>,
+    /// Why.
+    pub error: plugin::Error,
+}
+
+/// Runs ADD of every plugin and returns the last one's result.
+pub async fn add(
+    plugins: &Plugins,
+    network: &NetworkList,
+    target: Target<'_>,
+    capabilities: &Map<String, Value>,
+) -> Result<Value, AddFailed> {
+    let mut result = None;
+    for (at, config) in network.plugins.iter().enumerate() {
+        match call(plugins, network, config, Verb::Add, target, capabilities, result.as_ref()).await {
+            Ok(Value::Object(answer)) => result = Some(Value::Object(answer)),
+            Ok(other) => {
+                let error = plugin::Error::Answer {
+                    plugin: plugin_type(config).unwrap_or_default().to_owned(),
+                    command: Verb::Add,
+                    reason: if other.is_null() { "it printed nothing".into() } else { other.to_string() },
+                };
+                return Err(AddFailed { at, result, error });
+            }
+            Err(error) => return Err(AddFailed { at, result, error }),
+        }
+    }
+    Ok(result.unwrap_or_default())
+}
+
+/// Runs DEL of every plugin, the last one first, and stops at the first that
+/// fails: the ones before it may hold what it still needs, its address above
+/// all, which must not go to another pod while port mappings lead to it.
+pub async fn del(
+    plugins: &Plugins,
+    network: &NetworkList,
+    target: Target<'_>,
+    capabilities: &Map<String, Value>,
+    result: Option<&Value>,
+) -> Result<(), plugin::Error> {
+    let result = result.filter(|_| del_wants_result(&network.cni_version));
+    for config in network.plugins.iter().rev() {
+        call(plugins, network, config, Verb::Del, target, capabilities, result).await?;
+    }
+    Ok(())
+}
+
+/// Undoes an ADD that failed. The plugin that failed is asked too, since it
+/// may have done part of its work (section 2, "ADD"), but where it fails
+/// again there is nothing more to ask of it.
+pub async fn undo(
+    plugins: &Plugins,
+    network: &NetworkList,
+    target: Target<'_>,
+    capabilities: &Map<String, Value>,
+    failed: &AddFailed,
+) -> Result<(), plugin::Error> {
+    let result = failed.result.as_ref().filter(|_| del_wants_result(&network.cni_version));
+    for (at, config) in network.plugins.iter().enumerate().take(failed.at.saturating_add(1)).rev() {
+        match call(plugins, network, config, Verb::Del, target, capabilities, result).await {
+            Err(error) if at == failed.at => {
+                tracing::warn!(sandbox_id = target.sandbox_id, %error, "a plugin that failed to ADD cannot undo it");
+            }
+            answer => drop(answer?),
+        }
+    }
+    Ok(())
+}
+
+async fn call(
+    plugins: &Plugins,
+    network: &NetworkList,
+    config: &Map<String, Value>,
+    verb: Verb,
+    target: Target<'_>,
+    capabilities: &Map<String, Value>,
+    result: Option<&Value>,
+) -> Result<Value, plugin::Error> {
+    let name = plugin_type(config).map_err(|reason| plugin::Error::Failed {
+        plugin: String::new(),
+        command: verb,
+        reason,
+    })?;
+    let request = request(network, config, capabilities, result);
+    plugins.call(name, verb, target, &request).await
+}
+
+/// The configuration that a plugin gets on its standard input: its own, with
+/// the network's name and version, the capability arguments that it asks for,
+/// and the result so far (section 3, "Deriving request configuration").
+fn request(
+    network: &NetworkList,
+    config: &Map<String, Value>,
+    capabilities: &Map<String, Value>,
+    result: Option<&Value>,
+) -> Value {
+    let mut request = config.clone();
+    request.insert("name".into(), network.name.clone().into());
+    request.insert("cniVersion".into(), network.cni_version.clone().into());
+    if let Some(Value::Object(wanted)) = request.remove("capabilities") {
+        let given: Map<String, Value> = capabilities
+            .iter()
+            .filter(|(name, _)| wanted.get(*name) == Some(&Value::Bool(true)))
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect();
+        if !given.is_empty() {
+            request.insert("runtimeConfig".into(), given.into());
+        }
+    }
+    if let Some(result) = result {
+        request.insert("prevResult".into(), result.clone());
+    }
+    request.into()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_plugin_gets_the_capabilities_that_it_asks_for_and_no_others() {
+        let network = NetworkList { name: "net".into(), cni_version: "1.0.0".into(), plugins: vec![] };
+        let Value::Object(config) = json!({
+            "type": "portmap", "snat": true, "capabilities": {"portMappings": true, "mac": false},
+        }) else {
+            unreachable!()
+        };
+        let Value::Object(capabilities) = json!({
+            "portMappings": [{"hostPort": 80}], "mac": "02:00:00:00:00:01", "bandwidth": {},
+        }) else {
+            unreachable!()
+        };
+        let previous = json!({"ips": []});
+        assert_eq!(
+            request(&network, &config, &capabilities, Some(&previous)),
+            json!({
+                "name": "net", "cniVersion": "1.0.0", "type": "portmap", "snat": true,
+                "runtimeConfig": {"portMappings": [{"hostPort": 80}]}, "prevResult": {"ips": []},
+            })
+        );
+    }
+}

@@ -1,0 +1,309 @@
+//! From the interfaces that CNI made in a netns to those of the guest.
+//!
+//! Each one is paired with a tap: whatever arrives at one leaves by the other,
+//! by tc filters on their ingress. The filters take packets before the
+//! namespace's own stack sees them, so it answers neither ARP nor neighbour
+//! solicitations, although the addresses stay where CNI put them. They must
+//! stay: plugins read them back on DEL to know which firewall rules are theirs.
+//!
+//! The guest is told what is really configured in the namespace and not what
+//! the plugins printed: some (ptp, Calico) add routes that are in no result.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+
+use futures::TryStreamExt;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
+use rtnetlink::{LinkUnspec, RouteMessageBuilder};
+
+use super::result::Cidr;
+use super::{GuestInterface, Route, tap};
+
+/// Most interfaces of a pod; each is a device of its machine.
+const MAX_INTERFACES: usize = 8;
+
+/// A step that the kernel refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// One of ours.
+    #[error("{step}: {source}")]
+    Kernel {
+        /// "make the tap of eth0".
+        step: String,
+        /// The kernel's reason; part of the message.
+        source: io::Error,
+    },
+    /// The plugins left no interface that is up.
+    #[error("the CNI plugins made no Ethernet interface {0} in the pod's network namespace")]
+    NoInterface(String),
+    /// More than [`MAX_INTERFACES`].
+    #[error("the CNI plugins made {0} interfaces, and a pod can have {MAX_INTERFACES}")]
+    TooMany(usize),
+}
+
+/// What the guest gets.
+#[derive(Debug)]
+pub struct Guest {
+    /// Interfaces with their taps, the main one first.
+    pub interfaces: Vec<GuestInterface>,
+    /// Routes in the order in which they can be added.
+    pub routes: Vec<Route>,
+}
+
+/// An interface of the namespace.
+struct Link {
+    index: u32,
+    name: String,
+    mac: [u8; 6],
+    mtu: u16,
+}
+
+/// A route of the namespace.
+#[derive(Clone, Debug, PartialEq)]
+struct HostRoute {
+    destination: Cidr,
+    gateway: Option<IpAddr>,
+    link: u32,
+    /// The gateway is on the link although no route says so.
+    onlink: bool,
+    /// The kernel made it because of an address.
+    kernel: bool,
+}
+
+/// Joins every interface of the calling thread's namespace to a tap. `main` is
+/// the name of the one that CNI was asked for.
+///
+/// # Errors
+/// The taps are gone then; the filters go with the namespace.
+pub async fn join(netlink: &rtnetlink::Handle, main: &str) -> Result<Guest, Error> {
+    let links = links(netlink, main).await?;
+    let addresses = addresses(netlink).await?;
+    let routes =
+        [routes(netlink, AddressFamily::Inet).await?, routes(netlink, AddressFamily::Inet6).await?].concat();
+    let mut interfaces = Vec::new();
+    for (place, link) in links.iter().enumerate() {
+        let tap = join_one(netlink, link, &format!("tap{place}_husk")).await?;
+        let own = addresses.iter().filter(|(index, _)| *index == link.index).map(|(_, address)| *address);
+        interfaces.push(GuestInterface {
+            name: link.name.clone(),
+            mac: link.mac,
+            mtu: link.mtu,
+            addresses: own.map(|own| guest_address(own, link.index, &routes).to_string()).collect(),
+            tap,
+        });
+    }
+    Ok(Guest { interfaces, routes: guest_routes(&links, routes) })
+}
+
+async fn links(netlink: &rtnetlink::Handle, main: &str) -> Result<Vec<Link>, Error> {
+    let found: Vec<LinkMessage> =
+        netlink.link().get().execute().try_collect().await.map_err(failed("list interfaces"))?;
+    let mut links: Vec<Link> = found.iter().filter_map(usable).collect();
+    // The main one first; `false` sorts before `true`.
+    links.sort_by_key(|link| (link.name != main, link.index));
+    if links.first().is_none_or(|link| link.name != main) {
+        return Err(Error::NoInterface(main.to_owned()));
+    }
+    if links.len() > MAX_INTERFACES {
+        return Err(Error::TooMany(links.len()));
+    }
+    Ok(links)
+}
+
+/// Ethernet and up: that leaves out `lo` and the devices that some modules put
+/// into every new namespace (`gretap0`, `erspan0`).
+fn usable(message: &LinkMessage) -> Option<Link> {
+    let header = &message.header;
+    if header.link_layer_type != LinkLayerType::Ether || !header.flags.contains(LinkFlags::Up) {
+        return None;
+    }
+    let (mut name, mut mac, mut mtu) = (None, None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(value) => name = Some(value.clone()),
+            LinkAttribute::Address(value) => mac = <[u8; 6]>::try_from(value.as_slice()).ok(),
+            LinkAttribute::Mtu(value) => mtu = Some(u16::try_from(*value).unwrap_or(u16::MAX)),
+            _ => {}
+        }
+    }
+    Some(Link { index: header.index, name: name?, mac: mac?, mtu: mtu? })
+}
+
+/// Addresses with the index of their interface, without IPv6 link-local ones:
+/// the guest makes the same from the same MAC.
+async fn addresses(netlink: &rtnetlink::Handle) -> Result<Vec<(u32, Cidr)>, Error> {
+    let found: Vec<_> =
+        netlink.address().get().execute().try_collect().await.map_err(failed("list addresses"))?;
+    let mut addresses = Vec::new();
+    for message in found {
+        // IFA_LOCAL is the interface's own where IFA_ADDRESS is its peer's.
+        let (mut local, mut address) = (None, None);
+        for attribute in &message.attributes {
+            match attribute {
+                AddressAttribute::Local(value) => local = Some(*value),
+                AddressAttribute::Address(value) => address = Some(*value),
+                _ => {}
+            }
+        }
+        let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        if let Some(address) = local.or(address).filter(|ip| !link_local(ip)) {
+            addresses.push((message.header.index, Cidr { address, prefix: message.header.prefix_len }));
+        }
+    }
+    Ok(addresses)
+}
+
+async fn routes(netlink: &rtnetlink::Handle, family: AddressFamily) -> Result<Vec<HostRoute>, Error> {
+    let filter = match family {
+        AddressFamily::Inet6 => RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+        _ => RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+    };
+    let found: Vec<RouteMessage> =
+        netlink.route().get(filter).execute().try_collect().await.map_err(failed("list routes"))?;
+    Ok(found.iter().filter_map(host_route).collect())
+}
+
+fn host_route(message: &RouteMessage) -> Option<HostRoute> {
+    let header = &message.header;
+    if header.table != RouteHeader::RT_TABLE_MAIN
+        || header.kind != RouteType::Unicast
+        || header.protocol == RouteProtocol::Ra
+    {
+        return None;
+    }
+    let v6 = header.address_family == AddressFamily::Inet6;
+    let mut destination = if v6 {
+        IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED)
+    } else {
+        std::net::Ipv4Addr::UNSPECIFIED.into()
+    };
+    let (mut gateway, mut link) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(to) => destination = ip(to)?,
+            RouteAttribute::Gateway(via) => gateway = Some(ip(via)?),
+            RouteAttribute::Oif(index) => link = Some(*index),
+            _ => {}
+        }
+    }
+    let link_local = matches!(destination, IpAddr::V6(ip) if ip.is_unicast_link_local() || ip.is_multicast());
+    let kernel = header.protocol == RouteProtocol::Kernel;
+    if link_local && kernel {
+        return None;
+    }
+    Some(HostRoute {
+        destination: Cidr { address: destination, prefix: header.destination_prefix_length },
+        gateway,
+        link: link?,
+        onlink: header.flags.contains(RouteFlags::Onlink),
+        kernel,
+    })
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some((*ip).into()),
+        RouteAddress::Inet6(ip) => Some((*ip).into()),
+        _ => None,
+    }
+}
+
+/// An address as the guest is to configure it. Adding one with a prefix makes
+/// the kernel route the whole prefix to the link; where a plugin has removed
+/// that route (ptp does, to send all traffic to its gateway), the guest gets
+/// the address alone so that its kernel makes none.
+fn guest_address(own: Cidr, link: u32, routes: &[HostRoute]) -> Cidr {
+    let connected = routes.iter().any(|route| {
+        route.kernel
+            && route.link == link
+            && route.destination.prefix == own.prefix
+            && route.destination.contains(own.address)
+    });
+    if connected { own } else { Cidr::host(own.address) }
+}
+
+/// Routes as the guest is to add them: those on the link come first, because
+/// the others' gateways must be reachable, and a gateway that is "onlink" gets
+/// a route of its own. What the kernel made by itself the guest's will, too.
+fn guest_routes(links: &[Link], routes: Vec<HostRoute>) -> Vec<Route> {
+    let mut wanted: Vec<HostRoute> = Vec::new();
+    for route in routes.into_iter().filter(|route| !route.kernel) {
+        if let Some(gateway) = route.gateway.filter(|_| route.onlink) {
+            let to_gateway = HostRoute {
+                destination: Cidr::host(gateway),
+                gateway: None,
+                link: route.link,
+                onlink: false,
+                kernel: false,
+            };
+            if !wanted.contains(&to_gateway) {
+                wanted.push(to_gateway);
+            }
+        }
+        wanted.push(route);
+    }
+    wanted.sort_by_key(|route| (route.gateway.is_some(), std::cmp::Reverse(route.destination.prefix)));
+    let name = |index| links.iter().find(|link| link.index == index).map(|link| link.name.clone());
+    let named = wanted.into_iter().filter_map(|route| {
+        let interface = name(route.link)?;
+        Some(Route { destination: route.destination.to_string(), gateway: route.gateway, interface })
+    });
+    named.collect()
+}
+
+/// Makes the tap of an interface and the two filters between them.
+async fn join_one(netlink: &rtnetlink::Handle, link: &Link, tap_name: &str) -> Result<OwnedFd, Error> {
+    let step = |what: &str| format!("{what} of {}", link.name);
+    let io_failed = |what: &str| {
+        let step = step(what);
+        move |source| Error::Kernel { step, source }
+    };
+    let tap = tap::create(tap_name).map_err(io_failed("make the tap"))?;
+    quieten(tap_name).map_err(io_failed("switch off IPv6 on the tap"))?;
+    let found = netlink.link().get().match_name(tap_name.to_owned()).execute();
+    let found: Vec<LinkMessage> = found.try_collect().await.map_err(failed(step("find the tap")))?;
+    let index = found.first().map(|message| message.header.index).unwrap_or_default();
+    let up = LinkUnspec::new_with_index(index).mtu(u32::from(link.mtu)).up().build();
+    netlink.link().set(up).execute().await.map_err(failed(step("bring up the tap")))?;
+    redirect(netlink, link.index, index).await.map_err(failed(step("redirect the traffic")))?;
+    redirect(netlink, index, link.index).await.map_err(failed(step("redirect the traffic of the tap")))?;
+    Ok(tap)
+}
+
+/// The namespace's kernel must not send its own neighbour discovery and
+/// multicast reports into the guest.
+fn quieten(interface: &str) -> io::Result<()> {
+    // Under /proc/sys/net is the namespace of the thread that asks.
+    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1") {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written,
+    }
+}
+
+/// Sends what arrives at one interface out of another. A u32 filter without a
+/// condition is used and not `matchall`, which fewer kernels have.
+async fn redirect(netlink: &rtnetlink::Handle, from: u32, to: u32) -> Result<(), rtnetlink::Error> {
+    const INGRESS: u32 = 0xffff_0000;
+    const ETH_P_ALL: u16 = (libc::ETH_P_ALL as u16).to_be();
+    let from = from.cast_signed();
+    netlink.qdisc().add(from).ingress().execute().await?;
+    netlink.traffic_filter(from).add().parent(INGRESS).protocol(ETH_P_ALL).redirect(to)?.execute().await
+}
+
+fn failed(step: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Error {
+    let step = step.into();
+    move |error| {
+        let source = match error {
+            rtnetlink::Error::NetlinkError(message) => message.to_io(),
+            other => io::Error::other(other.to_string()),
+        };
+        Error::Kernel { step, source }
+    }
+}

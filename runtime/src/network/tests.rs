@@ -1,0 +1,413 @@
+//! Whole attachments with the distribution's plugins, in a "host" of the
+//! test's own: a thread with its own network and mount namespaces, so that
+//! neither bridges nor firewall rules nor `/run/netns` of the machine are
+//! touched. Needs root and the plugins bridge, ptp, host-local and portmap.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::*;
+
+/// Writes an executable shell script. Not by this process: a descriptor open
+/// for writing that a fork of another test inherits makes its execution fail.
+pub fn script(path: &Path, text: &str) {
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    install.stdin.take().unwrap().write_all(format!("#!/bin/sh\n{text}\n").as_bytes()).unwrap();
+    assert!(install.wait().unwrap().success());
+}
+
+/// A host with nothing on it but a loopback interface.
+struct Host {
+    dir: TempDir,
+}
+
+impl Host {
+    /// Runs a test on a host of its own. Threads and processes that it starts
+    /// are on that host, too.
+    fn run(test: impl AsyncFnOnce(Host) + Send + 'static) {
+        let host = std::thread::spawn(move || {
+            let dir = tempfile::tempdir().unwrap();
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("these tests need root");
+            let none = None::<&str>;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            mount(none, "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            netns::with_netlink(async |netlink| {
+                let up = rtnetlink::LinkUnspec::new_with_index(1).up().build();
+                netlink.link().set(up).execute().await.unwrap();
+            })
+            .unwrap();
+            for name in ["net.d", "bin", "leases"] {
+                fs::create_dir(dir.path().join(name)).unwrap();
+            }
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(test(Host { dir }));
+        });
+        if let Err(panic) = host.join() {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// As a daemon finds it after a start.
+    fn network(&self) -> Network {
+        Network::new(NetworkConfig {
+            conf_dir: self.path("net.d"),
+            bin_dirs: vec![self.path("bin"), "/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            cache_dir: self.path("records"),
+            plugin_timeout: Duration::from_secs(60),
+        })
+    }
+
+    fn configure(&self, plugins: Value) {
+        let list = json!({"cniVersion": "1.0.0", "name": "testnet", "plugins": plugins});
+        fs::write(self.path("net.d/10-test.conflist"), list.to_string()).unwrap();
+    }
+
+    /// A bridge with addresses of both families, and a default route.
+    fn bridge(&self) -> Value {
+        json!({
+            "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "mtu": 1400,
+            "ipam": {
+                "type": "host-local", "dataDir": self.path("leases"),
+                "ranges": [[{"subnet": "10.77.0.0/24"}], [{"subnet": "fd77::/64"}]],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+            },
+        })
+    }
+
+    /// Addresses that are leased now.
+    fn leases(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.path("leases/testnet")) else { return Vec::new() };
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("10.") || name.starts_with("fd")).collect()
+    }
+
+    /// Fails when anything of a pod is left.
+    fn assert_clean(&self) {
+        assert_eq!(self.network().recorded().unwrap(), Vec::<String>::new());
+        assert_eq!(self.leases(), Vec::<String>::new());
+        let pinned: Vec<_> = fs::read_dir("/run/netns").map(Iterator::collect).unwrap_or_default();
+        assert!(pinned.is_empty(), "{pinned:?}");
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap();
+        assert!(!mounts.contains("/run/netns/"), "{mounts}");
+        assert_eq!(interfaces("veth"), Vec::<String>::new());
+    }
+}
+
+/// Interfaces of the calling thread's namespace.
+fn interfaces(prefix: &str) -> Vec<String> {
+    let table = fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+    let names = table.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim().to_owned());
+    names.filter(|name| name.starts_with(prefix)).collect()
+}
+
+fn pod<'a>(id: &'a str, port_mappings: &'a [PortMapping]) -> PodRef<'a> {
+    PodRef { sandbox_id: id, namespace: "default", name: "web", uid: "u-1", port_mappings }
+}
+
+/// A guest in as much as the network can tell: it answers ARP for its address.
+struct FakeGuest {
+    tap: File,
+    mac: [u8; 6],
+    ip: Ipv4Addr,
+}
+
+/// The virtio net header that a tap with `IFF_VNET_HDR` puts before a frame.
+const HEADER: usize = 10;
+
+impl FakeGuest {
+    fn new(attachment: &Attachment) -> Self {
+        let interface = &attachment.interfaces[0];
+        let IpAddr::V4(ip) = attachment.ips[0] else { panic!("{:?}", attachment.ips) };
+        Self { tap: File::from(interface.tap.try_clone().unwrap()), mac: interface.mac, ip }
+    }
+
+    fn arp(&mut self, operation: u8, to: [u8; 6], target_mac: [u8; 6], target: Ipv4Addr) {
+        let mut frame = vec![0; HEADER];
+        frame.extend(to);
+        frame.extend(self.mac);
+        frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, operation]);
+        frame.extend(self.mac);
+        frame.extend(self.ip.octets());
+        frame.extend(target_mac);
+        frame.extend(target.octets());
+        self.tap.write_all(&frame).unwrap();
+    }
+
+    /// The next frame that `wanted` accepts; ARP requests are answered.
+    fn receive(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut buffer = [0; 4096];
+        loop {
+            assert!(Instant::now() < deadline, "the frame did not arrive");
+            let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(&self.tap), PollFlags::POLLIN)];
+            if poll(&mut ready, PollTimeout::from(500u16)).unwrap() == 0 {
+                continue;
+            }
+            let length = self.tap.read(&mut buffer).unwrap();
+            let frame = &buffer[HEADER..length];
+            if wanted(frame) {
+                return frame.to_vec();
+            }
+            let arp_request = frame[12..14] == [8, 6] && frame[21] == 1;
+            if arp_request && frame[38..42] == self.ip.octets() {
+                let asker: [u8; 6] = frame[22..28].try_into().unwrap();
+                let address = Ipv4Addr::from(<[u8; 4]>::try_from(&frame[28..32]).unwrap());
+                self.arp(2, asker, asker, address);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
+    Host::run(async |host| {
+        host.configure(json!([host.bridge()]));
+        let network = host.network();
+        network.ready().unwrap();
+        let attachment = network.attach(&pod("abcdef0123456789", &[])).await.unwrap();
+
+        assert_eq!(attachment.netns, Path::new("/run/netns/husk-abcdef012345"));
+        assert_eq!(attachment.ips, ["10.77.0.2".parse::<IpAddr>().unwrap(), "fd77::2".parse().unwrap()]);
+        let interface = &attachment.interfaces[0];
+        assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1400));
+        assert_eq!(interface.addresses, ["10.77.0.2/24", "fd77::2/64"]);
+        let routes: Vec<_> = attachment.routes.iter().map(|r| (r.destination.as_str(), r.gateway)).collect();
+        let via = |gateway: &str| Some(gateway.parse().unwrap());
+        assert_eq!(routes, [("0.0.0.0/0", via("10.77.0.1")), ("::/0", via("fd77::1"))]);
+
+        let in_pod = netns::run(&attachment.netns, || interfaces("")).await.unwrap();
+        assert!(
+            ["lo", "eth0", "tap0_husk"].iter().all(|name| in_pod.iter().any(|i| i == name)),
+            "{in_pod:?}"
+        );
+
+        // Out to the bridge, and its answer back in.
+        let mut guest = FakeGuest::new(&attachment);
+        guest.arp(1, [0xff; 6], [0; 6], Ipv4Addr::new(10, 77, 0, 1));
+        let reply = guest.receive(|frame| frame[12..14] == [8, 6] && frame[21] == 2);
+        assert_eq!(reply[..6], guest.mac);
+
+        // From the host to the guest; nobody but the guest answers its ARP.
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.send_to(b"hello", "10.77.0.2:7").unwrap();
+        let datagram = guest.receive(|frame| frame[12..14] == [8, 0] && frame.ends_with(b"hello"));
+        assert_eq!(datagram[..6], guest.mac);
+
+        drop((attachment, guest));
+        network.detach("abcdef0123456789").await.unwrap();
+        network.detach("abcdef0123456789").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn a_host_port_leads_to_the_guest() {
+    Host::run(async |host| {
+        host.configure(json!([host.bridge(), {"type": "portmap", "capabilities": {"portMappings": true}}]));
+        let mappings =
+            [PortMapping { host_port: 8053, container_port: 53, protocol: Protocol::Udp, host_ip: None }];
+        let network = host.network();
+        let attachment = network.attach(&pod("aa", &mappings)).await.unwrap();
+        let mut guest = FakeGuest::new(&attachment);
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.send_to(b"query", "10.77.0.1:8053").unwrap();
+        let datagram = guest.receive(|frame| frame[12..14] == [8, 0] && frame.ends_with(b"query"));
+        assert_eq!(datagram[36..38], 53u16.to_be_bytes());
+        drop((attachment, guest));
+        network.detach("aa").await.unwrap();
+        host.assert_clean();
+        let rules = Command::new("iptables-save").output().unwrap();
+        let rules = String::from_utf8(rules.stdout).unwrap();
+        assert!(!rules.contains("8053") && !rules.contains("10.77.0.2"), "{rules}");
+    });
+}
+
+#[test]
+fn point_to_point_routes_are_carried_over() {
+    Host::run(async |host| {
+        host.configure(json!([{
+            "type": "ptp", "ipam": {
+                "type": "host-local", "dataDir": host.path("leases"), "subnet": "10.78.0.0/24",
+                "routes": [{"dst": "0.0.0.0/0"}],
+            },
+        }]));
+        let network = host.network();
+        let attachment = network.attach(&pod("aa", &[])).await.unwrap();
+        // ptp wants all traffic to go by its gateway, that of the subnet, too.
+        assert_eq!(attachment.interfaces[0].addresses, ["10.78.0.2/32"]);
+        let routes: Vec<_> = attachment.routes.iter().map(|r| (r.destination.as_str(), r.gateway)).collect();
+        let gateway = Some("10.78.0.1".parse().unwrap());
+        assert_eq!(routes, [("10.78.0.1/32", None), ("10.78.0.0/24", gateway), ("0.0.0.0/0", gateway)]);
+        drop(attachment);
+        network.detach("aa").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn a_pod_is_disconnected_with_the_configuration_that_connected_it() {
+    Host::run(async |host| {
+        host.configure(json!([host.bridge()]));
+        let attachment = host.network().attach(&pod("aa", &[])).await.unwrap();
+        assert_eq!(host.leases().len(), 2);
+        drop(attachment);
+        // Another daemon, after the configuration has gone.
+        fs::remove_file(host.path("net.d/10-test.conflist")).unwrap();
+        let network = host.network();
+        assert!(network.ready().unwrap_err().to_string().contains("no CNI configuration"));
+        assert_eq!(network.recorded().unwrap(), ["aa"]);
+        network.detach("aa").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn plugins_are_told_when_the_namespace_has_gone() {
+    Host::run(async |host| {
+        let log = host.path("log");
+        let text = format!(
+            r#"echo "$CNI_COMMAND [$CNI_NETNS]" >> {}; cat > /dev/null; echo '{{"ips":[{{"address":"10.0.0.2/8"}}]}}'"#,
+            log.display()
+        );
+        script(&host.path("bin/logger"), &text);
+        host.configure(json!([host.bridge(), {"type": "logger"}]));
+        let network = host.network();
+        let attachment = network.attach(&pod("aa", &[])).await.unwrap();
+        netns::remove(&attachment.netns).unwrap();
+        drop(attachment);
+        network.detach("aa").await.unwrap();
+        assert_eq!(fs::read_to_string(log).unwrap(), "ADD [/run/netns/husk-aa]\nDEL []\n");
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn a_failing_plugin_is_named_and_everything_before_it_undone() {
+    Host::run(async |host| {
+        for (text, words) in [
+            (
+                r#"echo '{"code":7,"msg":"no room"}'; exit 1"#,
+                "CNI plugin bad failed to ADD: no room (code 7)",
+            ),
+            ("exec sleep 600", "CNI plugin bad did not finish ADD within 1 s"),
+            ("echo garbage", "CNI plugin bad answered ADD with something that is no result: \"garbage\""),
+            ("exit 0", "it printed nothing"),
+            (r#"echo '{"ips": []}'"#, "no address"),
+            (r#"echo '{"ips": [{"address": "10.0.0.300/8"}]}'"#, "10.0.0.300/8"),
+        ] {
+            // On DEL it is as it should be, save for the one that hangs.
+            let text = format!(
+                r#"[ $CNI_COMMAND = ADD ] || case "{words}" in *finish*) ;; *) exit 0;; esac; {text}"#
+            );
+            script(&host.path("bin/bad"), &text.replace("\"garbage\"", ""));
+            host.configure(json!([host.bridge(), {"type": "bad"}]));
+            let mut network = host.network();
+            if words.contains("finish") {
+                network.plugins.timeout = Duration::from_secs(1);
+            }
+            let error = network.attach(&pod("aa", &[])).await.unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+            host.assert_clean();
+        }
+        host.configure(json!([host.bridge(), {"type": "absent"}]));
+        let error = host.network().attach(&pod("aa", &[])).await.unwrap_err().to_string();
+        assert!(error.contains("CNI plugin absent is not in"), "{error}");
+        assert!(host.network().ready().unwrap_err().to_string().contains("absent"));
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn what_an_interrupted_attach_has_done_is_undone_later() {
+    Host::run(async |host| {
+        script(&host.path("bin/slow"), "[ $CNI_COMMAND = DEL ] || exec sleep 600");
+        host.configure(json!([host.bridge(), {"type": "slow"}]));
+        let network = host.network();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let target = pod("aa", &[]);
+        let mut attach = Box::pin(network.attach(&target));
+        while host.leases().len() < 2 {
+            assert!(Instant::now() < deadline);
+            let step = tokio::time::timeout(Duration::from_millis(50), &mut attach).await;
+            assert!(step.is_err(), "{step:?}");
+        }
+        drop(attach);
+        let error = network.attach(&target).await.unwrap_err();
+        assert!(matches!(error, Error::Exists(_)), "{error}");
+        assert_eq!(host.network().recorded().unwrap(), ["aa"]);
+        host.network().detach("aa").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn a_plugin_that_cannot_disconnect_keeps_the_record_for_the_next_try() {
+    Host::run(async |host| {
+        let flag = host.path("fixed");
+        let text = format!(
+            r#"cat >/dev/null; [ $CNI_COMMAND = ADD ] || [ -e {} ] || {{ echo '{{"code":1,"msg":"busy"}}'; exit 1; }}
+               echo '{{"ips":[{{"address":"10.77.0.2/24"}}]}}'"#,
+            flag.display()
+        );
+        script(&host.path("bin/stubborn"), &text);
+        host.configure(json!([host.bridge(), {"type": "stubborn"}]));
+        let network = host.network();
+        drop(network.attach(&pod("aa", &[])).await.unwrap());
+        let error = network.detach("aa").await.unwrap_err().to_string();
+        assert_eq!(error, "CNI plugin stubborn failed to DEL: busy (code 1)");
+        assert_eq!(network.recorded().unwrap(), ["aa"]);
+        fs::write(flag, "").unwrap();
+        network.detach("aa").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn many_pods_at_once_get_addresses_of_their_own() {
+    Host::run(async |host| {
+        host.configure(json!([host.bridge()]));
+        let network = host.network();
+        let ids: Vec<String> = (0..4).map(|n| format!("pod{n}")).collect();
+        let pods: Vec<_> = ids.iter().map(|id| pod(id, &[])).collect();
+        let attached = futures::future::join_all(pods.iter().map(|pod| network.attach(pod))).await;
+        let mut ips: Vec<_> = attached.into_iter().map(|attachment| attachment.unwrap().ips[0]).collect();
+        ips.sort();
+        ips.dedup();
+        assert_eq!(ips.len(), 4);
+        for id in &ids {
+            network.detach(id).await.unwrap();
+        }
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn names_that_would_change_the_arguments_are_refused() {
+    let target = PodRef { name: "web;K8S_POD_UID=other", ..pod("aa", &[]) };
+    assert!(args(&target).unwrap_err().to_string().contains("K8S_POD_NAME"));
+    let all = args(&pod("aa", &[])).unwrap();
+    assert_eq!(
+        all,
+        "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=aa;K8S_POD_UID=u-1"
+    );
+}
