@@ -12,8 +12,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
-/// Most pieces of guest memory in one chain: what one `readv` takes (`IOV_MAX`).
-pub const MAX_SEGMENTS: usize = 1024;
+/// Most pieces of guest memory in one system call: what it takes (`IOV_MAX`),
+/// without one for a buffer of the device's own.
+pub const MAX_SEGMENTS: usize = 1023;
 
 /// A chain that the driver must not have made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,21 +85,6 @@ impl<'m> Buffers<'m> {
         Ok(buffers)
     }
 
-    /// Puts the bytes of another chain behind these, for a packet that takes
-    /// several chains.
-    ///
-    /// # Errors
-    /// Together they are too many pieces; nothing was appended.
-    pub fn append(&mut self, other: Self) -> Result<(), BadChain> {
-        if self.slices.len() + other.slices.len() > MAX_SEGMENTS {
-            return Err(BadChain::TooManySegments);
-        }
-        for slice in other.slices {
-            self.push(slice);
-        }
-        Ok(())
-    }
-
     fn push(&mut self, slice: VolatileSlice<'m>) {
         // A chain has at most 2^32 bytes, so a usize cannot overflow.
         self.len += slice.len();
@@ -144,10 +130,7 @@ impl<'m> Buffers<'m> {
     #[must_use]
     pub fn io_vecs(&self, offset: usize, len: usize) -> IoVecs<'m> {
         let mut io_vecs = IoVecs { vecs: Vec::with_capacity(self.slices.len()), memory: PhantomData };
-        for slice in self.range(offset, len) {
-            let base = slice.ptr_guard_mut().as_ptr().cast();
-            io_vecs.vecs.push(libc::iovec { iov_base: base, iov_len: slice.len() });
-        }
+        io_vecs.extend(self, offset, len);
         io_vecs
     }
 
@@ -168,13 +151,36 @@ impl<'m> Buffers<'m> {
 /// Guest memory as the kernel wants it for vectored I/O.
 ///
 /// The guest may change the bytes at any time; only the kernel touches them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct IoVecs<'m> {
     vecs: Vec<libc::iovec>,
     memory: PhantomData<&'m GuestMemoryMmap>,
 }
 
-impl IoVecs<'_> {
+impl<'m> IoVecs<'m> {
+    /// Adds `len` bytes of `buffers` from `offset` on, or what there is of them,
+    /// up to [`MAX_SEGMENTS`] in all. Returns how many bytes were added.
+    pub fn extend(&mut self, buffers: &Buffers<'m>, offset: usize, len: usize) -> usize {
+        let mut added = 0;
+        let room = MAX_SEGMENTS.saturating_sub(self.vecs.len());
+        for slice in buffers.range(offset, len).take(room) {
+            let base = slice.ptr_guard_mut().as_ptr().cast();
+            self.vecs.push(libc::iovec { iov_base: base, iov_len: slice.len() });
+            added += slice.len();
+        }
+        added
+    }
+
+    /// Adds a buffer of the device's own behind the guest's.
+    #[must_use]
+    pub fn with_tail<'t>(mut self, tail: &'t mut [u8]) -> IoVecs<'t>
+    where
+        'm: 't,
+    {
+        self.vecs.push(libc::iovec { iov_base: tail.as_mut_ptr().cast(), iov_len: tail.len() });
+        IoVecs { vecs: self.vecs, memory: PhantomData }
+    }
+
     /// There is nothing to read into or write from.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
@@ -186,8 +192,8 @@ impl IoVecs<'_> {
     /// # Errors
     /// The system call's.
     pub fn readv(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: the vectors point into guest memory that is borrowed for as
-        // long as `self` lives, and their number is at most `MAX_SEGMENTS`.
+        // SAFETY: the vectors point into guest memory or a device's buffer, both
+        // borrowed for as long as `self` lives.
         retry(|| unsafe { libc::readv(fd.as_raw_fd(), self.vecs.as_ptr(), self.count()) })
     }
 

@@ -5,7 +5,9 @@ pub mod config;
 pub mod device;
 pub mod interrupt;
 pub mod mmio;
+pub mod net;
 #[cfg(test)]
 pub(crate) mod test_utils;
+pub mod used_ring;
 pub mod vsock;
 pub mod watch;

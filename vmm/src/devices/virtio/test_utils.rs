@@ -152,6 +152,17 @@ impl DriverQueue {
         self.memory.write_obj(index, GuestAddress(self.available_ring() + 2)).unwrap();
     }
 
+    /// Sets the available ring's flags.
+    pub fn set_available_flags(&mut self, flags: u16) {
+        self.memory.write_obj(flags, GuestAddress(self.available_ring())).unwrap();
+    }
+
+    /// Sets `used_event`, from which on the driver wants an interrupt.
+    pub fn set_used_event(&mut self, index: u16) {
+        let at = self.available_ring() + 4 + u64::from(self.size) * 2;
+        self.memory.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
     /// The next used chain and how many bytes the device wrote.
     pub fn used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.memory.read_obj(GuestAddress(self.used_ring() + 2)).unwrap();

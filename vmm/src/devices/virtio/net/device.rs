@@ -1,0 +1,158 @@
+//! The device: its configuration, and one batch of work.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT;
+
+use super::rx::Receiver;
+use super::tap::{HEADER_LEN, MAX_PACKET, Tap};
+use super::tx::transmit;
+use crate::devices::virtio::config;
+use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
+use crate::devices::virtio::interrupt::USED_RING;
+use crate::devices::virtio::used_ring::needs_interrupt;
+use crate::devices::virtio::watch::QueueWatch;
+
+/// Index of the queue that carries packets to the guest.
+pub const RX: usize = 0;
+/// Index of the queue that carries packets from the guest.
+pub const TX: usize = 1;
+
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+
+/// Most packets in each direction before other devices get their turn.
+const BATCH: usize = 64;
+
+/// A network interface of the guest.
+pub struct Net {
+    pub(super) tap: Tap,
+    pub(super) watch: QueueWatch,
+    pub(super) mac: [u8; 6],
+    pub(super) mtu: u16,
+    active: Option<Active>,
+}
+
+struct Active {
+    activation: Activation,
+    receiver: Receiver,
+}
+
+impl Net {
+    /// An interface on `tap`, a descriptor of `/dev/net/tun` that was set up
+    /// with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    ///
+    /// # Errors
+    /// It is no such descriptor, or the process has too many open files.
+    pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
+        Ok(Self { tap: Tap::new(tap)?, watch: QueueWatch::new()?, mac, mtu, active: None })
+    }
+
+    /// The tap has packets.
+    pub(super) fn tap_is_readable(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.receiver.readable = true;
+        }
+    }
+
+    /// Moves packets both ways, at most a batch.
+    pub(super) fn serve(&mut self) {
+        let Some(Active { activation, receiver }) = &mut self.active else { return };
+        let Activation { memory, queues, interrupt, .. } = activation;
+        let [rx, tx] = queues.as_mut_slice() else { return };
+        let before = (rx.next_used(), tx.next_used());
+        let (mut to_send, mut to_receive) = (BATCH, BATCH);
+        transmit(&self.tap, memory, tx, &mut to_send);
+        receiver.receive(&self.tap, memory, rx, &mut to_receive);
+        if needs_interrupt(rx, memory, before.0) || needs_interrupt(tx, memory, before.1) {
+            interrupt.trigger(USED_RING);
+        }
+        if to_send == 0 || to_receive == 0 {
+            self.watch.wake();
+        }
+    }
+
+    /// `struct virtio_net_config` (virtio 1.2 §5.1.4).
+    fn config(&self) -> [u8; 12] {
+        let mut space = [0; 12];
+        let [mac @ .., _, _, _, _, mtu_low, mtu_high] = &mut space;
+        mac.copy_from_slice(&self.mac);
+        [*mtu_low, *mtu_high] = self.mtu.to_le_bytes();
+        space
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_MRG_RXBUF,
+        ]
+        .into_iter()
+        .fold(self.tap.features(), |features, bit| features | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        config::read(&self.config(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let fail = |cause: String| ActivateError { device: "net", cause };
+        if activation.queues.len() != QUEUE_SIZES.len() {
+            return Err(fail(format!("there are {} queues instead of 2", activation.queues.len())));
+        }
+        let accepted = |bit: u32| activation.features & (1 << bit) != 0;
+        let large = [
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+            VIRTIO_NET_F_GUEST_USO4,
+            VIRTIO_NET_F_GUEST_USO6,
+        ]
+        .into_iter()
+        .any(accepted);
+        let longest = if large { MAX_PACKET } else { HEADER_LEN + 18 + usize::from(self.mtu) };
+        let receiver = Receiver::new(accepted(VIRTIO_NET_F_MRG_RXBUF), longest);
+        let event_idx = accepted(VIRTIO_RING_F_EVENT_IDX);
+        for queue in &mut activation.queues {
+            queue.set_event_idx(event_idx);
+        }
+        self.tap
+            .accept(activation.features)
+            .map_err(|error| fail(format!("set the tap's offloads: {error}")))?;
+        self.watch.activate(&activation.queue_events).map_err(|error| fail(error.to_string()))?;
+        self.active = Some(Active { activation, receiver });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.watch.reset();
+        // It fails only if the interface is gone, and then nothing comes.
+        let _ = self.tap.accept(0);
+    }
+
+    fn activation(&self) -> Option<&Activation> {
+        self.active.as_ref().map(|active| &active.activation)
+    }
+}

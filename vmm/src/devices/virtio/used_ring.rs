@@ -1,0 +1,108 @@
+//! The used ring of a queue whose chains belong together.
+//!
+//! `virtio_queue` shows the driver each used chain by itself. A packet that
+//! takes several chains must appear at once (virtio 1.2 §5.1.6.4.1), and what
+//! appears at once counts as one step for the suppression of interrupts.
+
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Error, Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Puts chains, given as head and written length, into the used ring such that
+/// the driver sees all of them or none.
+///
+/// # Errors
+/// The ring cannot be written, or a head is none of the queue's.
+pub fn add_used_together(
+    queue: &mut Queue,
+    memory: &GuestMemoryMmap,
+    chains: &[(u16, u32)],
+) -> Result<(), Error> {
+    let Some((&(last_head, last_len), others)) = chains.split_last() else { return Ok(()) };
+    let mut next = queue.next_used();
+    for &(head, len) in others {
+        if head >= queue.size() {
+            return Err(Error::InvalidDescriptorIndex);
+        }
+        let slot = u64::from(next.checked_rem(queue.size()).unwrap_or_default());
+        let address = queue.used_ring().checked_add(4 + slot * 8).ok_or(Error::AddressOverflow)?;
+        // `struct virtq_used_elem`: the head, and behind it the length.
+        let element = u64::from(head) | u64::from(len) << 32;
+        memory.write_obj(element.to_le(), GuestAddress(address)).map_err(Error::GuestMemory)?;
+        next = next.wrapping_add(1);
+    }
+    // The last one moves the index, past all of them.
+    queue.set_next_used(next);
+    queue.add_used(memory, last_head, last_len)
+}
+
+/// Whether the driver wants an interrupt for what was used since the used
+/// index was `since` (virtio 1.2 §2.7.7).
+#[must_use]
+pub fn needs_interrupt(queue: &Queue, memory: &GuestMemoryMmap, since: u16) -> bool {
+    let now = queue.next_used();
+    if now == since {
+        return false;
+    }
+    // The driver sets what it wants, and then looks at the ring again.
+    fence(Ordering::SeqCst);
+    let read = |offset: u64| {
+        let address = GuestAddress(queue.avail_ring().checked_add(offset)?);
+        memory.load::<u16>(address, Ordering::Relaxed).ok().map(u16::from_le)
+    };
+    if queue.event_idx_enabled() {
+        let Some(event) = read(4 + u64::from(queue.size()) * 2) else { return true };
+        now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(since)
+    } else {
+        read(0).is_none_or(|flags| u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::devices::virtio::test_utils::{DriverQueue, Part, memory};
+
+    #[test]
+    fn chains_appear_together_and_in_order() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0, 4);
+        let mut queue = driver.queue();
+        for round in 0..5 {
+            let heads: Vec<u16> = (0..3).map(|_| driver.add(&[Part::writable(0x10_0000, 8)])).collect();
+            let used: Vec<(u16, u32)> = heads.iter().map(|&head| (head, round * 8)).collect();
+            add_used_together(&mut queue, &memory, &used).unwrap();
+            let seen: Vec<(u16, u32)> = std::iter::from_fn(|| driver.used()).collect();
+            assert_eq!(seen, used);
+        }
+        assert!(add_used_together(&mut queue, &memory, &[(4, 0)]).is_err());
+    }
+
+    #[test]
+    fn the_driver_chooses_its_interrupts() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0, 16);
+        let mut queue = driver.queue();
+        assert!(!needs_interrupt(&queue, &memory, 0));
+        queue.set_next_used(3);
+        assert!(needs_interrupt(&queue, &memory, 0));
+        driver.set_available_flags(1);
+        assert!(!needs_interrupt(&queue, &memory, 0));
+
+        queue.set_event_idx(true);
+        // "When you use the chain with this index."
+        for (event, since, wanted) in
+            [(2, 0, true), (0, 0, true), (3, 0, false), (1, 2, false), (9, 0, false)]
+        {
+            driver.set_used_event(event);
+            assert_eq!(needs_interrupt(&queue, &memory, since), wanted, "{event} since {since}");
+        }
+        queue.set_next_used(1);
+        driver.set_used_event(u16::MAX);
+        assert!(needs_interrupt(&queue, &memory, u16::MAX - 1));
+    }
+}
