@@ -6,6 +6,7 @@ pub mod device;
 pub mod interrupt;
 pub mod mmio;
 pub mod net;
+pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_utils;
 pub mod used_ring;
