@@ -1,5 +1,6 @@
 //! Virtio devices (virtio 1.2), each in a folder of its own.
 
+pub mod balloon;
 pub mod buffers;
 pub mod config;
 pub mod device;

@@ -1,0 +1,212 @@
+//! The device: its configuration, and what the queues ask for.
+
+use std::io;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use super::pages::{release, runs};
+use crate::devices::virtio::buffers::{Buffers, MAX_SEGMENTS};
+use crate::devices::virtio::config;
+use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
+use crate::devices::virtio::interrupt::{CONFIG_CHANGE, USED_RING};
+use crate::devices::virtio::used_ring::needs_interrupt;
+use crate::devices::virtio::watch::QueueWatch;
+use crate::memory::PAGE;
+
+// Feature bits (virtio 1.2 §5.5.3).
+const DEFLATE_ON_OOM: u32 = 2;
+const PAGE_REPORTING: u32 = 5;
+
+/// Inflating, deflating, and reporting. Queues whose features are not offered
+/// are not counted (virtio 1.2 §5.5.2), so reporting comes third.
+const QUEUE_SIZES: [u16; 3] = [128, 128, 128];
+
+/// Balloon pages per MiB. They have 4 KiB whatever the machine (§5.5.6).
+const PAGES_PER_MIB: u32 = 256;
+
+/// Most page numbers of one request that are looked at; Linux sends 256.
+const MAX_NUMBERS: usize = 4096;
+/// Most bytes of one report that are given back; Linux sends 128 MiB.
+const MAX_REPORT: u64 = 256 << 20;
+/// Most requests of each queue before other devices get their turn: giving
+/// memory back takes time.
+const BATCH: usize = 8;
+
+/// Place of `actual` in the configuration space.
+const ACTUAL: std::ops::Range<u64> = 4..8;
+
+/// The balloon.
+pub struct Balloon {
+    pub(super) watch: QueueWatch,
+    /// Pages that the host wants.
+    pub(super) wanted: u32,
+    /// Pages that the driver says it has given.
+    pub(super) actual: u32,
+    activation: Option<Activation>,
+}
+
+impl Balloon {
+    /// An empty balloon.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { watch: QueueWatch::new()?, wanted: 0, actual: 0, activation: None })
+    }
+
+    /// Asks the guest to make the balloon this large, MiB. It gives what it
+    /// can, see [`actual_mib`](Self::actual_mib).
+    pub fn set_size_mib(&mut self, size: u32) {
+        self.wanted = size.saturating_mul(PAGES_PER_MIB);
+        if let Some(activation) = &self.activation {
+            activation.interrupt.trigger(CONFIG_CHANGE);
+        }
+    }
+
+    /// How large the balloon is, MiB, as the guest says.
+    #[must_use]
+    pub const fn actual_mib(&self) -> u32 {
+        self.actual / PAGES_PER_MIB
+    }
+
+    /// Answers requests, at most a batch.
+    pub(super) fn serve(&mut self) {
+        let Some(Activation { memory, queues, interrupt, .. }) = &mut self.activation else { return };
+        let [inflate, deflate, report] = queues.as_mut_slice() else { return };
+        let mut finished = true;
+        let mut serve = |queue: &mut Queue, handle: &dyn Fn(DescriptorChain<&GuestMemoryMmap>)| {
+            let before = queue.next_used();
+            finished &= answer(memory, queue, handle);
+            if needs_interrupt(queue, memory, before) {
+                interrupt.trigger(USED_RING);
+            }
+        };
+        serve(inflate, &|chain| take_pages(memory, chain));
+        // The guest may use its pages again without being told (§5.5.6.1).
+        serve(deflate, &|_| {});
+        serve(report, &|chain| take_report(memory, chain));
+        if !finished {
+            self.watch.wake();
+        }
+    }
+}
+
+/// True if all requests of a queue are answered.
+fn answer(
+    memory: &GuestMemoryMmap,
+    queue: &mut Queue,
+    handle: &dyn Fn(DescriptorChain<&GuestMemoryMmap>),
+) -> bool {
+    for _ in 0..BATCH {
+        let Some(chain) = next_chain(memory, queue) else { return true };
+        let head = chain.head_index();
+        handle(chain);
+        if queue.add_used(memory, head, 0).is_err() {
+            return true;
+        }
+    }
+    false
+}
+
+fn next_chain<'m>(
+    memory: &'m GuestMemoryMmap,
+    queue: &mut Queue,
+) -> Option<DescriptorChain<&'m GuestMemoryMmap>> {
+    queue.pop_descriptor_chain(memory).or_else(|| {
+        // The second condition is false for a ring index from nowhere.
+        let more = queue.enable_notification(memory).unwrap_or(false) && queue.iter(memory).is_ok();
+        if more { queue.pop_descriptor_chain(memory) } else { None }
+    })
+}
+
+/// Page numbers of 32 bits each, for the balloon.
+fn take_pages(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) {
+    let Ok(buffers) = Buffers::readable(memory, chain) else { return };
+    let mut numbers = Vec::new();
+    let mut bytes = [0; 1024];
+    let mut offset = 0;
+    while numbers.len() < MAX_NUMBERS {
+        let len = buffers.read(offset, &mut bytes);
+        let (whole, _) = bytes.get(..len).unwrap_or_default().as_chunks();
+        if whole.is_empty() {
+            break;
+        }
+        numbers.extend(whole.iter().copied().map(u32::from_le_bytes));
+        offset += len;
+    }
+    for (first, count) in runs(&mut numbers) {
+        release(memory, u64::from(first) * PAGE, u64::from(count) * PAGE);
+    }
+}
+
+/// Free memory is what the descriptors point to; its content is not looked at.
+fn take_report(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) {
+    let mut left = MAX_REPORT;
+    for descriptor in chain.take(MAX_SEGMENTS).filter(|descriptor| descriptor.is_write_only()) {
+        let len = u64::from(descriptor.len());
+        let Some(rest) = left.checked_sub(len) else { return };
+        left = rest;
+        release(memory, descriptor.addr().0, len);
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BALLOON
+    }
+
+    fn features(&self) -> u64 {
+        [VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, DEFLATE_ON_OOM, PAGE_REPORTING]
+            .into_iter()
+            .fold(0, |features, bit| features | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = u64::from(self.wanted) | u64::from(self.actual) << 32;
+        config::read(&space.to_le_bytes(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let mut actual = self.actual.to_le_bytes();
+        for (place, byte) in (offset..ACTUAL.end).zip(data) {
+            let index = place.checked_sub(ACTUAL.start).and_then(|index| usize::try_from(index).ok());
+            if let Some(to) = index.and_then(|index| actual.get_mut(index)) {
+                *to = *byte;
+            }
+        }
+        self.actual = u32::from_le_bytes(actual);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let fail = |cause: String| ActivateError { device: "balloon", cause };
+        if activation.queues.len() != QUEUE_SIZES.len() {
+            return Err(fail(format!("there are {} queues instead of 3", activation.queues.len())));
+        }
+        let event_idx = activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        for queue in &mut activation.queues {
+            queue.set_event_idx(event_idx);
+        }
+        self.watch.activate(&activation.queue_events).map_err(|error| fail(error.to_string()))?;
+        self.activation = Some(activation);
+        Ok(())
+    }
+
+    /// What the host wants stays; a new driver starts with an empty balloon.
+    fn reset(&mut self) {
+        self.activation = None;
+        self.actual = 0;
+        self.watch.reset();
+    }
+
+    fn activation(&self) -> Option<&Activation> {
+        self.activation.as_ref()
+    }
+}
