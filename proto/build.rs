@@ -9,6 +9,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo::rerun-if-changed={proto}");
     }
     let descriptors = protox::compile(&protos, ["."])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // huskd keeps CRI messages in its state files, and shows them to people.
+    tonic_prost_build::configure()
+        .message_attribute(".runtime.v1", "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]")
+        .compile_fds(descriptors)?;
     Ok(())
 }

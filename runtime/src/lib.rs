@@ -1,4 +1,18 @@
 //! huskd, the CRI server of a node.
+//!
+//! A request arrives in [`cri`], where one file per verb tells its story; it
+//! changes what [`sandbox`] and [`container`] keep, with the help of [`image`],
+//! [`network`], [`storage`], [`vm`] and [`agent`].
 
+pub mod agent;
+pub mod config;
+pub mod container;
+pub mod cri;
+pub mod id;
 pub mod image;
 pub mod network;
+pub mod node;
+pub mod sandbox;
+pub mod storage;
+pub mod telemetry;
+pub mod vm;

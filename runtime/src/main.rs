@@ -1,3 +1,50 @@
 //! `huskd`: the CRI server of a node.
 
-fn main() {}
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Parser;
+use husk_runtime::config::Config;
+use husk_runtime::node::Node;
+use husk_runtime::{cri, sandbox, telemetry};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The CRI server of a node: every pod in a virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration; without the file everything has its default.
+    #[arg(long, default_value = "/etc/husk/config.toml", env = "HUSK_CONFIG")]
+    config: PathBuf,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    telemetry::start();
+    // The one TLS provider that is linked; a second call would be the error.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .thread_stack_size(1 << 20)
+        .enable_all()
+        .build()
+        .context("start threads")?
+        .block_on(run(arguments))
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let config = Config::load(&arguments.config)?;
+    let node = Arc::new(Node::open(config)?);
+    sandbox::recover::recover(&node).await.context("recover what an earlier huskd left")?;
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    cri::serve::serve(node, async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping; pods live on");
+    })
+    .await
+}

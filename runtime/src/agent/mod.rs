@@ -1,0 +1,145 @@
+//! The only code that talks to the agent in a machine.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_proto::agent::agent_client::AgentClient;
+use husk_proto::agent::{GRPC_PORT, STREAM_PORT, stream};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// Most time until the guest has accepted a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A connection to one agent.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    client: AgentClient<Channel>,
+    vsock: PathBuf,
+    timeout: Duration,
+}
+
+impl Agent {
+    /// Connects through the unix socket of the machine's vsock device.
+    ///
+    /// # Errors
+    /// In words.
+    pub async fn connect(vsock: PathBuf, timeout: Duration) -> Result<Self, String> {
+        let path = vsock.clone();
+        // The name is for the protocol's sake; the connector knows where to go.
+        let channel = Endpoint::from_static("http://agent")
+            .connect_timeout(CONNECT_TIMEOUT)
+            .connect_with_connector(tower::service_fn(move |_| {
+                let path = path.clone();
+                async move { connect_port(&path, GRPC_PORT).await.map(TokioIo::new) }
+            }))
+            .await
+            .map_err(|error| chain(&error))?;
+        Ok(Self { client: AgentClient::new(channel), vsock, timeout })
+    }
+
+    /// For calls that end by themselves: each gets the handler's time limit.
+    ///
+    /// # Errors
+    /// The agent's, or `DeadlineExceeded`.
+    pub async fn call<T>(
+        &self,
+        stage: &'static str,
+        call: impl AsyncFnOnce(AgentClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+    ) -> Result<T, Error> {
+        match tokio::time::timeout(self.timeout, call(self.client.clone())).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(Error { stage, status: Box::new(status) }),
+            Err(_) => Err(Error {
+                stage,
+                status: Box::new(tonic::Status::deadline_exceeded(format!(
+                    "no answer within {} s",
+                    self.timeout.as_secs()
+                ))),
+            }),
+        }
+    }
+
+    /// For the call that waits for a process to end.
+    #[must_use]
+    pub fn unlimited(&self) -> AgentClient<Channel> {
+        self.client.clone()
+    }
+
+    /// Opens one of a process's standard streams.
+    ///
+    /// # Errors
+    /// When the agent refuses, or does not answer in time.
+    pub async fn open_stream(&self, greeting: &stream::Greeting) -> io::Result<UnixStream> {
+        let open = async {
+            let mut socket = connect_port(&self.vsock, STREAM_PORT).await?;
+            socket.write_all(format!("{greeting}\n").as_bytes()).await?;
+            let answer = read_line(&mut socket).await?;
+            if answer == "OK" {
+                Ok(socket)
+            } else {
+                Err(io::Error::other(format!(
+                    "open {:?} of the process: agent says `{answer}`",
+                    greeting.kind
+                )))
+            }
+        };
+        tokio::time::timeout(CONNECT_TIMEOUT, open)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+/// The agent failed at something.
+#[derive(Debug, thiserror::Error)]
+#[error("{stage}: {}", status.message())]
+pub struct Error {
+    /// What was asked of it.
+    pub stage: &'static str,
+    /// Its answer.
+    pub status: Box<tonic::Status>,
+}
+
+async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut socket = UnixStream::connect(vsock).await?;
+    socket.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    let answer = read_line(&mut socket).await?;
+    if answer.starts_with("OK ") {
+        Ok(socket)
+    } else {
+        Err(io::Error::other(format!("the guest refused port {port}: `{answer}`")))
+    }
+}
+
+/// One short line, byte by byte: what follows it belongs to the stream.
+async fn read_line(socket: &mut UnixStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    while line.len() < stream::MAX_GREETING {
+        match socket.read_u8().await {
+            Ok(b'\n') => return Ok(String::from_utf8_lossy(&line).into_owned()),
+            Ok(byte) => line.push(byte),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(io::Error::new(
+                    io::ErrorKind::ConnectionRefused,
+                    format!("closed after `{}`", String::from_utf8_lossy(&line)),
+                ));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::other("answer too long"))
+}
+
+/// An error with all its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,259 @@
+//! What huskd can be told: `/etc/husk/config.toml`, every key optional.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// The whole file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The CRI server's unix socket.
+    pub socket: PathBuf,
+    /// What must survive a reboot: images, sandbox records, network leases.
+    pub state_dir: PathBuf,
+    /// What must not: sockets, logs of the VMMs.
+    pub run_dir: PathBuf,
+    /// The runtime handler that an empty `runtime_handler` selects.
+    pub default_handler: String,
+    /// CNI.
+    pub network: Network,
+    /// Images.
+    pub images: Images,
+    /// Runtime handlers by name.
+    pub handlers: BTreeMap<String, Handler>,
+}
+
+/// `[network]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// Where CNI configurations are.
+    pub conf_dir: PathBuf,
+    /// Where CNI plugins are, searched in this order.
+    pub bin_dirs: Vec<PathBuf>,
+    /// Most seconds that one plugin may take.
+    pub plugin_timeout_seconds: u64,
+}
+
+/// `[images]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Images {
+    /// Registries spoken to over plain HTTP, `host` or `host:port`. Loopback
+    /// addresses always are.
+    pub insecure_registries: Vec<String>,
+    /// Most seconds without a byte before a pull is given up.
+    pub stall_timeout_seconds: u64,
+    /// Most seconds that a pull may take in all.
+    pub pull_timeout_seconds: u64,
+}
+
+/// `[handlers.NAME]`: one kind of virtual machine.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Handler {
+    /// The `husk-vmm` program.
+    pub vmm: PathBuf,
+    /// The guest's kernel, an uncompressed `vmlinux`.
+    pub kernel: PathBuf,
+    /// The guest's root filesystem, an EROFS image.
+    pub rootfs: PathBuf,
+    /// vCPUs of a pod that asks for none.
+    pub vcpus: u8,
+    /// Guest memory that every pod has, MiB; a pod's memory limit is added.
+    pub memory_mib: u32,
+    /// Size of the pod's writable disk, MiB. It takes what is written to it.
+    pub disk_mib: u64,
+    /// How many different images one pod can use at once.
+    pub image_slots: u8,
+    /// Most seconds from the VMM's start to the agent's first word.
+    pub boot_timeout_seconds: u64,
+    /// Most seconds that the agent may take for one request.
+    pub agent_timeout_seconds: u64,
+    /// Added to the guest kernel's command line.
+    pub kernel_cmdline: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            socket: "/run/husk/husk.sock".into(),
+            state_dir: "/var/lib/husk".into(),
+            run_dir: "/run/husk".into(),
+            default_handler: DEFAULT_HANDLER.into(),
+            network: Network::default(),
+            images: Images::default(),
+            handlers: BTreeMap::from([(DEFAULT_HANDLER.into(), Handler::default())]),
+        }
+    }
+}
+
+/// The handler that exists without a configuration file.
+pub const DEFAULT_HANDLER: &str = "kata-runtime";
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            conf_dir: "/etc/cni/net.d".into(),
+            bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            plugin_timeout_seconds: 60,
+        }
+    }
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        Self { insecure_registries: Vec::new(), stall_timeout_seconds: 60, pull_timeout_seconds: 900 }
+    }
+}
+
+impl Default for Handler {
+    fn default() -> Self {
+        Self {
+            vmm: installed("libexec/husk/husk-vmm"),
+            kernel: installed("share/husk/vmlinux"),
+            rootfs: installed("share/husk/rootfs.erofs"),
+            vcpus: 1,
+            memory_mib: 256,
+            disk_mib: 10 * 1024,
+            image_slots: 8,
+            boot_timeout_seconds: 60,
+            agent_timeout_seconds: 60,
+            kernel_cmdline: String::new(),
+        }
+    }
+}
+
+/// A file installed under the same prefix as the running program.
+fn installed(path: &str) -> PathBuf {
+    let prefix = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().and_then(Path::parent).map(Path::to_path_buf))
+        .unwrap_or_else(|| "/usr/local".into());
+    prefix.join(path)
+}
+
+/// The configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("read {path}: {cause}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        cause: std::io::Error,
+    },
+    /// The file is not the TOML that is expected.
+    #[error("{path}: {cause}")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where and what.
+        cause: Box<toml::de::Error>,
+    },
+    /// A value that cannot work.
+    #[error("{path}: {problem}")]
+    Value {
+        /// Which file.
+        path: PathBuf,
+        /// Which key, and what it may be.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads `path`; without that file, everything has its default.
+    ///
+    /// # Errors
+    /// A file that is there and cannot be used.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(cause) => return Err(Error::Read { path: path.into(), cause }),
+        };
+        let config: Self = toml::from_str(&text)
+            .map_err(|cause| Error::Parse { path: path.into(), cause: Box::new(cause) })?;
+        config.check().map_err(|problem| Error::Value { path: path.into(), problem })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if !self.handlers.contains_key(&self.default_handler) {
+            return Err(format!("default_handler `{}` is not among [handlers]", self.default_handler));
+        }
+        for (name, handler) in &self.handlers {
+            if !(1..=64).contains(&handler.vcpus) {
+                return Err(format!("handlers.{name}.vcpus must be 1 to 64"));
+            }
+            if handler.memory_mib < 96 {
+                return Err(format!("handlers.{name}.memory_mib must be 96 or more"));
+            }
+            if !(1..=12).contains(&handler.image_slots) {
+                return Err(format!("handlers.{name}.image_slots must be 1 to 12"));
+            }
+            if handler.disk_mib < 16 {
+                return Err(format!("handlers.{name}.disk_mib must be 16 or more"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The handler that a request names, with its name; `""` is the default.
+    #[must_use]
+    pub fn handler(&self, name: &str) -> Option<(&str, &Handler)> {
+        let name = if name.is_empty() { &self.default_handler } else { name };
+        self.handlers.get_key_value(name).map(|(name, handler)| (name.as_str(), handler))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn load(text: &str) -> Result<Config, Error> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Config::load(file.path())
+    }
+
+    #[test]
+    fn the_empty_handler_is_the_default_and_unknown_ones_are_none() {
+        let config = Config::default();
+        assert_eq!(config.handler("").unwrap().0, "kata-runtime");
+        assert!(config.handler("kata").is_none());
+    }
+
+    #[test]
+    fn a_file_changes_what_it_names_and_nothing_else() {
+        let config =
+            load("socket = '/tmp/x.sock'\n[handlers.small]\nmemory_mib = 128\n[handlers.kata-runtime]\n")
+                .unwrap();
+        assert_eq!(config.socket, Path::new("/tmp/x.sock"));
+        assert_eq!(config.handler("small").unwrap().1.memory_mib, 128);
+        assert_eq!(config.state_dir, Path::new("/var/lib/husk"));
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_by_name() {
+        for (text, name) in [
+            ("sokcet = 'x'", "sokcet"),
+            ("[handlers.kata-runtime]\nvcpus = 65", "vcpus"),
+            ("[handlers.kata-runtime]\nmemory_mib = 1", "memory_mib"),
+            ("default_handler = 'none'", "none"),
+        ] {
+            let message = load(text).unwrap_err().to_string();
+            assert!(message.contains(name), "{message}");
+        }
+    }
+
+    #[test]
+    fn no_file_is_no_error() {
+        assert!(Config::load(Path::new("/nonexistent/husk.toml")).is_ok());
+    }
+}

@@ -1,0 +1,238 @@
+//! Containers as huskd knows them.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use husk_proto::cri;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::id::{ContainerId, SandboxId};
+use crate::sandbox::{lock, read_json, write_json};
+
+pub mod log;
+pub mod spec;
+pub mod supervise;
+
+/// What is kept of a container on disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Its id.
+    pub id: ContainerId,
+    /// Its pod.
+    pub sandbox_id: SandboxId,
+    /// What the client asked for.
+    pub config: cri::ContainerConfig,
+    /// Id of the image.
+    pub image_id: String,
+    /// What the image is to be called in answers: a digest reference if there is one.
+    pub image_ref: String,
+    /// Serial number of the block device that holds the image in the guest.
+    pub image_slot: String,
+    /// The file behind that device.
+    pub image_rootfs: PathBuf,
+    /// Where its log goes; empty for nowhere.
+    pub log_path: PathBuf,
+    /// The signal that asks it to stop.
+    pub stop_signal: i32,
+    /// Process id of its first process in the guest; 0 before it has one.
+    pub guest_pid: u32,
+    /// Nanoseconds since 1970, 0 while it has not happened.
+    pub created_at: i64,
+    /// The same.
+    pub started_at: i64,
+    /// Where it is in its life.
+    pub state: State,
+}
+
+/// Where a container is in its life. It only ever moves down this list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Being made; not shown to clients. After a crash it is taken apart.
+    Creating,
+    /// Made, not started.
+    Created,
+    /// Started.
+    Running,
+    /// Ended.
+    Exited(Exit),
+}
+
+/// How a container ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// 0 to 255.
+    pub code: i32,
+    /// Nanoseconds since 1970.
+    pub finished_at: i64,
+    /// "Completed", "Error", "OOMKilled", or what happened to the machine.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+impl Exit {
+    /// The end of a process that the agent reported.
+    #[must_use]
+    pub fn reported(code: i32, oom_killed: bool, finished_at: i64) -> Self {
+        let reason = match (oom_killed, code) {
+            (true, _) => "OOMKilled",
+            (false, 0) => "Completed",
+            (false, _) => "Error",
+        };
+        Self { code, finished_at, reason: reason.into(), message: String::new() }
+    }
+
+    /// The end of everything in a machine that has gone: never a success.
+    #[must_use]
+    pub fn machine_gone(message: &str) -> Self {
+        Self { code: 255, finished_at: now(), reason: "SandboxTerminated".into(), message: message.into() }
+    }
+}
+
+impl State {
+    /// The state as CRI counts it.
+    #[must_use]
+    pub const fn cri(&self) -> cri::ContainerState {
+        match self {
+            Self::Creating => cri::ContainerState::ContainerUnknown,
+            Self::Created => cri::ContainerState::ContainerCreated,
+            Self::Running => cri::ContainerState::ContainerRunning,
+            Self::Exited(_) => cri::ContainerState::ContainerExited,
+        }
+    }
+
+    /// In a word, for error messages.
+    #[must_use]
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Creating => "being created",
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Exited(_) => "exited",
+        }
+    }
+}
+
+/// One container.
+#[derive(Debug)]
+pub struct Container {
+    /// Its id.
+    pub id: ContainerId,
+    /// Held by whichever verb changes it.
+    pub verb: tokio::sync::Mutex<()>,
+    record: Mutex<Record>,
+    path: PathBuf,
+    exited: watch::Sender<bool>,
+    log: Mutex<Option<Arc<log::LogFile>>>,
+}
+
+impl Container {
+    /// A container about to be made, with its record on disk in the sandbox's
+    /// folder.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn create(sandbox_directory: &std::path::Path, record: Record) -> std::io::Result<Self> {
+        let path = sandbox_directory.join("containers").join(format!("{}.json", record.id));
+        write_json(&path, &record)?;
+        Ok(Self::with(path, record))
+    }
+
+    /// The container whose record is the file `path`.
+    ///
+    /// # Errors
+    /// The disk's, or `InvalidData` for a record that does not read.
+    pub fn load(path: PathBuf) -> std::io::Result<Self> {
+        let record = read_json(&path)?;
+        Ok(Self::with(path, record))
+    }
+
+    fn with(path: PathBuf, record: Record) -> Self {
+        let exited = watch::Sender::new(matches!(record.state, State::Exited(_)));
+        Self {
+            id: record.id.clone(),
+            verb: tokio::sync::Mutex::default(),
+            record: Mutex::new(record),
+            path,
+            exited,
+            log: Mutex::default(),
+        }
+    }
+
+    /// What is known of it now.
+    pub fn record(&self) -> MutexGuard<'_, Record> {
+        lock(&self.record)
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> State {
+        self.record().state.clone()
+    }
+
+    /// Changes the record, on disk first.
+    ///
+    /// # Errors
+    /// The disk's; the record is then unchanged.
+    pub fn update(&self, change: impl FnOnce(&mut Record)) -> std::io::Result<()> {
+        let mut record = lock(&self.record);
+        let mut next = record.clone();
+        change(&mut next);
+        write_json(&self.path, &next)?;
+        *record = next;
+        Ok(())
+    }
+
+    /// Records the end. The first one told stands.
+    pub fn exit(&self, exit: Exit) {
+        let mut record = lock(&self.record);
+        if !matches!(record.state, State::Exited(_)) {
+            record.state = State::Exited(exit);
+            // The end is true whether or not it could be written; a daemon that
+            // starts again asks the agent, or finds the machine gone.
+            if let Err(error) = write_json(&self.path, &*record) {
+                tracing::warn!(container = %self.id, %error, "write container record");
+            }
+        }
+        drop(record);
+        self.exited.send_replace(true);
+    }
+
+    /// Returns once it has exited.
+    pub async fn wait_exited(&self) {
+        // The sender lives in `self`, so this cannot fail.
+        let _ = self.exited.subscribe().wait_for(|exited| *exited).await;
+    }
+
+    /// The open log, if it has one.
+    pub fn log(&self) -> Option<Arc<log::LogFile>> {
+        lock(&self.log).clone()
+    }
+
+    /// Says which log its output goes to.
+    pub fn set_log(&self, file: Option<Arc<log::LogFile>>) {
+        *lock(&self.log) = file;
+    }
+
+    /// Removes the record from disk.
+    ///
+    /// # Errors
+    /// The disk's; a record that is gone is no error.
+    pub fn forget(&self) -> std::io::Result<()> {
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Nanoseconds since 1970.
+#[must_use]
+pub fn now() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()
+        .and_then(|elapsed| i64::try_from(elapsed.as_nanos()).ok())
+        .unwrap_or_default()
+}

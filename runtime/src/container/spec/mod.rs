@@ -1,0 +1,224 @@
+//! The OCI runtime configuration of a container, made of what the client asked
+//! for and what its image says (OCI runtime-spec, `config.md`).
+//!
+//! Every path in it is a path in the guest. Two things are left to the agent,
+//! because only the guest may look into a container's files: `root.path`, and
+//! the numeric ids of a user that is given by name.
+
+use std::collections::HashMap;
+
+use husk_proto::agent::paths;
+use husk_proto::cri::{self, NamespaceMode};
+use oci_spec::OciSpecError;
+use oci_spec::image::Config as ImageConfig;
+use oci_spec::runtime::{
+    Linux, LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, RootBuilder, Spec,
+    SpecBuilder,
+};
+
+use crate::id::ContainerId;
+
+mod mounts;
+mod process;
+mod resources;
+mod seccomp;
+
+pub use process::user;
+pub use resources::limits as resource_limits;
+
+/// The request cannot be turned into a container.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It makes no sense.
+    #[error("container configuration: {0}")]
+    Invalid(String),
+    /// It makes sense, and Husk does not have it yet.
+    #[error("container configuration: {0} is not supported yet")]
+    Unsupported(&'static str),
+    /// The OCI configuration refused a value.
+    #[error("container configuration: {0}")]
+    Oci(#[from] OciSpecError),
+}
+
+/// What a configuration is made of.
+#[derive(Debug)]
+pub struct Input<'a> {
+    /// The container's id.
+    pub id: &'a ContainerId,
+    /// What the client asked for.
+    pub config: &'a cri::ContainerConfig,
+    /// The pod that it asked for before.
+    pub sandbox: &'a cri::PodSandboxConfig,
+    /// What the image says.
+    pub image: &'a ImageConfig,
+    /// Process id in the guest of the container whose pid namespace is to be
+    /// shared, when the client names one.
+    pub target_pid: Option<u32>,
+}
+
+/// Makes the configuration.
+///
+/// # Errors
+/// See [`Error`].
+pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
+    refuse_unsupported(input.config)?;
+    let security = security(input.config);
+    let spec = SpecBuilder::default()
+        .version("1.0.2")
+        .root(
+            RootBuilder::default()
+                .path("rootfs")
+                .readonly(security.readonly_rootfs && !security.privileged)
+                .build()?,
+        )
+        .process(process::build(input, &security)?)
+        .mounts(mounts::build(&security)?)
+        .annotations(annotations(input))
+        .linux(linux(input, &security)?);
+    Ok(spec.build()?)
+}
+
+/// The security context, empty when the client gave none.
+fn security(config: &cri::ContainerConfig) -> cri::LinuxContainerSecurityContext {
+    config.linux.as_ref().and_then(|linux| linux.security_context.clone()).unwrap_or_default()
+}
+
+/// What would otherwise be dropped in silence.
+fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<(), Error> {
+    if !config.mounts.is_empty() {
+        return Err(Error::Unsupported("`mounts` (volumes from the host)"));
+    }
+    if !config.devices.is_empty() || !config.cdi_devices.is_empty() {
+        return Err(Error::Unsupported("`devices` (devices of the host)"));
+    }
+    let security = security(config);
+    let localhost = cri::security_profile::ProfileType::Localhost as i32;
+    if security.seccomp.as_ref().is_some_and(|profile| profile.profile_type == localhost) {
+        return Err(Error::Unsupported("a seccomp profile of type `Localhost`"));
+    }
+    if security.apparmor.as_ref().is_some_and(|profile| profile.profile_type == localhost) {
+        return Err(Error::Unsupported("an AppArmor profile of type `Localhost`"));
+    }
+    let namespaces = security.namespace_options.unwrap_or_default();
+    if namespaces
+        .userns_options
+        .is_some_and(|user| user.mode == NamespaceMode::Pod as i32 && !user.uids.is_empty())
+    {
+        return Err(Error::Unsupported("a user namespace"));
+    }
+    if namespaces.pid == NamespaceMode::Node as i32
+        || namespaces.ipc == NamespaceMode::Node as i32
+        || namespaces.network == NamespaceMode::Node as i32
+    {
+        return Err(Error::Invalid("a pod in a virtual machine cannot share the host's namespaces".into()));
+    }
+    Ok(())
+}
+
+/// The pod's and the container's names travel with the container, as other
+/// runtimes have them.
+fn annotations(input: &Input<'_>) -> HashMap<String, String> {
+    let name =
+        |metadata: Option<&cri::ContainerMetadata>| metadata.map(|m| m.name.clone()).unwrap_or_default();
+    let pod = input.sandbox.metadata.clone().unwrap_or_default();
+    let mut annotations: HashMap<_, _> = input.config.annotations.clone();
+    for (key, value) in [
+        ("io.kubernetes.cri.container-type", "container".to_owned()),
+        ("io.kubernetes.cri.container-name", name(input.config.metadata.as_ref())),
+        ("io.kubernetes.cri.sandbox-name", pod.name),
+        ("io.kubernetes.cri.sandbox-namespace", pod.namespace),
+        ("io.kubernetes.cri.sandbox-uid", pod.uid),
+    ] {
+        annotations.insert(key.into(), value);
+    }
+    annotations
+}
+
+fn linux(input: &Input<'_>, security: &cri::LinuxContainerSecurityContext) -> Result<Linux, Error> {
+    let mut linux = LinuxBuilder::default()
+        .cgroups_path(format!("/{}", input.id))
+        .namespaces(namespaces(input, security)?)
+        .resources(resources::build(input.config, security.privileged)?);
+    if !security.privileged {
+        linux = linux
+            .masked_paths(or_default(&security.masked_paths, MASKED_PATHS))
+            .readonly_paths(or_default(&security.readonly_paths, READONLY_PATHS));
+        if let Some(profile) = seccomp::build(security)? {
+            linux = linux.seccomp(profile);
+        }
+    } else {
+        linux = linux.masked_paths(Vec::<String>::new()).readonly_paths(Vec::<String>::new());
+    }
+    Ok(linux.build()?)
+}
+
+/// The machine is the pod: network, IPC and host name are the machine's own,
+/// so a container shares them by having no namespace of its own for them.
+fn namespaces(
+    input: &Input<'_>,
+    security: &cri::LinuxContainerSecurityContext,
+) -> Result<Vec<LinuxNamespace>, Error> {
+    let own = |kind| LinuxNamespaceBuilder::default().typ(kind).build();
+    let options = security.namespace_options.clone().unwrap_or_default();
+    let pid = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid);
+    let pid = match NamespaceMode::try_from(options.pid) {
+        Ok(NamespaceMode::Container) => pid,
+        Ok(NamespaceMode::Pod) if shares_pid_namespace(input.sandbox) => pid.path(paths::PID_NAMESPACE),
+        Ok(NamespaceMode::Pod) => {
+            return Err(Error::Invalid("the pod was made without a pid namespace to share".into()));
+        }
+        Ok(NamespaceMode::Target) => {
+            let target = input.target_pid.ok_or_else(|| {
+                Error::Invalid(format!("target container `{}` is not running in this pod", options.target_id))
+            })?;
+            pid.path(format!("/proc/{target}/ns/pid"))
+        }
+        Ok(NamespaceMode::Node) | Err(_) => {
+            return Err(Error::Invalid(format!("pid namespace mode {}", options.pid)));
+        }
+    };
+    let mut namespaces =
+        vec![pid.build()?, own(LinuxNamespaceType::Mount)?, own(LinuxNamespaceType::Cgroup)?];
+    if options.ipc == NamespaceMode::Container as i32 {
+        namespaces.push(own(LinuxNamespaceType::Ipc)?);
+    }
+    Ok(namespaces)
+}
+
+/// Whether the pod has one pid namespace for all its containers. It is CRI's
+/// default; the kubelet asks for one each.
+#[must_use]
+pub fn shares_pid_namespace(sandbox: &cri::PodSandboxConfig) -> bool {
+    sandbox
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|security| security.namespace_options.as_ref())
+        .is_none_or(|options| options.pid == NamespaceMode::Pod as i32)
+}
+
+fn or_default(given: &[String], default: &[&str]) -> Vec<String> {
+    if given.is_empty() { default.iter().map(|path| (*path).to_owned()).collect() } else { given.to_vec() }
+}
+
+/// Kernel interfaces that a container has no business with.
+const MASKED_PATHS: &[&str] = &[
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+
+/// Kernel interfaces that it may only read.
+const READONLY_PATHS: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+#[cfg(test)]
+mod tests;

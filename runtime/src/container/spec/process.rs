@@ -1,0 +1,249 @@
+//! What runs in a container, as whom, and with which powers.
+
+use std::collections::HashSet;
+
+use husk_proto::{agent, cri};
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxCapabilitiesBuilder, PosixRlimitBuilder, PosixRlimitType, Process,
+    ProcessBuilder, UserBuilder,
+};
+
+use super::{Error, Input};
+
+/// What a container may do unless it is told otherwise: what containers have
+/// come to expect since Docker chose it.
+const DEFAULT_CAPABILITIES: &[Capability] = &[
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::Fsetid,
+    Capability::Fowner,
+    Capability::Mknod,
+    Capability::NetRaw,
+    Capability::Setgid,
+    Capability::Setuid,
+    Capability::Setfcap,
+    Capability::Setpcap,
+    Capability::NetBindService,
+    Capability::SysChroot,
+    Capability::Kill,
+    Capability::AuditWrite,
+];
+
+/// Linux 6.12's capabilities, of which a privileged container has all.
+fn all_capabilities() -> impl Iterator<Item = Capability> {
+    use Capability as C;
+    [
+        C::AuditControl,
+        C::AuditRead,
+        C::AuditWrite,
+        C::BlockSuspend,
+        C::Bpf,
+        C::CheckpointRestore,
+        C::Chown,
+        C::DacOverride,
+        C::DacReadSearch,
+        C::Fowner,
+        C::Fsetid,
+        C::IpcLock,
+        C::IpcOwner,
+        C::Kill,
+        C::Lease,
+        C::LinuxImmutable,
+        C::MacAdmin,
+        C::MacOverride,
+        C::Mknod,
+        C::NetAdmin,
+        C::NetBindService,
+        C::NetBroadcast,
+        C::NetRaw,
+        C::Perfmon,
+        C::Setfcap,
+        C::Setgid,
+        C::Setpcap,
+        C::Setuid,
+        C::SysAdmin,
+        C::SysBoot,
+        C::SysChroot,
+        C::SysModule,
+        C::SysNice,
+        C::SysPacct,
+        C::SysPtrace,
+        C::SysRawio,
+        C::SysResource,
+        C::SysTime,
+        C::SysTtyConfig,
+        C::Syslog,
+        C::WakeAlarm,
+    ]
+    .into_iter()
+}
+
+pub(super) fn build(
+    input: &Input<'_>,
+    security: &cri::LinuxContainerSecurityContext,
+) -> Result<Process, Error> {
+    let capabilities = capabilities(security)?;
+    let ambient = ambient(security)?;
+    let open_files = PosixRlimitBuilder::default()
+        .typ(PosixRlimitType::RlimitNofile)
+        .soft(1024u64 * 1024)
+        .hard(1024u64 * 1024)
+        .build()?;
+    let mut process = ProcessBuilder::default()
+        .terminal(input.config.tty)
+        .user(UserBuilder::default().uid(0u32).gid(0u32).build()?)
+        .args(args(input)?)
+        .env(env(input)?)
+        .cwd(cwd(input))
+        .capabilities(
+            LinuxCapabilitiesBuilder::default()
+                .bounding(capabilities.clone())
+                .effective(capabilities.clone())
+                .permitted(capabilities)
+                .inheritable(ambient.clone())
+                .ambient(ambient)
+                .build()?,
+        )
+        .rlimits(vec![open_files])
+        .no_new_privileges(security.no_new_privs);
+    if let Some(adjustment) = input.config.linux.as_ref().and_then(|linux| linux.resources.as_ref())
+        && adjustment.oom_score_adj != 0
+    {
+        let score = i32::try_from(adjustment.oom_score_adj)
+            .ok()
+            .filter(|score| (-1000..=1000).contains(score))
+            .ok_or_else(|| {
+                Error::Invalid(format!("oom_score_adj {} is not -1000 to 1000", adjustment.oom_score_adj))
+            })?;
+        process = process.oom_score_adj(score);
+    }
+    Ok(process.build()?)
+}
+
+/// `command` replaces the image's entrypoint and its arguments, `args` the
+/// arguments alone.
+fn args(input: &Input<'_>) -> Result<Vec<String>, Error> {
+    let image = |part: &Option<Vec<String>>| part.clone().unwrap_or_default();
+    let (mut args, rest) = if input.config.command.is_empty() {
+        let rest =
+            if input.config.args.is_empty() { image(input.image.cmd()) } else { input.config.args.clone() };
+        (image(input.image.entrypoint()), rest)
+    } else {
+        (input.config.command.clone(), input.config.args.clone())
+    };
+    args.extend(rest);
+    match args.first() {
+        Some(program) if !program.is_empty() => Ok(args),
+        _ => Err(Error::Invalid("no command: neither the request nor the image names one".into())),
+    }
+}
+
+/// The image's variables, then the client's over them.
+fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
+    let mut env = vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
+    if input.config.tty {
+        env.push("TERM=xterm".into());
+    }
+    if !input.sandbox.hostname.is_empty() {
+        env.push(format!("HOSTNAME={}", input.sandbox.hostname));
+    }
+    let mut wanted = input.image.env().clone().unwrap_or_default();
+    for variable in &input.config.envs {
+        let value = std::str::from_utf8(&variable.value)
+            .map_err(|_| Error::Invalid(format!("variable `{}` is not UTF-8", variable.key)))?;
+        wanted.push(format!("{}={value}", variable.key));
+    }
+    for variable in wanted {
+        let key = variable.split_once('=').map_or(variable.as_str(), |(key, _)| key);
+        match env.iter_mut().find(|old| old.split_once('=').is_some_and(|(old, _)| old == key)) {
+            Some(old) => *old = variable,
+            None => env.push(variable),
+        }
+    }
+    Ok(env)
+}
+
+fn cwd(input: &Input<'_>) -> String {
+    let image = || input.image.working_dir().clone().filter(|directory| !directory.is_empty());
+    match input.config.working_dir.as_str() {
+        "" => image().unwrap_or_else(|| "/".into()),
+        directory => directory.to_owned(),
+    }
+}
+
+fn capabilities(security: &cri::LinuxContainerSecurityContext) -> Result<Capabilities, Error> {
+    if security.privileged {
+        return Ok(all_capabilities().collect());
+    }
+    let change = security.capabilities.clone().unwrap_or_default();
+    let mut set: HashSet<Capability> = DEFAULT_CAPABILITIES.iter().copied().collect();
+    // "ALL" comes first, whatever the order, so that one list may say "all but".
+    if change.add_capabilities.iter().any(|name| name.eq_ignore_ascii_case("ALL")) {
+        set.extend(all_capabilities());
+    }
+    if change.drop_capabilities.iter().any(|name| name.eq_ignore_ascii_case("ALL")) {
+        set.clear();
+    }
+    for name in named(&change.add_capabilities) {
+        set.insert(capability(name)?);
+    }
+    for name in named(&change.drop_capabilities) {
+        set.remove(&capability(name)?);
+    }
+    // An ambient capability has to be among the permitted ones.
+    set.extend(ambient(security)?);
+    Ok(set)
+}
+
+fn ambient(security: &cri::LinuxContainerSecurityContext) -> Result<Capabilities, Error> {
+    let names = security.capabilities.as_ref().map(|change| change.add_ambient_capabilities.as_slice());
+    let names = names.unwrap_or_default();
+    if names.iter().any(|name| name.eq_ignore_ascii_case("ALL")) {
+        return Ok(all_capabilities().collect());
+    }
+    names.iter().map(|name| capability(name)).collect()
+}
+
+fn named(names: &[String]) -> impl Iterator<Item = &str> {
+    names.iter().map(String::as_str).filter(|name| !name.eq_ignore_ascii_case("ALL"))
+}
+
+/// By its name, with or without `CAP_`.
+fn capability(name: &str) -> Result<Capability, Error> {
+    let upper = name.to_ascii_uppercase();
+    let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
+    bare.parse().map_err(|_| Error::Invalid(format!("unknown capability `{name}`")))
+}
+
+/// Who the process runs as: what the client asked for, else what the image
+/// says.
+///
+/// # Errors
+/// A group without a user, or an id that is not one.
+pub fn user(input: &Input<'_>) -> Result<agent::User, Error> {
+    let security = super::security(input.config);
+    let id = |id: i64, what: &str| {
+        u32::try_from(id).map_err(|_| Error::Invalid(format!("{what} {id} is not 0 to {}", u32::MAX)))
+    };
+    let asked = match (&security.run_as_user, security.run_as_username.as_str()) {
+        (Some(user), _) => id(user.value, "run_as_user")?.to_string(),
+        (None, name) => name.to_owned(),
+    };
+    let group = security.run_as_group.as_ref().map(|group| id(group.value, "run_as_group")).transpose()?;
+    let image = || input.image.user().clone().unwrap_or_default();
+    let user = match (asked.as_str(), group) {
+        ("", None) => image(),
+        ("", Some(_)) => {
+            return Err(Error::Invalid("run_as_group needs run_as_user or run_as_username".into()));
+        }
+        (user, None) => user.to_owned(),
+        (user, Some(group)) => format!("{user}:{group}"),
+    };
+    let additional_gids = security
+        .supplemental_groups
+        .iter()
+        .map(|group| id(*group, "supplemental group"))
+        .collect::<Result<Vec<_>, _>>()?;
+    let strict_groups = security.supplemental_groups_policy == cri::SupplementalGroupsPolicy::Strict as i32;
+    Ok(agent::User { user, additional_gids, strict_groups })
+}

@@ -1,0 +1,145 @@
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+use oci_spec::image::ConfigBuilder;
+use oci_spec::runtime::Capability;
+use proptest::prelude::*;
+
+use super::*;
+
+fn image() -> ImageConfig {
+    ConfigBuilder::default()
+        .entrypoint(vec!["/entry".to_owned()])
+        .cmd(vec!["default".to_owned()])
+        .env(vec!["A=image".to_owned(), "B=image".to_owned()])
+        .working_dir("/work")
+        .user("www-data")
+        .build()
+        .unwrap()
+}
+
+fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
+    let (id, sandbox, image) = (ContainerId::from("c1"), cri::PodSandboxConfig::default(), image());
+    build(&Input { id: &id, config, sandbox: &sandbox, image: &image, target_pid: None })
+}
+
+fn with_security(security: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
+    let linux = cri::LinuxContainerConfig { security_context: Some(security), ..Default::default() };
+    cri::ContainerConfig { linux: Some(linux), ..Default::default() }
+}
+
+fn args_of(command: &[&str], args: &[&str]) -> Vec<String> {
+    let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    let config = cri::ContainerConfig { command: owned(command), args: owned(args), ..Default::default() };
+    built(&config).unwrap().process().as_ref().unwrap().args().clone().unwrap()
+}
+
+#[test]
+fn command_and_args_replace_the_images_as_kubernetes_says() {
+    assert_eq!(args_of(&[], &[]), ["/entry", "default"]);
+    assert_eq!(args_of(&[], &["x"]), ["/entry", "x"]);
+    assert_eq!(args_of(&["/bin/sh"], &[]), ["/bin/sh"]);
+    assert_eq!(args_of(&["/bin/sh"], &["-c", "true"]), ["/bin/sh", "-c", "true"]);
+}
+
+#[test]
+fn a_clients_variable_wins_over_the_images() {
+    let envs = vec![cri::KeyValue { key: "A".into(), value: "client=1".into() }];
+    let spec = built(&cri::ContainerConfig { envs, ..Default::default() }).unwrap();
+    let env = spec.process().as_ref().unwrap().env().clone().unwrap();
+    assert!(env.contains(&"A=client=1".to_owned()) && env.contains(&"B=image".to_owned()), "{env:?}");
+    assert_eq!(env.iter().filter(|variable| variable.starts_with("A=")).count(), 1);
+}
+
+#[test]
+fn capabilities_are_added_and_dropped_by_name() {
+    let bounding = |add: &[&str], drop: &[&str]| {
+        let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        let capabilities = cri::Capability {
+            add_capabilities: owned(add),
+            drop_capabilities: owned(drop),
+            ..Default::default()
+        };
+        let config = with_security(cri::LinuxContainerSecurityContext {
+            capabilities: Some(capabilities),
+            ..Default::default()
+        });
+        built(&config).map(|spec| {
+            spec.process().as_ref().unwrap().capabilities().as_ref().unwrap().bounding().clone().unwrap()
+        })
+    };
+    assert!(!bounding(&[], &[]).unwrap().contains(&Capability::SysAdmin));
+    assert!(bounding(&["sys_admin"], &[]).unwrap().contains(&Capability::SysAdmin));
+    assert_eq!(bounding(&["CAP_CHOWN"], &["ALL"]).unwrap(), [Capability::Chown].into());
+    let all_but = bounding(&["ALL"], &["NET_RAW"]).unwrap();
+    assert!(all_but.contains(&Capability::SysBoot) && !all_but.contains(&Capability::NetRaw));
+    assert!(bounding(&["SYS_WHATEVER"], &[]).unwrap_err().to_string().contains("SYS_WHATEVER"));
+}
+
+#[test]
+fn a_user_comes_from_the_client_or_else_the_image() {
+    let of = |security: cri::LinuxContainerSecurityContext| {
+        let (id, sandbox, image, config) =
+            (ContainerId::from("c"), cri::PodSandboxConfig::default(), image(), with_security(security));
+        user(&Input { id: &id, config: &config, sandbox: &sandbox, image: &image, target_pid: None })
+    };
+    let value = |value| Some(cri::Int64Value { value });
+    assert_eq!(of(Default::default()).unwrap().user, "www-data");
+    let both = cri::LinuxContainerSecurityContext {
+        run_as_user: value(7),
+        run_as_group: value(8),
+        ..Default::default()
+    };
+    assert_eq!(of(both).unwrap().user, "7:8");
+    let group = cri::LinuxContainerSecurityContext { run_as_group: value(8), ..Default::default() };
+    assert!(of(group).is_err());
+    let negative = cri::LinuxContainerSecurityContext { run_as_user: value(-1), ..Default::default() };
+    assert!(of(negative).unwrap_err().to_string().contains("-1"));
+}
+
+#[test]
+fn what_is_not_there_yet_is_refused_by_name() {
+    let mounts = vec![cri::Mount { container_path: "/x".into(), ..Default::default() }];
+    let error = built(&cri::ContainerConfig { mounts, ..Default::default() }).unwrap_err();
+    assert!(error.to_string().contains("mounts"), "{error}");
+}
+
+#[test]
+fn the_default_seccomp_profile_gives_way_to_capabilities() {
+    let calls = |add: &[&str]| {
+        let capabilities = cri::Capability {
+            add_capabilities: add.iter().map(|name| (*name).into()).collect(),
+            ..Default::default()
+        };
+        let seccomp = cri::SecurityProfile { profile_type: 0, ..Default::default() };
+        let config = with_security(cri::LinuxContainerSecurityContext {
+            capabilities: Some(capabilities),
+            seccomp: Some(seccomp),
+            ..Default::default()
+        });
+        let spec = built(&config).unwrap();
+        let profile = spec.linux().as_ref().unwrap().seccomp().clone().unwrap();
+        profile.syscalls().clone().unwrap().iter().flat_map(|rule| rule.names().clone()).collect::<Vec<_>>()
+    };
+    assert!(calls(&[]).contains(&"mount".to_owned()));
+    assert!(!calls(&["SYS_ADMIN"]).contains(&"mount".to_owned()));
+    assert!(calls(&["ALL"]).contains(&"keyctl".to_owned()));
+}
+
+proptest! {
+    /// Whatever the client sends, the answer is a configuration or an error.
+    #[test]
+    fn any_numbers_give_a_configuration_or_an_error(
+        shares in any::<i64>(), quota in any::<i64>(), period in any::<i64>(), memory in any::<i64>(),
+        score in any::<i64>(), pid in any::<i32>(), huge in any::<u64>(),
+    ) {
+        let resources = cri::LinuxContainerResources {
+            cpu_shares: shares, cpu_quota: quota, cpu_period: period, memory_limit_in_bytes: memory, oom_score_adj: score,
+            hugepage_limits: vec![cri::HugepageLimit { page_size: "2MB".into(), limit: huge }],
+            ..Default::default()
+        };
+        let options = cri::NamespaceOption { pid, ..Default::default() };
+        let security = cri::LinuxContainerSecurityContext { namespace_options: Some(options), ..Default::default() };
+        let linux = cri::LinuxContainerConfig { resources: Some(resources), security_context: Some(security) };
+        let _ = built(&cri::ContainerConfig { linux: Some(linux), ..Default::default() });
+    }
+}

@@ -1,0 +1,170 @@
+//! The ImageService: its verbs are short, because `crate::image` does the work.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use husk_proto::cri::image_service_server::ImageService;
+use husk_proto::cri::{
+    AuthConfig, FilesystemIdentifier, FilesystemUsage, Image as CriImage, ImageFsInfoRequest,
+    ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse, Int64Value, ListImagesRequest,
+    ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse,
+    StreamImagesRequest, StreamImagesResponse, UInt64Value,
+};
+use oci_client::secrets::RegistryAuth;
+use tonic::{Request, Response, Status};
+
+use super::error::Error;
+use crate::container::now;
+use crate::image::{Image, ImageStore};
+
+/// The service.
+#[derive(Debug)]
+pub struct Images {
+    store: Arc<ImageStore>,
+}
+
+impl Images {
+    /// Serves the images of `store`.
+    #[must_use]
+    pub const fn new(store: Arc<ImageStore>) -> Self {
+        Self { store }
+    }
+
+    fn list(&self, wanted: &str) -> Result<Vec<CriImage>, Error> {
+        if wanted.is_empty() {
+            return Ok(self.store.list()?.iter().map(to_cri).collect());
+        }
+        Ok(self.store.resolve(wanted)?.iter().map(to_cri).collect())
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for Images {
+    async fn list_images(
+        &self,
+        request: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
+        let filter = request.into_inner().filter;
+        let wanted = filter.and_then(|filter| filter.image).map(|image| image.image).unwrap_or_default();
+        Ok(Response::new(ListImagesResponse { images: self.list(&wanted)? }))
+    }
+
+    /// One that is not here is no error: the answer has no image then.
+    async fn image_status(
+        &self,
+        request: Request<ImageStatusRequest>,
+    ) -> Result<Response<ImageStatusResponse>, Status> {
+        let request = request.into_inner();
+        let name = named(request.image)?;
+        let image = self.store.resolve(&name).map_err(Error::from)?;
+        let info = match &image {
+            Some(image) if request.verbose => verbose(image),
+            _ => HashMap::new(),
+        };
+        Ok(Response::new(ImageStatusResponse { image: image.as_ref().map(to_cri), info }))
+    }
+
+    /// Goes on when the client does not wait: the next one who asks has less to do.
+    async fn pull_image(
+        &self,
+        request: Request<PullImageRequest>,
+    ) -> Result<Response<PullImageResponse>, Status> {
+        let request = request.into_inner();
+        let name = named(request.image)?;
+        let auth = credentials(request.auth)?;
+        let store = self.store.clone();
+        let pulled = tokio::spawn(async move { store.pull(&name, auth).await })
+            .await
+            .map_err(|error| Error::Internal(error.to_string()))?;
+        Ok(Response::new(PullImageResponse { image_ref: pulled.map_err(Error::from)? }))
+    }
+
+    async fn remove_image(
+        &self,
+        request: Request<RemoveImageRequest>,
+    ) -> Result<Response<RemoveImageResponse>, Status> {
+        let name = named(request.into_inner().image)?;
+        self.store.remove(&name).map_err(Error::from)?;
+        Ok(Response::new(RemoveImageResponse {}))
+    }
+
+    async fn image_fs_info(
+        &self,
+        _: Request<ImageFsInfoRequest>,
+    ) -> Result<Response<ImageFsInfoResponse>, Status> {
+        let info = self.store.fs_info();
+        let usage = FilesystemUsage {
+            timestamp: now(),
+            fs_id: Some(FilesystemIdentifier { mountpoint: info.directory.display().to_string() }),
+            used_bytes: Some(UInt64Value { value: info.used_bytes }),
+            inodes_used: Some(UInt64Value { value: info.inodes }),
+        };
+        Ok(Response::new(ImageFsInfoResponse {
+            image_filesystems: vec![usage.clone()],
+            container_filesystems: vec![usage],
+        }))
+    }
+
+    type StreamImagesStream = Pin<Box<dyn Stream<Item = Result<StreamImagesResponse, Status>> + Send>>;
+
+    async fn stream_images(
+        &self,
+        _: Request<StreamImagesRequest>,
+    ) -> Result<Response<Self::StreamImagesStream>, Status> {
+        Err(Status::unimplemented("StreamImages is not supported yet"))
+    }
+}
+
+fn named(image: Option<ImageSpec>) -> Result<String, Error> {
+    let name = image.map(|image| image.image).unwrap_or_default();
+    if name.is_empty() { Err(Error::InvalidArgument("the request names no image".into())) } else { Ok(name) }
+}
+
+/// What the client says about itself to the registry.
+fn credentials(auth: Option<AuthConfig>) -> Result<RegistryAuth, Error> {
+    use base64::Engine;
+    let Some(auth) = auth else { return Ok(RegistryAuth::Anonymous) };
+    if !auth.username.is_empty() {
+        return Ok(RegistryAuth::Basic(auth.username, auth.password));
+    }
+    if !auth.auth.is_empty() {
+        let wrong = || Error::InvalidArgument("`auth` is not base64 of `user:password`".into());
+        let bytes = base64::engine::general_purpose::STANDARD.decode(auth.auth).map_err(|_| wrong())?;
+        let text = String::from_utf8(bytes).map_err(|_| wrong())?;
+        let (user, password) = text.split_once(':').ok_or_else(wrong)?;
+        return Ok(RegistryAuth::Basic(user.into(), password.trim_end_matches('\0').into()));
+    }
+    if !auth.registry_token.is_empty() {
+        return Ok(RegistryAuth::Bearer(auth.registry_token));
+    }
+    if !auth.identity_token.is_empty() {
+        return Err(Error::Unimplemented("pull with an identity token is not supported yet".into()));
+    }
+    Ok(RegistryAuth::Anonymous)
+}
+
+fn to_cri(image: &Image) -> CriImage {
+    let user = image.config.config().as_ref().and_then(|config| config.user().clone()).unwrap_or_default();
+    let user = user.split(':').next().unwrap_or_default();
+    let (uid, username) = match user.parse::<i64>() {
+        Ok(value) => (Some(Int64Value { value }), String::new()),
+        Err(_) => (None, user.to_owned()),
+    };
+    CriImage {
+        id: image.id.to_string(),
+        repo_tags: image.repo_tags.clone(),
+        repo_digests: image.repo_digests.clone(),
+        size: image.size,
+        uid,
+        username,
+        spec: Some(ImageSpec { image: image.id.to_string(), ..Default::default() }),
+        pinned: false,
+    }
+}
+
+fn verbose(image: &Image) -> HashMap<String, String> {
+    let info = serde_json::json!({ "imageSpec": image.config.as_ref(), "rootfs": image.rootfs });
+    HashMap::from([("info".to_owned(), info.to_string())])
+}

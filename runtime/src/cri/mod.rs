@@ -1,0 +1,7 @@
+//! The CRI server: one file per verb, and each tells that verb's whole story.
+
+pub mod error;
+pub mod image_service;
+pub mod names;
+pub mod runtime_service;
+pub mod serve;

@@ -1,0 +1,186 @@
+//! CreateContainer: the image's disk into the machine, the OCI configuration,
+//! `runc create` by the agent, the log.
+
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use husk_proto::agent;
+use husk_proto::cri::{self, CreateContainerRequest, CreateContainerResponse};
+
+use super::remove_container;
+use crate::container::log::LogFile;
+use crate::container::{Container, Record, State, now, spec, supervise};
+use crate::cri::error::Error;
+use crate::cri::names;
+use crate::id::ContainerId;
+use crate::image::Image;
+use crate::node::Node;
+use crate::sandbox::{Phase, Sandbox};
+use crate::vm::{self, Claim, Machine};
+
+/// Makes a container, or leaves nothing behind.
+pub(super) async fn create_container(
+    node: &Arc<Node>,
+    request: CreateContainerRequest,
+) -> Result<CreateContainerResponse, Error> {
+    let config = request.config.ok_or_else(|| Error::InvalidArgument("no container configuration".into()))?;
+    if config.metadata.as_ref().is_none_or(|metadata| metadata.name.is_empty()) {
+        return Err(Error::InvalidArgument("container metadata needs a name".into()));
+    }
+    let sandbox = node.registry.sandbox(&request.pod_sandbox_id)?;
+    let _verb = sandbox.verb.lock().await;
+    let machine = ready_machine(&sandbox)?;
+    let image = image_of(node, &config)?;
+
+    let id = ContainerId::random();
+    let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
+    let pod = sandbox.record().config.clone();
+    let log_path = log_path(&pod, &config)?;
+    let image_config = image.config.config().clone().unwrap_or_default();
+    let input = spec::Input {
+        id: &id,
+        config: &config,
+        sandbox: &pod,
+        image: &image_config,
+        target_pid: target_pid(&sandbox, &config),
+    };
+    let spec = spec::build(&input)?;
+    let user = spec::user(&input)?;
+    let stop_signal = super::stop_container::stop_signal(&config, image_config.stop_signal().as_deref())?;
+
+    let mut slots = machine.slots.hold().await;
+    let claim = slots.claim(&image.rootfs).ok_or_else(|| vm::Error::NoSlot(sandbox.containers().len()))?;
+    let record = Record {
+        id: id.clone(),
+        sandbox_id: sandbox.id.clone(),
+        image_id: image.id.to_string(),
+        image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.to_string()),
+        image_slot: claim.slot().to_owned(),
+        image_rootfs: image.rootfs.clone(),
+        log_path,
+        stop_signal,
+        guest_pid: 0,
+        created_at: now(),
+        started_at: 0,
+        state: State::Creating,
+        config,
+    };
+    let container = match Container::create(sandbox.directory(), record) {
+        Ok(container) => Arc::new(container),
+        Err(error) => {
+            slots.release(claim.slot());
+            return Err(error.into());
+        }
+    };
+    node.registry.add_container(sandbox.clone(), container.clone());
+    let made = async {
+        if let Claim::Attach(slot) = &claim {
+            attach_image(&machine, slot, &image.rootfs).await?;
+        }
+        // From here on others may use the disk too.
+        drop(slots);
+        make(&machine, &container, &spec, user).await
+    };
+    if let Err(error) = made.await {
+        tracing::warn!(container = %id, %error, "container was not made; undoing");
+        if let Err(undo) = remove_container::take_apart(node, &sandbox, &container).await {
+            tracing::warn!(container = %id, error = %undo, "undo a container that was not made");
+        }
+        return Err(error);
+    }
+    name.keep();
+    tracing::info!(container = %id, sandbox = %sandbox.id, "container created");
+    Ok(CreateContainerResponse { container_id: id.to_string() })
+}
+
+async fn attach_image(machine: &Machine, slot: &str, rootfs: &Path) -> Result<(), Error> {
+    let file = std::fs::File::open(rootfs).map_err(|cause| Error::File {
+        stage: "open image",
+        path: rootfs.into(),
+        cause,
+    })?;
+    Ok(machine.control.attach_disk(slot.to_owned(), file.into()).await?)
+}
+
+/// The agent makes the container, and its output is followed from the first
+/// byte on.
+async fn make(
+    machine: &Arc<Machine>,
+    container: &Arc<Container>,
+    spec: &oci_spec::runtime::Spec,
+    user: agent::User,
+) -> Result<(), Error> {
+    let record = container.record().clone();
+    if !record.log_path.as_os_str().is_empty() {
+        let log = LogFile::open(&record.log_path).map_err(|cause| Error::File {
+            stage: "open container log",
+            path: record.log_path.clone(),
+            cause,
+        })?;
+        container.set_log(Some(Arc::new(log)));
+    }
+    let request = agent::CreateContainerRequest {
+        container_id: container.id.to_string(),
+        spec_json: serde_json::to_vec(spec).map_err(|error| Error::Internal(error.to_string()))?,
+        rootfs: Some(agent::Rootfs { image_serial: record.image_slot.clone() }),
+        user: Some(user),
+        terminal: record.config.tty,
+        stdin: record.config.stdin,
+        stdin_once: record.config.stdin_once,
+    };
+    let made = machine
+        .agent
+        .call("create container", async |mut agent| agent.create_container(request).await)
+        .await?;
+    supervise::follow(machine, container).await.map_err(|cause| Error::File {
+        stage: "open container output",
+        path: container.id.as_str().into(),
+        cause,
+    })?;
+    container.update(|record| {
+        record.guest_pid = made.pid;
+        record.state = State::Created;
+    })?;
+    Ok(())
+}
+
+/// The machine of a sandbox that is ready for containers.
+pub(super) fn ready_machine(sandbox: &Sandbox) -> Result<Arc<Machine>, Error> {
+    let machine = sandbox.machine().filter(|_| sandbox.record().phase == Phase::Ready);
+    machine.ok_or_else(|| Error::FailedPrecondition(format!("sandbox `{}` is not ready", sandbox.id)))
+}
+
+/// The image that a container names, by any of its names.
+fn image_of(node: &Node, config: &cri::ContainerConfig) -> Result<Image, Error> {
+    let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
+    if name.is_empty() {
+        return Err(Error::InvalidArgument("container configuration names no image".into()));
+    }
+    let image = node.images.resolve(name)?;
+    image.ok_or_else(|| Error::NoImage(name.to_owned()))
+}
+
+/// The pod's log folder and the container's place in it, if both are given. The
+/// place must stay inside the folder.
+fn log_path(pod: &cri::PodSandboxConfig, config: &cri::ContainerConfig) -> Result<PathBuf, Error> {
+    if pod.log_directory.is_empty() || config.log_path.is_empty() {
+        return Ok(PathBuf::new());
+    }
+    let inside = Path::new(&config.log_path);
+    if inside.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
+        return Err(Error::InvalidArgument(format!(
+            "log_path `{}` must be a path inside the pod's log directory",
+            config.log_path
+        )));
+    }
+    Ok(Path::new(&pod.log_directory).join(inside))
+}
+
+/// The first process of the container whose pid namespace is asked for.
+fn target_pid(sandbox: &Sandbox, config: &cri::ContainerConfig) -> Option<u32> {
+    let options = config.linux.as_ref()?.security_context.as_ref()?.namespace_options.as_ref()?;
+    let target =
+        sandbox.containers().into_iter().find(|container| container.id.as_str() == options.target_id)?;
+    let record = target.record();
+    (record.state == State::Running).then_some(record.guest_pid)
+}

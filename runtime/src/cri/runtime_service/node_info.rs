@@ -1,0 +1,96 @@
+//! What there is to know of the runtime: Version, Status, RuntimeConfig,
+//! UpdateRuntimeConfig.
+
+use std::collections::HashMap;
+
+use husk_proto::cri::{
+    CgroupDriver, LinuxRuntimeConfiguration, RuntimeCondition, RuntimeConfigResponse, RuntimeFeatures,
+    RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus, StatusRequest, StatusResponse,
+    UpdateRuntimeConfigRequest, VersionResponse,
+};
+use serde_json::json;
+
+use crate::node::Node;
+
+pub(super) fn version() -> VersionResponse {
+    VersionResponse {
+        // The version of the request that clients send; it has been this since
+        // the kubelet's first days.
+        version: "0.1.0".into(),
+        runtime_name: "husk".into(),
+        runtime_version: env!("CARGO_PKG_VERSION").into(),
+        runtime_api_version: "v1".into(),
+    }
+}
+
+pub(super) fn status(node: &Node, request: &StatusRequest) -> StatusResponse {
+    let runtime = runtime_problem(node);
+    let network = node.network.ready().err().map(|reason| reason.to_string());
+    let conditions = vec![
+        condition("RuntimeReady", "MachineNotReady", runtime),
+        condition("NetworkReady", "NetworkPluginNotReady", network),
+    ];
+    let handler = |name: &str| RuntimeHandler {
+        name: name.to_owned(),
+        features: Some(RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces: false }),
+    };
+    // The empty name stands for the default handler.
+    let runtime_handlers =
+        std::iter::once("").chain(node.config.handlers.keys().map(String::as_str)).map(handler).collect();
+    let info = if request.verbose { verbose(node) } else { HashMap::new() };
+    StatusResponse {
+        status: Some(RuntimeStatus { conditions }),
+        info,
+        runtime_handlers,
+        features: Some(RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() }),
+    }
+}
+
+fn condition(kind: &str, reason: &str, problem: Option<String>) -> RuntimeCondition {
+    let status = problem.is_none();
+    RuntimeCondition {
+        r#type: kind.into(),
+        status,
+        reason: if status { String::new() } else { reason.into() },
+        message: problem.unwrap_or_default(),
+    }
+}
+
+/// What keeps the default handler from starting machines.
+fn runtime_problem(node: &Node) -> Option<String> {
+    if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return Some(format!("/dev/kvm: {error}: run `husk check`"));
+    }
+    let (_, handler) = node.config.handler("")?;
+    [&handler.vmm, &handler.kernel, &handler.rootfs]
+        .into_iter()
+        .find(|path| !path.exists())
+        .map(|path| format!("{} is missing: run `husk check`", path.display()))
+}
+
+fn verbose(node: &Node) -> HashMap<String, String> {
+    let config = json!({
+        "socket": node.config.socket,
+        "stateDir": node.config.state_dir,
+        "runDir": node.config.run_dir,
+        "defaultHandler": node.config.default_handler,
+    });
+    HashMap::from([("config".to_owned(), config.to_string())])
+}
+
+/// Control groups are made by path. A kubelet that knows this call asks before
+/// it names one; any other must be configured to match.
+pub(super) fn runtime_config() -> RuntimeConfigResponse {
+    RuntimeConfigResponse {
+        linux: Some(LinuxRuntimeConfiguration { cgroup_driver: CgroupDriver::Cgroupfs.into() }),
+    }
+}
+
+/// The one thing a kubelet sends here is the node's pod CIDR, which CNI
+/// configurations on disk already have.
+pub(super) fn update_runtime_config(request: &UpdateRuntimeConfigRequest) {
+    let cidr = request.runtime_config.as_ref().and_then(|config| config.network_config.as_ref());
+    if let Some(network) = cidr.filter(|network| !network.pod_cidr.is_empty()) {
+        tracing::info!(pod_cidr = network.pod_cidr, "pod CIDR noted; CNI's configuration decides");
+    }
+}

@@ -1,0 +1,268 @@
+//! RunPodSandbox: from a request to a machine whose agent waits for containers.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use husk_proto::agent::{self, CreateSandboxRequest};
+use husk_proto::cri::{self, NamespaceMode, RunPodSandboxRequest, RunPodSandboxResponse};
+
+use crate::config::Handler;
+use crate::container::{now, spec};
+use crate::cri::error::Error;
+use crate::cri::names;
+use crate::id::SandboxId;
+use crate::network::{Attachment, PodRef, PortMapping, Protocol};
+use crate::node::Node;
+use crate::sandbox::{BootTimes, Phase, Record, Sandbox, lifecycle};
+use crate::vm::{self, launch};
+
+/// Fresh bytes for the guest's random number generator.
+const SEED: usize = 64;
+
+/// Makes a pod, or leaves nothing behind.
+pub(super) async fn run_pod_sandbox(
+    node: &Arc<Node>,
+    request: RunPodSandboxRequest,
+) -> Result<RunPodSandboxResponse, Error> {
+    let config = request.config.ok_or_else(|| Error::InvalidArgument("no sandbox configuration".into()))?;
+    check(&config)?;
+    let (handler_name, handler) = node.config.handler(&request.runtime_handler).ok_or_else(|| {
+        let known: Vec<_> = node.config.handlers.keys().map(String::as_str).collect();
+        Error::InvalidArgument(format!(
+            "unknown runtime handler `{}`: configured are {}",
+            request.runtime_handler,
+            known.join(", ")
+        ))
+    })?;
+
+    let id = SandboxId::random();
+    let name = node.registry.reserve(names::sandbox(&config), id.as_str())?;
+    let parent = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
+    let record = Record {
+        id: id.clone(),
+        handler: handler_name.to_owned(),
+        created_at: now(),
+        phase: Phase::Creating,
+        ips: Vec::new(),
+        netns: Default::default(),
+        vmm_pid: 0,
+        cgroup: launch::cgroup_for(parent, &id),
+        boot: BootTimes::default(),
+        problem: String::new(),
+        config,
+    };
+    let sandbox = Arc::new(Sandbox::create(node.sandboxes_dir().join(id.as_str()), record)?);
+
+    if let Err(error) = bring_up(node, &sandbox, handler).await {
+        tracing::warn!(sandbox = %id, %error, "pod did not start; undoing");
+        if let Err(undo) = lifecycle::stop(node, &sandbox).await {
+            tracing::warn!(sandbox = %id, error = %undo, "undo a pod that did not start; left for the next start");
+        } else {
+            lifecycle::forget(node, &sandbox)?;
+        }
+        return Err(error);
+    }
+    node.registry.add_sandbox(sandbox.clone());
+    name.keep();
+    Ok(RunPodSandboxResponse { pod_sandbox_id: id.to_string() })
+}
+
+async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -> Result<(), Error> {
+    let started = Instant::now();
+    let record = sandbox.record().clone();
+    let config = &record.config;
+
+    let scratch = sandbox.scratch();
+    let attach = async {
+        let attached = node.network.attach(&pod_ref(&record, &port_mappings(config)?)).await?;
+        Ok::<_, Error>((attached, started.elapsed()))
+    };
+    let ((network, network_time), ()) =
+        tokio::try_join!(attach, async { Ok(node.scratch.create(&scratch, handler.disk_mib).await?) })?;
+
+    let Attachment { netns, ips, interfaces, routes, dns } = network;
+    let guest_interfaces = interfaces.iter().map(guest_interface).collect();
+    let launched = launch::launch(launch::Plan {
+        id: &sandbox.id,
+        handler,
+        vcpus: vcpus(config, handler),
+        memory_mib: memory_mib(config, handler),
+        run_dir: vm::run_dir(&node.config.run_dir, &sandbox.id),
+        scratch,
+        interfaces,
+        cgroup: record.cgroup.clone(),
+    })
+    .await?;
+
+    let configuring = Instant::now();
+    let request = CreateSandboxRequest {
+        sandbox_id: sandbox.id.to_string(),
+        hostname: hostname(config),
+        dns: Some(guest_dns(config, dns)),
+        interfaces: guest_interfaces,
+        routes: routes.into_iter().map(guest_route).collect(),
+        sysctls: config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default(),
+        shared_pid_namespace: spec::shares_pid_namespace(config),
+        scratch_serial: launch::SCRATCH_SERIAL.into(),
+        time_unix_nanos: now(),
+        entropy: seed(),
+        shm_size: 0,
+    };
+    let machine = launched.machine;
+    machine.agent.call("configure sandbox", async |mut agent| agent.create_sandbox(request).await).await?;
+
+    let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let boot = BootTimes {
+        network: millis(network_time),
+        vmm: millis(launched.vmm),
+        kernel: millis(launched.kernel),
+        agent: millis(launched.agent),
+        configure: millis(configuring.elapsed()),
+        total: millis(started.elapsed()),
+    };
+    sandbox.set_machine(Some(machine.clone()));
+    sandbox.update(|record| {
+        record.phase = Phase::Ready;
+        record.ips = ips.iter().map(ToString::to_string).collect();
+        record.netns = netns;
+        record.vmm_pid = launched.vmm_pid;
+        record.boot = boot;
+    })?;
+    lifecycle::watch(sandbox, &machine);
+    tracing::info!(
+        sandbox = %sandbox.id,
+        pod = names::sandbox(config),
+        network_ms = boot.network,
+        vmm_exec_ms = boot.vmm,
+        kernel_to_agent_ms = boot.kernel,
+        agent_ready_ms = boot.agent,
+        sandbox_configured_ms = boot.configure,
+        total_ms = boot.total,
+        "pod ready"
+    );
+    Ok(())
+}
+
+/// What a pod in a virtual machine cannot be.
+fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
+    let metadata = config.metadata.as_ref().filter(|metadata| !metadata.name.is_empty());
+    if metadata.is_none() {
+        return Err(Error::InvalidArgument("sandbox metadata needs a name".into()));
+    }
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let options = security.and_then(|security| security.namespace_options.as_ref());
+    for (what, mode) in [
+        ("network", options.map(|options| options.network)),
+        ("pid", options.map(|options| options.pid)),
+        ("ipc", options.map(|options| options.ipc)),
+    ] {
+        if mode == Some(NamespaceMode::Node as i32) {
+            return Err(Error::InvalidArgument(format!(
+                "the pod asks for the host's {what} namespace, which a pod in a virtual machine cannot have: run it \
+                 with a runtime of host containers"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn pod_ref<'a>(record: &'a Record, port_mappings: &'a [PortMapping]) -> PodRef<'a> {
+    let (name, namespace, uid) = record
+        .config
+        .metadata
+        .as_ref()
+        .map(|pod| (pod.name.as_str(), pod.namespace.as_str(), pod.uid.as_str()))
+        .unwrap_or_default();
+    PodRef { sandbox_id: record.id.as_str(), namespace, name, uid, port_mappings }
+}
+
+fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>, Error> {
+    let wrong =
+        |what: &str, value: &dyn std::fmt::Display| Error::InvalidArgument(format!("{what} `{value}`"));
+    let port = |port: i32| u16::try_from(port).map_err(|_| wrong("port", &port));
+    let mut mappings = Vec::new();
+    // A mapping without a port on the host only documents the container's.
+    for mapping in config.port_mappings.iter().filter(|mapping| mapping.host_port != 0) {
+        let protocol = match cri::Protocol::try_from(mapping.protocol) {
+            Ok(cri::Protocol::Tcp) => Protocol::Tcp,
+            Ok(cri::Protocol::Udp) => Protocol::Udp,
+            Ok(cri::Protocol::Sctp) => Protocol::Sctp,
+            Err(_) => return Err(wrong("protocol of port mapping", &mapping.protocol)),
+        };
+        let host_ip = match mapping.host_ip.as_str() {
+            "" => None,
+            ip => Some(ip.parse().map_err(|_| wrong("host_ip of port mapping", &ip))?),
+        };
+        mappings.push(PortMapping {
+            host_port: port(mapping.host_port)?,
+            container_port: port(mapping.container_port)?,
+            protocol,
+            host_ip,
+        });
+    }
+    Ok(mappings)
+}
+
+/// What the pod's containers may use together, when the client says so.
+fn pod_resources(config: &cri::PodSandboxConfig) -> Option<&cri::LinuxContainerResources> {
+    config.linux.as_ref()?.resources.as_ref()
+}
+
+/// As many as the pod's CPU limit takes, at least the handler's number.
+fn vcpus(config: &cri::PodSandboxConfig, handler: &Handler) -> u8 {
+    let limit = pod_resources(config).filter(|limit| limit.cpu_quota > 0 && limit.cpu_period > 0);
+    let wanted =
+        limit.map_or(0, |limit| limit.cpu_quota.unsigned_abs().div_ceil(limit.cpu_period.unsigned_abs()));
+    u8::try_from(wanted.min(64)).unwrap_or(64).max(handler.vcpus)
+}
+
+/// The handler's own memory for the guest, and the pod's limit on top.
+fn memory_mib(config: &cri::PodSandboxConfig, handler: &Handler) -> u32 {
+    let limit = pod_resources(config).map_or(0, |limit| limit.memory_limit_in_bytes.max(0).unsigned_abs());
+    let limit = u32::try_from(limit.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+    handler.memory_mib.saturating_add(limit)
+}
+
+fn hostname(config: &cri::PodSandboxConfig) -> String {
+    match (&config.metadata, config.hostname.as_str()) {
+        (Some(pod), "") => pod.name.clone(),
+        (_, hostname) => hostname.to_owned(),
+    }
+}
+
+/// What the client says of DNS, else what the network's plugins say.
+fn guest_dns(config: &cri::PodSandboxConfig, network: crate::network::Dns) -> agent::Dns {
+    match &config.dns_config {
+        Some(dns) => agent::Dns {
+            servers: dns.servers.clone(),
+            searches: dns.searches.clone(),
+            options: dns.options.clone(),
+        },
+        None => agent::Dns { servers: network.servers, searches: network.searches, options: network.options },
+    }
+}
+
+fn guest_interface(interface: &crate::network::GuestInterface) -> agent::Interface {
+    let mac = interface.mac.map(|byte| format!("{byte:02x}")).join(":");
+    agent::Interface {
+        name: interface.name.clone(),
+        mac,
+        mtu: interface.mtu.into(),
+        addresses: interface.addresses.clone(),
+    }
+}
+
+fn guest_route(route: crate::network::Route) -> agent::Route {
+    agent::Route {
+        destination: route.destination,
+        gateway: route.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
+        interface: route.interface,
+    }
+}
+
+fn seed() -> Vec<u8> {
+    let mut seed = vec![0u8; SEED];
+    let filled = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
+    seed.truncate(filled);
+    seed
+}

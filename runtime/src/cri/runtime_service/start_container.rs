@@ -1,0 +1,49 @@
+//! StartContainer.
+
+use std::sync::Arc;
+
+use husk_proto::agent;
+use husk_proto::cri::{StartContainerRequest, StartContainerResponse};
+
+use super::create_container::ready_machine;
+use crate::container::{State, now};
+use crate::cri::error::Error;
+use crate::node::Node;
+
+pub(super) async fn start_container(
+    node: &Arc<Node>,
+    request: StartContainerRequest,
+) -> Result<StartContainerResponse, Error> {
+    let (sandbox, container) = node.registry.container(&request.container_id)?;
+    let _verb = container.verb.lock().await;
+    let state = container.state();
+    if state != State::Created {
+        return Err(Error::FailedPrecondition(format!(
+            "container `{}` is {}, and only a created one can be started",
+            container.id,
+            state.word()
+        )));
+    }
+    let machine = ready_machine(&sandbox)?;
+    let started_at = now();
+    // It may run to its end before the agent's answer is here, so it counts as
+    // running from now on.
+    container.update(|record| {
+        record.state = State::Running;
+        record.started_at = started_at;
+    })?;
+    let request = agent::StartContainerRequest { container_id: container.id.to_string() };
+    let started =
+        machine.agent.call("start container", async |mut agent| agent.start_container(request).await).await;
+    if let Err(error) = started {
+        container.exit(crate::container::Exit {
+            code: 128,
+            finished_at: now(),
+            reason: "StartError".into(),
+            message: error.to_string(),
+        });
+        return Err(error.into());
+    }
+    tracing::info!(container = %container.id, "container started");
+    Ok(StartContainerResponse {})
+}

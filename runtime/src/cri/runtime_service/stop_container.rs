@@ -1,0 +1,136 @@
+//! StopContainer: the stop signal, the time of grace, then SIGKILL. A container
+//! that is not known or does not run is stopped already.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_proto::cri::{self, StopContainerRequest, StopContainerResponse};
+
+use crate::container::{State, supervise};
+use crate::cri::error::Error;
+use crate::node::Node;
+use crate::sandbox::registry::LookupError;
+
+/// Most time that a container gets to end after SIGKILL: as long as a disk may
+/// hold a process in the kernel.
+const AFTER_KILL: Duration = Duration::from_secs(30);
+
+pub(super) async fn stop_container(
+    node: &Arc<Node>,
+    request: StopContainerRequest,
+) -> Result<StopContainerResponse, Error> {
+    let (sandbox, container) = match node.registry.container(&request.container_id) {
+        Err(LookupError::Unknown { .. }) => return Ok(StopContainerResponse {}),
+        found => found?,
+    };
+    let _verb = container.verb.lock().await;
+    let machine = match (container.state(), sandbox.machine()) {
+        (State::Running, Some(machine)) => machine,
+        _ => return Ok(StopContainerResponse {}),
+    };
+    let grace = u64::try_from(request.timeout).unwrap_or(0);
+    if grace > 0 {
+        let signal = container.record().stop_signal;
+        supervise::signal(&machine, &container.id, signal, false).await?;
+        if tokio::time::timeout(Duration::from_secs(grace), container.wait_exited()).await.is_ok() {
+            tracing::info!(container = %container.id, signal, "container stopped");
+            return Ok(StopContainerResponse {});
+        }
+    }
+    supervise::signal(&machine, &container.id, libc::SIGKILL, true).await?;
+    if tokio::time::timeout(AFTER_KILL, container.wait_exited()).await.is_err() {
+        return Err(Error::DeadlineExceeded(format!(
+            "container `{}` did not end within {} s of SIGKILL",
+            container.id,
+            AFTER_KILL.as_secs()
+        )));
+    }
+    tracing::info!(container = %container.id, "container killed");
+    Ok(StopContainerResponse {})
+}
+
+/// The signal that asks a container to stop: the client's, else the image's,
+/// else SIGTERM.
+pub(super) fn stop_signal(config: &cri::ContainerConfig, image: Option<&str>) -> Result<i32, Error> {
+    let asked = cri::Signal::try_from(config.stop_signal)
+        .map_err(|_| Error::InvalidArgument(format!("unknown stop_signal {}", config.stop_signal)))?;
+    if asked != cri::Signal::RuntimeDefault {
+        let name = asked.as_str_name();
+        let name = name.strip_prefix("SIGNAL_").unwrap_or(name);
+        return number(name).ok_or_else(|| Error::InvalidArgument(format!("unknown stop_signal {name}")));
+    }
+    match image {
+        None | Some("") => Ok(libc::SIGTERM),
+        Some(name) => number(name)
+            .ok_or_else(|| Error::InvalidArgument(format!("the image's stop signal `{name}` is unknown"))),
+    }
+}
+
+/// A signal by name (`SIGQUIT`, `QUIT`, `SIGRTMIN+3`, `SIGRTMINPLUS3`) or number.
+fn number(name: &str) -> Option<i32> {
+    /// The first real-time signal that the C library leaves to programs.
+    const RTMIN: i32 = 34;
+    const RTMAX: i32 = 64;
+    if let Ok(number) = name.parse::<i32>() {
+        return (1..=RTMAX).contains(&number).then_some(number);
+    }
+    let name = name.to_ascii_uppercase();
+    let bare = name.strip_prefix("SIG").unwrap_or(&name);
+    let offset = |rest: &str, word: &str, sign: char| -> Option<i32> {
+        match rest.strip_prefix(word).or_else(|| rest.strip_prefix(sign)) {
+            Some(digits) => digits.parse().ok(),
+            None => rest.is_empty().then_some(0),
+        }
+    };
+    let number = if let Some(rest) = bare.strip_prefix("RTMIN") {
+        RTMIN + offset(rest, "PLUS", '+')?
+    } else if let Some(rest) = bare.strip_prefix("RTMAX") {
+        RTMAX - offset(rest, "MINUS", '-')?
+    } else {
+        match bare {
+            "CLD" => libc::SIGCHLD,
+            "POLL" => libc::SIGIO,
+            "IOT" => libc::SIGABRT,
+            _ => format!("SIG{bare}").parse::<nix::sys::signal::Signal>().ok()? as i32,
+        }
+    };
+    (1..=RTMAX).contains(&number).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn signals_have_many_names() {
+        for (name, want) in [
+            ("SIGQUIT", Some(3)),
+            ("quit", Some(3)),
+            ("9", Some(9)),
+            ("SIGRTMIN+3", Some(37)),
+            ("SIGRTMINPLUS3", Some(37)),
+            ("SIGRTMAX-1", Some(63)),
+            ("SIGCLD", Some(17)),
+            ("SIGRTMIN+99", None),
+            ("SIGRTMINx", None),
+            ("99", None),
+            ("0", None),
+            ("SIGNOTHING", None),
+        ] {
+            assert_eq!(number(name), want, "{name}");
+        }
+    }
+
+    #[test]
+    fn every_signal_of_the_interface_has_a_number() {
+        for value in 1..=64 {
+            let Ok(signal) = cri::Signal::try_from(value) else { continue };
+            let config = cri::ContainerConfig { stop_signal: value, ..Default::default() };
+            assert!(stop_signal(&config, None).is_ok(), "{}", signal.as_str_name());
+        }
+        assert_eq!(stop_signal(&cri::ContainerConfig::default(), Some("SIGINT")).unwrap(), 2);
+        assert_eq!(stop_signal(&cri::ContainerConfig::default(), None).unwrap(), 15);
+    }
+}

@@ -1,0 +1,58 @@
+//! The unix socket, and the server on it.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use husk_proto::cri::image_service_server::ImageServiceServer;
+use husk_proto::cri::runtime_service_server::RuntimeServiceServer;
+use tokio::net::{UnixListener, UnixStream};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use super::image_service::Images;
+use super::runtime_service::Runtime;
+use crate::node::Node;
+
+/// Largest message, as the kubelet has it.
+const MAX_MESSAGE: usize = 16 * 1024 * 1024;
+
+/// Serves until `stop` resolves; requests under way are finished.
+///
+/// # Errors
+/// A socket that cannot be had, for one because another huskd has it.
+pub async fn serve(node: Arc<Node>, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let path = node.config.socket.clone();
+    let listener = listen(&path).await?;
+    tracing::info!(socket = %path.display(), "serving CRI v1");
+    let images = ImageServiceServer::new(Images::new(node.images.clone()))
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
+    let runtime = RuntimeServiceServer::new(Runtime::new(node))
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
+    Server::builder()
+        .add_service(runtime)
+        .add_service(images)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
+        .await
+        .context("serve CRI")?;
+    let _ = std::fs::remove_file(&path);
+    Ok(())
+}
+
+/// Listens, in the place of a huskd that has gone but not of one that lives.
+async fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("make folder {}", folder.display()))?;
+    }
+    if UnixStream::connect(path).await.is_ok() {
+        anyhow::bail!("listen on {}: another huskd serves there; stop it first", path.display());
+    }
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
+        .with_context(|| format!("set permissions of {}", path.display()))?;
+    Ok(listener)
+}

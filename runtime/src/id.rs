@@ -1,0 +1,84 @@
+//! Ids of sandboxes and containers: 32 random bytes in hexadecimal, as clients
+//! of other CRI runtimes know them.
+
+use std::fmt::{self, Write};
+
+use serde::{Deserialize, Serialize};
+
+fn random() -> String {
+    let mut bytes = [0u8; 32];
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        // Requests of up to 256 bytes are never cut short once the pool is up;
+        // a signal can still come between.
+        filled += rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
+    }
+    bytes.iter().fold(String::with_capacity(64), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(String);
+
+        impl $name {
+            /// A new one, never used before.
+            #[must_use]
+            pub fn random() -> Self {
+                Self(random())
+            }
+
+            /// As text.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+
+            /// The first characters, enough for a person and a log.
+            #[must_use]
+            pub fn short(&self) -> &str {
+                self.0.get(..13).unwrap_or(&self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl From<&str> for $name {
+            fn from(text: &str) -> Self {
+                Self(text.to_owned())
+            }
+        }
+    };
+}
+
+id!(
+    /// Id of a pod sandbox.
+    SandboxId
+);
+id!(
+    /// Id of a container.
+    ContainerId
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_64_hexadecimal_digits_and_differ() {
+        let (one, other) = (SandboxId::random(), SandboxId::random());
+        assert_ne!(one, other);
+        assert_eq!(one.as_str().len(), 64);
+        assert!(one.as_str().bytes().all(|byte| byte.is_ascii_hexdigit()));
+        assert!(one.as_str().starts_with(one.short()));
+    }
+}

@@ -1,0 +1,34 @@
+//! Packs a folder into an EROFS file.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::process::Command;
+
+use super::Error;
+
+/// Most time that packing may take.
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Packs `folder` into `file`, uncompressed: its pages are read straight from
+/// the host's page cache. On an error the file may be there in part.
+pub(super) async fn pack(folder: &Path, file: &Path) -> Result<(), Error> {
+    let mut mkfs = Command::new("mkfs.erofs");
+    // The same files give the same bytes.
+    mkfs.args(["-U", "00000000-0000-0000-0000-000000000000", "--quiet"])
+        .arg(file)
+        .arg(folder)
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(TIMEOUT, mkfs.output())
+        .await
+        .map_err(|_| Error::Mkfs(format!("not done within {} s", TIMEOUT.as_secs())))?
+        .map_err(|error| Error::Mkfs(error.to_string()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let mut text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if text.is_empty() {
+        text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    }
+    Err(Error::Mkfs(format!("{}: {text}", output.status)))
+}

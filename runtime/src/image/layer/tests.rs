@@ -1,0 +1,258 @@
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+
+use proptest::prelude::*;
+use tar::{Builder, Header};
+
+use super::*;
+
+/// A tar archive whose paths are whatever the test wants.
+struct Archive(Builder<Vec<u8>>);
+
+impl Archive {
+    fn new() -> Self {
+        Self(Builder::new(Vec::new()))
+    }
+
+    fn entry(mut self, kind: EntryType, path: &str, link: &str, body: &[u8]) -> Self {
+        let mut header = Header::new_ustar();
+        // By hand, because the library refuses to write what it should.
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
+        header.set_entry_type(kind);
+        header.set_mode(0o4755);
+        header.set_uid(1001);
+        header.set_gid(1002);
+        header.set_mtime(1_600_000_000);
+        header.set_size(body.len() as u64);
+        if matches!(kind, EntryType::Char | EntryType::Block) {
+            header.set_device_major(1).unwrap();
+            header.set_device_minor(3).unwrap();
+        }
+        header.set_cksum();
+        self.0.append(&header, body).unwrap();
+        self
+    }
+
+    fn file(self, path: &str, body: &str) -> Self {
+        self.entry(EntryType::Regular, path, "", body.as_bytes())
+    }
+
+    fn folder(self, path: &str) -> Self {
+        self.entry(EntryType::Directory, path, "", b"")
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        self.0.into_inner().unwrap()
+    }
+}
+
+struct Image {
+    folder: tempfile::TempDir,
+    unpacker: Unpacker,
+}
+
+impl Image {
+    fn new() -> Self {
+        Self::with(Limits::default())
+    }
+
+    fn with(limits: Limits) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("files")).unwrap();
+        let unpacker = Unpacker::new(&folder.path().join("files"), &limits).unwrap();
+        Self { folder, unpacker }
+    }
+
+    fn apply_bytes(&mut self, bytes: &[u8], packing: Packing) -> Result<(), String> {
+        let plain = match packing {
+            Packing::Plain => bytes.to_vec(),
+            Packing::Gzip => {
+                let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                out.write_all(bytes).unwrap();
+                out.finish().unwrap()
+            }
+            Packing::Zstd => zstd::encode_all(bytes, 1).unwrap(),
+        };
+        let blob = self.folder.path().join("blob");
+        std::fs::write(&blob, plain).unwrap();
+        let diff_id = format!("sha256:{}", hex(&Sha256::digest(bytes)));
+        self.unpacker.apply(&blob, packing, &diff_id).map_err(|failure| match failure {
+            Failure::Refused(why) => why,
+            Failure::Disk(stage, path, error) => panic!("{stage} {}: {error}", path.display()),
+        })
+    }
+
+    fn apply(&mut self, archive: Archive) -> Result<(), String> {
+        self.apply_bytes(&archive.bytes(), Packing::Plain)
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.folder.path().join("files").join(path)
+    }
+
+    fn text(&self, path: &str) -> String {
+        std::fs::read_to_string(self.path(path)).unwrap()
+    }
+}
+
+#[test]
+fn files_come_with_owner_mode_and_time_in_every_packing() {
+    for packing in [Packing::Plain, Packing::Gzip, Packing::Zstd] {
+        let mut image = Image::new();
+        let archive = Archive::new()
+            .folder("bin/")
+            .file("./bin/tool", "run")
+            .entry(EntryType::Symlink, "bin/alias", "/bin/tool", b"")
+            .entry(EntryType::Link, "bin/twin", "bin/tool", b"")
+            .entry(EntryType::Char, "null", "", b"")
+            .entry(EntryType::Fifo, "pipe", "", b"");
+        image.apply_bytes(&archive.bytes(), packing).unwrap();
+        let tool = std::fs::metadata(image.path("bin/tool")).unwrap();
+        assert_eq!((tool.uid(), tool.gid(), tool.mtime()), (1001, 1002, 1_600_000_000));
+        assert_eq!(tool.permissions().mode() & 0o7777, 0o4755);
+        assert_eq!(tool.ino(), std::fs::metadata(image.path("bin/twin")).unwrap().ino());
+        assert_eq!(std::fs::read_link(image.path("bin/alias")).unwrap(), Path::new("/bin/tool"));
+        assert!(std::fs::metadata(image.path("null")).unwrap().file_type().is_char_device());
+        assert!(std::fs::metadata(image.path("pipe")).unwrap().file_type().is_fifo());
+        assert_eq!(std::fs::metadata(image.path("bin")).unwrap().mtime(), 1_600_000_000);
+    }
+}
+
+#[test]
+fn whiteouts_hide_lower_layers_alone() {
+    let mut image = Image::new();
+    image
+        .apply(Archive::new().file("a/one", "1").file("a/two", "2").file("b/x", "x").file("b/deep/y", "y"))
+        .unwrap();
+    image
+        .apply(
+            Archive::new()
+                .file("b/new", "new")
+                .file("a/.wh.one", "")
+                .file("b/.wh..wh..opq", "")
+                .file("c", "c")
+                .file(".wh.c", "")
+                .file(".wh.absent", ""),
+        )
+        .unwrap();
+    assert!(!image.path("a/one").exists());
+    assert_eq!(image.text("a/two"), "2");
+    assert!(!image.path("b/x").exists() && !image.path("b/deep").exists());
+    assert_eq!(image.text("b/new"), "new");
+    assert_eq!(image.text("c"), "c");
+}
+
+#[test]
+fn a_later_layer_replaces_kinds() {
+    let mut image = Image::new();
+    image.apply(Archive::new().file("was-folder/x", "x").file("was-file", "f")).unwrap();
+    image
+        .apply(Archive::new().file("was-folder", "now a file").folder("was-file/").file("was-file/y", "y"))
+        .unwrap();
+    assert_eq!(image.text("was-folder"), "now a file");
+    assert_eq!(image.text("was-file/y"), "y");
+}
+
+#[test]
+fn what_leaves_the_image_is_refused() {
+    for (archive, word) in [
+        (Archive::new().file("/etc/passwd", "x"), "absolute"),
+        (Archive::new().file("../x", "x"), "`..`"),
+        (Archive::new().file("a/../../x", "x"), "`..`"),
+        (Archive::new().entry(EntryType::Link, "x", "../../../etc/passwd", b""), "leaves"),
+        (Archive::new().entry(EntryType::Link, "x", "/etc/passwd", b""), "leaves"),
+        (Archive::new().entry(EntryType::Link, "x", "absent", b""), "no file"),
+        (Archive::new().file("f", "").file("f/x", ""), "f/x"),
+        (Archive::new().file(".wh...", ""), "hides nothing"),
+    ] {
+        let error = Image::new().apply(archive).unwrap_err();
+        assert!(error.contains(word), "{word}: {error}");
+    }
+}
+
+#[test]
+fn a_link_in_a_lower_layer_leads_nowhere_outside() {
+    let outside = tempfile::tempdir().unwrap();
+    let target = outside.path().to_str().unwrap();
+    let mut image = Image::new();
+    image
+        .apply(Archive::new().entry(EntryType::Symlink, "way", target, b"").entry(
+            EntryType::Symlink,
+            "up",
+            "../../..",
+            b"",
+        ))
+        .unwrap();
+    // Inside the image the link names a folder that is not there.
+    let _ = image.apply(Archive::new().file("way/planted", "x"));
+    image.apply(Archive::new().file("up/planted", "x")).unwrap();
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+    assert_eq!(image.text("planted"), "x", "`..` ends at the image's root");
+}
+
+#[test]
+fn too_much_is_refused() {
+    let limits = Limits { bytes: 100, entries: 3, devices: 1 };
+    let many = (0..5).fold(Archive::new(), |archive, number| archive.file(&format!("f{number}"), ""));
+    let devices = Archive::new().entry(EntryType::Char, "a", "", b"").entry(EntryType::Block, "b", "", b"");
+    for (archive, word) in [
+        (Archive::new().file("big", &"x".repeat(101)), "too much"),
+        (many, "too many files"),
+        (devices, "device nodes"),
+    ] {
+        let error = Image::with(limits.clone()).apply(archive).unwrap_err();
+        assert!(error.contains(word), "{word}: {error}");
+    }
+}
+
+#[test]
+fn a_wrong_diff_id_and_a_truncated_archive_are_refused() {
+    let mut image = Image::new();
+    let bytes = Archive::new().file("x", "text").bytes();
+    let blob = image.folder.path().join("blob");
+    std::fs::write(&blob, &bytes).unwrap();
+    let wrong = image.unpacker.apply(&blob, Packing::Plain, "sha256:00");
+    assert!(matches!(wrong, Err(Failure::Refused(why)) if why.contains("digest")));
+    std::fs::write(&blob, &bytes[..514]).unwrap();
+    assert!(matches!(image.unpacker.apply(&blob, Packing::Plain, "sha256:00"), Err(Failure::Refused(_))));
+    std::fs::write(&blob, b"not gzip").unwrap();
+    assert!(matches!(image.unpacker.apply(&blob, Packing::Gzip, "sha256:00"), Err(Failure::Refused(_))));
+}
+
+#[test]
+fn the_overlays_own_attributes_are_not_taken() {
+    let mut taken = Vec::new();
+    for name in ["user.mine", "trusted.overlay.opaque", "security.capability", "security.selinux"] {
+        xattr(name, b"v", &mut taken).unwrap();
+    }
+    let names: Vec<_> = taken.into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["user.mine", "security.capability"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 200, ..ProptestConfig::default() })]
+
+    /// Any bytes at all give files in the folder, or a refusal.
+    #[test]
+    fn any_bytes_are_taken_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
+        let _ = Image::new().apply_bytes(&bytes, Packing::Plain);
+    }
+
+    /// Any sequence of entries stays inside the folder.
+    #[test]
+    fn any_entries_stay_inside(entries in proptest::collection::vec(
+        (0usize..6, "[a-c/.]{1,8}", "[a-c/.]{1,8}"), 1..12)) {
+        let mut image = Image::new();
+        let archive = entries.iter().fold(Archive::new(), |archive, (kind, path, link)| {
+            let kind = [EntryType::Regular, EntryType::Directory, EntryType::Symlink, EntryType::Link, EntryType::Fifo, EntryType::Char][*kind];
+            archive.entry(kind, path, if matches!(kind, EntryType::Symlink | EntryType::Link) { link } else { "" }, b"")
+        });
+        let _ = image.apply(archive);
+        let mut names: Vec<_> = std::fs::read_dir(image.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        prop_assert_eq!(names, ["blob", "files"]);
+    }
+}

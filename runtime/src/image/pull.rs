@@ -1,0 +1,459 @@
+//! PullImage's work: manifest, configuration, layers, files, record.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use oci_client::client::{Client, ClientConfig, ClientProtocol};
+use oci_client::errors::OciDistributionError;
+use oci_client::secrets::RegistryAuth;
+use oci_client::{Reference, manifest};
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
+use sha2::{Digest, Sha256};
+use tokio::io::AsyncWriteExt;
+
+use super::layer::{Failure, Packing, Unpacker, hex};
+use super::store::{Record, file};
+use super::{Error, ImageStore, erofs, reference};
+use crate::sandbox::lock;
+
+/// Layers that are fetched at the same time.
+const PARALLEL: usize = 3;
+/// Largest manifest and largest configuration, bytes.
+const MAX_DOCUMENT: u64 = 4 << 20;
+/// As many layers as other runtimes take.
+const MAX_LAYERS: usize = 127;
+/// How often a blob is asked for before the pull is given up.
+const TRIES: u32 = 3;
+
+/// Manifests that are understood.
+const MEDIA_TYPES: &[&str] = &[
+    manifest::OCI_IMAGE_MEDIA_TYPE,
+    manifest::OCI_IMAGE_INDEX_MEDIA_TYPE,
+    manifest::IMAGE_MANIFEST_MEDIA_TYPE,
+    manifest::IMAGE_MANIFEST_LIST_MEDIA_TYPE,
+];
+
+/// Pulls under way, so that one reference is pulled by one at a time.
+#[derive(Debug, Default)]
+pub(super) struct Flights(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
+
+/// Tells the folders of pulls apart.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// A folder that goes when it is let go.
+struct Workspace(PathBuf);
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "remove the folder of a pull");
+        }
+    }
+}
+
+/// One pull.
+struct Pull<'a> {
+    store: &'a ImageStore,
+    client: Client,
+    auth: RegistryAuth,
+    reference: Reference,
+    name: String,
+}
+
+impl ImageStore {
+    /// Pulls an image, and answers with its id. One that is here already is
+    /// only looked up in the registry.
+    ///
+    /// # Errors
+    /// With the stage in it; nothing is left behind.
+    pub async fn pull(&self, name: &str, auth: RegistryAuth) -> Result<String, Error> {
+        let reference = reference::parse(name)?;
+        let canonical = reference::canonical(&reference);
+        let flight = lock(&self.flights.0).entry(canonical.clone()).or_default().clone();
+        let limit = self.config.pull_timeout;
+        let pulled = tokio::time::timeout(limit, async {
+            let _flight = flight.lock().await;
+            let client = Client::new(self.client_config(&reference));
+            Pull { store: self, client, auth, reference, name: canonical.clone() }.run().await
+        })
+        .await;
+        drop(flight);
+        lock(&self.flights.0).retain(|_, flight| Arc::strong_count(flight) > 1);
+        pulled.unwrap_or_else(|_| {
+            Err(Error::Timeout {
+                reference: canonical,
+                stage: "pull".into(),
+                cause: format!("not done within {} s", limit.as_secs()),
+            })
+        })
+    }
+
+    fn client_config(&self, reference: &Reference) -> ClientConfig {
+        let registry = reference.resolve_registry();
+        let plain = is_loopback(registry)
+            || self.config.insecure_registries.iter().any(|insecure| insecure == registry);
+        ClientConfig {
+            protocol: if plain { ClientProtocol::Http } else { ClientProtocol::Https },
+            read_timeout: Some(self.config.stall_timeout),
+            connect_timeout: Some(self.config.stall_timeout.min(Duration::from_secs(30))),
+            user_agent: concat!("husk/", env!("CARGO_PKG_VERSION")),
+            ..ClientConfig::default()
+        }
+    }
+}
+
+/// A registry on this machine is spoken to without TLS.
+fn is_loopback(registry: &str) -> bool {
+    let host = match registry.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => registry,
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+impl Pull<'_> {
+    async fn run(&self) -> Result<String, Error> {
+        let (manifest, digest) = self.manifest().await?;
+        let id = manifest.config().digest().to_string();
+        let mut tags = BTreeSet::new();
+        if self.reference.digest().is_none() {
+            tags.insert(self.name.clone());
+        }
+        let digests = BTreeSet::from([format!("{}@{digest}", reference::repository(&self.reference))]);
+        if let Some(known) = self.store.by_id(&id)? {
+            self.store.publish(Record { tags, digests, ..known })?;
+            return Ok(id);
+        }
+
+        let workspace = self.store.pulls().join(format!(
+            "{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
+        std::fs::create_dir_all(&workspace).map_err(file("make folder", &workspace))?;
+        let workspace = Workspace(workspace);
+        let (config_text, config) = self.config(&manifest, &workspace.0).await?;
+        let diff_ids = config.rootfs().diff_ids().clone();
+        let layers = self.layers(&manifest, &diff_ids)?;
+        let chain_id = chain_id(&diff_ids);
+        let rootfs = self.store.rootfs(&chain_id);
+        if !rootfs.exists() {
+            self.fetch(&layers, &workspace.0).await?;
+            self.unpack(layers, diff_ids, &workspace.0).await?;
+            let packed = workspace.0.join("rootfs.erofs");
+            erofs::pack(&workspace.0.join("files"), &packed).await?;
+            // On disk before it has the name that says that it is whole.
+            let synced = packed.clone();
+            tokio::task::spawn_blocking(move || {
+                std::fs::File::open(&synced).and_then(|file| file.sync_all())
+            })
+            .await
+            .map_err(|error| self.refused(error.to_string()))?
+            .map_err(file("sync", &packed))?;
+            std::fs::rename(&packed, &rootfs).map_err(file("rename to", &rootfs))?;
+        }
+        let size = std::fs::metadata(&rootfs).map_err(file("look at", &rootfs))?.len();
+        self.store.publish(Record { id: id.clone(), tags, digests, chain_id, size, config: config_text })?;
+        // Removing the files takes a moment that nobody need wait for.
+        tokio::task::spawn_blocking(move || drop(workspace));
+        tracing::info!(image = self.name, id, size, "image pulled");
+        Ok(id)
+    }
+
+    /// The manifest for this machine, and the digest that the reference leads to.
+    async fn manifest(&self) -> Result<(ImageManifest, String), Error> {
+        let (bytes, digest) = self.document(&self.reference).await?;
+        if let Some(asked) = self.reference.digest()
+            && asked != digest
+        {
+            return Err(self.refused(format!("the registry answers digest {asked} with {digest}")));
+        }
+        let bytes = match serde_json::from_slice::<ImageIndex>(&bytes) {
+            Ok(index) => {
+                let entry = index
+                    .manifests()
+                    .iter()
+                    .find(|entry| is_ours(entry))
+                    .ok_or_else(|| self.refused("the image is not there for linux/amd64".into()))?;
+                let wanted = entry.digest().to_string();
+                let (bytes, found) = self.document(&self.reference.clone_with_digest(wanted.clone())).await?;
+                if found != wanted {
+                    return Err(self.refused(format!("the registry answers digest {wanted} with {found}")));
+                }
+                bytes
+            }
+            Err(_) => bytes,
+        };
+        let manifest = serde_json::from_slice::<ImageManifest>(&bytes)
+            .map_err(|error| self.refused(format!("the manifest does not read: {error}")))?;
+        if manifest.layers().len() > MAX_LAYERS {
+            return Err(
+                self.refused(format!("{} layers are more than {MAX_LAYERS}", manifest.layers().len()))
+            );
+        }
+        Ok((manifest, digest))
+    }
+
+    /// A manifest's bytes and their digest, counted here.
+    async fn document(&self, reference: &Reference) -> Result<(Vec<u8>, String), Error> {
+        let mut tries = 0;
+        let bytes = loop {
+            tries += 1;
+            match self.client.pull_manifest_raw(reference, &self.auth, MEDIA_TYPES).await {
+                Ok((bytes, _)) => break bytes,
+                Err(error) if tries < TRIES && is_passing(&error) => pause(tries).await,
+                Err(error) => return Err(self.registry("fetch manifest", error)),
+            }
+        };
+        if bytes.len() as u64 > MAX_DOCUMENT {
+            return Err(self.refused("the manifest is too large".into()));
+        }
+        let digest = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
+        Ok((bytes.to_vec(), digest))
+    }
+
+    async fn config(
+        &self,
+        manifest: &ImageManifest,
+        workspace: &Path,
+    ) -> Result<(String, ImageConfiguration), Error> {
+        if manifest.config().size() > MAX_DOCUMENT {
+            return Err(self.refused("the configuration is too large".into()));
+        }
+        let path = workspace.join("config");
+        self.blob("fetch configuration".into(), manifest.config(), &path).await?;
+        let text = std::fs::read_to_string(&path).map_err(file("read configuration", &path))?;
+        let config = serde_json::from_str(&text)
+            .map_err(|error| self.refused(format!("the configuration does not read: {error}")))?;
+        Ok((text, config))
+    }
+
+    /// Each layer with how it is packed.
+    fn layers(
+        &self,
+        manifest: &ImageManifest,
+        diff_ids: &[String],
+    ) -> Result<Vec<(Descriptor, Packing)>, Error> {
+        if diff_ids.len() != manifest.layers().len() {
+            return Err(self.refused(format!(
+                "{} layers, and the configuration speaks of {}",
+                manifest.layers().len(),
+                diff_ids.len()
+            )));
+        }
+        let packing = |layer: &Descriptor| {
+            let media_type = layer.media_type().to_string();
+            Packing::of(&media_type)
+                .map(|packing| (layer.clone(), packing))
+                .ok_or_else(|| self.refused(format!("a layer is of unknown type `{media_type}`")))
+        };
+        manifest.layers().iter().map(packing).collect()
+    }
+
+    async fn fetch(&self, layers: &[(Descriptor, Packing)], workspace: &Path) -> Result<(), Error> {
+        let count = layers.len();
+        let mut fetches = Vec::with_capacity(count);
+        for (number, (layer, _)) in layers.iter().enumerate() {
+            let stage = format!("fetch layer {} of {count}", number + 1);
+            fetches.push(async move { self.blob(stage, layer, &layer_path(workspace, number)).await });
+        }
+        futures::stream::iter(fetches).buffer_unordered(PARALLEL).try_collect::<()>().await
+    }
+
+    async fn blob(&self, stage: String, blob: &Descriptor, path: &Path) -> Result<(), Error> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.try_blob(&stage, blob, path).await {
+                Err((_, true)) if tries < TRIES => pause(tries).await,
+                Err((error, _)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+    }
+
+    /// On an error, says whether it may pass.
+    async fn try_blob(&self, stage: &str, blob: &Descriptor, path: &Path) -> Result<(), (Error, bool)> {
+        let disk = |error| (file("write", path)(error), false);
+        let digest = blob.digest().to_string();
+        let mut stream = self
+            .client
+            .pull_blob_stream(&self.reference, digest.as_str())
+            .await
+            .map_err(|error| {
+                let passing = is_passing(&error);
+                (self.registry(stage, error), passing)
+            })?
+            .stream;
+        let mut out = tokio::fs::File::create(path).await.map_err(disk)?;
+        let (mut length, mut hash) = (0u64, Sha256::new());
+        while let Some(chunk) = stream.next().await {
+            let chunk = chunk.map_err(|error| {
+                let timeout =
+                    error.kind() == std::io::ErrorKind::TimedOut || chain(&error).contains("timed out");
+                if timeout {
+                    (self.stalled(stage), false)
+                } else {
+                    (self.failed(stage, format!("the transfer broke: {}", chain(&error))), true)
+                }
+            })?;
+            length = length.saturating_add(chunk.len() as u64);
+            if length > blob.size() {
+                return Err((
+                    self.refused(format!(
+                        "{stage}: {digest} is longer than the {} bytes promised",
+                        blob.size()
+                    )),
+                    false,
+                ));
+            }
+            hash.update(&chunk);
+            out.write_all(&chunk).await.map_err(disk)?;
+        }
+        out.flush().await.map_err(disk)?;
+        if length < blob.size() {
+            let cause = format!("{stage}: {digest} is truncated: {length} of {} bytes", blob.size());
+            return Err((self.refused(cause), true));
+        }
+        let found = format!("sha256:{}", hex(&hash.finalize()));
+        if found != digest {
+            return Err((self.refused(format!("{stage}: {digest} came with digest {found}")), false));
+        }
+        Ok(())
+    }
+
+    async fn unpack(
+        &self,
+        layers: Vec<(Descriptor, Packing)>,
+        diff_ids: Vec<String>,
+        workspace: &Path,
+    ) -> Result<(), Error> {
+        let workspace = workspace.to_owned();
+        let limits = self.store.config.limits.clone();
+        let unpacked = tokio::task::spawn_blocking(move || {
+            let folder = workspace.join("files");
+            std::fs::create_dir(&folder)
+                .map_err(|error| Failure::Disk("make folder", folder.clone(), error))?;
+            let mut unpacker = Unpacker::new(&folder, &limits)?;
+            for (number, ((_, packing), diff_id)) in layers.into_iter().zip(diff_ids).enumerate() {
+                let blob = layer_path(&workspace, number);
+                unpacker.apply(&blob, packing, &diff_id)?;
+                let _ = std::fs::remove_file(&blob);
+            }
+            Ok(())
+        })
+        .await
+        .map_err(|error| self.refused(error.to_string()))?;
+        unpacked.map_err(|failure| match failure {
+            Failure::Refused(cause) => self.refused(format!("unpack: {cause}")),
+            Failure::Disk(stage, path, cause) => Error::File { stage, path, cause },
+        })
+    }
+
+    fn refused(&self, cause: String) -> Error {
+        Error::Refused { reference: self.name.clone(), cause }
+    }
+
+    fn failed(&self, stage: &str, cause: String) -> Error {
+        Error::Registry { reference: self.name.clone(), stage: stage.into(), cause }
+    }
+
+    fn stalled(&self, stage: &str) -> Error {
+        Error::Timeout {
+            reference: self.name.clone(),
+            stage: stage.into(),
+            cause: format!(
+                "not a byte from the registry for {} s",
+                self.store.config.stall_timeout.as_secs()
+            ),
+        }
+    }
+
+    fn registry(&self, stage: &str, error: OciDistributionError) -> Error {
+        use OciDistributionError as E;
+        let reference = self.name.clone();
+        let cause = chain(&error);
+        let code = match &error {
+            E::ServerError { code, .. } => *code,
+            E::RequestError(error) => error.status().map_or(0, |status| status.as_u16()),
+            _ => 0,
+        };
+        match error {
+            E::AuthenticationFailure(_) | E::UnauthorizedError { .. } => {
+                Error::Unauthorized { reference, cause }
+            }
+            _ if code == 401 || code == 403 => Error::Unauthorized { reference, cause },
+            E::ImageManifestNotFoundError(_) => Error::NotFound { reference, cause },
+            _ if code == 404 => Error::NotFound { reference, cause },
+            E::RegistryError { ref envelope, .. } => {
+                use oci_client::errors::OciErrorCode as Code;
+                let has = |codes: &[Code]| envelope.errors.iter().any(|error| codes.contains(&error.code));
+                if has(&[Code::ManifestUnknown, Code::NameUnknown, Code::NotFound, Code::BlobUnknown]) {
+                    Error::NotFound { reference, cause }
+                } else if has(&[Code::Unauthorized, Code::Denied]) {
+                    Error::Unauthorized { reference, cause }
+                } else {
+                    self.failed(stage, cause)
+                }
+            }
+            E::RequestError(ref error) if error.is_timeout() => self.stalled(stage),
+            _ => self.failed(stage, cause),
+        }
+    }
+}
+
+fn layer_path(workspace: &Path, number: usize) -> PathBuf {
+    workspace.join(format!("layer-{number}"))
+}
+
+/// Whether a manifest of an index is for this machine.
+fn is_ours(entry: &Descriptor) -> bool {
+    entry.platform().as_ref().is_some_and(|platform| {
+        platform.os().to_string() == "linux" && platform.architecture().to_string() == "amd64"
+    })
+}
+
+/// The name of a stack of layers (OCI image-spec, `config.md`).
+fn chain_id(diff_ids: &[String]) -> String {
+    let mut ids = diff_ids.iter();
+    let first = ids.next().cloned().unwrap_or_else(|| format!("sha256:{}", hex(&Sha256::digest(b""))));
+    ids.fold(first, |chain, diff_id| format!("sha256:{}", hex(&Sha256::digest(format!("{chain} {diff_id}")))))
+}
+
+/// Whether asking again may help.
+fn is_passing(error: &OciDistributionError) -> bool {
+    match error {
+        OciDistributionError::ServerError { code, .. } => *code >= 500 || *code == 429,
+        OciDistributionError::RequestError(error) => {
+            error.is_connect() || error.status().is_some_and(|status| status.is_server_error())
+        }
+        OciDistributionError::IoError(_) => true,
+        _ => false,
+    }
+}
+
+async fn pause(tries: u32) {
+    tokio::time::sleep(Duration::from_millis(200) * 2u32.pow(tries)).await;
+}
+
+/// An error with its causes, without saying anything twice.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

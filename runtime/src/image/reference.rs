@@ -1,0 +1,89 @@
+//! Names of images, as people write them and as they are kept.
+
+use oci_client::Reference;
+
+use super::Error;
+
+/// What a client may mean by a name.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Name {
+    /// "docker.io/library/nginx:latest", or with a digest.
+    Reference(String),
+    /// The beginning of an id, or all of it, without "sha256:".
+    Id(String),
+}
+
+/// Parses a name for a pull.
+pub(super) fn parse(name: &str) -> Result<Reference, Error> {
+    name.parse::<Reference>()
+        .map_err(|error| Error::Reference { name: name.to_owned(), cause: error.to_string() })
+}
+
+/// A name by which an image may be here: ids come first, because twelve
+/// hexadecimal digits are also a repository's name.
+pub(super) fn candidates(name: &str) -> Vec<Name> {
+    let mut candidates = Vec::new();
+    let digits = name.strip_prefix("sha256:").unwrap_or(name);
+    if (4..=64).contains(&digits.len())
+        && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    {
+        candidates.push(Name::Id(digits.to_owned()));
+    }
+    if let Ok(reference) = parse(name) {
+        candidates.push(Name::Reference(canonical(&reference)));
+    }
+    candidates
+}
+
+/// The one way in which a reference is kept: with its host, and with a tag or
+/// a digest, a digest alone if there are both.
+pub(super) fn canonical(reference: &Reference) -> String {
+    match (reference.digest(), reference.tag()) {
+        (Some(digest), _) => format!("{}@{digest}", repository(reference)),
+        (None, tag) => format!("{}:{}", repository(reference), tag.unwrap_or("latest")),
+    }
+}
+
+/// Host and repository.
+pub(super) fn repository(reference: &Reference) -> String {
+    format!("{}/{}", reference.registry(), reference.repository())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn short_names_are_docker_hubs() {
+        for (name, want) in [
+            ("nginx", "docker.io/library/nginx:latest"),
+            ("user/app:1", "docker.io/user/app:1"),
+            ("127.0.0.1:5000/husk/nginx:1", "127.0.0.1:5000/husk/nginx:1"),
+            ("localhost/a", "localhost/a:latest"),
+        ] {
+            assert_eq!(canonical(&parse(name).unwrap()), want);
+        }
+        let digest = format!("sha256:{}", "a".repeat(64));
+        assert_eq!(
+            canonical(&parse(&format!("nginx:1@{digest}")).unwrap()),
+            format!("docker.io/library/nginx@{digest}")
+        );
+    }
+
+    #[test]
+    fn hexadecimal_digits_may_be_an_id() {
+        assert!(matches!(candidates("deadbeefcafe").first(), Some(Name::Id(_))));
+        assert!(matches!(candidates("nginx").first(), Some(Name::Reference(_))));
+        let id = format!("sha256:{}", "0".repeat(64));
+        assert!(matches!(candidates(&id).first(), Some(Name::Id(_))));
+    }
+
+    #[test]
+    fn what_is_no_name_is_refused() {
+        for name in ["", "host.example/UPPER", "a b", "http://x/y", "x@sha256:zz"] {
+            assert!(parse(name).is_err(), "{name:?}");
+        }
+    }
+}

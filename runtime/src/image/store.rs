@@ -1,0 +1,332 @@
+//! What images are here: metadata in redb, one EROFS file per chain id.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::image::ImageConfiguration;
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use super::pull::Flights;
+use super::reference::{self, Name};
+use super::{Error, Image, ImageConfig};
+
+/// Id to record, as JSON.
+const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
+
+/// What is kept of an image.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) id: String,
+    pub(super) tags: BTreeSet<String>,
+    pub(super) digests: BTreeSet<String>,
+    pub(super) chain_id: String,
+    pub(super) size: u64,
+    /// The configuration's own bytes, which the id is the digest of.
+    pub(super) config: String,
+}
+
+/// The node's images.
+#[derive(Debug)]
+pub struct ImageStore {
+    database: Database,
+    directory: PathBuf,
+    pub(super) config: ImageConfig,
+    pub(super) flights: Flights,
+}
+
+/// What the images take.
+#[derive(Clone, Debug)]
+pub struct FsInfo {
+    /// The folder they are in.
+    pub directory: PathBuf,
+    /// Bytes on disk.
+    pub used_bytes: u64,
+    /// Files.
+    pub inodes: u64,
+}
+
+impl ImageStore {
+    /// Opens the images under `root`, and sweeps what unfinished pulls left.
+    ///
+    /// # Errors
+    /// The disk's, or a database that another process has open.
+    pub fn open(root: &Path, config: ImageConfig) -> Result<Self, Error> {
+        let directory = root.join("images");
+        let rootfs = directory.join("rootfs");
+        std::fs::create_dir_all(&rootfs).map_err(file("make folder", &rootfs))?;
+        let database = Database::create(directory.join("metadata.redb")).map_err(metadata)?;
+        let write = database.begin_write().map_err(metadata)?;
+        write.open_table(IMAGES).map_err(metadata)?;
+        write.commit().map_err(metadata)?;
+        let store = Self { database, directory, config, flights: Flights::default() };
+        store.sweep()?;
+        Ok(store)
+    }
+
+    /// Removes the folders of unfinished pulls, and files that no image has.
+    fn sweep(&self) -> Result<(), Error> {
+        let pulls = self.pulls();
+        match std::fs::remove_dir_all(&pulls) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(file("remove", &pulls)(error));
+            }
+            _ => {}
+        }
+        let used: BTreeSet<_> = self.records()?.iter().map(|record| self.rootfs(&record.chain_id)).collect();
+        let folder = self.directory.join("rootfs");
+        for entry in std::fs::read_dir(&folder).map_err(file("read folder", &folder))?.flatten() {
+            if !used.contains(&entry.path()) {
+                std::fs::remove_file(entry.path()).map_err(file("remove", &entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The image that `name` means: a reference, an id, or the beginning of one.
+    ///
+    /// # Errors
+    /// An ambiguous id, or the database's.
+    pub fn resolve(&self, name: &str) -> Result<Option<Image>, Error> {
+        Ok(self.find(name)?.map(|record| self.image(record)).transpose()?)
+    }
+
+    fn find(&self, name: &str) -> Result<Option<Record>, Error> {
+        let records = self.records()?;
+        for candidate in reference::candidates(name) {
+            match candidate {
+                Name::Id(digits) => {
+                    let id = format!("sha256:{digits}");
+                    let mut matches = records.iter().filter(|record| record.id.starts_with(&id));
+                    match (matches.next(), matches.next()) {
+                        (Some(record), None) => return Ok(Some(record.clone())),
+                        (Some(_), Some(_)) => return Err(Error::Ambiguous(name.to_owned())),
+                        (None, _) => {}
+                    }
+                }
+                Name::Reference(reference) => {
+                    let has = |record: &&Record| {
+                        record.tags.contains(&reference) || record.digests.contains(&reference)
+                    };
+                    if let Some(record) = records.iter().find(has) {
+                        return Ok(Some(record.clone()));
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// All images.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn list(&self) -> Result<Vec<Image>, Error> {
+        self.records()?.into_iter().map(|record| self.image(record)).collect()
+    }
+
+    /// Removes an image with all its names. One that is not here is removed
+    /// already; machines that have its file open keep it until they end.
+    ///
+    /// # Errors
+    /// The disk's or the database's.
+    pub fn remove(&self, name: &str) -> Result<(), Error> {
+        let Some(record) = self.find(name)? else { return Ok(()) };
+        let write = self.database.begin_write().map_err(metadata)?;
+        let shared = {
+            let mut table = write.open_table(IMAGES).map_err(metadata)?;
+            table.remove(record.id.as_str()).map_err(metadata)?;
+            all(&table)?.iter().any(|other| other.chain_id == record.chain_id)
+        };
+        write.commit().map_err(metadata)?;
+        if shared {
+            return Ok(());
+        }
+        let rootfs = self.rootfs(&record.chain_id);
+        match std::fs::remove_file(&rootfs) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(file("remove", &rootfs)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Publishes a pulled image. A tag that led elsewhere leads here now.
+    pub(super) fn publish(&self, new: Record) -> Result<(), Error> {
+        let write = self.database.begin_write().map_err(metadata)?;
+        {
+            let mut table = write.open_table(IMAGES).map_err(metadata)?;
+            let mut new = new;
+            for mut other in all(&table)? {
+                if other.id == new.id {
+                    new.tags.append(&mut other.tags);
+                    new.digests.append(&mut other.digests);
+                } else if other.tags.iter().any(|tag| new.tags.contains(tag)) {
+                    other.tags.retain(|tag| !new.tags.contains(tag));
+                    put(&mut table, &other)?;
+                }
+            }
+            put(&mut table, &new)?;
+        }
+        write.commit().map_err(metadata)
+    }
+
+    /// The image with this id, if it is here with its files.
+    pub(super) fn by_id(&self, id: &str) -> Result<Option<Record>, Error> {
+        let record = self.records()?.into_iter().find(|record| record.id == id);
+        Ok(record.filter(|record| self.rootfs(&record.chain_id).exists()))
+    }
+
+    /// What the images take on disk.
+    #[must_use]
+    pub fn fs_info(&self) -> FsInfo {
+        use std::os::unix::fs::MetadataExt;
+        let files = std::fs::read_dir(self.directory.join("rootfs")).into_iter().flatten().flatten();
+        let (mut used_bytes, mut inodes) = (0u64, 0u64);
+        for metadata in files.filter_map(|entry| entry.metadata().ok()) {
+            used_bytes = used_bytes.saturating_add(metadata.blocks().saturating_mul(512));
+            inodes += 1;
+        }
+        FsInfo { directory: self.directory.clone(), used_bytes, inodes }
+    }
+
+    /// Where the EROFS file of a chain id is.
+    pub(super) fn rootfs(&self, chain_id: &str) -> PathBuf {
+        let digits = chain_id.strip_prefix("sha256:").unwrap_or(chain_id);
+        self.directory.join("rootfs").join(format!("{digits}.erofs"))
+    }
+
+    /// Where pulls work.
+    pub(super) fn pulls(&self) -> PathBuf {
+        self.directory.join("pulls")
+    }
+
+    fn records(&self) -> Result<Vec<Record>, Error> {
+        let read = self.database.begin_read().map_err(metadata)?;
+        all(&read.open_table(IMAGES).map_err(metadata)?)
+    }
+
+    fn image(&self, record: Record) -> Result<Image, Error> {
+        let config: ImageConfiguration = serde_json::from_str(&record.config).map_err(metadata)?;
+        Ok(Image {
+            rootfs: self.rootfs(&record.chain_id),
+            id: record.id.into(),
+            repo_tags: record.tags.into_iter().collect(),
+            repo_digests: record.digests.into_iter().collect(),
+            size: record.size,
+            config: Arc::new(config),
+        })
+    }
+}
+
+fn all(table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Vec<Record>, Error> {
+    let mut records = Vec::new();
+    for row in table.iter().map_err(metadata)? {
+        let (_, value) = row.map_err(metadata)?;
+        records.push(serde_json::from_slice(value.value()).map_err(metadata)?);
+    }
+    Ok(records)
+}
+
+fn put(table: &mut redb::Table<'_, &'static str, &'static [u8]>, record: &Record) -> Result<(), Error> {
+    let value = serde_json::to_vec(record).map_err(metadata)?;
+    table.insert(record.id.as_str(), value.as_slice()).map_err(metadata)?;
+    Ok(())
+}
+
+fn metadata(error: impl std::fmt::Display) -> Error {
+    Error::Metadata(error.to_string())
+}
+
+/// For `map_err` on what is done to a file.
+pub(super) fn file(stage: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |cause| Error::File { stage, path, cause }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn record(id: char, tags: &[&str], chain: &str) -> Record {
+        Record {
+            id: format!("sha256:{}", String::from(id).repeat(64)),
+            tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
+            digests: BTreeSet::from([format!("docker.io/library/x@sha256:{}", String::from(id).repeat(64))]),
+            chain_id: chain.into(),
+            size: 1,
+            config: r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{}}"#
+                .into(),
+        }
+    }
+
+    fn open(root: &Path) -> ImageStore {
+        ImageStore::open(root, ImageConfig::default()).unwrap()
+    }
+
+    #[test]
+    fn an_image_is_found_by_all_its_names_also_after_a_restart() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
+        std::fs::write(store.rootfs("sha256:11"), "files").unwrap();
+        drop(store);
+        let store = open(root.path());
+        let digest = format!("x@sha256:{}", "a".repeat(64));
+        for name in ["x:1", "docker.io/library/x:1", "aaaaaaa", &"a".repeat(64), &digest] {
+            let image = store.resolve(name).unwrap().unwrap_or_else(|| panic!("{name}"));
+            assert_eq!(image.repo_tags, ["docker.io/library/x:1"]);
+        }
+        assert!(store.resolve("x:2").unwrap().is_none());
+        assert!(store.resolve("not a name").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_tag_leads_to_the_image_that_was_pulled_last() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
+        store.publish(record('b', &["docker.io/library/x:1"], "sha256:22")).unwrap();
+        assert!(store.resolve("x:1").unwrap().unwrap().id.contains("bbb"));
+        assert!(store.resolve("aaaa").unwrap().unwrap().repo_tags.is_empty());
+    }
+
+    #[test]
+    fn files_go_with_the_last_image_that_has_them() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
+        store.publish(record('b', &["docker.io/library/x:2"], "sha256:11")).unwrap();
+        let rootfs = store.rootfs("sha256:11");
+        std::fs::write(&rootfs, "files").unwrap();
+        store.remove("x:1").unwrap();
+        assert!(rootfs.exists());
+        store.remove("x:1").unwrap();
+        store.remove("x:2").unwrap();
+        assert!(!rootfs.exists());
+    }
+
+    #[test]
+    fn what_a_crash_left_is_swept() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        std::fs::create_dir_all(store.pulls().join("1/files")).unwrap();
+        std::fs::write(store.rootfs("sha256:33"), "unpublished").unwrap();
+        drop(store);
+        let store = open(root.path());
+        assert!(!store.pulls().exists());
+        assert!(!store.rootfs("sha256:33").exists());
+    }
+
+    #[test]
+    fn an_id_that_fits_two_images_is_ambiguous() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        let mut one = record('a', &[], "sha256:11");
+        one.id.replace_range(60.., "00000000000");
+        store.publish(one).unwrap();
+        store.publish(record('a', &[], "sha256:22")).unwrap();
+        assert!(matches!(store.resolve("aaaa"), Err(Error::Ambiguous(_))));
+    }
+}

@@ -1,0 +1,63 @@
+//! Everything that one huskd has.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::image::{ImageConfig, ImageStore};
+use crate::network::{Network, NetworkConfig};
+use crate::sandbox::registry::Registry;
+use crate::storage::Scratch;
+
+/// One node's parts. Each looks after itself; the verbs in `cri` bring them
+/// together.
+#[derive(Debug)]
+pub struct Node {
+    /// As configured.
+    pub config: Config,
+    /// Images.
+    pub images: Arc<ImageStore>,
+    /// Pod networks.
+    pub network: Network,
+    /// Sandboxes and containers.
+    pub registry: Registry,
+    /// Sandbox disks.
+    pub scratch: Scratch,
+}
+
+impl Node {
+    /// Opens what is on disk. Makes no machine and no network.
+    ///
+    /// # Errors
+    /// With the folder or file that cannot be used.
+    pub fn open(config: Config) -> anyhow::Result<Self> {
+        use anyhow::Context;
+        for folder in [&config.state_dir, &config.run_dir] {
+            std::fs::create_dir_all(folder).with_context(|| format!("make folder {}", folder.display()))?;
+        }
+        let images = ImageStore::open(
+            &config.state_dir,
+            ImageConfig {
+                insecure_registries: config.images.insecure_registries.clone(),
+                stall_timeout: Duration::from_secs(config.images.stall_timeout_seconds),
+                pull_timeout: Duration::from_secs(config.images.pull_timeout_seconds),
+                ..ImageConfig::default()
+            },
+        )
+        .with_context(|| format!("open images in {}", config.state_dir.display()))?;
+        let network = Network::new(NetworkConfig {
+            conf_dir: config.network.conf_dir.clone(),
+            bin_dirs: config.network.bin_dirs.clone(),
+            cache_dir: config.state_dir.join("network"),
+            plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
+        });
+        let scratch = Scratch::new(config.state_dir.join("scratch"));
+        Ok(Self { images: Arc::new(images), network, registry: Registry::default(), scratch, config })
+    }
+
+    /// Where the sandboxes' records are.
+    #[must_use]
+    pub fn sandboxes_dir(&self) -> std::path::PathBuf {
+        self.config.state_dir.join("sandboxes")
+    }
+}

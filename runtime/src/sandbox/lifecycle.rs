@@ -1,0 +1,131 @@
+//! What several verbs and the recovery share of a sandbox's end.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Phase, Sandbox};
+use crate::container::{Exit, State, supervise};
+use crate::cri::error::Error;
+use crate::node::Node;
+use crate::vm::{self, Machine};
+
+/// Most time that containers get to end once they have been killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Watches a machine, so that its end is known when nobody asked for it.
+pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
+    let (sandbox, control) = (sandbox.clone(), machine.control.clone());
+    tokio::spawn(async move {
+        let exit = control.wait().await;
+        if sandbox.record().phase != Phase::Ready {
+            return;
+        }
+        let problem = match exit {
+            Some(exit) => vm::Error::from(exit).to_string(),
+            None => "the machine's VMM was killed".to_owned(),
+        };
+        tracing::warn!(sandbox = %sandbox.id, problem, "machine ended unasked");
+        ended(&sandbox, &problem);
+    });
+}
+
+/// Records that a sandbox's machine has gone, and its containers with it;
+/// `problem` is empty when it was meant to.
+pub fn ended(sandbox: &Sandbox, problem: &str) {
+    let noted = sandbox.update(|record| {
+        record.phase = Phase::NotReady;
+        if !problem.is_empty() {
+            record.problem = problem.to_owned();
+        }
+    });
+    if let Err(error) = noted {
+        tracing::warn!(sandbox = %sandbox.id, %error, "write sandbox record");
+    }
+    sandbox.set_machine(None);
+    for container in sandbox.containers() {
+        container.exit(Exit::machine_gone(if problem.is_empty() { "the pod was stopped" } else { problem }));
+    }
+}
+
+/// Stops a sandbox: its containers, its machine, its network, its disk. Each
+/// step finds out for itself whether there is anything to do, so this can be
+/// repeated, and does its work after a crash as well.
+///
+/// # Errors
+/// With what could not be given back; stopping again tries again.
+pub async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+    if let Some(machine) = sandbox.machine() {
+        kill_containers(sandbox, &machine).await;
+    }
+    sandbox.update(|record| record.phase = Phase::NotReady)?;
+    let cgroup = sandbox.record().cgroup.clone();
+    let (machine, network) =
+        tokio::join!(end_machine(node, sandbox, cgroup.as_deref()), node.network.detach(sandbox.id.as_str()));
+    machine?;
+    ended(sandbox, "");
+    network?;
+    if let Some(cgroup) = cgroup {
+        vm::remove_cgroup(&cgroup).await.map_err(|cause| Error::File {
+            stage: "remove control group",
+            path: cgroup,
+            cause,
+        })?;
+    }
+    let scratch = sandbox.scratch();
+    match std::fs::remove_file(&scratch) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::File { stage: "remove sandbox disk", path: scratch, cause })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Ends the machine by its own socket, or, when nobody answers there, by its
+/// control group.
+async fn end_machine(node: &Node, sandbox: &Sandbox, cgroup: Option<&Path>) -> Result<(), vm::Error> {
+    let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
+    let Err(error) = vm::destroy(&run_dir).await else { return Ok(()) };
+    tracing::warn!(sandbox = %sandbox.id, %error, "the VMM does not end when asked; killing it");
+    match cgroup.map(vm::kill_cgroup) {
+        Some(Ok(())) => vm::destroy(&run_dir).await,
+        Some(Err(_)) | None => Err(error),
+    }
+}
+
+/// Gives containers that still run their end, so that the last of their output
+/// is in their logs and their exit codes are true.
+async fn kill_containers(sandbox: &Sandbox, machine: &Machine) {
+    let running: Vec<_> =
+        sandbox.containers().into_iter().filter(|container| container.state() == State::Running).collect();
+    let ends = running.iter().map(|container| async {
+        if let Err(error) = supervise::signal(machine, &container.id, libc::SIGKILL, true).await {
+            tracing::debug!(container = %container.id, %error, "kill container");
+            return;
+        }
+        let _ = tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()).await;
+    });
+    let _ = tokio::time::timeout(KILL_TIMEOUT * 2, futures::future::join_all(ends)).await;
+}
+
+/// Removes what [`stop`] leaves: the records.
+///
+/// # Errors
+/// The disk's.
+pub fn forget(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+    match std::fs::remove_dir_all(sandbox.directory()) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::File {
+                stage: "remove sandbox record",
+                path: sandbox.directory().into(),
+                cause,
+            });
+        }
+        _ => {}
+    }
+    for container in sandbox.containers() {
+        node.registry.remove_container(&container);
+    }
+    node.registry.remove_sandbox(&sandbox.id);
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! Pod sandboxes as huskd knows them: their records on disk, the machine that
+//! runs each, and the containers inside.
+//!
+//! A record is written before the step that it is needed to undo, so a daemon
+//! that starts after a crash finds everything that may exist.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use husk_proto::cri;
+use serde::{Deserialize, Serialize};
+
+use crate::container::Container;
+use crate::id::SandboxId;
+use crate::vm::Machine;
+
+pub mod lifecycle;
+pub mod recover;
+pub mod registry;
+
+/// What is kept of a sandbox on disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Its id.
+    pub id: SandboxId,
+    /// What the client asked for.
+    pub config: cri::PodSandboxConfig,
+    /// Name of its runtime handler, never empty.
+    pub handler: String,
+    /// Nanoseconds since 1970.
+    pub created_at: i64,
+    /// How far it is.
+    pub phase: Phase,
+    /// The pod's addresses, the first one first.
+    pub ips: Vec<String>,
+    /// The pod's network namespace.
+    pub netns: PathBuf,
+    /// Process id of its VMM, for people; nothing is ever done to a process by
+    /// this number.
+    pub vmm_pid: u32,
+    /// The control group of its VMM.
+    pub cgroup: Option<PathBuf>,
+    /// How long each step of its start took.
+    pub boot: BootTimes,
+    /// Why it is not ready, if something went wrong.
+    pub problem: String,
+}
+
+/// How far a sandbox is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Being made; not shown to clients. After a crash it is taken apart.
+    Creating,
+    /// Its machine runs.
+    Ready,
+    /// Stopped, or its machine has ended.
+    NotReady,
+}
+
+/// Milliseconds of each step from request to ready.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct BootTimes {
+    /// Network namespace, CNI and tap.
+    pub network: u64,
+    /// Start of the VMM's process to the first entry into the guest.
+    pub vmm: u64,
+    /// From there to the agent's first word.
+    pub kernel: u64,
+    /// From there to an open connection.
+    pub agent: u64,
+    /// The agent's work on the sandbox.
+    pub configure: u64,
+    /// Everything.
+    pub total: u64,
+}
+
+/// One sandbox.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Its id.
+    pub id: SandboxId,
+    /// Held by whichever verb changes the sandbox or its set of containers.
+    pub verb: tokio::sync::Mutex<()>,
+    record: Mutex<Record>,
+    machine: Mutex<Option<Arc<Machine>>>,
+    containers: Mutex<Vec<Arc<Container>>>,
+    directory: PathBuf,
+}
+
+/// The name of the file with the record.
+const RECORD: &str = "sandbox.json";
+
+impl Sandbox {
+    /// A sandbox about to be made, with its record on disk in `directory`.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn create(directory: PathBuf, record: Record) -> std::io::Result<Self> {
+        std::fs::create_dir_all(directory.join("containers"))?;
+        let sandbox = Self::with(directory, record);
+        sandbox.update(|_| {})?;
+        Ok(sandbox)
+    }
+
+    /// The sandbox whose record is in `directory`.
+    ///
+    /// # Errors
+    /// The disk's, or `InvalidData` for a record that does not read.
+    pub fn load(directory: PathBuf) -> std::io::Result<Self> {
+        let record = read_json(&directory.join(RECORD))?;
+        Ok(Self::with(directory, record))
+    }
+
+    fn with(directory: PathBuf, record: Record) -> Self {
+        Self {
+            id: record.id.clone(),
+            verb: tokio::sync::Mutex::default(),
+            record: Mutex::new(record),
+            machine: Mutex::default(),
+            containers: Mutex::default(),
+            directory,
+        }
+    }
+
+    /// What is known of it now.
+    pub fn record(&self) -> MutexGuard<'_, Record> {
+        lock(&self.record)
+    }
+
+    /// Changes the record, on disk first.
+    ///
+    /// # Errors
+    /// The disk's; the record is then unchanged.
+    pub fn update(&self, change: impl FnOnce(&mut Record)) -> std::io::Result<()> {
+        let mut record = lock(&self.record);
+        let mut next = record.clone();
+        change(&mut next);
+        write_json(&self.directory.join(RECORD), &next)?;
+        *record = next;
+        Ok(())
+    }
+
+    /// Its machine, while it runs.
+    pub fn machine(&self) -> Option<Arc<Machine>> {
+        lock(&self.machine).clone()
+    }
+
+    /// Says which machine runs it, or that none does any more.
+    pub fn set_machine(&self, machine: Option<Arc<Machine>>) -> Option<Arc<Machine>> {
+        std::mem::replace(&mut lock(&self.machine), machine)
+    }
+
+    /// Its containers.
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        lock(&self.containers).clone()
+    }
+
+    /// Adds one.
+    pub fn add_container(&self, container: Arc<Container>) {
+        lock(&self.containers).push(container);
+    }
+
+    /// Takes one away.
+    pub fn drop_container(&self, container: &Container) {
+        lock(&self.containers).retain(|other| other.id != container.id);
+    }
+
+    /// Its folder under the state directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The file behind the machine's writable disk.
+    pub fn scratch(&self) -> PathBuf {
+        self.directory.join("scratch.ext4")
+    }
+}
+
+/// A lock that a panicking holder cannot make unusable: what it guards is
+/// replaced whole, never left half-changed.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads a record.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> std::io::Result<T> {
+    serde_json::from_slice(&std::fs::read(path)?).map_err(std::io::Error::from)
+}
+
+/// Replaces a record as a whole: a reader sees the old one or the new one.
+pub fn write_json<T: Serialize>(path: &Path, record: &T) -> std::io::Result<()> {
+    let new = path.with_extension("new");
+    std::fs::write(&new, serde_json::to_vec_pretty(record)?)?;
+    std::fs::rename(&new, path)
+}

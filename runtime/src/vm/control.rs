@@ -1,0 +1,198 @@
+//! The control socket of one `husk-vmm`, see `husk_vmm_api`.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use husk_vmm_api::socket;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket as new_socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::{CONTROL_TIMEOUT, Error, Exit, Info, Request, Response};
+
+/// Where one VMM listens. Each request has a connection of its own, so a VMM
+/// that hangs holds up nobody else, and nothing is kept open between requests.
+#[derive(Clone, Debug)]
+pub struct Control {
+    path: PathBuf,
+}
+
+impl Control {
+    /// The VMM that listens at `path`.
+    #[must_use]
+    pub const fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Boots the machine; `fds` are what the configuration names.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub async fn boot(&self, config: husk_vmm_api::VmConfig, fds: Vec<OwnedFd>) -> Result<(), Error> {
+        self.done("boot", Request::Boot(Box::new(config)), fds).await
+    }
+
+    /// Puts a disk into a slot.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub async fn attach_disk(&self, slot: String, file: OwnedFd) -> Result<(), Error> {
+        self.done("attach disk", Request::AttachDisk { slot, file: 0, read_only: true }, vec![file]).await
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub async fn detach_disk(&self, slot: String) -> Result<(), Error> {
+        self.done("detach disk", Request::DetachDisk { slot }, Vec::new()).await
+    }
+
+    /// How the machine is.
+    ///
+    /// # Errors
+    /// When the VMM does not answer.
+    pub async fn info(&self) -> Result<Info, Error> {
+        match self.ask("info", Request::Info, Vec::new(), Some(CONTROL_TIMEOUT)).await? {
+            Some(Response::Info(info)) => Ok(info),
+            other => Err(unexpected("info", other)),
+        }
+    }
+
+    /// The last of the guest's console; empty when it cannot be had.
+    pub async fn console(&self) -> String {
+        match self.ask("console", Request::Console, Vec::new(), Some(Duration::from_secs(2))).await {
+            Ok(Some(Response::Console { text })) => text,
+            _ => String::new(),
+        }
+    }
+
+    /// Returns when the machine has ended: with its last words, or without when
+    /// the VMM was itself killed.
+    pub async fn wait(&self) -> Option<Exit> {
+        match self.ask("wait", Request::Wait, Vec::new(), None).await {
+            Ok(Some(Response::Exited(exit))) => Some(exit),
+            _ => None,
+        }
+    }
+
+    /// Ends the machine, and returns when its VMM has closed its sockets. One
+    /// that has ended already is no error.
+    ///
+    /// # Errors
+    /// When the VMM is there and does not end in time.
+    pub async fn kill(&self) -> Result<(), Error> {
+        let control = self.clone();
+        blocking(move || {
+            let stage = "kill";
+            let Some(socket) = control.connect(stage, Some(CONTROL_TIMEOUT))? else { return Ok(()) };
+            match socket::send(socket.as_fd(), &Request::Kill, &[]) {
+                Ok(()) | Err(socket::Error::Socket(Errno::EPIPE | Errno::ECONNRESET)) => {}
+                Err(error) => return Err(failed(stage, &error)),
+            }
+            loop {
+                match socket::receive::<Response>(socket.as_fd()) {
+                    Ok(Some(_)) => {}
+                    Ok(None) | Err(socket::Error::Socket(Errno::ECONNRESET | Errno::EPIPE)) => return Ok(()),
+                    Err(error) => return Err(failed(stage, &error)),
+                }
+            }
+        })
+        .await
+    }
+
+    async fn done(&self, stage: &'static str, request: Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
+        match self.ask(stage, request, fds, Some(CONTROL_TIMEOUT)).await? {
+            Some(Response::Ok) => Ok(()),
+            other => Err(unexpected(stage, other)),
+        }
+    }
+
+    /// Sends one request and receives its answer. A request without a time
+    /// limit waits on tokio's poller, not on a thread.
+    async fn ask(
+        &self,
+        stage: &'static str,
+        request: Request,
+        fds: Vec<OwnedFd>,
+        limit: Option<Duration>,
+    ) -> Result<Option<Response>, Error> {
+        let control = self.clone();
+        let mut socket = blocking(move || {
+            let socket = control
+                .connect(stage, limit)?
+                .ok_or_else(|| Error::Control { stage, cause: "the VMM has ended".into() })?;
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            socket::send(socket.as_fd(), &request, &fds).map_err(|error| failed(stage, &error))?;
+            Ok(socket)
+        })
+        .await?;
+        if limit.is_none() {
+            socket =
+                readable(socket).await.map_err(|error| Error::Control { stage, cause: error.to_string() })?;
+        }
+        let answer = blocking(move || {
+            socket::receive::<Response>(socket.as_fd()).map_err(|error| failed(stage, &error))
+        })
+        .await?;
+        Ok(answer.map(|(response, _)| response))
+    }
+
+    /// `None` when nobody listens.
+    fn connect(&self, stage: &'static str, limit: Option<Duration>) -> Result<Option<OwnedFd>, Error> {
+        let run = || -> nix::Result<OwnedFd> {
+            let socket = new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+            if let Some(limit) = limit {
+                let limit = TimeVal::seconds(i64::try_from(limit.as_secs()).unwrap_or(i64::MAX));
+                setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
+                setsockopt(&socket, sockopt::SendTimeout, &limit)?;
+            }
+            connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
+            Ok(socket)
+        };
+        match run() {
+            Ok(socket) => Ok(Some(socket)),
+            Err(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(Error::Control { stage, cause: errno.to_string() }),
+        }
+    }
+}
+
+async fn readable(socket: OwnedFd) -> std::io::Result<OwnedFd> {
+    // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives.
+    let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? };
+    socket.readable().await?.retain_ready();
+    Ok(socket.into_inner())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Error::Control { stage: "control", cause: error.to_string() }))
+}
+
+fn failed(stage: &'static str, error: &socket::Error) -> Error {
+    let cause = match error {
+        socket::Error::Socket(Errno::EAGAIN) => {
+            format!("no answer within {} s", CONTROL_TIMEOUT.as_secs())
+        }
+        other => other.to_string(),
+    };
+    Error::Control { stage, cause }
+}
+
+fn unexpected(stage: &'static str, response: Option<Response>) -> Error {
+    match response {
+        Some(Response::Error { stage, message }) => Error::Vmm { stage, message },
+        Some(Response::Exited(exit)) => exit.into(),
+        Some(other) => Error::Control { stage, cause: format!("unexpected answer {other:?}") },
+        None => Error::Control { stage, cause: "the VMM ended without an answer".into() },
+    }
+}

@@ -1,0 +1,243 @@
+//! Starts a machine: its VMM process, the boot, the first word of its agent.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use husk_vmm_api::{DiskConfig, NetConfig, VmConfig, VsockConfig};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixListener;
+
+use super::{Control, Error, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
+use crate::agent::Agent;
+use crate::config::Handler;
+use crate::id::SandboxId;
+use crate::network::GuestInterface;
+
+/// Serial number of the disk with the containers' writable layers.
+pub const SCRATCH_SERIAL: &str = "scratch";
+
+/// Context id of every guest: each has a vsock device of its own, so they need
+/// not differ.
+const GUEST_CID: u32 = 3;
+
+/// What a machine is made of.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// Whose it is.
+    pub id: &'a SandboxId,
+    /// Its kind.
+    pub handler: &'a Handler,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+    /// Where its sockets go; made here.
+    pub run_dir: PathBuf,
+    /// The file of its writable disk.
+    pub scratch: PathBuf,
+    /// Its network interfaces, with their taps.
+    pub interfaces: Vec<GuestInterface>,
+    /// The control group of the VMM.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A machine that came up.
+#[derive(Debug)]
+pub struct Launched {
+    /// It.
+    pub machine: Arc<Machine>,
+    /// Process id of its VMM.
+    pub vmm_pid: u32,
+    /// From the start of the process to the first entry into the guest.
+    pub vmm: Duration,
+    /// From there to the agent's first word.
+    pub kernel: Duration,
+    /// From there to an open connection.
+    pub agent: Duration,
+}
+
+/// Where the machine's VMM will be in the control groups, see [`cgroup::path`].
+#[must_use]
+pub fn cgroup_for(parent: &str, id: &SandboxId) -> Option<PathBuf> {
+    cgroup::path(parent, id)
+}
+
+/// Starts a machine and returns when its agent can be talked to.
+///
+/// # Errors
+/// With the stage in it; whatever was started is left to [`super::destroy`].
+pub async fn launch(plan: Plan<'_>) -> Result<Launched, Error> {
+    let started = Instant::now();
+    let file = |stage, path: &Path| {
+        let path = path.to_owned();
+        move |cause: io::Error| Error::File { stage, path, cause }
+    };
+    std::fs::create_dir_all(&plan.run_dir).map_err(file("make folder for sockets", &plan.run_dir))?;
+    let control_path = control_path(&plan.run_dir);
+    let vsock_path = vsock_path(&plan.run_dir);
+    let ready_path = PathBuf::from(format!("{}_{}", vsock_path.display(), husk_proto::agent::READY_PORT));
+    let exit_path = exit_path(&plan.run_dir);
+
+    let control = listen_seqpacket(&control_path).map_err(file("make control socket", &control_path))?;
+    let vsock = StdUnixListener::bind(&vsock_path).map_err(file("make vsock socket", &vsock_path))?;
+    let ready = UnixListener::bind(&ready_path).map_err(file("make vsock socket", &ready_path))?;
+    let exit = File::create(&exit_path).map_err(file("make exit record", &exit_path))?;
+    let log_path = plan.run_dir.join("vmm.log");
+    let log = File::create(&log_path).map_err(file("make VMM log", &log_path))?;
+
+    let pid =
+        spawn(plan.id, plan.handler, &control, &exit, log).map_err(file("start VMM", &plan.handler.vmm))?;
+    // The VMM alone listens now: once it has gone, nobody does.
+    drop((control, exit));
+    if let Some(cgroup) = &plan.cgroup {
+        cgroup::enter(cgroup, pid).map_err(file("make control group", cgroup))?;
+    }
+
+    let (config, fds) = machine_config(&plan, vsock, &vsock_path)?;
+    let control = Control::new(control_path);
+    control.boot(config, fds).await?;
+    let booted = Instant::now();
+
+    let limit = Duration::from_secs(plan.handler.boot_timeout_seconds);
+    tokio::select! {
+        spoken = agent_ready(&ready) => spoken.map_err(file("wait for agent", &ready_path))?,
+        exit = control.wait() => return Err(match exit.or_else(|| super::last_words(&plan.run_dir)) {
+            Some(exit) => exit.into(),
+            None => Error::Control { stage: "guest boot", cause: format!("the VMM died: see {}", log_path.display()) },
+        }),
+        () = tokio::time::sleep(limit) => {
+            return Err(Error::Silent { seconds: limit.as_secs(), console: control.console().await });
+        }
+    }
+    let spoke = Instant::now();
+    let _ = std::fs::remove_file(&ready_path);
+
+    let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
+    let agent = Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent)?;
+    let machine = Machine { control, agent, slots: Slots::new(plan.handler.image_slots) };
+    Ok(Launched {
+        machine: Arc::new(machine),
+        vmm_pid: pid,
+        vmm: booted - started,
+        kernel: spoke - booted,
+        agent: spoke.elapsed(),
+    })
+}
+
+/// The first word comes on a connection of the agent's own making.
+async fn agent_ready(listener: &UnixListener) -> io::Result<()> {
+    loop {
+        let (mut stream, _) = listener.accept().await?;
+        let mut word = [0u8; 5];
+        if stream.read_exact(&mut word).await.is_ok() && &word == b"READY" {
+            return Ok(());
+        }
+    }
+}
+
+fn listen_seqpacket(path: &Path) -> io::Result<OwnedFd> {
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::new(16)?)?;
+    Ok(socket)
+}
+
+/// Starts the VMM in a session of its own, so that it outlives huskd, and has
+/// it reaped when it ends.
+fn spawn(id: &SandboxId, handler: &Handler, control: &OwnedFd, exit: &File, log: File) -> io::Result<u32> {
+    const CONTROL_FD: RawFd = 3;
+    const EXIT_FD: RawFd = 4;
+    let (control, exit) = (control.as_raw_fd(), exit.as_raw_fd());
+    let mut command = Command::new(&handler.vmm);
+    command
+        .args(["--id", id.as_str()])
+        .args(["--control-fd", &CONTROL_FD.to_string(), "--exit-fd", &EXIT_FD.to_string()])
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    // SAFETY: between fork and exec only system calls are made that are safe
+    // there (setsid, dup3, fcntl), on descriptors that the parent keeps open.
+    unsafe {
+        command.pre_exec(move || {
+            nix::unistd::setsid()?;
+            // Both go out of the way first: either may sit on 3 or 4 now.
+            let control = above(control)?;
+            let exit = above(exit)?;
+            for (from, to) in [(control, CONTROL_FD), (exit, EXIT_FD)] {
+                if libc::dup2(from, to) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    let mut child = command.spawn()?;
+    let pid = child.id();
+    std::thread::Builder::new().name("reap-vmm".into()).stack_size(16 * 1024).spawn(move || {
+        let _ = child.wait();
+    })?;
+    Ok(pid)
+}
+
+/// A copy of the descriptor above those that the VMM expects, closed on exec.
+fn above(fd: RawFd) -> io::Result<RawFd> {
+    // SAFETY: fcntl with F_DUPFD_CLOEXEC touches no memory.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) };
+    if copy < 0 { Err(io::Error::last_os_error()) } else { Ok(copy) }
+}
+
+fn machine_config(
+    plan: &Plan<'_>,
+    vsock: StdUnixListener,
+    vsock_path: &Path,
+) -> Result<(VmConfig, Vec<OwnedFd>), Error> {
+    let mut fds = Vec::<OwnedFd>::new();
+    let mut pass = |fd: OwnedFd| {
+        fds.push(fd);
+        fds.len() - 1
+    };
+    let open = |stage, path: &Path, write: bool| {
+        File::options().read(true).write(write).open(path).map(OwnedFd::from).map_err(|cause| Error::File {
+            stage,
+            path: path.into(),
+            cause,
+        })
+    };
+    let kernel = pass(open("open guest kernel", &plan.handler.kernel, false)?);
+    let root = pass(open("open guest root filesystem", &plan.handler.rootfs, false)?);
+    let scratch = pass(open("open sandbox disk", &plan.scratch, true)?);
+    let mut nets = Vec::new();
+    for interface in &plan.interfaces {
+        let tap = interface.tap.try_clone().map_err(|cause| Error::File {
+            stage: "pass tap",
+            path: interface.name.clone().into(),
+            cause,
+        })?;
+        nets.push(NetConfig { tap: pass(tap), mac: interface.mac, mtu: interface.mtu });
+    }
+    let listener = pass(vsock.into());
+    let config = VmConfig {
+        vcpus: plan.vcpus,
+        memory_mib: plan.memory_mib,
+        kernel,
+        cmdline: plan.handler.kernel_cmdline.clone(),
+        disks: vec![
+            DiskConfig { serial: "root".into(), file: root, read_only: true },
+            DiskConfig { serial: SCRATCH_SERIAL.into(), file: scratch, read_only: false },
+        ],
+        slots: Slots::names(plan.handler.image_slots),
+        nets,
+        vsock: Some(VsockConfig { cid: GUEST_CID, listener, path: vsock_path.display().to_string() }),
+        balloon: true,
+    };
+    Ok((config, fds))
+}

@@ -1,0 +1,163 @@
+//! Machines: the only code that talks to `husk-vmm`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_vmm_api::{Exit, Info, Request, Response};
+
+use crate::agent::Agent;
+use crate::id::SandboxId;
+
+mod cgroup;
+mod control;
+pub mod launch;
+mod slots;
+
+pub use cgroup::{kill as kill_cgroup, remove as remove_cgroup};
+pub use control::Control;
+pub use slots::{Claim, Slots};
+
+/// Most time that the VMM may take for one request.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A running machine with its agent.
+#[derive(Debug)]
+pub struct Machine {
+    /// Its VMM.
+    pub control: Control,
+    /// The agent inside.
+    pub agent: Agent,
+    /// Its image disks.
+    pub slots: Slots,
+}
+
+/// Something went wrong with a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that the machine is made of.
+    #[error("{stage}: {path}: {cause}")]
+    File {
+        /// What was being done.
+        stage: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why it failed.
+        cause: std::io::Error,
+    },
+    /// The VMM refused or failed at a request.
+    #[error("VMM: {stage}: {message}")]
+    Vmm {
+        /// What the VMM was doing.
+        stage: String,
+        /// What went wrong there.
+        message: String,
+    },
+    /// The VMM cannot be reached.
+    #[error("VMM: {stage}: {cause}")]
+    Control {
+        /// What was being asked.
+        stage: &'static str,
+        /// Why it failed.
+        cause: String,
+    },
+    /// The machine ended before its agent spoke.
+    #[error("guest boot: the machine ended ({reason:?}{}{detail}){}", if detail.is_empty() { "" } else { ": " }, console_tail(console))]
+    Ended {
+        /// How.
+        reason: husk_vmm_api::ExitReason,
+        /// In words.
+        detail: String,
+        /// The guest's last words.
+        console: String,
+    },
+    /// The agent did not speak in time.
+    #[error("guest boot: no word from the agent within {seconds} s{}", console_tail(console))]
+    Silent {
+        /// How long was waited.
+        seconds: u64,
+        /// The guest's last words.
+        console: String,
+    },
+    /// The agent spoke, but cannot be talked to.
+    #[error("connect to agent: {0}")]
+    Agent(String),
+    /// All image disks are in use.
+    #[error(
+        "attach image: this pod already uses {0} different images; raise `image_slots` of its handler in the configuration"
+    )]
+    NoSlot(usize),
+}
+
+fn console_tail(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = lines.get(lines.len().saturating_sub(12)..).unwrap_or_default();
+    if last.is_empty() {
+        "; the guest's console is empty".into()
+    } else {
+        format!("; last lines of the guest's console:\n  {}", last.join("\n  "))
+    }
+}
+
+/// The folder of a machine's sockets and logs.
+#[must_use]
+pub fn run_dir(base: &Path, id: &SandboxId) -> PathBuf {
+    // A unix socket's path has at most 107 bytes.
+    base.join("sandboxes").join(id.short())
+}
+
+/// The control socket in it.
+fn control_path(run_dir: &Path) -> PathBuf {
+    run_dir.join("vmm.sock")
+}
+
+/// The vsock device's socket in it.
+fn vsock_path(run_dir: &Path) -> PathBuf {
+    run_dir.join("vsock.sock")
+}
+
+/// The VMM's last words in it.
+fn exit_path(run_dir: &Path) -> PathBuf {
+    run_dir.join("exit.json")
+}
+
+/// Takes over a machine that runs already, after a restart of huskd.
+///
+/// # Errors
+/// When its VMM or its agent does not answer: it is then to be ended.
+pub async fn reattach(run_dir: &Path, slots: Slots, agent_timeout: Duration) -> Result<Arc<Machine>, Error> {
+    let control = Control::new(control_path(run_dir));
+    control.info().await?;
+    let agent = Agent::connect(vsock_path(run_dir), agent_timeout).await.map_err(Error::Agent)?;
+    Ok(Arc::new(Machine { control, agent, slots }))
+}
+
+/// Ends whatever VMM still listens in `run_dir`, and removes the folder.
+/// Succeeds when there is nothing.
+///
+/// # Errors
+/// When a VMM is there and does not go, or the folder cannot be removed.
+pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
+    let path = control_path(run_dir);
+    if path.exists() {
+        Control::new(path).kill().await?;
+    }
+    match std::fs::remove_dir_all(run_dir) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::File { stage: "remove sockets", path: run_dir.into(), cause })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the VMM left behind when it ended, if it could.
+#[must_use]
+pub fn last_words(run_dir: &Path) -> Option<Exit> {
+    serde_json::from_slice(&std::fs::read(exit_path(run_dir)).ok()?).ok()
+}
+
+impl From<Exit> for Error {
+    fn from(exit: Exit) -> Self {
+        Self::Ended { reason: exit.reason, detail: exit.detail, console: exit.console }
+    }
+}

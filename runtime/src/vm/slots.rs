@@ -1,0 +1,131 @@
+//! The image disks of a machine: block devices that exist from the start and
+//! get a file behind them when a container needs its image. Containers of one
+//! image share a disk.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use tokio::sync::{Mutex, MutexGuard};
+
+/// Which image each disk holds, and for how many containers.
+#[derive(Debug)]
+pub struct Slots {
+    used: Mutex<BTreeMap<String, Use>>,
+    names: Vec<String>,
+}
+
+#[derive(Debug)]
+struct Use {
+    rootfs: PathBuf,
+    containers: usize,
+}
+
+/// What to do so that a container has its image.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// The disk holds it already.
+    Shared(String),
+    /// Put it into this disk.
+    Attach(String),
+}
+
+impl Claim {
+    /// Serial number of the disk.
+    #[must_use]
+    pub fn slot(&self) -> &str {
+        match self {
+            Self::Shared(slot) | Self::Attach(slot) => slot,
+        }
+    }
+}
+
+impl Slots {
+    /// Serial numbers of the disks of a machine with `count` of them.
+    #[must_use]
+    pub fn names(count: u8) -> Vec<String> {
+        (0..count).map(|number| format!("image-{number}")).collect()
+    }
+
+    /// All empty.
+    #[must_use]
+    pub fn new(count: u8) -> Self {
+        Self { used: Mutex::default(), names: Self::names(count) }
+    }
+
+    /// As the containers that exist have them.
+    #[must_use]
+    pub fn in_use(count: u8, containers: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
+        let mut used = BTreeMap::<String, Use>::new();
+        for (slot, rootfs) in containers {
+            used.entry(slot).or_insert(Use { rootfs, containers: 0 }).containers += 1;
+        }
+        Self { used: Mutex::new(used), names: Self::names(count) }
+    }
+
+    /// Holds the disks still, so that one can be attached or detached before
+    /// anybody else looks.
+    pub async fn hold(&self) -> Held<'_> {
+        Held { used: self.used.lock().await, names: &self.names }
+    }
+}
+
+/// The disks, held still.
+#[derive(Debug)]
+pub struct Held<'a> {
+    used: MutexGuard<'a, BTreeMap<String, Use>>,
+    names: &'a [String],
+}
+
+impl Held<'_> {
+    /// Takes the image for one more container; `None` when all disks hold
+    /// other images.
+    pub fn claim(&mut self, rootfs: &Path) -> Option<Claim> {
+        if let Some((name, held)) = self.used.iter_mut().find(|(_, held)| held.rootfs == rootfs) {
+            held.containers += 1;
+            return Some(Claim::Shared(name.clone()));
+        }
+        let free = self.names.iter().find(|name| !self.used.contains_key(*name))?;
+        self.used.insert(free.clone(), Use { rootfs: rootfs.into(), containers: 1 });
+        Some(Claim::Attach(free.clone()))
+    }
+
+    /// One container less; true when the disk is to be detached.
+    pub fn release(&mut self, name: &str) -> bool {
+        let Some(held) = self.used.get_mut(name) else { return false };
+        held.containers = held.containers.saturating_sub(1);
+        let last = held.containers == 0;
+        if last {
+            self.used.remove(name);
+        }
+        last
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[tokio::test]
+    async fn containers_of_one_image_share_its_disk_until_the_last_goes() {
+        let slots = Slots::new(2);
+        let mut held = slots.hold().await;
+        let (one, two, three) = (Path::new("1"), Path::new("2"), Path::new("3"));
+        assert_eq!(held.claim(one), Some(Claim::Attach("image-0".into())));
+        assert_eq!(held.claim(one), Some(Claim::Shared("image-0".into())));
+        assert_eq!(held.claim(two), Some(Claim::Attach("image-1".into())));
+        assert_eq!(held.claim(three), None);
+        assert!(!held.release("image-0"));
+        assert!(held.release("image-0"));
+        assert_eq!(held.claim(three), Some(Claim::Attach("image-0".into())));
+    }
+
+    #[tokio::test]
+    async fn a_restarted_daemon_finds_them_as_they_were() {
+        let slots = Slots::in_use(2, [("image-1".into(), "1".into()), ("image-1".into(), "1".into())]);
+        let mut held = slots.hold().await;
+        assert_eq!(held.claim(Path::new("1")), Some(Claim::Shared("image-1".into())));
+        assert_eq!(held.claim(Path::new("2")), Some(Claim::Attach("image-0".into())));
+    }
+}
