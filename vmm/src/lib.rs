@@ -9,9 +9,16 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod arch;
+pub mod builder;
+pub mod control;
 pub mod devices;
+pub mod exit;
+pub mod hypervisor;
 pub mod kernel;
+pub mod machine;
 pub mod memory;
+pub mod vcpu;
+pub mod vmm;
 
 /// Locks a mutex. A panic ends the process at once, so no lock stays poisoned
 /// for anybody to see; a test's does not matter.

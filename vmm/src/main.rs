@@ -1,3 +1,89 @@
 //! `husk-vmm`: one process that runs one pod's virtual machine.
 
-fn main() {}
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use husk_vmm::vmm::Vmm;
+use husk_vmm_api::ExitReason;
+
+const USAGE: &str = "usage: husk-vmm --id <sandbox id> --control-fd <n> --exit-fd <n>
+It is started by huskd; the descriptors are a listening SOCK_SEQPACKET unix
+socket, and a file for the record of the machine's end.";
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    keep_memory_small();
+    match run(started) {
+        Ok(reason) => ExitCode::from(reason.code() as u8),
+        Err(error) => {
+            eprintln!("husk-vmm: {error:#}");
+            ExitCode::from(ExitReason::VmmError.code() as u8)
+        }
+    }
+}
+
+fn run(started: Instant) -> Result<ExitReason> {
+    let Some(arguments) = Arguments::parse(std::env::args().skip(1))? else {
+        println!("{USAGE}");
+        return Ok(ExitReason::Shutdown);
+    };
+    let control = inherit(arguments.control_fd).context("--control-fd")?;
+    let exit = inherit(arguments.exit_fd).context("--exit-fd")?;
+    let vmm = Vmm::new(control, File::from(exit), started).context(arguments.id)?;
+    Ok(vmm.run())
+}
+
+/// Three arguments need no parser that takes longer than they do.
+struct Arguments {
+    /// For whoever looks at a list of processes.
+    id: String,
+    control_fd: RawFd,
+    exit_fd: RawFd,
+}
+
+impl Arguments {
+    /// `None` when help is asked for.
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Self>> {
+        let (mut id, mut control_fd, mut exit_fd) = (None, None, None);
+        while let Some(word) = words.next() {
+            if word == "--help" || word == "-h" {
+                return Ok(None);
+            }
+            let value = words.next().with_context(|| format!("{word} needs a value\n{USAGE}"))?;
+            match word.as_str() {
+                "--id" => id = Some(value),
+                "--control-fd" => control_fd = Some(value.parse().context("--control-fd")?),
+                "--exit-fd" => exit_fd = Some(value.parse().context("--exit-fd")?),
+                _ => bail!("unknown argument {word}\n{USAGE}"),
+            }
+        }
+        match (id, control_fd, exit_fd) {
+            (Some(id), Some(control_fd), Some(exit_fd)) => Ok(Some(Self { id, control_fd, exit_fd })),
+            _ => bail!("an argument is missing\n{USAGE}"),
+        }
+    }
+}
+
+/// Takes over a descriptor that the parent left open for us.
+fn inherit(fd: RawFd) -> Result<OwnedFd> {
+    ensure!(fd > 2, "{fd} is a standard stream");
+    // SAFETY: fcntl with F_SETFD takes any number and no pointer.
+    let result = unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    ensure!(result == 0, "descriptor {fd} is not open");
+    // SAFETY: it is open, and the process has just begun: nobody else in it
+    // owns a descriptor yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// One heap for all threads instead of one each, and large blocks straight
+/// from the kernel, so that they go back to it.
+fn keep_memory_small() {
+    // SAFETY: called before there is any other thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+    }
+}

@@ -2,8 +2,11 @@
 //! keyboard controller's reset line. Both are vm-superio's; this puts them on
 //! the bus, and keeps the port's output in the [`Console`].
 
+use std::convert::Infallible;
 use std::ops::Deref;
+use std::sync::Arc;
 
+use husk_vmm_api::ExitReason;
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{I8042Device, Serial, Trigger};
@@ -11,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::BusDevice;
 use super::console::Console;
+use crate::exit::ExitSignal;
 
 /// Version of [`SerialPortState`].
 const VERSION: u16 = 1;
@@ -142,13 +146,29 @@ impl BusDevice for SerialPort {
 
 /// The keyboard controller, of which there is only the command that resets
 /// the machine (`reboot=k`). It has no state.
-pub struct ResetLine(I8042Device<Line>);
+pub struct ResetLine(I8042Device<Reset>);
+
+/// Ends the machine, for the reason that the guest has printed.
+struct Reset {
+    exit: Arc<ExitSignal>,
+    console: Console,
+}
+
+impl Trigger for Reset {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        let (reason, detail) = self.console.reason_for_reset(ExitReason::Reset);
+        self.exit.raise(reason, detail);
+        Ok(())
+    }
+}
 
 impl ResetLine {
-    /// `reset` is written to when the guest asks for a reset.
+    /// `exit` is raised when the guest asks for a reset.
     #[must_use]
-    pub fn new(reset: EventFd) -> Self {
-        Self(I8042Device::new(Line(reset)))
+    pub fn new(exit: Arc<ExitSignal>, console: Console) -> Self {
+        Self(I8042Device::new(Reset { exit, console }))
     }
 }
 
@@ -207,13 +227,13 @@ mod tests {
 
     #[test]
     fn only_the_reset_command_resets() {
-        let event = event();
-        let mut line = ResetLine::new(event.try_clone().unwrap());
+        let exit = Arc::new(ExitSignal::new().unwrap());
+        let mut line = ResetLine::new(Arc::clone(&exit), Console::default());
         line.write(0, &[0xfe]);
         line.write(4, &[0xd1]);
         line.write(4, &[0xfe, 0xfe]);
-        assert!(event.read().is_err());
+        assert_eq!(exit.reason(), None);
         line.write(4, &[0xfe]);
-        assert_eq!(event.read().unwrap(), 1);
+        assert_eq!(exit.reason().unwrap().0, ExitReason::Reset);
     }
 }

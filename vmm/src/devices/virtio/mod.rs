@@ -1,6 +1,7 @@
 //! Virtio devices (virtio 1.2), each in a folder of its own.
 
 pub mod balloon;
+pub mod block;
 pub mod buffers;
 pub mod config;
 pub mod device;

@@ -1,0 +1,73 @@
+//! Saves a block device and restores it. The queue and the registers are the
+//! transport's to save, the disk's content is in its file.
+
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+
+use super::device::{Block, Kind};
+use super::{Disk, IoPool, SERIAL_LENGTH};
+
+/// Version of [`BlockState`].
+const VERSION: u16 = 1;
+
+/// A saved [`Block`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    version: u16,
+    serial: [u8; SERIAL_LENGTH],
+    kind: Kind,
+    sectors: Option<u64>,
+}
+
+/// A saved block device cannot be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockRestoreError {
+    /// Saved by another version.
+    #[error("block device state of version {0} is not supported")]
+    Version(u16),
+    /// The guest knows of a disk of another size, or of none.
+    #[error("the disk of {serial:?} has {found:?} sectors, but had {saved:?} when it was saved")]
+    Disk {
+        /// Serial number.
+        serial: String,
+        /// Sectors of the disk that was given.
+        found: Option<u64>,
+        /// Sectors of the disk that it had.
+        saved: Option<u64>,
+    },
+}
+
+impl Block {
+    /// The device as plain data.
+    #[must_use]
+    pub fn save(&self) -> BlockState {
+        BlockState {
+            version: VERSION,
+            serial: *self.serial_bytes(),
+            kind: self.kind(),
+            sectors: self.disk().map(Disk::sectors),
+        }
+    }
+
+    /// A device as it was saved, with its disk given anew. The disk of a slot
+    /// may be another one than before: the driver has to be told then.
+    ///
+    /// # Errors
+    /// [`BlockRestoreError`].
+    pub fn restore(
+        state: &BlockState,
+        disk: Option<Disk>,
+        pool: IoPool,
+    ) -> Result<Arc<Mutex<Self>>, BlockRestoreError> {
+        if state.version != VERSION {
+            return Err(BlockRestoreError::Version(state.version));
+        }
+        let found = disk.as_ref().map(Disk::sectors);
+        if matches!(state.kind, Kind::Fixed { .. }) && found != state.sectors {
+            let serial = String::from_utf8_lossy(&state.serial).trim_end_matches('\0').to_owned();
+            return Err(BlockRestoreError::Disk { serial, found, saved: state.sectors });
+        }
+        Ok(Self::build(state.serial, state.kind, disk, pool))
+    }
+}

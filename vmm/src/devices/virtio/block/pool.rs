@@ -1,0 +1,151 @@
+//! Threads for disk I/O, shared by all block devices of a machine.
+//!
+//! They wait together on one epoll instance for the devices' notifications, so
+//! that a notification wakes the thread that does the work, without the event
+//! loop in between. There is one thread while nothing blocks; a thread that is
+//! about to wait for a file first sees to it that another one listens; and
+//! threads that were idle for long end, because each costs a pod memory.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, Weak};
+use std::thread;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::Block;
+use crate::lock;
+
+/// Most threads, and so requests that are worked on at a time.
+const MAX_THREADS: usize = 4;
+/// Milliseconds after which a thread that is not the last one ends.
+const IDLE_MILLIS: i32 = 10_000;
+/// Bytes of stack of a thread. Only what is touched costs memory.
+const STACK: usize = 128 * 1024;
+
+/// The threads of one machine. They end soon after the last owner is gone.
+#[derive(Clone)]
+pub struct IoPool(Arc<Shared>);
+
+struct Shared {
+    epoll: Epoll,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    devices: HashMap<u64, Weak<Mutex<Block>>>,
+    next_token: u64,
+    threads: usize,
+    idle: usize,
+}
+
+/// A device's place in the pool.
+#[derive(Debug)]
+pub struct Watch {
+    token: u64,
+}
+
+impl IoPool {
+    /// A pool without any thread yet.
+    ///
+    /// # Errors
+    /// No epoll instance can be made.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, state: Mutex::default() })))
+    }
+
+    /// Serves `device` whenever `notification` is written to.
+    ///
+    /// # Errors
+    /// The notification cannot be watched, or no thread can be made.
+    pub(super) fn watch(&self, device: Weak<Mutex<Block>>, notification: &EventFd) -> io::Result<Watch> {
+        let mut state = lock(&self.0.state);
+        let token = state.next_token;
+        state.next_token += 1;
+        state.devices.insert(token, device);
+        // Edge-triggered: each notification wakes one thread, and none has to
+        // read the counter.
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
+        let added = self
+            .0
+            .epoll
+            .ctl(ControlOperation::Add, notification.as_raw_fd(), event)
+            .and_then(|()| if state.threads == 0 { self.spawn(&mut state) } else { Ok(()) });
+        if added.is_err() {
+            state.devices.remove(&token);
+        }
+        added.map(|()| Watch { token })
+    }
+
+    /// Stops serving a device.
+    pub(super) fn unwatch(&self, watch: &Watch, notification: &EventFd) {
+        lock(&self.0.state).devices.remove(&watch.token);
+        // It is watched for as long as its `Watch` lives.
+        let _ = self.0.epoll.ctl(ControlOperation::Delete, notification.as_raw_fd(), EpollEvent::default());
+    }
+
+    /// Sees to it that somebody listens while the caller waits for a file.
+    pub(super) fn ensure_listener(&self) {
+        let mut state = lock(&self.0.state);
+        if state.idle == 0 && state.threads < MAX_THREADS {
+            // Without another thread requests wait for each other, no more.
+            let _ = self.spawn(&mut state);
+        }
+    }
+
+    /// Whether a thread waits for work.
+    pub(super) fn has_idle(&self) -> bool {
+        lock(&self.0.state).idle > 0
+    }
+
+    fn spawn(&self, state: &mut State) -> io::Result<()> {
+        let shared = Arc::downgrade(&self.0);
+        thread::Builder::new().name("husk-io".into()).stack_size(STACK).spawn(move || work(&shared))?;
+        state.threads += 1;
+        // It counts as idle from now on, so that nobody makes a third.
+        state.idle += 1;
+        Ok(())
+    }
+}
+
+fn work(pool: &Weak<Shared>) {
+    loop {
+        let Some(pool) = pool.upgrade().map(IoPool) else { return };
+        let mut events = [EpollEvent::default()];
+        let count = match pool.0.epoll.wait(IDLE_MILLIS, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            result => result.unwrap_or(0),
+        };
+        let device = {
+            let mut state = lock(&pool.0.state);
+            let last = state.threads == 1;
+            if count == 0 && !last {
+                state.threads -= 1;
+                state.idle -= 1;
+                return;
+            }
+            let [event] = events;
+            let device = state.devices.get(&event.data()).filter(|_| count > 0).and_then(Weak::upgrade);
+            if device.is_some() {
+                state.idle -= 1;
+            }
+            device
+        };
+        if let Some(device) = device {
+            serve(&device, &pool);
+            lock(&pool.0.state).idle += 1;
+        }
+    }
+}
+
+/// Works on the device's requests until there are none.
+fn serve(device: &Mutex<Block>, pool: &IoPool) {
+    loop {
+        let Some(job) = lock(device).next_job() else { return };
+        let done = job.run(&|| pool.ensure_listener());
+        lock(device).complete(&done);
+    }
+}

@@ -1,0 +1,102 @@
+//! A running machine, and what can be asked of it.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use event_manager::MutEventSubscriber;
+use vm_memory::GuestMemoryMmap;
+
+use crate::devices::virtio::block::{Block, Disk};
+use crate::devices::virtio::mmio::MmioTransport;
+use crate::hypervisor::Hypervisor;
+use crate::lock;
+use crate::memory;
+use crate::vcpu::{Surroundings, Vcpu};
+
+/// Something that the event loop calls.
+pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// A request to the machine failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// No block device has that serial number.
+    #[error("there is no slot {0:?}")]
+    NoSlot(String),
+    /// The machine was booted without one.
+    #[error("the machine has no balloon")]
+    NoBalloon,
+    /// The slot refused.
+    #[error(transparent)]
+    Block(#[from] crate::devices::virtio::block::BlockError),
+    /// The file cannot serve as a disk.
+    #[error("open the disk: {0}")]
+    Disk(#[from] std::io::Error),
+}
+
+/// A machine. It runs from when it is made until the process ends.
+pub struct Machine {
+    /// The VM.
+    pub hypervisor: Hypervisor,
+    /// Its memory.
+    pub memory: GuestMemoryMmap,
+    /// Block devices by serial number.
+    pub disks: HashMap<String, Arc<Mutex<Block>>>,
+    /// All virtio devices, in the order of their addresses.
+    pub transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// Running vCPUs.
+    pub vcpus: Vec<Vcpu>,
+    /// What they share.
+    pub surroundings: Arc<Surroundings>,
+}
+
+impl Machine {
+    /// Puts a disk into an empty slot.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn attach_disk(&self, slot: &str, file: OwnedFd, read_only: bool) -> Result<(), MachineError> {
+        let disk = Disk::new(file, read_only)?;
+        Ok(lock(self.slot(slot)?).attach(disk)?)
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn detach_disk(&self, slot: &str) -> Result<(), MachineError> {
+        Ok(lock(self.slot(slot)?).detach()?)
+    }
+
+    fn slot(&self, serial: &str) -> Result<&Mutex<Block>, MachineError> {
+        self.disks.get(serial).map(|block| &**block).ok_or_else(|| MachineError::NoSlot(serial.to_owned()))
+    }
+
+    /// Asks the guest for memory.
+    ///
+    /// # Errors
+    /// [`MachineError::NoBalloon`].
+    pub fn set_balloon(&self, size_mib: u32) -> Result<(), MachineError> {
+        let _ = size_mib;
+        Err(MachineError::NoBalloon)
+    }
+
+    /// What the balloon holds, MiB.
+    #[must_use]
+    pub fn balloon_mib(&self) -> u32 {
+        0
+    }
+
+    /// When the guest was entered for the first time.
+    #[must_use]
+    pub fn entered(&self) -> Option<Instant> {
+        self.surroundings.entered.get().copied()
+    }
+
+    /// Bytes of guest memory that the host holds now.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        memory::resident_bytes(&self.memory)
+    }
+}

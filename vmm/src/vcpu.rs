@@ -1,0 +1,156 @@
+//! A vCPU: a thread that enters the guest, and hands what the guest does to
+//! hardware to the devices on the buses.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use husk_vmm_api::ExitReason;
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::devices::bus::Bus;
+use crate::devices::console::Console;
+use crate::exit::ExitSignal;
+
+/// Bytes of stack of a thread. Only what is touched costs memory.
+const STACK: usize = 256 * 1024;
+/// How often a stopping thread is kicked before it is given up, a millisecond
+/// apart.
+const KICKS: u32 = 1000;
+
+/// What the vCPUs of a machine share.
+pub struct Surroundings {
+    /// I/O ports.
+    pub pio: Bus,
+    /// Memory-mapped registers.
+    pub mmio: Bus,
+    /// Raised when a vCPU cannot go on.
+    pub exit: Arc<ExitSignal>,
+    /// Says why, when the guest has said it.
+    pub console: Console,
+    /// When the first vCPU entered the guest for the first time.
+    pub entered: OnceLock<Instant>,
+}
+
+/// A running vCPU.
+pub struct Vcpu {
+    thread: JoinHandle<VcpuFd>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Vcpu {
+    /// Starts the thread of vCPU `index`.
+    ///
+    /// # Errors
+    /// The host has no more threads.
+    pub fn start(index: u8, fd: VcpuFd, surroundings: Arc<Surroundings>) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::Builder::new()
+            .name(format!("husk-vcpu{index}"))
+            .stack_size(STACK)
+            .spawn(move || run(fd, &surroundings, &stopped))?;
+        Ok(Self { thread, stop })
+    }
+
+    /// Gets the vCPU out of the guest and ends its thread; it can be saved
+    /// then. `None` when it does not come within a second.
+    #[must_use]
+    pub fn stop(self) -> Option<VcpuFd> {
+        self.stop.store(true, Ordering::SeqCst);
+        for _ in 0..KICKS {
+            if self.thread.is_finished() {
+                return self.thread.join().ok();
+            }
+            // A kick that comes just before the thread enters the guest is
+            // lost, so there has to be another one.
+            let _ = self.thread.kill(SIGRTMIN());
+            thread::sleep(Duration::from_millis(1));
+        }
+        None
+    }
+}
+
+/// Makes the signal that [`Vcpu::stop`] sends interrupt `KVM_RUN`, and do
+/// nothing else.
+///
+/// # Errors
+/// The kernel's.
+pub fn install_kick_handler() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), nothing).map_err(io::Error::from)
+}
+
+fn run(mut fd: VcpuFd, surroundings: &Surroundings, stop: &AtomicBool) -> VcpuFd {
+    surroundings.entered.get_or_init(Instant::now);
+    while !stop.load(Ordering::SeqCst) {
+        if let Err((reason, detail)) = enter(&mut fd, surroundings) {
+            surroundings.exit.raise(reason, detail);
+            break;
+        }
+    }
+    fd
+}
+
+/// Enters the guest once. An error ends the machine.
+fn enter(fd: &mut VcpuFd, surroundings: &Surroundings) -> Result<(), (ExitReason, String)> {
+    let failed = |detail: String| Err((ExitReason::VmmError, detail));
+    match fd.run() {
+        Ok(VcpuExit::IoIn(port, data)) => surroundings.pio.read(port.into(), data),
+        Ok(VcpuExit::IoOut(port, data)) => surroundings.pio.write(port.into(), data),
+        Ok(VcpuExit::MmioRead(address, data)) => surroundings.mmio.read(address, data),
+        Ok(VcpuExit::MmioWrite(address, data)) => surroundings.mmio.write(address, data),
+        Ok(VcpuExit::Intr) => {}
+        // The guest faulted while it handled a double fault. Linux does that
+        // on purpose when no other way to reset has worked.
+        Ok(VcpuExit::Shutdown) => return Err(surroundings.console.reason_for_reset(ExitReason::TripleFault)),
+        Ok(VcpuExit::SystemEvent(kind, _)) => {
+            return Err(match kind {
+                KVM_SYSTEM_EVENT_SHUTDOWN => (ExitReason::Shutdown, String::new()),
+                KVM_SYSTEM_EVENT_RESET => surroundings.console.reason_for_reset(ExitReason::Reset),
+                KVM_SYSTEM_EVENT_CRASH => (ExitReason::Panic, "the guest reported a crash".into()),
+                other => (ExitReason::VmmError, format!("KVM reported the unknown system event {other}")),
+            });
+        }
+        Ok(VcpuExit::FailEntry(reason, cpu)) => {
+            return failed(format!(
+                "the processor refused to enter the guest on CPU {cpu}: reason {reason:#x}"
+            ));
+        }
+        Ok(VcpuExit::InternalError) => return failed(internal_error(fd)),
+        Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+            return failed(format!("guest memory at {gpa:#x} cannot be used"));
+        }
+        Ok(other) => return failed(format!("KVM left the guest for an unexpected reason: {other:?}")),
+        Err(error) => match error.errno() {
+            libc::EINTR | libc::EAGAIN => {}
+            libc::EFAULT => {
+                return failed(
+                    "the host could not provide guest memory (its kernel file may have changed)".into(),
+                );
+            }
+            _ => return failed(format!("enter the guest: {error}")),
+        },
+    }
+    Ok(())
+}
+
+/// KVM's own error, with the address of the instruction that it is about.
+fn internal_error(fd: &mut VcpuFd) -> String {
+    let rip = fd.get_regs().map(|regs| regs.rip).unwrap_or_default();
+    // SAFETY: KVM fills this member of the union for KVM_EXIT_INTERNAL_ERROR,
+    // and all its bit patterns are numbers.
+    let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
+    let what = match internal.suberror {
+        kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "could not emulate an instruction",
+        kvm_bindings::KVM_INTERNAL_ERROR_SIMUL_EX => "met an exception while it delivered another",
+        kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => "could not deliver an event",
+        kvm_bindings::KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "met an unknown exit of the processor",
+        _ => "failed",
+    };
+    format!("KVM {what} (internal error {}) at guest address {rip:#x}", internal.suberror)
+}

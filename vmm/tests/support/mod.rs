@@ -1,0 +1,232 @@
+//! Starts `husk-vmm` the way huskd does, and makes what a test guest needs.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use husk_vmm_api::{DiskConfig, Exit, Request, Response, VmConfig, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, setsockopt,
+    socket as new_socket, sockopt,
+};
+use nix::sys::time::TimeVal;
+
+/// Everything here is done after this long, or has failed.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the guest's init does is chosen by `TEST=` on its command line.
+const INIT: &str = r#"#!/bin/sh
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+say() { echo "$*" > /dev/console; }
+finish() { echo "husk: shutdown" > /dev/console; sleep 0.2; reboot -f; sleep 100; }
+waitfor() { until eval "$1"; do sleep 0.05; done; }
+case "$TEST" in
+shutdown) finish ;;
+reset) reboot -f; sleep 100 ;;
+panic) exit 3 ;;
+idle) say "guest is up"; while :; do sleep 1000; done ;;
+size) say "cpus $(nproc) memory $(awk '/MemTotal/ { print $2 }' /proc/meminfo)"; finish ;;
+disks)
+    say "root is $(cat /sys/block/vda/serial) ro $(cat /sys/block/vda/ro)"
+    say "vdb is $(cat /sys/block/vdb/serial), $(cat /sys/block/vdb/size) sectors"
+    dd if=/dev/vdb bs=512 count=1 skip=3 2>/dev/null | tr -d '\0' > /dev/console
+    echo
+    echo "written by the guest" | dd of=/dev/vdb bs=512 seek=5 conv=fsync 2>/dev/null
+    dd if=/dev/zero of=/dev/vdb bs=64k seek=1 count=100 conv=fsync 2>/dev/null
+    md5sum /dev/vdb > /dev/console
+    finish ;;
+slots)
+    say "slot is $(cat /sys/block/vdb/serial), $(cat /sys/block/vdb/size) sectors"
+    say "ready for a disk"
+    waitfor '[ "$(cat /sys/block/vdb/size)" != 0 ]'
+    say "got $(cat /sys/block/vdb/size) sectors: $(head -c 512 /dev/vdb | tr -d '\0')"
+    echo no > /dev/vdb && sync -f /dev/vdb
+    say "ready to lose it"
+    waitfor '[ "$(cat /sys/block/vdb/size)" = 0 ]'
+    say "lost it"
+    finish ;;
+*) say "unknown test: $TEST" ;;
+esac
+"#;
+
+/// The kernel under test.
+pub fn kernel() -> File {
+    let path = std::env::var("HUSK_TEST_KERNEL").expect("HUSK_TEST_KERNEL names a guest kernel (vmlinux)");
+    File::open(&path).unwrap_or_else(|error| panic!("open {path}: {error}"))
+}
+
+/// An EROFS image with busybox and [`INIT`].
+pub fn rootfs(directory: &Path) -> File {
+    let tree = directory.join("rootfs");
+    for name in ["bin", "sbin", "dev", "proc", "sys", "tmp"] {
+        fs::create_dir_all(tree.join(name)).unwrap();
+    }
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("busybox-static is installed");
+    for applet in [
+        "sh", "mount", "cat", "sleep", "reboot", "nproc", "awk", "dd", "tr", "md5sum", "head", "sync", "echo",
+    ] {
+        symlink("busybox", tree.join("bin").join(applet)).unwrap();
+    }
+    let init = tree.join("sbin/init");
+    fs::write(&init, INIT).unwrap();
+    fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let image = directory.join("rootfs.erofs");
+    let output =
+        Command::new("mkfs.erofs").arg(&image).arg(&tree).output().expect("erofs-utils is installed");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    File::open(image).unwrap()
+}
+
+/// A running `husk-vmm`.
+pub struct Vmm {
+    process: Child,
+    directory: tempfile::TempDir,
+    pub config: VmConfig,
+}
+
+impl Vmm {
+    /// Starts the process; it has no machine yet.
+    pub fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let listener =
+            new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&directory.path().join("control")).unwrap()).unwrap();
+        listen(&listener, Backlog::new(8).unwrap()).unwrap();
+        let exit = File::create(directory.path().join("exit")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk-vmm"));
+        let (control_fd, exit_fd) = (listener.as_raw_fd(), exit.as_raw_fd());
+        command
+            .args([
+                "--id",
+                "test",
+                "--control-fd",
+                &control_fd.to_string(),
+                "--exit-fd",
+                &exit_fd.to_string(),
+            ])
+            .stdin(Stdio::null());
+        // SAFETY: fcntl is all that happens between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                for fd in [control_fd, exit_fd] {
+                    libc::fcntl(fd, libc::F_SETFD, 0);
+                }
+                Ok(())
+            });
+        }
+        let process = command.spawn().unwrap();
+        let config = VmConfig {
+            vcpus: 1,
+            memory_mib: 128,
+            kernel: 0,
+            cmdline: String::new(),
+            disks: vec![DiskConfig { serial: "rootfs".into(), file: 1, read_only: true }],
+            slots: Vec::new(),
+            nets: Vec::new(),
+            vsock: None,
+            balloon: false,
+        };
+        Self { process, directory, config }
+    }
+
+    /// Starts the process, and a guest that runs `test`.
+    pub fn boot(test: &str, change: impl FnOnce(&mut VmConfig), files: &[&File]) -> Self {
+        let mut vmm = Self::start();
+        vmm.config.cmdline = format!("TEST={test}");
+        change(&mut vmm.config);
+        let (kernel, rootfs) = (kernel(), rootfs(vmm.directory.path()));
+        let mut fds = vec![kernel.as_fd(), rootfs.as_fd()];
+        fds.extend(files.iter().map(|file| file.as_fd()));
+        let request = Request::Boot(Box::new(vmm.config.clone()));
+        assert_eq!(vmm.ask(&request, &fds), Response::Ok);
+        vmm
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    pub fn connect(&self) -> OwnedFd {
+        let socket =
+            new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &patience).unwrap();
+        let path: PathBuf = self.directory.path().join("control");
+        connect(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        socket
+    }
+
+    pub fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Response {
+        let client = self.connect();
+        socket::send(client.as_fd(), request, fds).unwrap();
+        socket::receive(client.as_fd()).unwrap().expect("a response").0
+    }
+
+    pub fn console(&self) -> String {
+        match self.ask(&Request::Console, &[]) {
+            Response::Console { text } => text,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn wait_console(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.console().contains(text) {
+            assert!(Instant::now() < deadline, "no {text:?} in: {}", self.console());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits for the machine's end: what the waiting client hears, what the
+    /// exit file says, and the process's exit code, which must agree.
+    pub fn wait(mut self) -> Exit {
+        let client = self.connect();
+        // The machine may have ended already.
+        let heard = match socket::send(client.as_fd(), &Request::Wait, &[]) {
+            Ok(()) => socket::receive::<Response>(client.as_fd()).ok().flatten(),
+            Err(_) => None,
+        };
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the process does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let exit: Exit =
+            serde_json::from_slice(&fs::read(self.directory.path().join("exit")).unwrap()).unwrap();
+        assert_eq!(status.code(), Some(exit.reason.code()), "{exit:?}");
+        if let Some((response, _)) = heard {
+            assert_eq!(response, Response::Exited(exit.clone()));
+        }
+        exit
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Ok(None) = self.process.try_wait()
+        {
+            eprintln!("--- console\n{}\n---", self.console());
+        }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A file of `size` bytes that begins with `text` at `offset`.
+pub fn disk(size: u64, offset: u64, text: &str) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.set_len(size).unwrap();
+    std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(offset)).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
