@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use husk_vmm_api::{FdIndex, VmConfig};
@@ -22,6 +24,7 @@ use crate::devices::serial::{I8042_PORTS, ResetLine, SERIAL_PORTS, SerialPort};
 use crate::devices::virtio::block::{Block, Disk, IoPool};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::vsock::Vsock;
 use crate::exit::ExitSignal;
 use crate::hypervisor::Hypervisor;
 use crate::machine::{Machine, Subscriber};
@@ -95,6 +98,7 @@ pub fn build(
     let mut devices = Devices::new(&hypervisor, &memory).map_err(at("create devices"))?;
     devices.add_legacy(exit, console)?;
     devices.add_disks(config, &mut fds)?;
+    devices.add_vsock(config, &mut fds)?;
     let Devices { pio, mmio, disks, transports, subscribers, parameters, .. } = devices;
 
     let cmdline = format!("{CMDLINE}{parameters} {}", config.cmdline);
@@ -213,6 +217,22 @@ impl<'a> Devices<'a> {
         }
         // The pool's threads serve it, not the event loop.
         self.add_transport(block)
+    }
+
+    fn add_vsock(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), BuildError> {
+        const STAGE: &str = "create the vsock device";
+        let Some(vsock) = &config.vsock else { return Ok(()) };
+        let listener = UnixListener::from(fds.take(vsock.listener).map_err(at(STAGE))?);
+        self.add(Vsock::new(vsock.cid, listener, PathBuf::from(&vsock.path)).map_err(at(STAGE))?)?;
+        Ok(())
+    }
+
+    /// Puts a device on the bus and into the event loop.
+    fn add<D: VirtioDevice + 'static>(&mut self, device: D) -> Result<Arc<Mutex<D>>, BuildError> {
+        let device = Arc::new(Mutex::new(device));
+        self.subscribers.push(Arc::clone(&device) as Subscriber);
+        self.add_transport(Arc::clone(&device) as Arc<Mutex<dyn VirtioDevice>>)?;
+        Ok(device)
     }
 
     fn add_transport(&mut self, device: Arc<Mutex<dyn VirtioDevice>>) -> Result<(), BuildError> {
