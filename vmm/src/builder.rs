@@ -21,9 +21,12 @@ use crate::arch::x86_64::{boot, cpuid, mptable, msr, regs};
 use crate::devices::bus::Bus;
 use crate::devices::console::Console;
 use crate::devices::serial::{I8042_PORTS, ResetLine, SERIAL_PORTS, SerialPort};
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, Disk, IoPool};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::net::Net;
+use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::exit::ExitSignal;
 use crate::hypervisor::Hypervisor;
@@ -98,7 +101,10 @@ pub fn build(
     let mut devices = Devices::new(&hypervisor, &memory).map_err(at("create devices"))?;
     devices.add_legacy(exit, console)?;
     devices.add_disks(config, &mut fds)?;
+    devices.add_nets(config, &mut fds)?;
     devices.add_vsock(config, &mut fds)?;
+    devices.add_rng()?;
+    let balloon = devices.add_balloon(config)?;
     let Devices { pio, mmio, disks, transports, subscribers, parameters, .. } = devices;
 
     let cmdline = format!("{CMDLINE}{parameters} {}", config.cmdline);
@@ -119,7 +125,7 @@ pub fn build(
         .map(|(fd, index)| Vcpu::start(index, fd, Arc::clone(&surroundings)))
         .collect::<Result<_, _>>()
         .map_err(at("start vCPUs"))?;
-    let machine = Machine { hypervisor, memory, disks, transports, vcpus, surroundings };
+    let machine = Machine { hypervisor, memory, disks, balloon, transports, vcpus, surroundings };
     Ok((machine, subscribers))
 }
 
@@ -219,12 +225,34 @@ impl<'a> Devices<'a> {
         self.add_transport(block)
     }
 
+    fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), BuildError> {
+        const STAGE: &str = "create network interfaces";
+        for net in &config.nets {
+            let tap = fds.take(net.tap).map_err(at(STAGE))?;
+            self.add(Net::new(tap, net.mac, net.mtu).map_err(at(STAGE))?)?;
+        }
+        Ok(())
+    }
+
     fn add_vsock(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), BuildError> {
         const STAGE: &str = "create the vsock device";
         let Some(vsock) = &config.vsock else { return Ok(()) };
         let listener = UnixListener::from(fds.take(vsock.listener).map_err(at(STAGE))?);
         self.add(Vsock::new(vsock.cid, listener, PathBuf::from(&vsock.path)).map_err(at(STAGE))?)?;
         Ok(())
+    }
+
+    fn add_rng(&mut self) -> Result<(), BuildError> {
+        self.add(Rng::new().map_err(at("create the entropy device"))?)?;
+        Ok(())
+    }
+
+    fn add_balloon(&mut self, config: &VmConfig) -> Result<Option<Arc<Mutex<Balloon>>>, BuildError> {
+        if !config.balloon {
+            return Ok(None);
+        }
+        let balloon = Balloon::new().map_err(at("create the balloon"))?;
+        self.add(balloon).map(Some)
     }
 
     /// Puts a device on the bus and into the event loop.

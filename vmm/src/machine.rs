@@ -8,6 +8,7 @@ use std::time::Instant;
 use event_manager::MutEventSubscriber;
 use vm_memory::GuestMemoryMmap;
 
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, Disk};
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::hypervisor::Hypervisor;
@@ -43,6 +44,8 @@ pub struct Machine {
     pub memory: GuestMemoryMmap,
     /// Block devices by serial number.
     pub disks: HashMap<String, Arc<Mutex<Block>>>,
+    /// The balloon, if there is one.
+    pub balloon: Option<Arc<Mutex<Balloon>>>,
     /// All virtio devices, in the order of their addresses.
     pub transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// Running vCPUs.
@@ -78,14 +81,15 @@ impl Machine {
     /// # Errors
     /// [`MachineError::NoBalloon`].
     pub fn set_balloon(&self, size_mib: u32) -> Result<(), MachineError> {
-        let _ = size_mib;
-        Err(MachineError::NoBalloon)
+        let balloon = self.balloon.as_ref().ok_or(MachineError::NoBalloon)?;
+        lock(balloon).set_size_mib(size_mib);
+        Ok(())
     }
 
     /// What the balloon holds, MiB.
     #[must_use]
     pub fn balloon_mib(&self) -> u32 {
-        0
+        self.balloon.as_ref().map_or(0, |balloon| lock(balloon).actual_mib())
     }
 
     /// When the guest was entered for the first time.

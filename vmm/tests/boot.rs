@@ -6,7 +6,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use husk_vmm_api::{DiskConfig, ExitReason, Request, Response, socket};
 
@@ -120,6 +120,27 @@ fn disks_come_and_go_while_the_guest_runs() {
     let mut start = [0; 11];
     file.read_exact_at(&mut start, 0).unwrap();
     assert_eq!(&start, b"hot plugged", "a read-only disk was written to");
+}
+
+#[test]
+fn the_balloon_gives_memory_back() {
+    let vmm = Vmm::boot("idle", |config| config.balloon = true, &[]);
+    vmm.wait_console("guest is up");
+    let info = || match vmm.ask(&Request::Info, &[]) {
+        Response::Info(info) => info,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(vmm.ask(&Request::SetBalloon { size_mib: 40 }, &[]), Response::Ok);
+    let deadline = Instant::now() + PATIENCE;
+    while info().balloon_mib < 40 {
+        assert!(Instant::now() < deadline, "the balloon has {} MiB", info().balloon_mib);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let resident = info().guest_resident_bytes >> 20;
+    assert!(resident <= 128 - 40, "{resident} MiB resident besides a balloon of 40");
+    let without = Vmm::boot("idle", |_| (), &[]);
+    let refused = without.ask(&Request::SetBalloon { size_mib: 1 }, &[]);
+    assert!(matches!(refused, Response::Error { stage, .. } if stage == "set the balloon"));
 }
 
 #[test]
