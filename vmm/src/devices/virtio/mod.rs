@@ -8,9 +8,9 @@ pub mod device;
 pub mod interrupt;
 pub mod mmio;
 pub mod net;
+pub mod rings;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_utils;
-pub mod used_ring;
 pub mod vsock;
 pub mod watch;

@@ -163,6 +163,11 @@ impl DriverQueue {
         self.memory.write_obj(index, GuestAddress(at)).unwrap();
     }
 
+    /// The index from which on the device wants notifications.
+    pub fn avail_event(&self) -> u16 {
+        self.memory.read_obj(GuestAddress(self.used_ring() + 4 + u64::from(self.size) * 8)).unwrap()
+    }
+
     /// The next used chain and how many bytes the device wrote.
     pub fn used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.memory.read_obj(GuestAddress(self.used_ring() + 2)).unwrap();

@@ -5,7 +5,7 @@ use std::io;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::pages::{release, runs};
@@ -13,7 +13,7 @@ use crate::devices::virtio::buffers::{Buffers, MAX_SEGMENTS};
 use crate::devices::virtio::config;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::{CONFIG_CHANGE, USED_RING};
-use crate::devices::virtio::used_ring::needs_interrupt;
+use crate::devices::virtio::rings::{needs_interrupt, next_chain};
 use crate::devices::virtio::watch::QueueWatch;
 use crate::memory::PAGE;
 
@@ -102,7 +102,7 @@ fn answer(
     handle: &dyn Fn(DescriptorChain<&GuestMemoryMmap>),
 ) -> bool {
     for _ in 0..BATCH {
-        let Some(chain) = next_chain(memory, queue) else { return true };
+        let Ok(Some(chain)) = next_chain(queue, memory) else { return true };
         let head = chain.head_index();
         handle(chain);
         if queue.add_used(memory, head, 0).is_err() {
@@ -110,17 +110,6 @@ fn answer(
         }
     }
     false
-}
-
-fn next_chain<'m>(
-    memory: &'m GuestMemoryMmap,
-    queue: &mut Queue,
-) -> Option<DescriptorChain<&'m GuestMemoryMmap>> {
-    queue.pop_descriptor_chain(memory).or_else(|| {
-        // The second condition is false for a ring index from nowhere.
-        let more = queue.enable_notification(memory).unwrap_or(false) && queue.iter(memory).is_ok();
-        if more { queue.pop_descriptor_chain(memory) } else { None }
-    })
 }
 
 /// Page numbers of 32 bits each, for the balloon.

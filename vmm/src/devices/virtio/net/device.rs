@@ -18,7 +18,7 @@ use super::tx::transmit;
 use crate::devices::virtio::config;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::USED_RING;
-use crate::devices::virtio::used_ring::needs_interrupt;
+use crate::devices::virtio::rings::needs_interrupt;
 use crate::devices::virtio::watch::QueueWatch;
 
 /// Index of the queue that carries packets to the guest.

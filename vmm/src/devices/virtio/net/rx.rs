@@ -12,12 +12,12 @@
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::tap::{HEADER_LEN, MAX_PACKET, Tap};
 use crate::devices::virtio::buffers::{Buffers, IoVecs};
-use crate::devices::virtio::used_ring::add_used_together;
+use crate::devices::virtio::rings::{add_used_together, next_chain};
 
 /// Place of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
@@ -101,13 +101,7 @@ impl Receiver {
         room: &mut Room<'m>,
     ) -> Result<(), BadQueue> {
         while room.chains.is_empty() || (self.mergeable && room.len < self.longest) {
-            let Some(chain) = queue.pop_descriptor_chain(memory) else {
-                if queue.enable_notification(memory).unwrap_or(false) {
-                    queue.iter(memory).map_err(|_| BadQueue)?;
-                    continue;
-                }
-                return Ok(());
-            };
+            let Some(chain) = next_chain(queue, memory).map_err(|_| BadQueue)? else { return Ok(()) };
             let head = chain.head_index();
             let buffers = Buffers::writable(memory, chain).map_err(|_| BadQueue)?;
             if buffers.len() < HEADER_LEN {

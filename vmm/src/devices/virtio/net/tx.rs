@@ -1,10 +1,11 @@
 //! From the guest to the tap.
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::tap::{HEADER_LEN, MAX_PACKET, Tap};
 use crate::devices::virtio::buffers::Buffers;
+use crate::devices::virtio::rings::next_chain;
 
 /// An Ethernet header.
 const MIN_FRAME: usize = 14;
@@ -13,13 +14,7 @@ const MIN_FRAME: usize = 14;
 /// the tap refuses is lost, as on any wire.
 pub fn transmit(tap: &Tap, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
     while *left > 0 {
-        let Some(chain) = queue.pop_descriptor_chain(memory) else {
-            // The second condition is false for a ring index from nowhere.
-            if queue.enable_notification(memory).unwrap_or(false) && queue.iter(memory).is_ok() {
-                continue;
-            }
-            return;
-        };
+        let Ok(Some(chain)) = next_chain(queue, memory) else { return };
         *left -= 1;
         let head = chain.head_index();
         if let Ok(buffers) = Buffers::readable(memory, chain)

@@ -7,13 +7,13 @@ use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use crate::devices::virtio::buffers::Buffers;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::USED_RING;
-use crate::devices::virtio::used_ring::needs_interrupt;
+use crate::devices::virtio::rings::{needs_interrupt, next_chain};
 use crate::devices::virtio::watch::QueueWatch;
 
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -74,13 +74,7 @@ impl Rng {
 /// True if all requests are answered.
 fn answer(memory: &GuestMemoryMmap, queue: &mut Queue, budget: &mut usize) -> bool {
     while *budget > 0 {
-        let Some(chain) = queue.pop_descriptor_chain(memory) else {
-            // The second condition is false for a ring index from nowhere.
-            if queue.enable_notification(memory).unwrap_or(false) && queue.iter(memory).is_ok() {
-                continue;
-            }
-            return true;
-        };
+        let Ok(Some(chain)) = next_chain(queue, memory) else { return true };
         let head = chain.head_index();
         let len = Buffers::writable(memory, chain).map_or(0, |buffers| fill(&buffers));
         *budget = budget.saturating_sub(len.max(MIN_COST));

@@ -250,7 +250,8 @@ impl Connection {
 
     /// The event loop saw something at the socket.
     pub fn host_event(&mut self, events: EventSet, now: Instant) {
-        self.readable = true;
+        // Whatever else there is shows when the socket is read.
+        self.readable |= events != EventSet::OUT;
         if events.contains(EventSet::HANG_UP) {
             if self.state == State::Requested {
                 return self.abort();

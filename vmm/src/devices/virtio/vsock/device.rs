@@ -17,6 +17,7 @@ use super::packet::{HEADER_LEN, Header};
 use crate::devices::virtio::buffers::Buffers;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::USED_RING;
+use crate::devices::virtio::rings::{needs_interrupt, next_chain};
 use crate::devices::virtio::watch::QueueWatch;
 
 /// Index of the queue that carries packets to the guest.
@@ -67,19 +68,20 @@ impl Vsock {
     pub(super) fn serve(&mut self) {
         let Some(Activation { memory, queues, interrupt, .. }) = &mut self.activation else { return };
         let [rx, tx, event] = queues.as_mut_slice() else { return };
-        let mut used = false;
+        let before = [rx.next_used(), tx.next_used(), event.next_used()];
         if self.owes_reset_event && send_event(memory, event, TRANSPORT_RESET) {
             self.owes_reset_event = false;
-            used |= event.needs_notification(memory).unwrap_or(true);
         }
         let mut left = BATCH;
-        let sent = transmit(&mut self.muxer, memory, tx, &mut left);
+        transmit(&mut self.muxer, memory, tx, &mut left);
         let stalled = !self.muxer.can_receive();
         let mut room = BATCH;
-        let received = receive(&mut self.muxer, memory, rx, &mut room);
-        used |= sent && tx.needs_notification(memory).unwrap_or(true);
-        used |= received && rx.needs_notification(memory).unwrap_or(true);
-        if used {
+        receive(&mut self.muxer, memory, rx, &mut room);
+        if [&*rx, tx, event]
+            .into_iter()
+            .zip(before)
+            .any(|(queue, since)| needs_interrupt(queue, memory, since))
+        {
             interrupt.trigger(USED_RING);
         }
         if left == 0 || room == 0 || (stalled && self.muxer.can_receive()) {
@@ -93,17 +95,10 @@ impl Vsock {
     }
 }
 
-/// Takes packets from the guest, `left` at most. True if there were any.
-fn transmit(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) -> bool {
-    let mut any = false;
+/// Takes packets from the guest, `left` at most.
+fn transmit(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
     while *left > 0 && muxer.can_receive() {
-        let Some(chain) = queue.pop_descriptor_chain(memory) else {
-            // A driver with an impossible ring index always has "more".
-            if any_more(queue, memory) && queue.iter(memory).is_ok() {
-                continue;
-            }
-            break;
-        };
+        let Ok(Some(chain)) = next_chain(queue, memory) else { return };
         *left -= 1;
         let head = chain.head_index();
         if let Ok(buffers) = Buffers::readable(memory, chain) {
@@ -115,21 +110,13 @@ fn transmit(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left
         if queue.add_used(memory, head, 0).is_err() {
             break;
         }
-        any = true;
     }
-    any
 }
 
-/// Gives packets to the guest, `left` at most. True if there were any.
-fn receive(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) -> bool {
-    let mut any = false;
+/// Gives packets to the guest, `left` at most.
+fn receive(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
     while *left > 0 && muxer.has_packets() {
-        let Some(chain) = queue.pop_descriptor_chain(memory) else {
-            if any_more(queue, memory) && queue.iter(memory).is_ok() {
-                continue;
-            }
-            break;
-        };
+        let Ok(Some(chain)) = next_chain(queue, memory) else { return };
         let head = chain.head_index();
         let len = match Buffers::writable(memory, chain) {
             Ok(buffers) if buffers.len() > HEADER_LEN => {
@@ -148,19 +135,12 @@ fn receive(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left:
         if queue.add_used(memory, head, len).is_err() {
             break;
         }
-        any = true;
     }
-    any
-}
-
-/// Asks for a notification when there are chains; true if there are some now.
-fn any_more(queue: &mut Queue, memory: &GuestMemoryMmap) -> bool {
-    queue.enable_notification(memory).unwrap_or(false)
 }
 
 /// Tells the driver of an event, if it has given a buffer for that.
 fn send_event(memory: &GuestMemoryMmap, queue: &mut Queue, id: u32) -> bool {
-    let Some(chain) = queue.pop_descriptor_chain(memory) else { return false };
+    let Ok(Some(chain)) = next_chain(queue, memory) else { return false };
     let head = chain.head_index();
     let len = Buffers::writable(memory, chain).map_or(0, |buffers| buffers.write(0, &id.to_le_bytes()));
     queue.add_used(memory, head, u32::try_from(len).unwrap_or_default()).is_ok()

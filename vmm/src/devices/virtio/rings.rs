@@ -1,14 +1,35 @@
-//! The used ring of a queue whose chains belong together.
+//! What `virtio_queue` leaves to its users.
 //!
-//! `virtio_queue` shows the driver each used chain by itself. A packet that
-//! takes several chains must appear at once (virtio 1.2 §5.1.6.4.1), and what
-//! appears at once counts as one step for the suppression of interrupts.
+//! - Taking a chain and asking for notifications go together, or a chain that
+//!   comes in between is overlooked.
+//! - A packet that takes several chains must appear at once (virtio 1.2
+//!   §5.1.6.4.1); the crate shows the driver each used chain by itself.
+//! - The driver's wishes for interrupts are looked at once for all that was used
+//!   since the last time, with either way of suppression.
 
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Error, Queue, QueueT};
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// The next chain that the driver has made available. If there is none, the
+/// driver will notify the device of the next one.
+///
+/// # Errors
+/// The ring makes no sense: the driver claims more chains than it can have.
+pub fn next_chain<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemoryMmap,
+) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, Error> {
+    if let Some(chain) = queue.iter(memory)?.next() {
+        return Ok(Some(chain));
+    }
+    if queue.enable_notification(memory)? {
+        return Ok(queue.iter(memory)?.next());
+    }
+    Ok(None)
+}
 
 /// Puts chains, given as head and written length, into the used ring such that
 /// the driver sees all of them or none.
@@ -66,6 +87,25 @@ mod tests {
 
     use super::*;
     use crate::devices::virtio::test_utils::{DriverQueue, Part, memory};
+
+    #[test]
+    fn an_empty_ring_asks_for_a_notification() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0, 4);
+        let mut queue = driver.queue();
+        queue.set_event_idx(true);
+        for round in 0..3 {
+            driver.add(&[Part::writable(0x10_0000, 8)]);
+            let chain = next_chain(&mut queue, &memory).unwrap().unwrap();
+            queue.add_used(&memory, chain.head_index(), 0).unwrap();
+            assert_eq!(driver.avail_event(), round);
+            assert!(next_chain(&mut queue, &memory).unwrap().is_none());
+            assert_eq!(driver.avail_event(), round + 1);
+            driver.used().unwrap();
+        }
+        driver.set_available_index(100);
+        assert!(next_chain(&mut queue, &memory).is_err());
+    }
 
     #[test]
     fn chains_appear_together_and_in_order() {
