@@ -5,7 +5,8 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::mount::MsFlags;
 
@@ -44,7 +45,8 @@ pub enum Error {
 pub struct Bundle {
     path: PathBuf,
     layer: PathBuf,
-    image: Mutex<Option<Image>>,
+    image: Image,
+    mounted: AtomicBool,
 }
 
 impl Bundle {
@@ -60,7 +62,8 @@ impl Bundle {
         let bundle = Self {
             path: Path::new(BUNDLES).join(id),
             layer: Path::new(SCRATCH).join("containers").join(id),
-            image: Mutex::new(Some(image)),
+            image,
+            mounted: AtomicBool::new(true),
         };
         for directory in [bundle.rootfs(), bundle.upper(), bundle.layer.join("work")] {
             fs::create_dir_all(&directory).map_err(files("make directory", &directory))?;
@@ -102,10 +105,8 @@ impl Bundle {
     pub async fn remove(&self) -> Result<(), Error> {
         let rootfs = self.rootfs();
         mounts::when_idle(|| mounts::unmount(&rootfs)).await?;
-        let image = self.image.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(image) = image {
-            image.release().await.map_err(images::Error::Mount)?;
-        }
+        self.image.release().await.map_err(images::Error::Mount)?;
+        self.mounted.store(false, Ordering::Relaxed);
         remove_tree(&self.path).map_err(files("remove", &self.path))?;
         // What the container wrote may be much.
         let layer = self.layer.clone();
@@ -116,8 +117,7 @@ impl Bundle {
 
 impl Drop for Bundle {
     fn drop(&mut self) {
-        let unremoved = self.image.get_mut().unwrap_or_else(PoisonError::into_inner).is_some();
-        if unremoved {
+        if *self.mounted.get_mut() {
             mounts::detach(&self.rootfs());
             for tree in [&self.path, &self.layer] {
                 if let Err(error) = remove_tree(tree) {

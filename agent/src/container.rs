@@ -173,6 +173,16 @@ enum Slot {
     Removing,
 }
 
+impl Slot {
+    fn ready(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match self {
+            Self::Ready(container) => Ok(container.clone()),
+            Self::Creating => Err(Error::Precondition(format!("container {id} is being created"))),
+            Self::Removing => Err(Error::Precondition(format!("container {id} is being removed"))),
+        }
+    }
+}
+
 impl Containers {
     /// Takes an id for a container that is about to be made.
     pub fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation, Error> {
@@ -190,10 +200,8 @@ impl Containers {
     /// A container that can be worked with.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
         match lock(&self.0).get(id) {
-            Some(Slot::Ready(container)) => Ok(container.clone()),
-            Some(Slot::Creating) => Err(Error::Precondition(format!("container {id} is being created"))),
-            Some(Slot::Removing) => Err(Error::Precondition(format!("container {id} is being removed"))),
             None => Err(Error::NotFound(format!("there is no container {id}"))),
+            Some(slot) => slot.ready(id),
         }
     }
 
@@ -209,12 +217,12 @@ impl Containers {
 
     /// Takes a container to remove it; `None` if there is none.
     pub fn begin_removal(self: &Arc<Self>, id: &str) -> Result<Option<Removal>, Error> {
-        let container = match self.get(id) {
-            Ok(container) => container,
-            Err(Error::NotFound(_)) => return Ok(None),
-            Err(error) => return Err(error),
+        let mut slots = lock(&self.0);
+        let container = match slots.get(id) {
+            None => return Ok(None),
+            Some(slot) => slot.ready(id)?,
         };
-        lock(&self.0).insert(id.to_owned(), Slot::Removing);
+        slots.insert(id.to_owned(), Slot::Removing);
         Ok(Some(Removal { containers: self.clone(), container, done: false }))
     }
 }

@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::mount::MsFlags;
@@ -45,7 +46,7 @@ impl Images {
             }
         };
         users.insert(serial.to_owned(), count + 1);
-        Ok(Image { images: self.clone(), serial: serial.to_owned(), path, held: true })
+        Ok(Image { images: self.clone(), serial: serial.to_owned(), path, held: AtomicBool::new(true) })
     }
 
     fn users(&self) -> MutexGuard<'_, HashMap<String, usize>> {
@@ -80,7 +81,7 @@ pub struct Image {
     images: Arc<Images>,
     serial: String,
     path: PathBuf,
-    held: bool,
+    held: AtomicBool,
 }
 
 impl Image {
@@ -89,17 +90,19 @@ impl Image {
         &self.path
     }
 
-    /// Ends the use, and with the last one the mount.
-    pub async fn release(mut self) -> Result<(), mounts::Error> {
-        self.held = false;
-        self.images.let_go(&self.serial);
+    /// Ends the use, and with the last one the mount. May be repeated after a
+    /// failure.
+    pub async fn release(&self) -> Result<(), mounts::Error> {
+        if self.held.swap(false, Ordering::Relaxed) {
+            self.images.let_go(&self.serial);
+        }
         mounts::when_idle(|| self.images.if_unused(&self.serial, || mounts::unmount(&self.path))).await
     }
 }
 
 impl Drop for Image {
     fn drop(&mut self) {
-        if self.held {
+        if *self.held.get_mut() {
             self.images.let_go(&self.serial);
             let _ = self.images.if_unused(&self.serial, || {
                 mounts::detach(&self.path);

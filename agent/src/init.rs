@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use nix::mount::MsFlags;
 use nix::sys::resource::{Resource, setrlimit};
@@ -16,6 +15,10 @@ use crate::mounts::{self, mount};
 /// otherwise. A soft limit far higher makes old programs slow that close
 /// every descriptor they might have.
 const OPEN_FILES: (u64, u64) = (65_536, 1_048_576);
+
+/// As on any 64-bit machine with systemd: a pid is not used again soon, which
+/// the reaper relies on.
+const PID_MAX: &str = "4194304";
 
 /// The agent is the last process that the pod can do without.
 const OOM_SCORE_ADJ: &str = "-999";
@@ -71,14 +74,14 @@ pub fn prepare() -> Result<(), Error> {
     cgroup::delegate_controllers().map_err(Error::Cgroups)?;
 
     // Neither stops a pod from running.
-    if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
-        tracing::warn!("cannot protect the agent from the OOM killer: {error}");
+    for (path, value) in [("/proc/self/oom_score_adj", OOM_SCORE_ADJ), ("/proc/sys/kernel/pid_max", PID_MAX)]
+    {
+        if let Err(error) = fs::write(path, value) {
+            tracing::warn!("write {value} to {path}: {error}");
+        }
     }
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1) {
-        tracing::warn!("cannot raise the limit of open files: {error}");
-    }
-    if !Path::new("/etc/resolv.conf").exists() {
-        tracing::debug!("the guest's root has no resolv.conf; only containers resolve names");
+        tracing::warn!("raise the limit of open files: {error}");
     }
     Ok(())
 }

@@ -134,6 +134,8 @@ pub async fn remove(
         .await
         .map_err(|_| format!("still alive {} s after SIGKILL", KILL_DEADLINE.as_secs()))
         .stage("kill the container")?;
+    // Once more for an exec that was on its way in.
+    container.cgroup.kill();
     runc::delete(&agent.reaper, &container.id, container.bundle.path()).await.stage("runc delete")?;
     container.bundle.remove().await.stage("remove the root filesystem")?;
     removal.finish();
