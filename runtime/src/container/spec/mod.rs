@@ -75,7 +75,10 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
         .mounts(mounts::build(&security)?)
         .annotations(annotations(input))
         .linux(linux(input, &security)?);
-    Ok(spec.build()?)
+    let mut spec = spec.build()?;
+    // The machine has the pod's host name already, and the builder a default.
+    spec.set_hostname(None);
+    Ok(spec)
 }
 
 /// The security context, empty when the client gave none.

@@ -76,6 +76,15 @@ fn capabilities_are_added_and_dropped_by_name() {
 }
 
 #[test]
+fn what_the_machine_shares_is_not_made_again() {
+    let spec = built(&cri::ContainerConfig::default()).unwrap();
+    assert_eq!(spec.hostname(), &None);
+    let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    let shared = [LinuxNamespaceType::Uts, LinuxNamespaceType::Network, LinuxNamespaceType::Ipc];
+    assert!(namespaces.iter().all(|namespace| !shared.contains(&namespace.typ())), "{namespaces:?}");
+}
+
+#[test]
 fn a_user_comes_from_the_client_or_else_the_image() {
     let of = |security: cri::LinuxContainerSecurityContext| {
         let (id, sandbox, image, config) =
