@@ -38,11 +38,11 @@ impl Error {
     }
 }
 
-/// Where the namespace of a sandbox is pinned. Twelve characters of an id are
+/// Where the namespace of a sandbox is pinned. Thirteen characters of an id are
 /// what people and tools show of it.
 #[must_use]
 pub fn path_of(sandbox_id: &str) -> PathBuf {
-    let short: String = sandbox_id.chars().take(12).collect();
+    let short: String = sandbox_id.chars().take(13).collect();
     Path::new(DIRECTORY).join(format!("husk-{short}"))
 }
 

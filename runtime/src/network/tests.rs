@@ -186,7 +186,7 @@ fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
         network.ready().unwrap();
         let attachment = network.attach(&pod("abcdef0123456789", &[])).await.unwrap();
 
-        assert_eq!(attachment.netns, Path::new("/run/netns/husk-abcdef012345"));
+        assert_eq!(attachment.netns, Path::new("/run/netns/husk-abcdef0123456"));
         assert_eq!(attachment.ips, ["10.77.0.2".parse::<IpAddr>().unwrap(), "fd77::2".parse().unwrap()]);
         let interface = &attachment.interfaces[0];
         assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1400));
