@@ -266,14 +266,38 @@ async fn join_one(netlink: &rtnetlink::Handle, link: &Link, tap_name: &str) -> R
     };
     let tap = tap::create(tap_name).map_err(io_failed("make the tap"))?;
     quieten(tap_name).map_err(io_failed("switch off IPv6 on the tap"))?;
-    let found = netlink.link().get().match_name(tap_name.to_owned()).execute();
-    let found: Vec<LinkMessage> = found.try_collect().await.map_err(failed(step("find the tap")))?;
-    let index = found.first().map(|message| message.header.index).unwrap_or_default();
+    let index = index_of(netlink, tap_name).await.map_err(failed(step("find the tap")))?;
     let up = LinkUnspec::new_with_index(index).mtu(u32::from(link.mtu)).up().build();
     netlink.link().set(up).execute().await.map_err(failed(step("bring up the tap")))?;
     redirect(netlink, link.index, index).await.map_err(failed(step("redirect the traffic")))?;
     redirect(netlink, index, link.index).await.map_err(failed(step("redirect the traffic of the tap")))?;
     Ok(tap)
+}
+
+async fn index_of(netlink: &rtnetlink::Handle, name: &str) -> Result<u32, rtnetlink::Error> {
+    let mut found = netlink.link().get().match_name(name.to_owned()).execute();
+    let link = std::pin::Pin::new(&mut found).try_next().await?;
+    link.map(|message| message.header.index).ok_or(rtnetlink::Error::RequestFailed)
+}
+
+/// Tries out what a pod's network needs of the kernel, in the calling thread's
+/// namespace: taps, and redirection between interfaces.
+///
+/// # Errors
+/// The step that the kernel refuses.
+pub async fn probe(netlink: &rtnetlink::Handle) -> Result<(), Error> {
+    let names = ["probe0", "probe1"];
+    let refused = |step: &str| {
+        let step = step.to_owned();
+        move |source| Error::Kernel { step, source }
+    };
+    let _taps = [
+        tap::create(names[0]).map_err(refused("make a tap"))?,
+        tap::create(names[1]).map_err(refused("make a second tap"))?,
+    ];
+    let first = index_of(netlink, names[0]).await.map_err(failed("find a tap"))?;
+    let second = index_of(netlink, names[1]).await.map_err(failed("find a tap"))?;
+    redirect(netlink, first, second).await.map_err(failed("redirect traffic with tc"))
 }
 
 /// The namespace's kernel must not send its own neighbour discovery and

@@ -106,6 +106,19 @@ pub async fn run<T: Send + 'static>(
     .await?
 }
 
+/// Runs `work` on a thread in a new namespace, which ends with it.
+///
+/// # Errors
+/// When there cannot be one, or the deadline has passed.
+pub async fn run_in_new<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    let nowhere = Path::new("(new)");
+    on_own_thread(nowhere, move || {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::new(nowhere, "unshare", errno))?;
+        Ok(work())
+    })
+    .await?
+}
+
 /// Unpins a namespace; it ends with the last process, descriptor and packet
 /// that refers to it. One that does not exist is fine.
 ///

@@ -1,0 +1,95 @@
+//! What the subcommands share: huskd as a CRI client sees it, and pods by
+//! whatever a person calls them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use husk_proto::cri;
+use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
+use husk_runtime::config::Config;
+use husk_runtime::id::SandboxId;
+use husk_runtime::vm::{self, Control};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// For each request.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection to huskd.
+pub type Client = RuntimeServiceClient<Channel>;
+
+/// Connects to huskd.
+pub async fn connect(socket: &Path) -> anyhow::Result<Client> {
+    let path = socket.to_owned();
+    // The address is never looked at: the connector knows where to go.
+    let channel = Endpoint::from_static("http://localhost")
+        .timeout(TIMEOUT)
+        .connect_with_connector(tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await;
+    let hint = || format!("huskd does not answer on {}: start it (systemctl start huskd)", socket.display());
+    Ok(RuntimeServiceClient::new(channel.with_context(hint)?))
+}
+
+/// All pods.
+pub async fn pods(client: &mut Client) -> anyhow::Result<Vec<cri::PodSandbox>> {
+    let request = cri::ListPodSandboxRequest::default();
+    let answer = client.list_pod_sandbox(request).await.map_err(said)?;
+    Ok(answer.into_inner().items)
+}
+
+/// Turns a refusal into what huskd says about it.
+pub fn said(status: tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("huskd: {}", status.message())
+}
+
+/// The pod that a person means: a beginning of its id, its name, or its
+/// namespace and name.
+pub fn find<'a>(pods: &'a [cri::PodSandbox], wanted: &str) -> anyhow::Result<&'a cri::PodSandbox> {
+    let is_wanted = |pod: &&cri::PodSandbox| {
+        let names = pod.metadata.as_ref().is_some_and(|metadata| {
+            metadata.name == wanted || format!("{}/{}", metadata.namespace, metadata.name) == wanted
+        });
+        names || (!wanted.is_empty() && pod.id.starts_with(wanted))
+    };
+    let mut found = pods.iter().filter(is_wanted);
+    match (found.next(), found.next()) {
+        (Some(pod), None) => Ok(pod),
+        (None, _) => bail!("there is no pod {wanted}: `husk pods` lists them"),
+        (Some(_), Some(_)) => bail!("{wanted} is more than one pod: use its id"),
+    }
+}
+
+/// The control socket of a pod's VMM.
+pub fn control(config: &Config, sandbox_id: &str) -> Control {
+    let folder = vm::run_dir(&config.run_dir, &SandboxId::from(sandbox_id));
+    Control::new(folder.join("vmm.sock"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn pod(id: &str, name: &str) -> cri::PodSandbox {
+        let metadata =
+            cri::PodSandboxMetadata { name: name.into(), namespace: "default".into(), ..Default::default() };
+        cri::PodSandbox { id: id.into(), metadata: Some(metadata), ..Default::default() }
+    }
+
+    #[test]
+    fn a_pod_is_found_by_id_and_by_name_and_never_guessed() {
+        let pods = [pod("abc1", "web"), pod("abd2", "db")];
+        assert_eq!(find(&pods, "abc").unwrap().id, "abc1");
+        assert_eq!(find(&pods, "db").unwrap().id, "abd2");
+        assert_eq!(find(&pods, "default/web").unwrap().id, "abc1");
+        assert!(find(&pods, "ab").unwrap_err().to_string().contains("more than one"));
+        assert!(find(&pods, "x").unwrap_err().to_string().contains("no pod x"));
+        assert!(find(&pods, "").is_err());
+    }
+}

@@ -1,0 +1,29 @@
+//! `husk console`: what the guest's kernel and agent last said.
+
+use anyhow::bail;
+use husk_runtime::config::Config;
+
+use super::client;
+
+/// Prints the last of a pod's guest console.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// A beginning of its id, its name, or NAMESPACE/NAME. While huskd does not
+    /// run, its id.
+    pod: String,
+}
+
+/// Prints it as it is.
+pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
+    // A machine lives on without huskd, and that is when one wants to look.
+    let id = match client::connect(&config.socket).await {
+        Ok(mut huskd) => client::find(&client::pods(&mut huskd).await?, &arguments.pod)?.id.clone(),
+        Err(_) => arguments.pod.clone(),
+    };
+    let control = client::control(config, &id);
+    if let Err(error) = control.info().await {
+        bail!("the machine of pod {id} does not run: {error}");
+    }
+    print!("{}", control.console().await);
+    Ok(())
+}
