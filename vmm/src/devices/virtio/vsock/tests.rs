@@ -173,8 +173,10 @@ fn a_client_that_closes_leaves_its_bytes() {
 fn fill(guest: &mut Guest, host: u32, port: u32) -> Vec<u8> {
     let mut sent = Vec::new();
     let mut forwarded = 0;
+    let start = Instant::now();
     // The device tells of what the socket took; the rest stays in the buffer.
     loop {
+        assert!(start.elapsed() < Duration::from_secs(20), "the device tells no end of its room");
         while let Some(packet) = guest.take() {
             assert_eq!(packet.op(), Op::CreditUpdate);
             forwarded = packet.header.fwd_cnt.get();
@@ -183,8 +185,8 @@ fn fill(guest: &mut Guest, host: u32, port: u32) -> Vec<u8> {
         if room == 0 {
             return sent;
         }
-        let start = sent.len() as u32;
-        let chunk: Vec<u8> = (start..start + room.min(60_000)).map(|at| (at % 251) as u8).collect();
+        let first = sent.len() as u32;
+        let chunk: Vec<u8> = (first..first + room.min(60_000)).map(|at| (at % 251) as u8).collect();
         guest.say(host, port, Op::Data, 0, &chunk);
         sent.extend(chunk);
         if room < 60_000 {
