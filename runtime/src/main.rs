@@ -38,6 +38,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
     let node = Arc::new(Node::open(config)?);
     sandbox::recover::recover(&node).await.context("recover what an earlier huskd left")?;
+    // The first pod shall not wait for what every pod needs.
+    for handler in node.config.handlers.values() {
+        if let Err(error) = node.scratch.prepared(handler.disk_mib).await {
+            tracing::warn!(%error, "pods will fail until this is mended");
+        }
+    }
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     cri::serve::serve(node, async move {
         tokio::select! {

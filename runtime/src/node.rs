@@ -32,7 +32,14 @@ impl Node {
     /// With the folder or file that cannot be used.
     pub fn open(config: Config) -> anyhow::Result<Self> {
         use anyhow::Context;
-        for folder in [&config.state_dir, &config.run_dir] {
+        let network_dir = config.state_dir.join("network");
+        let scratch_dir = config.state_dir.join("scratch");
+        for folder in [
+            &config.state_dir.join("sandboxes"),
+            &config.run_dir.join("sandboxes"),
+            &network_dir,
+            &scratch_dir,
+        ] {
             std::fs::create_dir_all(folder).with_context(|| format!("make folder {}", folder.display()))?;
         }
         let images = ImageStore::open(
@@ -48,10 +55,10 @@ impl Node {
         let network = Network::new(NetworkConfig {
             conf_dir: config.network.conf_dir.clone(),
             bin_dirs: config.network.bin_dirs.clone(),
-            cache_dir: config.state_dir.join("network"),
+            cache_dir: network_dir,
             plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
         });
-        let scratch = Scratch::new(config.state_dir.join("scratch"));
+        let scratch = Scratch::new(scratch_dir);
         Ok(Self { images: Arc::new(images), network, registry: Registry::default(), scratch, config })
     }
 

@@ -54,8 +54,9 @@ impl ImageStore {
     /// The disk's, or a database that another process has open.
     pub fn open(root: &Path, config: ImageConfig) -> Result<Self, Error> {
         let directory = root.join("images");
-        let rootfs = directory.join("rootfs");
-        std::fs::create_dir_all(&rootfs).map_err(file("make folder", &rootfs))?;
+        for folder in ["rootfs", "pulls"].map(|name| directory.join(name)) {
+            std::fs::create_dir_all(&folder).map_err(file("make folder", &folder))?;
+        }
         let database = Database::create(directory.join("metadata.redb")).map_err(metadata)?;
         let write = database.begin_write().map_err(metadata)?;
         write.open_table(IMAGES).map_err(metadata)?;
@@ -68,11 +69,8 @@ impl ImageStore {
     /// Removes the folders of unfinished pulls, and files that no image has.
     fn sweep(&self) -> Result<(), Error> {
         let pulls = self.pulls();
-        match std::fs::remove_dir_all(&pulls) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(file("remove", &pulls)(error));
-            }
-            _ => {}
+        for entry in std::fs::read_dir(&pulls).map_err(file("read folder", &pulls))?.flatten() {
+            std::fs::remove_dir_all(entry.path()).map_err(file("remove", &entry.path()))?;
         }
         let used: BTreeSet<_> = self.records()?.iter().map(|record| self.rootfs(&record.chain_id)).collect();
         let folder = self.directory.join("rootfs");
@@ -315,7 +313,7 @@ mod tests {
         std::fs::write(store.rootfs("sha256:33"), "unpublished").unwrap();
         drop(store);
         let store = open(root.path());
-        assert!(!store.pulls().exists());
+        assert_eq!(std::fs::read_dir(store.pulls()).unwrap().count(), 0);
         assert!(!store.rootfs("sha256:33").exists());
     }
 

@@ -68,7 +68,10 @@ impl Scratch {
     }
 
     /// The prepared filesystem of that size, made if it is not there.
-    async fn prepared(&self, mib: u64) -> Result<PathBuf, Error> {
+    ///
+    /// # Errors
+    /// With nothing left behind.
+    pub async fn prepared(&self, mib: u64) -> Result<PathBuf, Error> {
         let path = self.directory.join(format!("{mib}.ext4"));
         let _making = self.making.lock().await;
         if path.exists() {

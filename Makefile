@@ -1,0 +1,69 @@
+# Husk. `make help` lists what there is.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+export HUSK_CACHE ?= $(HOME)/.cache/husk
+export PATH := $(HUSK_CACHE)/bin:$(PATH)
+
+target := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+dist := $(CURDIR)/target/dist
+kvm_host := tests/support/kvm-host
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+.PHONY: deps
+deps: ## install what building and testing needs (Debian 12 and 13)
+	@tests/support/deps
+
+.PHONY: guest-image
+guest-image: ## the guest's kernel and root file system, in target/guest
+	guest-image/build target/guest
+
+.PHONY: build
+build: guest-image ## everything, as it is installed, in target/dist
+	cargo build --release --package husk-runtime
+	cargo rustc --release --package husk-vmm --bin husk-vmm -- -C target-feature=+crt-static
+	install -D -t $(dist)/bin $(target)/release/huskd $(target)/release/husk
+	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm
+	install -D -m 644 -t $(dist)/share/husk target/guest/vmlinux target/guest/rootfs.erofs
+
+.PHONY: demo
+demo: deps build ## a pod in a virtual machine, from nothing, driven by crictl
+	$(kvm_host) --timeout 2400 -- tests/demo
+
+.PHONY: test
+test: deps build ## all tests; ends with the number that passed and failed
+	tests/support/run-tests
+
+.PHONY: bench
+bench: deps build ## start-up times and memory, to target/bench
+	$(kvm_host) --timeout 3000 --rwdir target/bench -- tests/bench/run
+
+.PHONY: lint
+lint: ## formatting, clippy, licences and advisories
+	@tests/support/deps lint
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --all-features -- -D warnings
+	tests/support/cargo-deny
+
+.PHONY: kvm-shell
+kvm-shell: deps ## a shell in the KVM host that the tests run in
+	$(kvm_host) shell
+
+.PHONY: install
+install: ## target/dist, the configuration and the systemd unit below PREFIX
+	@test -x $(dist)/bin/huskd || { echo 'nothing is built: run `make build` first' >&2; exit 1; }
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(dist)/bin/huskd $(dist)/bin/husk
+	install -D -t $(DESTDIR)$(PREFIX)/libexec/husk $(dist)/libexec/husk/husk-vmm
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/husk $(dist)/share/husk/vmlinux $(dist)/share/husk/rootfs.erofs
+	install -d $(DESTDIR)/etc/husk $(DESTDIR)$(PREFIX)/lib/systemd/system
+	test -e $(DESTDIR)/etc/husk/config.toml || \
+		install -m 644 docs/config.toml $(DESTDIR)/etc/husk/config.toml
+	sed 's|@PREFIX@|$(PREFIX)|' docs/huskd.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/huskd.service
+
+.PHONY: clean
+clean: ## remove what was built; the cache in ~/.cache/husk stays
+	cargo clean
+	rm -rf target
