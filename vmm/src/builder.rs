@@ -38,8 +38,10 @@ use crate::{kernel, memory};
 ///
 /// `quiet`: every character on the serial port leaves the guest. `reboot=k`:
 /// through the keyboard controller, see [`husk_vmm_api::SHUTDOWN_MARKER`].
-/// `panic=-1`: a panic resets at once. The rest names the root disk and init.
-const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 \
+/// `panic=-1`: a panic resets at once. `swiotlb=noforce`: devices reach all of
+/// memory, a guest with more than 4 GiB needs no 64 MiB of bounce buffers. The
+/// rest names the root disk and init.
+const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 swiotlb=noforce \
                        root=/dev/vda rootfstype=erofs ro init=/sbin/init";
 
 /// A machine could not be built.

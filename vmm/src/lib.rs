@@ -17,6 +17,7 @@ pub mod hypervisor;
 pub mod kernel;
 pub mod machine;
 pub mod memory;
+pub mod snapshot;
 pub mod vcpu;
 pub mod vmm;
 

@@ -59,7 +59,7 @@ fn a_guest_that_is_killed() {
 
 #[test]
 fn many_processors_and_memory_above_the_hole() {
-    for (vcpus, memory_mib) in [(1, 64), (3, 3200), (16, 4096)] {
+    for (vcpus, memory_mib) in [(1, 64), (2, 3200), (8, 128)] {
         let exit = Vmm::boot(
             "size",
             |config| {

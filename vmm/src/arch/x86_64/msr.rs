@@ -10,6 +10,12 @@ const MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
+/// Memory type range registers, which KVM has but leaves out of its list: the
+/// variable ranges, the fixed ones, and the default.
+fn mtrrs() -> impl Iterator<Item = u32> {
+    (0x200..0x210).chain([0x250, 0x258, 0x259]).chain(0x268..0x270).chain([MTRR_DEF_TYPE])
+}
+
 /// Model-specific registers could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum MsrError {
@@ -62,8 +68,9 @@ pub fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), MsrError> {
 /// [`MsrError`].
 pub fn read_all(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, MsrError> {
     let indices = kvm.get_msr_index_list()?;
+    let listed = indices.as_slice().iter().copied();
     let mut wanted: Vec<kvm_msr_entry> =
-        indices.as_slice().iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        listed.chain(mtrrs()).map(|index| kvm_msr_entry { index, ..Default::default() }).collect();
     let mut read = Vec::with_capacity(wanted.len());
     while !wanted.is_empty() {
         let length = wanted.len().min(KVM_MAX_MSR_ENTRIES);
