@@ -1,0 +1,106 @@
+"""What a pod could leave behind on a node: taken before and after, the two must be the same."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+# What CNI plugins set up once for all pods, and keep by their own design.
+BRIDGE_OF_ALL = re.compile(r"^husk-\w+$")
+LEASE_FILES = re.compile(r"/(lock|last_reserved_ip\.\d+)$")
+PORTMAP_CHAINS = re.compile(r"CNI-HOSTPORT-(DNAT|MASQ|SETMARK)$|-j CNI-HOSTPORT-|^-A CNI-HOSTPORT-(MASQ|SETMARK) ")
+
+
+def processes():
+    found = set()
+    for place in Path("/proc").iterdir():
+        if not place.name.isdigit():
+            continue
+        try:
+            parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue  # it ended while we looked
+        # Threads of the kernel come and go as it pleases.
+        if command and parent != "2" and int(place.name) != os.getpid():
+            found.add(f"{place.name} {command[:100]}")
+    return found
+
+
+def network_devices():
+    return {name for name in os.listdir("/sys/class/net") if not BRIDGE_OF_ALL.match(name)}
+
+
+def network_namespaces():
+    """Those that some process is in, and those that something holds by a mount."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*/ns/net"):
+        try:
+            found.add(os.readlink(place))
+        except OSError:
+            continue
+    for directory in ("/run/netns", "/var/run/netns"):
+        if os.path.isdir(directory):
+            found.update(f"{os.path.realpath(directory)}/{name}" for name in os.listdir(directory))
+    return found
+
+
+def mounts():
+    with open("/proc/self/mountinfo", encoding="utf-8") as lines:
+        return {line.split()[4] for line in lines}
+
+
+def block_devices():
+    """Loop devices with a file behind them, and device-mapper's."""
+    found = {str(place.parent) for place in Path("/sys/block").glob("loop*/loop")}
+    return found | {str(place.parent) for place in Path("/sys/block").glob("dm-*/dm")}
+
+
+def cgroups():
+    return {directory for directory, _, _ in os.walk("/sys/fs/cgroup")}
+
+
+def rules():
+    """iptables' rules and chains, both families and flavours alike."""
+    found = set()
+    for program in ("iptables-save", "ip6tables-save"):
+        try:
+            printed = subprocess.run([program], capture_output=True, text=True, timeout=60).stdout
+        except FileNotFoundError:
+            continue
+        for line in printed.splitlines():
+            line = re.sub(r" *\[\d+:\d+\]$", "", line)
+            if line[:1] in (":", "-") and not PORTMAP_CHAINS.search(line.split(" - ")[0]):
+                found.add(line)
+    return found
+
+
+def files(places):
+    found = set()
+    for place in places:
+        for directory, inner, names in os.walk(place):
+            found.update(os.path.join(directory, name) for name in inner + names)
+    return {path for path in found if not LEASE_FILES.search(path)}
+
+
+KINDS = {
+    "processes": processes,
+    "network devices": network_devices,
+    "network namespaces": network_namespaces,
+    "mounts": mounts,
+    "block devices": block_devices,
+    "cgroups": cgroups,
+    "packet filter rules": rules,
+}
+
+
+def snapshot(places):
+    """Everything of every kind; `places` are the directories whose files count."""
+    taken = {kind: look() for kind, look in KINDS.items()}
+    taken["files"] = files(places)
+    return taken
+
+
+def difference(before, after):
+    """What is there now and was not: {kind: [names]}, every kind present."""
+    return {kind: sorted(after[kind] - before[kind]) for kind in before}
