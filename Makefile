@@ -39,6 +39,9 @@ test: deps build ## all tests; ends with the number that passed and failed
 
 .PHONY: bench
 bench: deps build ## start-up times and memory, to target/bench
+	cargo build --release --package husk-tests --bin husk-bench
+	install -D -t $(dist)/bin $(target)/release/husk-bench
+	mkdir -p target/bench
 	$(kvm_host) --timeout 3000 --rwdir target/bench -- tests/bench/run
 
 .PHONY: lint

@@ -1,0 +1,161 @@
+"""The life of pods and containers, as a client sees it."""
+
+from pods import PodTest, can_connect, processes, signal, subprocess, time, wait_until
+
+
+class Life(PodTest):
+    def test_a_container_runs_in_a_kernel_of_its_own_and_leaves_a_true_record(self):
+        pod, container = self.running(command=["sh", "-c", "uname -r; echo oops >&2; exit 3"])
+        status = self.wait_exited(container)
+        self.assertEqual((status["exitCode"], status["reason"]), (3, "Error"))
+        log = self.node.crictl("logs", container)
+        with open("/proc/sys/kernel/osrelease") as kernel:
+            self.assertNotIn(kernel.read().strip(), log)
+        with open(status["logPath"]) as lines:
+            streams = sorted(line.split()[1:3] for line in lines)
+        self.assertEqual(streams, [["stderr", "F"], ["stdout", "F"]])
+
+    def test_all_output_is_in_the_log_when_the_exit_is(self):
+        _, container = self.running(command=["sh", "-c", "seq 20000; printf end"])
+        self.assertEqual(self.wait_exited(container)["exitCode"], 0)
+        lines = self.node.crictl("logs", container).splitlines()
+        self.assertEqual((len(lines), lines[-1]), (20001, "end"))
+
+    def test_exec_answers_with_output_and_exit_code_and_has_a_time_limit(self):
+        _, container = self.running()
+        self.assertEqual(self.node.crictl("exec", "-s", container, "sh", "-c", "echo out; echo err >&2"), "out\nerr")
+        self.assertIn("exit code 7", self.fails("exec", "-s", container, "sh", "-c", "exit 7"))
+        started = time.monotonic()
+        self.assertIn("DeadlineExceeded", self.fails("exec", "-s", "--timeout", "2", container, "sleep", "600"))
+        self.assertLess(time.monotonic() - started, 60)
+        self.assertIn("not found", self.fails("exec", "-s", container, "no-such-program"))
+
+    def test_stop_asks_first_and_kills_then(self):
+        pod, sandbox = self.pod()
+        polite = self.container(pod, sandbox, "polite", command=["sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.1; done"])
+        deaf = self.container(pod, sandbox, "deaf", command=["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"])
+        time.sleep(1)
+        self.node.crictl("stop", "--timeout", "60", polite)
+        self.assertEqual(self.status(polite)["exitCode"], 5)
+        self.node.crictl("stop", "--timeout", "1", deaf)
+        self.assertEqual(self.status(deaf)["exitCode"], 137)
+        self.node.crictl("stop", deaf)
+
+    def test_names_are_reserved_and_given_back(self):
+        pod, sandbox = self.pod("twin")
+        self.assertIn("AlreadyExists", self.fails("runp", sandbox))
+        self.container(pod, sandbox, "one", start=False)
+        config = self.node.container_file("one", "busybox", command=["sleep", "1"])
+        self.assertIn("AlreadyExists", self.fails("create", pod, config, sandbox))
+        self.node.crictl("rmp", "-f", pod)
+        self.pod("twin")
+
+    def test_lists_filter_by_id_state_and_label(self):
+        pod, sandbox = self.pod("listed", labels={"tier": "front"})
+        first = self.container(pod, sandbox, "first")
+        second = self.container(pod, sandbox, "second", start=False)
+        crictl = self.node.crictl
+        self.assertEqual(crictl("pods", "-q", "--label", "tier=front"), pod)
+        self.assertEqual(crictl("pods", "-q", "--label", "tier=back"), "")
+        self.assertEqual(crictl("pods", "-q", "--state", "notready"), "")
+        self.assertEqual(crictl("ps", "-q"), first)
+        self.assertEqual(crictl("ps", "-aq", "--state", "created"), second)
+        self.assertEqual(self.status(first[:8])["id"], first)
+        self.assertIn(pod, crictl("inspectp", pod[:8]))
+
+    def test_removed_and_unknown_things_can_be_stopped_and_removed_again(self):
+        pod, container = self.running()
+        for _ in range(2):
+            self.node.crictl("stopp", pod)
+        self.assertEqual(self.status(container)["exitCode"], 137)
+        for _ in range(2):
+            self.node.crictl("rmp", pod)
+
+    def test_containers_of_a_pod_share_network_and_host_name_and_not_files(self):
+        pod, sandbox = self.pod("shared", hostname="the-pod")
+        one = self.container(pod, sandbox, "one", command=["sh", "-c", "echo mine > /here; nc -l -p 700 -e echo hello"])
+        two = self.container(pod, sandbox, "two")
+        crictl = self.node.crictl
+        self.assertEqual(crictl("exec", "-s", two, "hostname"), "the-pod")
+        self.fails("exec", "-s", two, "cat", "/here")
+        self.assertEqual(crictl("exec", "-s", one, "cat", "/here"), "mine")
+        said = crictl("exec", "-s", two, "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do nc 127.0.0.1 700 && break; sleep 0.3; done")
+        self.assertEqual(said, "hello")
+
+    def test_a_memory_limit_ends_in_an_oom_kill_that_is_called_so(self):
+        limit = {"resources": {"memory_limit_in_bytes": 24 << 20}}
+        _, container = self.running(command=["sh", "-c", "x=a; while :; do x=$x$x; done"], linux=limit)
+        status = self.wait_exited(container)
+        self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
+
+    def test_stats_count_what_a_container_uses(self):
+        _, container = self.running(command=["sh", "-c", "while :; do :; done"])
+        time.sleep(2)
+        stats = self.node.crictl_json("stats", container)["stats"][0]
+        self.assertGreater(int(stats["cpu"]["usageCoreNanoSeconds"]["value"]), 100_000_000)
+        self.assertGreater(int(stats["memory"]["usageBytes"]["value"]), 0)
+
+    def test_a_log_goes_on_in_a_new_file_after_rotation(self):
+        _, container = self.running(command=["sh", "-c", "while :; do echo tick; sleep 0.2; done"])
+        path = self.status(container)["logPath"]
+        wait_until(lambda: self.node.crictl("logs", container), 30, "wait for output")
+        subprocess.run(["mv", path, path + ".1"], check=True)
+        self.node.crictl("logs", "--reopen", "--tail", "1", container)
+        wait_until(lambda: open(path).read(), 30, "wait for output in the new file")
+
+    def test_a_host_port_leads_into_the_pod(self):
+        ports = [{"protocol": 0, "container_port": 7000, "host_port": 17000}]
+        pod, sandbox = self.pod("port", port_mappings=ports)
+        self.container(pod, sandbox, command=["sh", "-c", "while :; do nc -l -p 7000 -e echo hello; done"])
+        wait_until(lambda: can_connect(("127.0.0.1", 17000)), 60, "wait for the host port")
+
+
+class Daemon(PodTest):
+    """The daemon may die at any instruction; pods live on."""
+
+    def kill_daemon(self):
+        self.node.daemon.send_signal(signal.SIGKILL)
+        self.node.daemon.wait()
+
+    def test_pods_live_on_when_the_daemon_dies(self):
+        pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
+        before = processes("husk-vmm")
+        self.kill_daemon()
+        self.assertEqual(processes("husk-vmm"), before)
+        self.node.start_daemon()
+        self.assertEqual(self.node.crictl("pods", "-q", "--state", "ready"), pod)
+        self.assertEqual(self.status(container)["state"], "CONTAINER_RUNNING")
+        self.assertEqual(self.node.crictl("exec", "-s", container, "echo", "here"), "here")
+        lines = len(self.node.crictl("logs", container).splitlines())
+        wait_until(lambda: len(self.node.crictl("logs", container).splitlines()) > lines, 30, "wait for more output")
+        self.node.crictl("stop", "--timeout", "60", container)
+        self.assertEqual(self.status(container)["exitCode"], 9)
+
+    def test_a_machine_that_dies_takes_its_containers_with_it_and_is_told_so(self):
+        pod, container = self.running()
+        machine = int(processes("husk-vmm")[0].split()[1])
+        subprocess.run(["kill", "-KILL", str(machine)], check=True)
+        status = self.wait_exited(container, 30)
+        self.assertNotEqual(status["exitCode"], 0)
+        self.assertNotEqual(status["reason"], "Completed")
+        self.assertEqual(self.node.crictl("pods", "-q", "--state", "notready"), pod)
+
+    def test_what_died_with_the_daemon_is_given_back(self):
+        pod, container = self.running()
+        machine = int(processes("husk-vmm")[0].split()[1])
+        self.kill_daemon()
+        subprocess.run(["kill", "-KILL", str(machine)], check=True)
+        self.node.start_daemon()
+        self.assertEqual(self.node.crictl("pods", "-q", "--state", "notready"), pod)
+        self.assertNotEqual(self.status(container)["exitCode"], 0)
+
+    def test_half_a_pod_is_taken_apart(self):
+        config = self.node.sandbox_file("half")
+        command = [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), "runp", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runp:
+            wait_until(lambda: processes("husk-vmm"), 60, "wait for the machine")
+            self.kill_daemon()
+            runp.wait()
+        self.node.start_daemon()
+        self.assertEqual(self.node.crictl("pods", "-q"), "")
+        self.assert_nothing_left()
