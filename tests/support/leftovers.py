@@ -5,10 +5,12 @@ import re
 import subprocess
 from pathlib import Path
 
-# What CNI plugins set up once for all pods, and keep by their own design.
+# What is set up once for all pods and stays, by the design of those who do it: the bridge plugin's bridge,
+# host-local's lock and notebook, portmap's three chains and the tables they are in, the place of named netns.
 BRIDGE_OF_ALL = re.compile(r"^husk-\w+$")
-LEASE_FILES = re.compile(r"/(lock|last_reserved_ip\.\d+)$")
-PORTMAP_CHAINS = re.compile(r"CNI-HOSTPORT-(DNAT|MASQ|SETMARK)$|-j CNI-HOSTPORT-|^-A CNI-HOSTPORT-(MASQ|SETMARK) ")
+LEASE_FILES = re.compile(r"/leases/\w+(/lock|/last_reserved_ip\.\d+)?$")
+STANDING_RULES = re.compile(r"^:[A-Z]+ ACCEPT|^:CNI-HOSTPORT-\w+ |-j CNI-HOSTPORT-|^-A CNI-HOSTPORT-(MASQ|SETMARK) ")
+STANDING_MOUNTS = {"/run/netns"}
 
 
 def processes():
@@ -47,7 +49,7 @@ def network_namespaces():
 
 def mounts():
     with open("/proc/self/mountinfo", encoding="utf-8") as lines:
-        return {line.split()[4] for line in lines}
+        return {line.split()[4] for line in lines} - STANDING_MOUNTS
 
 
 def block_devices():
@@ -70,7 +72,7 @@ def rules():
             continue
         for line in printed.splitlines():
             line = re.sub(r" *\[\d+:\d+\]$", "", line)
-            if line[:1] in (":", "-") and not PORTMAP_CHAINS.search(line.split(" - ")[0]):
+            if line[:1] in (":", "-") and not STANDING_RULES.search(line):
                 found.add(line)
     return found
 
