@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use husk_proto::cri;
 use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
 use husk_runtime::config::Config;
@@ -31,8 +31,20 @@ pub async fn connect(socket: &Path) -> anyhow::Result<Client> {
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         }))
         .await;
-    let hint = || format!("huskd does not answer on {}: start it (systemctl start huskd)", socket.display());
-    Ok(RuntimeServiceClient::new(channel.with_context(hint)?))
+    match channel {
+        Ok(channel) => Ok(RuntimeServiceClient::new(channel)),
+        Err(error) => bail!("huskd does not answer on {}: {}", socket.display(), cause(&error)),
+    }
+}
+
+/// The first cause, which is the system's own word: what is wrapped around it
+/// only says that there was one.
+fn cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
 }
 
 /// All pods.

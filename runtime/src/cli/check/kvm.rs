@@ -185,8 +185,11 @@ impl Machine {
         let mut memory = Box::new(Memory([0; MEMORY]));
         // One 2 MiB page at address 0, present and writable; see the AMD64
         // manual, volume 2, section 5.3.
-        let tables =
-            [(TABLES, TABLES + 0x1000 | 3), (TABLES + 0x1000, TABLES + 0x2000 | 3), (TABLES + 0x2000, 0x83)];
+        let tables = [
+            (TABLES, (TABLES + 0x1000) | 3),
+            (TABLES + 0x1000, (TABLES + 0x2000) | 3),
+            (TABLES + 0x2000, 0x83),
+        ];
         for (at, entry) in tables {
             memory.put(at, &(entry as u64).to_le_bytes());
         }
