@@ -106,11 +106,9 @@ impl Unpacker {
             self.left.bytes.saturating_add(self.left.entries.saturating_mul(4096)).saturating_add(1 << 20);
         let mut reader = Hashing { inner: reader.take(room), digest: Sha256::new() };
         let mut layer = Layer { seen: HashSet::new(), folders: Vec::new() };
-        let mut archive = tar::Archive::new(&mut reader);
-        for entry in archive.entries().map_err(damaged)? {
+        for entry in tar::Archive::new(&mut reader).entries().map_err(damaged)? {
             self.entry(entry.map_err(damaged)?, &mut layer)?;
         }
-        drop(archive);
         // Folders last: what is put into them changes their times.
         for (path, attributes) in layer.folders.iter().rev() {
             let place = self.tree.place(path, false).map_err(|error| self.disk("set", path, error))?;

@@ -87,7 +87,7 @@ impl ImageStore {
     /// # Errors
     /// An ambiguous id, or the database's.
     pub fn resolve(&self, name: &str) -> Result<Option<Image>, Error> {
-        Ok(self.find(name)?.map(|record| self.image(record)).transpose()?)
+        self.find(name)?.map(|record| self.image(record)).transpose()
     }
 
     fn find(&self, name: &str) -> Result<Option<Record>, Error> {
