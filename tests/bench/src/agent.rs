@@ -12,10 +12,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::Endpoint;
 
-/// The vsock device of a sandbox's machine, in the folder of huskd's socket.
-pub fn vsock_of(huskd: &Path, sandbox: &str) -> Option<PathBuf> {
-    let folder = huskd.parent()?.join("sandboxes").join(sandbox.get(..13)?);
-    Some(folder.join("vsock.sock"))
+/// The vsock device of a sandbox's machine, below huskd's `run_dir`.
+pub fn vsock_of(run_dir: &Path, sandbox: &str) -> Option<PathBuf> {
+    Some(run_dir.join("sandboxes").join(sandbox.get(..13)?).join("vsock.sock"))
 }
 
 /// Resident bytes of the agent.

@@ -1,23 +1,27 @@
-//! `husk-bench`: how long a pod's steps take, and what a pod costs in memory.
+//! `husk-bench`: how long a pod's steps take, what a pod costs in memory, and
+//! how fast a machine boots.
 //!
-//! It speaks CRI itself, so no client's own start is in the figures, and it
+//! `pods` speaks CRI itself, so no client's own start is in the figures, and it
 //! can run the same against any other runtime that serves CRI on this machine:
 //!
 //! ```text
-//! husk-bench --image 127.0.0.1:5000/husk/busybox:1 \
+//! husk-bench pods --image 127.0.0.1:5000/husk/busybox:1 \
 //!     --peer kata=unix:///run/containerd/containerd.sock,kata
 //! ```
 //!
-//! The runtimes are there already. Each in turn gets one pod that warms it up,
-//! then `--pods` pods one after another, then as many at once.
+//! `boot` needs no runtime, only KVM: it starts `husk-vmm`, and Firecracker
+//! beside it when there is one on the PATH, with the same guest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use serde::Serialize;
 
 mod agent;
+mod boot;
 mod cri;
 mod memory;
 mod processes;
@@ -27,16 +31,27 @@ mod statistics;
 
 use cri::Target;
 
-/// Measures the start of pods, and the memory that they cost.
+/// Measures the start of pods and machines, and the memory that they cost.
 #[derive(Debug, Parser)]
 #[command(name = "husk-bench", version)]
-struct Arguments {
+enum Arguments {
+    /// Pods over CRI: one to warm up, then some one by one, then as many at once.
+    Pods(Pods),
+    /// From the start of a VMM to the first word of the agent in its guest.
+    Boot(Boot),
+}
+
+#[derive(Debug, clap::Args)]
+struct Pods {
     /// Husk's CRI socket.
     #[arg(long, default_value = "unix:///run/husk/husk.sock")]
     endpoint: String,
     /// The runtime handler of the pods; the empty one is the default.
     #[arg(long, default_value = "kata-runtime")]
     handler: String,
+    /// huskd's `run_dir`, to ask the agents for their memory.
+    #[arg(long, default_value = "/run/husk")]
+    run_dir: PathBuf,
     /// Another runtime to measure in the same way: NAME=ENDPOINT[,HANDLER].
     #[arg(long, value_name = "PEER")]
     peer: Vec<Target>,
@@ -54,13 +69,30 @@ struct Arguments {
     json: PathBuf,
 }
 
+#[derive(Debug, clap::Args)]
+struct Boot {
+    #[command(flatten)]
+    guest: boot::Guest,
+    /// The `husk-vmm` program.
+    #[arg(long, default_value = "target/release/husk-vmm")]
+    vmm: PathBuf,
+    /// How many boots with each VMM.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    runs: u16,
+    /// Where the figures go.
+    #[arg(long, default_value = "target/bench/boot.json")]
+    json: PathBuf,
+}
+
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let outcome = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("start threads")
-        .and_then(|runtime| runtime.block_on(bench(arguments)));
+    let outcome = match Arguments::parse() {
+        Arguments::Boot(arguments) => boot(&arguments),
+        Arguments::Pods(arguments) => tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .context("start threads")
+            .and_then(|runtime| runtime.block_on(pods(arguments))),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -70,24 +102,38 @@ fn main() -> ExitCode {
     }
 }
 
-async fn bench(arguments: Arguments) -> anyhow::Result<()> {
+async fn pods(arguments: Pods) -> anyhow::Result<()> {
     let husk = Target { name: "husk".into(), endpoint: arguments.endpoint, handler: arguments.handler };
+    let plan = run::Plan {
+        image: arguments.image,
+        pods: arguments.pods,
+        timeout: Duration::from_secs(arguments.timeout),
+        run_dir: arguments.run_dir,
+    };
     let mut results = Vec::new();
     for target in std::iter::once(husk).chain(arguments.peer) {
-        let plan = run::Plan {
-            image: arguments.image.clone(),
-            pods: arguments.pods,
-            timeout: std::time::Duration::from_secs(arguments.timeout),
-        };
         let name = target.name.clone();
         results.push(run::measure(target, &plan).await.with_context(|| format!("measure {name}"))?);
     }
-    if let Some(folder) = arguments.json.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
-    }
-    let json = serde_json::to_vec_pretty(&results).context("write figures")?;
-    std::fs::write(&arguments.json, json).with_context(|| format!("write {}", arguments.json.display()))?;
+    write(&arguments.json, &results)?;
     print!("{}", report::render(&results));
     println!("\nall figures: {}", arguments.json.display());
     Ok(())
+}
+
+fn boot(arguments: &Boot) -> anyhow::Result<()> {
+    let firecracker = boot::firecracker_on_path();
+    let results = boot::measure(&arguments.guest, &arguments.vmm, firecracker, arguments.runs)?;
+    write(&arguments.json, &results)?;
+    print!("{}", boot::render(&results));
+    println!("\nall figures: {}", arguments.json.display());
+    Ok(())
+}
+
+fn write(path: &Path, results: &impl Serialize) -> anyhow::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    }
+    let json = serde_json::to_vec_pretty(results).context("write figures")?;
+    std::fs::write(path, json).with_context(|| format!("write {}", path.display()))
 }

@@ -1,6 +1,7 @@
 //! One runtime's measurement, from the first pod to the last.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -21,6 +22,8 @@ pub struct Plan {
     pub image: String,
     pub pods: u16,
     pub timeout: Duration,
+    /// huskd's, see [`agent::vsock_of`].
+    pub run_dir: PathBuf,
 }
 
 /// What came out.
@@ -94,11 +97,11 @@ pub async fn measure(target: Target, plan: &Plan) -> anyhow::Result<Measurement>
     let one_by_one = one_by_one(&mut client, plan).await?;
     let pod = client.start_pod("idle", &plan.image).await?;
     tokio::time::sleep(SETTLE).await;
-    let one = cost(&target, &pod.sandbox).await;
+    let one = cost(&plan.run_dir, &pod.sandbox).await;
     client.end_pod(pod).await?;
 
     let before = memory::available().context("read /proc/meminfo")?;
-    let (at_once, each_of_many, available) = at_once(&target, &client, plan).await?;
+    let (at_once, each_of_many, available) = at_once(&client, plan).await?;
     Ok(Measurement {
         name: target.name.clone(),
         version,
@@ -130,7 +133,7 @@ async fn one_by_one(client: &mut Client, plan: &Plan) -> anyhow::Result<Steps> {
     summary(&all, running)
 }
 
-async fn at_once(target: &Target, client: &Client, plan: &Plan) -> anyhow::Result<(Steps, PodCost, u64)> {
+async fn at_once(client: &Client, plan: &Plan) -> anyhow::Result<(Steps, PodCost, u64)> {
     let names: Vec<_> = (1..=plan.pods).map(|number| format!("many-{number}")).collect();
     let started = Instant::now();
     let pods = client.start_pods(&names, &plan.image).await?;
@@ -138,7 +141,7 @@ async fn at_once(target: &Target, client: &Client, plan: &Plan) -> anyhow::Resul
     tokio::time::sleep(SETTLE).await;
     let mut costs = Vec::new();
     for pod in &pods {
-        costs.push(cost(target, &pod.sandbox).await);
+        costs.push(cost(&plan.run_dir, &pod.sandbox).await);
     }
     let available = memory::available();
     let times = client.end_pods(pods).await?;
@@ -173,7 +176,7 @@ fn daemon(target: &Target) -> anyhow::Result<Memory> {
     Ok(split.own)
 }
 
-async fn cost(target: &Target, sandbox: &str) -> anyhow::Result<PodCost> {
+async fn cost(run_dir: &Path, sandbox: &str) -> anyhow::Result<PodCost> {
     let mut cost = PodCost::default();
     for process in processes::of_sandbox(sandbox).context("find the pod's processes")? {
         // A short-lived helper may be gone by now.
@@ -186,7 +189,7 @@ async fn cost(target: &Target, sandbox: &str) -> anyhow::Result<PodCost> {
         cost.whole += guest;
         cost.processes.push(process.name);
     }
-    let agent = agent::vsock_of(&target.socket(), sandbox).filter(|vsock| vsock.exists());
+    let agent = agent::vsock_of(run_dir, sandbox).filter(|vsock| vsock.exists());
     if let Some(vsock) = agent {
         cost.agent_resident = Some(agent::resident(vsock).await?);
     }
