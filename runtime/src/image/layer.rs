@@ -4,23 +4,34 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, BufReader, Read};
-use std::os::fd::OwnedFd;
+use std::hash::{BuildHasher, RandomState};
+use std::io::{self, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use rustix::fs::FileType;
-use sha2::{Digest, Sha256};
-use tar::{Entry, EntryType};
+use tar::EntryType;
 
-use super::tree::{self, Attributes, Tree, safe_path};
+use super::tree::{self, Attributes, Place, Tree, safe_path};
+use archive::{Archive, Entry};
+use reader::{Guarded, Stopped};
+
+mod archive;
+mod attributes;
+mod reader;
+
+/// Most bytes of the names of one layer's folders, which are remembered until
+/// its end.
+const MAX_FOLDER_NAMES: u64 = 64 << 20;
 
 /// What the layers of one image may hold together.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Bytes of all files.
     pub bytes: u64,
-    /// Files, folders, links and so on.
+    /// Files, folders, links and so on, and folders that come without an entry.
     pub entries: u64,
     /// Device nodes.
     pub devices: u64,
@@ -28,7 +39,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { bytes: 64 << 30, entries: 2_000_000, devices: 1024 }
+        Self { bytes: 64 << 30, entries: 1_000_000, devices: 1024 }
     }
 }
 
@@ -87,14 +98,17 @@ impl Packing {
 pub(super) struct Unpacker {
     tree: Tree,
     path: PathBuf,
+    limits: Limits,
     left: Limits,
+    cancelled: Arc<AtomicBool>,
 }
 
 impl Unpacker {
-    /// `folder` exists and is empty.
-    pub(super) fn new(folder: &Path, limits: &Limits) -> Result<Self, Failure> {
+    /// `folder` exists and is empty. Soon after `cancelled` is set, everything
+    /// fails.
+    pub(super) fn new(folder: &Path, limits: &Limits, cancelled: Arc<AtomicBool>) -> Result<Self, Failure> {
         let tree = Tree::open(folder).map_err(|error| Failure::Disk("open", folder.into(), error))?;
-        Ok(Self { tree, path: folder.into(), left: limits.clone() })
+        Ok(Self { tree, path: folder.into(), limits: limits.clone(), left: limits.clone(), cancelled })
     }
 
     /// Applies one layer, whose unpacked bytes must have the digest `diff_id`.
@@ -104,26 +118,27 @@ impl Unpacker {
         // The archive's own overhead is at most a few blocks an entry.
         let room =
             self.left.bytes.saturating_add(self.left.entries.saturating_mul(4096)).saturating_add(1 << 20);
-        let mut reader = Hashing { inner: reader.take(room), digest: Sha256::new() };
-        let mut layer = Layer { seen: HashSet::new(), folders: Vec::new() };
-        for entry in tar::Archive::new(&mut reader).entries().map_err(damaged)? {
-            self.entry(entry.map_err(damaged)?, &mut layer)?;
+        let cancelled = self.cancelled.clone();
+        let mut reader = Guarded::new(reader, room, &cancelled);
+        let mut layer = Layer::default();
+        let mut archive = Archive::new(&mut reader);
+        while let Some(entry) = archive.next().map_err(damaged)? {
+            self.entry(&entry, &mut archive, &mut layer)?;
         }
-        // Folders last: what is put into them changes their times.
-        for (path, attributes) in layer.folders.iter().rev() {
-            let place = self.tree.place(path, false).map_err(|error| self.disk("set", path, error))?;
-            place
-                .set(attributes, FileType::Directory)
-                .map_err(|error| self.disk("set attributes of", path, error))?;
+        // What is put into folders changes their times.
+        for (path, time) in layer.folders.iter().rev() {
+            match self.tree.place(path, false).and_then(|place| place.set_folder_time(*time)) {
+                // Another entry of the layer took its place.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {}
+                result => result.map_err(|error| self.disk("set time of", path, error))?,
+            }
+        }
+        if let Some(time) = layer.root_time {
+            let set = self.tree.root().and_then(|root| root.set_time(time));
+            set.map_err(|error| self.disk("set time of", Path::new(""), error))?;
         }
         io::copy(&mut reader, &mut io::sink()).map_err(damaged)?;
-        if reader.inner.limit() == 0 {
-            return Err(Failure::Refused(format!(
-                "the layers unpack to more than {} bytes",
-                self.left.bytes
-            )));
-        }
-        let found = format!("sha256:{}", hex(&reader.digest.finalize()));
+        let found = reader.digest();
         if found != diff_id {
             return Err(Failure::Refused(format!(
                 "a layer unpacks to digest {found}, and its image says {diff_id}"
@@ -132,173 +147,207 @@ impl Unpacker {
         Ok(())
     }
 
-    fn entry(&mut self, mut entry: Entry<'_, impl Read>, layer: &mut Layer) -> Result<(), Failure> {
-        let kind = entry.header().entry_type();
-        if kind == EntryType::XGlobalHeader {
-            return Ok(());
+    fn entry(&mut self, entry: &Entry, body: &mut impl Read, layer: &mut Layer) -> Result<(), Failure> {
+        self.left.entries = self.left.entries.saturating_sub(1);
+        if self.left.entries <= self.tree.made() {
+            return Err(Failure::Refused(format!(
+                "the layers hold more than {} files and folders",
+                self.limits.entries
+            )));
         }
-        self.left.entries = self
-            .left
-            .entries
-            .checked_sub(1)
-            .ok_or_else(|| Failure::Refused("the layers hold too many files".into()))?;
-        let path = safe_path(&entry.path_bytes()).map_err(Failure::Refused)?;
+        let path = safe_path(&entry.path).map_err(Failure::Refused)?;
         if let Some(name) = path.file_name().map(OsStrExt::as_bytes)
             && let Some(hidden) = name.strip_prefix(b".wh.")
         {
-            return self.whiteout(&path, hidden, layer);
+            return self.whiteout(&path, hidden, &layer.seen);
         }
-        let attributes = attributes(&mut entry)?;
+        let attributes = attributes::read(entry)?;
         if path.as_os_str().is_empty() {
-            // The root itself; mkfs.erofs takes its attributes from the folder.
-            return set_root(&self.path, &attributes)
-                .map_err(|error| self.disk("set attributes of", &path, error));
+            layer.root_time = Some(attributes.mtime);
+            return self.root(entry, &attributes);
         }
-        self.make(&mut entry, kind, &path, &attributes, layer)?;
-        layer.seen.insert(path);
+        self.make(entry, body, &path, &attributes, layer)?;
+        layer.seen.insert(&path);
         Ok(())
+    }
+
+    /// The root itself; mkfs.erofs takes its attributes from the folder.
+    fn root(&self, entry: &Entry, attributes: &Attributes) -> Result<(), Failure> {
+        if entry.kind() != EntryType::Directory {
+            return Err(Failure::Refused("the root of the image is not a folder".into()));
+        }
+        let path = Path::new(".");
+        let place = self.tree.root().map_err(|error| self.disk("open", path, error))?;
+        self.set(&place, path, attributes, FileType::Directory)
     }
 
     fn make(
         &mut self,
-        entry: &mut Entry<'_, impl Read>,
-        kind: EntryType,
+        entry: &Entry,
+        body: &mut impl Read,
         path: &Path,
         attributes: &Attributes,
         layer: &mut Layer,
     ) -> Result<(), Failure> {
-        let disk = |stage| move |error: io::Error| (stage, error);
         let place = self.tree.place(path, true).map_err(|error| self.inside(path, error))?;
-        let made = match kind {
+        let kind = entry.kind();
+        let (stage, made) = match kind {
             EntryType::Directory => {
-                layer.folders.push((path.into(), attributes.clone()));
-                place.make_folder().map(|()| FileType::Directory).map_err(disk("make folder"))
+                layer.remember_folder(path, attributes.mtime)?;
+                ("make folder", place.make_folder().map(|()| FileType::Directory))
             }
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                let size = entry.size();
-                self.left.bytes = self.left.bytes.checked_sub(size).ok_or_else(|| {
-                    Failure::Refused(format!(
-                        "the layers hold too much: `{}` has {size} bytes",
-                        path.display()
-                    ))
-                })?;
-                let mut file = place.make_file().map_err(|error| self.disk("make file", path, error))?;
-                copy_file(entry, &mut file, size).map_err(|error| match error.kind() {
-                    // What the archive's reader says, not the disk.
-                    io::ErrorKind::UnexpectedEof
-                    | io::ErrorKind::InvalidData
-                    | io::ErrorKind::InvalidInput
-                    | io::ErrorKind::Other => damaged(error),
-                    _ => self.disk("write file", path, error),
-                })?;
-                Ok(FileType::RegularFile)
+            EntryType::Regular | EntryType::Continuous => {
+                self.file(entry, body, &place, path)?;
+                ("make file", Ok(FileType::RegularFile))
             }
             EntryType::Symlink => {
                 let target = link_target(entry)?;
-                place
-                    .make_symlink(OsStr::from_bytes(&target))
-                    .map(|()| FileType::Symlink)
-                    .map_err(disk("make symbolic link"))
+                ("make symbolic link", place.make_symlink(target).map(|()| FileType::Symlink))
             }
-            EntryType::Link => {
-                let target = safe_path(&link_target(entry)?).map_err(|why| {
-                    Failure::Refused(format!("hard link `{}` leaves the image: {why}", path.display()))
-                })?;
-                let target = self.tree.place(&target, false).map_err(|error| self.inside(&target, error))?;
-                match target.existing() {
-                    Ok(Some(FileType::Directory)) | Ok(None) => {
-                        return Err(Failure::Refused(format!(
-                            "hard link `{}` has no file to link to",
-                            path.display()
-                        )));
-                    }
-                    Ok(Some(_)) => {}
-                    Err(error) => return Err(self.disk("look at", path, error)),
-                }
-                // It shares the attributes of its target.
-                return place
-                    .make_hard_link(&target)
-                    .map_err(|error| self.disk("make hard link", path, error));
-            }
-            EntryType::Char | EntryType::Block => {
-                self.left.devices = self
-                    .left
-                    .devices
-                    .checked_sub(1)
-                    .ok_or_else(|| Failure::Refused("the layers hold too many device nodes".into()))?;
-                let number =
-                    |number: io::Result<Option<u32>>| number.map(Option::unwrap_or_default).map_err(damaged);
-                let (major, minor) =
-                    (number(entry.header().device_major())?, number(entry.header().device_minor())?);
-                let kind =
-                    if kind == EntryType::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
-                place.make_node(kind, major, minor).map(|()| kind).map_err(disk("make device node"))
-            }
-            EntryType::Fifo => {
-                place.make_node(FileType::Fifo, 0, 0).map(|()| FileType::Fifo).map_err(disk("make fifo"))
-            }
+            // It shares the attributes of its target.
+            EntryType::Link => return self.hard_link(entry, &place, path),
+            EntryType::Char | EntryType::Block => ("make device node", self.device(entry, &place)?),
+            EntryType::Fifo => ("make fifo", place.make_node(FileType::Fifo, 0, 0).map(|()| FileType::Fifo)),
             other => {
                 return Err(Failure::Refused(format!(
-                    "`{}` is of an unknown kind ({:#x})",
+                    "`{}` is of an unsupported kind ({:?})",
                     path.display(),
-                    other.as_byte()
+                    char::from(other.as_byte())
                 )));
             }
         };
-        let kind = made.map_err(|(stage, error)| self.disk(stage, path, error))?;
-        if kind == FileType::Directory {
-            return Ok(());
+        let kind = made.map_err(|error| self.disk(stage, path, error))?;
+        self.set(&place, path, attributes, kind)
+    }
+
+    fn file(
+        &mut self,
+        entry: &Entry,
+        body: &mut impl Read,
+        place: &Place,
+        path: &Path,
+    ) -> Result<(), Failure> {
+        self.left.bytes = self.left.bytes.checked_sub(entry.size).ok_or_else(|| {
+            Failure::Refused(format!(
+                "the layers hold more than {} bytes: `{}` has {}",
+                self.limits.bytes,
+                path.display(),
+                entry.size
+            ))
+        })?;
+        let mut file = place.make_file().map_err(|error| self.disk("make file", path, error))?;
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let length = body.read(&mut buffer).map_err(damaged)?;
+            let Some(chunk) = buffer.get(..length).filter(|chunk| !chunk.is_empty()) else { return Ok(()) };
+            file.write_all(chunk).map_err(|error| self.disk("write file", path, error))?;
         }
-        place.set(attributes, kind).map_err(|error| self.disk("set attributes of", path, error))
+    }
+
+    fn hard_link(&self, entry: &Entry, place: &Place, path: &Path) -> Result<(), Failure> {
+        let none = || Failure::Refused(format!("hard link `{}` has no file to link to", path.display()));
+        let target = safe_path(link_target(entry)?.as_bytes()).map_err(|why| {
+            Failure::Refused(format!("hard link `{}` leaves the image: {why}", path.display()))
+        })?;
+        // Not over what it links to, and not to what goes when it is made.
+        if target.starts_with(path) {
+            return Err(none());
+        }
+        let target = self.tree.place(&target, false).map_err(|error| self.inside(&target, error))?;
+        match target.existing() {
+            Ok(Some(FileType::Directory) | None) => Err(none()),
+            Ok(Some(_)) => place.make_hard_link(&target).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => none(),
+                _ => self.disk("make hard link", path, error),
+            }),
+            Err(error) => Err(self.disk("look at", path, error)),
+        }
+    }
+
+    fn device(&mut self, entry: &Entry, place: &Place) -> Result<io::Result<FileType>, Failure> {
+        self.left.devices = self.left.devices.checked_sub(1).ok_or_else(|| {
+            Failure::Refused(format!("the layers hold more than {} device nodes", self.limits.devices))
+        })?;
+        let number = |number: io::Result<Option<u32>>| number.map(Option::unwrap_or_default).map_err(damaged);
+        let major = number(entry.header.device_major())?;
+        let minor = number(entry.header.device_minor())?;
+        let kind = match entry.kind() {
+            EntryType::Char => FileType::CharacterDevice,
+            _ => FileType::BlockDevice,
+        };
+        Ok(place.make_node(kind, major, minor).map(|()| kind))
+    }
+
+    fn set(
+        &self,
+        place: &Place,
+        path: &Path,
+        attributes: &Attributes,
+        kind: FileType,
+    ) -> Result<(), Failure> {
+        place.set_owner(attributes, kind).map_err(|error| self.disk("set owner of", path, error))?;
+        for (name, value) in &attributes.xattrs {
+            match place.set_xattr(name, value) {
+                // The disk cannot, and little is lost.
+                Err(error) if name.starts_with("user.") && error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    tracing::debug!(path = %path.display(), name, "the disk takes no such attribute");
+                }
+                // The kernel does not want it on such a file, or with such a value.
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM | libc::ERANGE)) =>
+                {
+                    return Err(Failure::Refused(format!(
+                        "attribute `{name}` of `{}` cannot be: {error}",
+                        path.display()
+                    )));
+                }
+                result => result.map_err(|error| self.disk("set attribute of", path, error))?,
+            }
+        }
+        place.set_time(attributes.mtime).map_err(|error| self.disk("set time of", path, error))
     }
 
     /// Hides what lower layers have; what this layer brings stays.
-    fn whiteout(&self, path: &Path, hidden: &[u8], layer: &Layer) -> Result<(), Failure> {
+    fn whiteout(&self, path: &Path, hidden: &[u8], seen: &Seen) -> Result<(), Failure> {
         let parent = path.parent().unwrap_or(Path::new(""));
-        if hidden == b".wh..opq" {
-            return match self.tree.folder(parent, false) {
-                Ok(folder) => self
-                    .keep_only(&folder, parent, &layer.seen)
-                    .map(drop)
-                    .map_err(|error| self.disk("empty folder", parent, error)),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                Err(error) => Err(self.inside(parent, error)),
-            };
-        }
-        if hidden.is_empty() || hidden == b"." || hidden == b".." {
-            return Err(Failure::Refused(format!("whiteout `{}` hides nothing", path.display())));
-        }
-        let target = parent.join(OsStr::from_bytes(hidden));
-        if layer.seen.contains(&target) {
-            return Ok(());
-        }
-        match self.tree.place(&target, false) {
-            Ok(place) => place.clear().map_err(|error| self.disk("remove", &target, error)),
+        let hide = |result: io::Result<bool>, target: &Path| match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(self.inside(&target, error)),
+            Err(error) => Err(self.inside(target, error)),
+            Ok(_) => Ok(()),
+        };
+        match hidden {
+            b".wh..opq" => hide(self.prune_inside(parent, seen), parent),
+            b"" | b"." | b".." => {
+                Err(Failure::Refused(format!("whiteout `{}` hides nothing", path.display())))
+            }
+            // Notes that AUFS makes for itself.
+            _ if hidden.starts_with(b".wh.") => Ok(()),
+            _ => {
+                let target = parent.join(OsStr::from_bytes(hidden));
+                hide(self.prune(&target, seen), &target)
+            }
         }
     }
 
-    /// Removes everything below a folder that is not of this layer; true when
-    /// something stays.
-    fn keep_only(&self, folder: &OwnedFd, path: &Path, seen: &HashSet<PathBuf>) -> io::Result<bool> {
+    /// Removes what is there, and everything below it, except what is of this
+    /// layer; true when something stays.
+    fn prune(&self, path: &Path, seen: &Seen) -> io::Result<bool> {
+        let place = self.tree.place(path, false)?;
+        let mut stays = seen.contains(path);
+        if place.existing()? == Some(FileType::Directory) {
+            stays |= self.prune_inside(path, seen)?;
+        }
+        if !stays {
+            place.clear()?;
+        }
+        Ok(stays)
+    }
+
+    fn prune_inside(&self, folder: &Path, seen: &Seen) -> io::Result<bool> {
+        let names = tree::names(&self.tree.folder(folder, false)?)?;
         let mut stays = false;
-        for name in tree::names(folder)? {
-            let below = path.join(&name);
-            let place = self.tree.place(&below, false)?;
-            let kept = seen.contains(&below);
-            if place.existing()? == Some(FileType::Directory) {
-                let inside = self.tree.folder(&below, false)?;
-                if self.keep_only(&inside, &below, seen)? || kept {
-                    stays = true;
-                    continue;
-                }
-            }
-            if kept {
-                stays = true;
-            } else {
-                place.clear()?;
-            }
+        for name in names {
+            stays |= self.prune(&folder.join(name), seen)?;
         }
         Ok(stays)
     }
@@ -326,103 +375,61 @@ impl Unpacker {
 }
 
 /// What one layer has brought so far.
+#[derive(Default)]
 struct Layer {
-    seen: HashSet<PathBuf>,
-    folders: Vec<(PathBuf, Attributes)>,
+    seen: Seen,
+    folders: Vec<(PathBuf, (i64, i64))>,
+    /// Bytes of the folders' names.
+    names: u64,
+    root_time: Option<(i64, i64)>,
+}
+
+impl Layer {
+    fn remember_folder(&mut self, path: &Path, time: (i64, i64)) -> Result<(), Failure> {
+        self.names = self.names.saturating_add(path.as_os_str().len() as u64);
+        if self.names > MAX_FOLDER_NAMES {
+            return Err(Failure::Refused("the names of a layer's folders are too long".into()));
+        }
+        self.folders.push((path.into(), time));
+        Ok(())
+    }
+}
+
+/// Paths, kept as hashes: a million long names would take gigabytes. The
+/// hashes' key is random, so nobody can make two names meet.
+#[derive(Default)]
+struct Seen {
+    key: RandomState,
+    hashes: HashSet<u64>,
+}
+
+impl Seen {
+    fn insert(&mut self, path: &Path) {
+        self.hashes.insert(self.key.hash_one(path));
+    }
+
+    fn contains(&self, path: &Path) -> bool {
+        self.hashes.contains(&self.key.hash_one(path))
+    }
 }
 
 fn damaged(error: io::Error) -> Failure {
-    if error.kind() == io::ErrorKind::StorageFull {
-        return Failure::Disk("write", PathBuf::new(), error);
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Stopped>()) {
+        Some(stopped) => Failure::Refused(stopped.to_string()),
+        None => Failure::Refused(format!("a layer is damaged: {error}")),
     }
-    Failure::Refused(format!("a layer is damaged: {error}"))
 }
 
-fn set_root(root: &Path, attributes: &Attributes) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    std::os::unix::fs::chown(root, Some(attributes.uid), Some(attributes.gid))?;
-    std::fs::set_permissions(root, std::fs::Permissions::from_mode(attributes.mode & 0o7777))
-}
-
-fn copy_file(entry: &mut impl Read, file: &mut File, size: u64) -> io::Result<()> {
-    let copied = io::copy(&mut entry.take(size), file)?;
-    if copied == size { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
-}
-
-fn link_target(entry: &Entry<'_, impl Read>) -> Result<Vec<u8>, Failure> {
-    match entry.link_name_bytes() {
-        Some(target) if !target.is_empty() && target.len() <= 4095 && !target.contains(&0) => {
-            Ok(target.into_owned())
-        }
-        _ => Err(Failure::Refused(format!(
+fn link_target(entry: &Entry) -> Result<&OsStr, Failure> {
+    let target = &entry.link;
+    if target.is_empty() || target.len() > 4095 || target.contains(&0) {
+        let path = entry.path.get(..200).unwrap_or(&entry.path);
+        return Err(Failure::Refused(format!(
             "link `{}` has no usable target",
-            String::from_utf8_lossy(&entry.path_bytes())
-        ))),
+            String::from_utf8_lossy(path)
+        )));
     }
-}
-
-fn attributes(entry: &mut Entry<'_, impl Read>) -> Result<Attributes, Failure> {
-    let header = entry.header();
-    let id =
-        |id: u64| u32::try_from(id).map_err(|_| Failure::Refused(format!("owner {id} is not a user id")));
-    let raw = header.as_old();
-    let mut attributes = Attributes {
-        uid: id(number(header.uid(), &raw.uid)?)?,
-        gid: id(number(header.gid(), &raw.gid)?)?,
-        mode: number(header.mode(), &raw.mode)?,
-        mtime: i64::try_from(number(header.mtime(), &raw.mtime)?).unwrap_or(0),
-        xattrs: Vec::new(),
-    };
-    let extensions = entry.pax_extensions().map_err(damaged)?;
-    for extension in extensions.into_iter().flatten() {
-        let extension = extension.map_err(damaged)?;
-        let Ok(key) = extension.key() else { continue };
-        let number = || extension.value().ok().and_then(|value| value.parse::<u64>().ok());
-        match key {
-            "uid" => attributes.uid = number().map_or(Ok(attributes.uid), id)?,
-            "gid" => attributes.gid = number().map_or(Ok(attributes.gid), id)?,
-            _ => {
-                if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
-                    xattr(name, extension.value_bytes(), &mut attributes.xattrs)?;
-                }
-            }
-        }
-    }
-    Ok(attributes)
-}
-
-/// A number of a header; a field that was left empty is zero, as every tar
-/// takes it.
-fn number<T: Default>(parsed: io::Result<T>, field: &[u8]) -> Result<T, Failure> {
-    match parsed {
-        Err(_) if field.iter().all(|byte| matches!(byte, 0 | b' ')) => Ok(T::default()),
-        parsed => parsed.map_err(damaged),
-    }
-}
-
-/// Attributes that mean something in a container. The overlay's own would
-/// change what the guest's overlay shows, so no layer may bring them.
-fn xattr(name: &str, value: &[u8], xattrs: &mut Vec<(String, Vec<u8>)>) -> Result<(), Failure> {
-    if name.len() > 255 || value.len() > 64 * 1024 || name.contains('\0') || xattrs.len() >= 256 {
-        return Err(Failure::Refused("an extended attribute is too large".into()));
-    }
-    if name.starts_with("user.") || name == "security.capability" || name.starts_with("system.posix_acl_") {
-        xattrs.push((name.to_owned(), value.to_vec()));
-    }
-    Ok(())
-}
-
-struct Hashing<R> {
-    inner: R,
-    digest: Sha256,
-}
-
-impl<R: Read> Read for Hashing<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = self.inner.read(buffer)?;
-        self.digest.update(buffer.get(..length).unwrap_or_default());
-        Ok(length)
-    }
+    Ok(OsStr::from_bytes(target))
 }
 
 /// Bytes in hexadecimal.

@@ -339,7 +339,7 @@ impl Pull<'_> {
             let folder = workspace.join("files");
             std::fs::create_dir(&folder)
                 .map_err(|error| Failure::Disk("make folder", folder.clone(), error))?;
-            let mut unpacker = Unpacker::new(&folder, &limits)?;
+            let mut unpacker = Unpacker::new(&folder, &limits, Arc::default())?;
             for (number, ((_, packing), diff_id)) in layers.into_iter().zip(diff_ids).enumerate() {
                 let blob = layer_path(&workspace, number);
                 unpacker.apply(&blob, packing, &diff_id)?;

@@ -4,6 +4,7 @@
 //! `RESOLVE_IN_ROOT`), so a symbolic link that an earlier layer planted leads
 //! nowhere else. The last component is never followed.
 
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +26,8 @@ const MAX_NAME: usize = 255;
 #[derive(Debug)]
 pub(super) struct Tree {
     root: OwnedFd,
+    /// Folders made because something is in them.
+    made: Cell<u64>,
 }
 
 /// Where an entry goes: an open folder and a name in it.
@@ -43,8 +46,8 @@ pub(super) struct Attributes {
     pub gid: u32,
     /// Permissions, with setuid, setgid and sticky bits.
     pub mode: u32,
-    /// Seconds since 1970.
-    pub mtime: i64,
+    /// Seconds since 1970, and nanoseconds.
+    pub mtime: (i64, i64),
     /// Extended attributes.
     pub xattrs: Vec<(String, Vec<u8>)>,
 }
@@ -82,7 +85,17 @@ pub(super) fn safe_path(bytes: &[u8]) -> Result<PathBuf, String> {
 impl Tree {
     pub(super) fn open(root: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { root: rustix::fs::open(root, flags, Mode::empty())? })
+        Ok(Self { root: rustix::fs::open(root, flags, Mode::empty())?, made: Cell::new(0) })
+    }
+
+    /// How many folders were made that nobody asked for.
+    pub(super) const fn made(&self) -> u64 {
+        self.made.get()
+    }
+
+    /// The tree's own place.
+    pub(super) fn root(&self) -> io::Result<Place> {
+        Ok(Place { parent: self.resolve(Path::new(""))?, name: ".".into() })
     }
 
     /// An entry's place. Folders on the way are made when `make` says so.
@@ -103,7 +116,10 @@ impl Tree {
             let parent = self.resolve(&walked)?;
             walked.push(component);
             match self.resolve(&walked) {
-                Err(Errno::NOENT) => mkdirat(&parent, component.as_os_str(), Mode::from_raw_mode(0o755))?,
+                Err(Errno::NOENT) => {
+                    mkdirat(&parent, component.as_os_str(), Mode::from_raw_mode(0o755))?;
+                    self.made.set(self.made.get().saturating_add(1));
+                }
                 result => {
                     result?;
                 }
@@ -166,27 +182,34 @@ impl Place {
         Ok(mknodat(&self.parent, &self.name, kind, Mode::from_raw_mode(0o600), device)?)
     }
 
-    /// Gives the entry its owner, permissions, attributes and time, in the
-    /// order in which one does not undo another.
-    pub(super) fn set(&self, attributes: &Attributes, kind: FileType) -> io::Result<()> {
+    /// Gives the entry its owner, and then its permissions: a change of owner
+    /// takes setuid away.
+    pub(super) fn set_owner(&self, attributes: &Attributes, kind: FileType) -> io::Result<()> {
         let (uid, gid) = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
         chownat(&self.parent, &self.name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
         if kind != FileType::Symlink {
-            chmodat(
-                &self.parent,
-                &self.name,
-                Mode::from_raw_mode(attributes.mode & 0o7777),
-                AtFlags::empty(),
-            )?;
+            let mode = Mode::from_raw_mode(attributes.mode & 0o7777);
+            chmodat(&self.parent, &self.name, mode, AtFlags::empty())?;
         }
-        for (name, value) in &attributes.xattrs {
-            // By way of /proc, because there is no call for a name in a folder.
-            let path = self.proc_path();
-            rustix::fs::lsetxattr(&path, name.as_str(), value, XattrFlags::empty())?;
-        }
-        let time = Timespec { tv_sec: attributes.mtime, tv_nsec: 0 };
+        Ok(())
+    }
+
+    /// After [`Place::set_owner`], which takes `security.capability` away.
+    pub(super) fn set_xattr(&self, name: &str, value: &[u8]) -> io::Result<()> {
+        // By way of /proc, because there is no call for a name in a folder.
+        Ok(rustix::fs::lsetxattr(self.proc_path(), name, value, XattrFlags::empty())?)
+    }
+
+    /// When it was changed: seconds and nanoseconds.
+    pub(super) fn set_time(&self, (seconds, nanoseconds): (i64, i64)) -> io::Result<()> {
+        let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
         let times = Timestamps { last_access: time, last_modification: time };
         Ok(utimensat(&self.parent, &self.name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// The same, if it is a folder.
+    pub(super) fn set_folder_time(&self, time: (i64, i64)) -> io::Result<()> {
+        if self.existing()? == Some(FileType::Directory) { self.set_time(time) } else { Ok(()) }
     }
 
     fn proc_path(&self) -> PathBuf {
@@ -196,7 +219,7 @@ impl Place {
 }
 
 /// Removes everything in a folder.
-pub(super) fn empty_folder(folder: &OwnedFd) -> io::Result<()> {
+fn empty_folder(folder: &OwnedFd) -> io::Result<()> {
     for name in names(folder)? {
         remove_all(folder, &name)?;
     }

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 
 use proptest::prelude::*;
+use sha2::{Digest, Sha256};
 use tar::{Builder, Header};
 
 use super::*;
@@ -62,7 +63,7 @@ impl Image {
     fn with(limits: Limits) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("files")).unwrap();
-        let unpacker = Unpacker::new(&folder.path().join("files"), &limits).unwrap();
+        let unpacker = Unpacker::new(&folder.path().join("files"), &limits, Arc::default()).unwrap();
         Self { folder, unpacker }
     }
 
@@ -146,6 +147,81 @@ fn whiteouts_hide_lower_layers_alone() {
 }
 
 #[test]
+fn a_whiteout_of_a_folder_that_comes_anew_hides_what_was_in_it() {
+    for whiteout_first in [true, false] {
+        let mut image = Image::new();
+        image.apply(Archive::new().folder("a/").file("a/old", "1").file("a/b/old", "2")).unwrap();
+        let whiteout = |archive: Archive| archive.file(".wh.a", "");
+        let folder = |archive: Archive| archive.folder("a/").file("a/b/new", "3");
+        let layer = match whiteout_first {
+            true => folder(whiteout(Archive::new())),
+            false => whiteout(folder(Archive::new())),
+        };
+        image.apply(layer).unwrap();
+        assert!(!image.path("a/old").exists() && !image.path("a/b/old").exists());
+        assert_eq!(image.text("a/b/new"), "3");
+    }
+}
+
+#[test]
+fn a_whiteout_through_a_link_stays_inside() {
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("file"), "precious").unwrap();
+    let mut image = Image::new();
+    let target = outside.path().to_str().unwrap();
+    image.apply(Archive::new().entry(EntryType::Symlink, "way", target, b"")).unwrap();
+    image.apply(Archive::new().file("way/.wh.file", "").file("way/.wh..wh..opq", "")).unwrap();
+    assert!(outside.path().join("file").exists());
+    image.apply(Archive::new().file(".wh.way", "")).unwrap();
+    assert!(outside.path().join("file").exists());
+    assert!(std::fs::symlink_metadata(image.path("way")).is_err());
+}
+
+#[test]
+fn attributes_of_files_come_along() {
+    let capability = [1, 0, 0, 2, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let record = |key: &str, value: &[u8]| {
+        let length = key.len() + value.len() + 3;
+        let length = length + (length + 2).to_string().len();
+        [format!("{length} {key}=").as_bytes(), value, b"\n"].concat()
+    };
+    let records = [
+        record("SCHILY.xattr.security.capability", &capability),
+        record("mtime", b"1500000000.5"),
+        record("uid", b"70000"),
+    ]
+    .concat();
+    let mut image = Image::new();
+    let archive =
+        Archive::new().entry(EntryType::XHeader, "x", "", &records).file("bin/ping", "binary with powers");
+    image.apply(archive).unwrap();
+    let mut value = [0; 64];
+    let length = rustix::fs::getxattr(image.path("bin/ping"), "security.capability", &mut value[..]).unwrap();
+    assert_eq!(value[..length], capability);
+    let metadata = std::fs::metadata(image.path("bin/ping")).unwrap();
+    assert_eq!(
+        (metadata.uid(), metadata.mtime(), metadata.mtime_nsec()),
+        (70000, 1_500_000_000, 500_000_000)
+    );
+    assert_eq!(metadata.mode() & 0o7777, 0o4755, "the attribute does not take setuid away");
+}
+
+#[test]
+fn the_root_has_attributes_too() {
+    let mut image = Image::new();
+    image.apply(Archive::new().folder("./").file("f", "")).unwrap();
+    let root = std::fs::metadata(image.path("")).unwrap();
+    assert_eq!((root.uid(), root.mode() & 0o7777, root.mtime()), (1001, 0o4755, 1_600_000_000));
+}
+
+#[test]
+fn a_pull_that_was_given_up_stops_here() {
+    let mut image = Image::new();
+    image.unpacker.cancelled.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(image.apply(Archive::new().file("x", "")).unwrap_err().contains("given up"));
+}
+
+#[test]
 fn a_later_layer_replaces_kinds() {
     let mut image = Image::new();
     image.apply(Archive::new().file("was-folder/x", "x").file("was-file", "f")).unwrap();
@@ -165,6 +241,11 @@ fn what_leaves_the_image_is_refused() {
         (Archive::new().entry(EntryType::Link, "x", "../../../etc/passwd", b""), "leaves"),
         (Archive::new().entry(EntryType::Link, "x", "/etc/passwd", b""), "leaves"),
         (Archive::new().entry(EntryType::Link, "x", "absent", b""), "no file"),
+        (Archive::new().file("x", "").entry(EntryType::Link, "x", "x", b""), "no file"),
+        (Archive::new().file("x/y", "").entry(EntryType::Link, "x", "x/y", b""), "no file"),
+        (Archive::new().folder("x").entry(EntryType::Link, "y", "x", b""), "no file"),
+        (Archive::new().entry(EntryType::Symlink, "./", "x", b""), "root"),
+        (Archive::new().entry(EntryType::GNUSparse, "x", "", b""), "unsupported"),
         (Archive::new().file("f", "").file("f/x", ""), "f/x"),
         (Archive::new().file(".wh...", ""), "hides nothing"),
     ] {
@@ -199,8 +280,9 @@ fn too_much_is_refused() {
     let many = (0..5).fold(Archive::new(), |archive, number| archive.file(&format!("f{number}"), ""));
     let devices = Archive::new().entry(EntryType::Char, "a", "", b"").entry(EntryType::Block, "b", "", b"");
     for (archive, word) in [
-        (Archive::new().file("big", &"x".repeat(101)), "too much"),
-        (many, "too many files"),
+        (Archive::new().file("big", &"x".repeat(101)), "more than 100 bytes"),
+        (many, "more than 3 files"),
+        (Archive::new().file("a/b/c/d/e/f", "").file("g", ""), "more than 3 files"),
         (devices, "device nodes"),
     ] {
         let error = Image::with(limits.clone()).apply(archive).unwrap_err();
@@ -220,16 +302,6 @@ fn a_wrong_diff_id_and_a_truncated_archive_are_refused() {
     assert!(matches!(image.unpacker.apply(&blob, Packing::Plain, "sha256:00"), Err(Failure::Refused(_))));
     std::fs::write(&blob, b"not gzip").unwrap();
     assert!(matches!(image.unpacker.apply(&blob, Packing::Gzip, "sha256:00"), Err(Failure::Refused(_))));
-}
-
-#[test]
-fn the_overlays_own_attributes_are_not_taken() {
-    let mut taken = Vec::new();
-    for name in ["user.mine", "trusted.overlay.opaque", "security.capability", "security.selinux"] {
-        xattr(name, b"v", &mut taken).unwrap();
-    }
-    let names: Vec<_> = taken.into_iter().map(|(name, _)| name).collect();
-    assert_eq!(names, ["user.mine", "security.capability"]);
 }
 
 proptest! {
