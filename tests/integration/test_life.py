@@ -23,7 +23,8 @@ class Life(PodTest):
 
     def test_exec_answers_with_output_and_exit_code_and_has_a_time_limit(self):
         _, container = self.running()
-        self.assertEqual(self.node.crictl("exec", "-s", container, "sh", "-c", "echo out; echo err >&2"), "out\nerr")
+        said = self.node.crictl("exec", "-s", container, "sh", "-c", "echo out; echo err >&2")
+        self.assertEqual(said.split(), ["out", "err"])
         self.assertIn("exit code 7", self.fails("exec", "-s", container, "sh", "-c", "exit 7"))
         started = time.monotonic()
         self.assertIn("DeadlineExceeded", self.fails("exec", "-s", "--timeout", "2", container, "sleep", "600"))
@@ -68,8 +69,10 @@ class Life(PodTest):
         for _ in range(2):
             self.node.crictl("stopp", pod)
         self.assertEqual(self.status(container)["exitCode"], 137)
-        for _ in range(2):
-            self.node.crictl("rmp", pod)
+        self.node.crictl("rmp", pod)
+        # crictl asks for the pod's status first, and that is not found.
+        self.assertIn("NotFound", self.fails("rmp", pod))
+        self.node.crictl("stopp", pod)
 
     def test_containers_of_a_pod_share_network_and_host_name_and_not_files(self):
         pod, sandbox = self.pod("shared", hostname="the-pod")
