@@ -153,13 +153,17 @@ impl Vmm {
     }
 
     pub fn connect(&self) -> OwnedFd {
+        self.try_connect().unwrap()
+    }
+
+    fn try_connect(&self) -> nix::Result<OwnedFd> {
         let socket =
             new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
         setsockopt(&socket, sockopt::ReceiveTimeout, &patience).unwrap();
         let path: PathBuf = self.directory.path().join("control");
-        connect(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
-        socket
+        connect(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap())?;
+        Ok(socket)
     }
 
     pub fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Response {
@@ -193,12 +197,11 @@ impl Vmm {
     /// Waits for the machine's end: what the waiting client hears, what the
     /// exit file says, and the process's exit code, which must agree.
     pub fn wait(mut self) -> Exit {
-        let client = self.connect();
-        // The machine may have ended already.
-        let heard = match socket::send(client.as_fd(), &Request::Wait, &[]) {
-            Ok(()) => socket::receive::<Response>(client.as_fd()).ok().flatten(),
-            Err(_) => None,
-        };
+        // The machine may have ended already, and nobody listen any more.
+        let heard = self.try_connect().ok().and_then(|client| {
+            socket::send(client.as_fd(), &Request::Wait, &[]).ok()?;
+            socket::receive::<Response>(client.as_fd()).ok().flatten()
+        });
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
             if let Some(status) = self.process.try_wait().unwrap() {
