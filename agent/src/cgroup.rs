@@ -30,25 +30,69 @@ pub fn delegate_controllers() -> io::Result<()> {
 #[derive(Debug)]
 pub struct Cgroup(PathBuf);
 
-/// What a container uses, in bytes and nanoseconds.
+/// What a container uses, in bytes and nanoseconds, by the names that the
+/// kernel has for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Processor time since its start.
+    /// `cpu.stat`: processor time since its start.
     pub cpu_nanos: u64,
+    /// The part of it spent in programs.
+    pub cpu_user_nanos: u64,
+    /// The part of it spent in the kernel.
+    pub cpu_system_nanos: u64,
+    /// `nr_periods`.
+    pub periods: u64,
+    /// `nr_throttled`.
+    pub throttled_periods: u64,
+    /// `throttled_usec`.
+    pub throttled_nanos: u64,
     /// `memory.current`.
     pub memory: u64,
-    /// `inactive_file` of `memory.stat`: what the kernel takes back first.
-    pub inactive_file: u64,
-    /// `anon` of `memory.stat`.
+    /// `memory.max`; 0 for no limit.
+    pub memory_limit: u64,
+    /// `memory.peak`.
+    pub memory_peak: u64,
+    /// `memory.stat`: anonymous memory.
     pub anonymous: u64,
+    /// `file`.
+    pub file: u64,
+    /// `file_mapped`.
+    pub mapped_file: u64,
+    /// `active_file`.
+    pub active_file: u64,
+    /// `inactive_file`: what the kernel takes back first.
+    pub inactive_file: u64,
+    /// `kernel`.
+    pub kernel: u64,
     /// `pgfault`.
     pub page_faults: u64,
     /// `pgmajfault`.
     pub major_page_faults: u64,
     /// `memory.swap.current`.
     pub swap: u64,
-    /// Processes and threads.
+    /// `memory.events`: processes killed for want of memory.
+    pub oom_kills: u64,
+    /// `pids.current`: processes and threads.
     pub pids: u64,
+    /// `pids.max`; 0 for no limit.
+    pub pids_limit: u64,
+    /// Processes, threads not counted.
+    pub processes: u64,
+    /// `io.stat`, of all devices.
+    pub io: Io,
+}
+
+/// Reads and writes of block devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Io {
+    /// `rbytes`.
+    pub read_bytes: u64,
+    /// `wbytes`.
+    pub write_bytes: u64,
+    /// `rios`.
+    pub reads: u64,
+    /// `wios`.
+    pub writes: u64,
 }
 
 impl Cgroup {
@@ -116,23 +160,71 @@ impl Cgroup {
         keyed(&events, "oom_kill").unwrap_or(0)
     }
 
+    /// Gives every process in it a place in the order in which the kernel kills
+    /// when memory runs out. One that has just gone is no error.
+    pub fn set_oom_score_adj(&self, score: i32) -> io::Result<()> {
+        for pid in self.processes()? {
+            match fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
     /// What it uses now. A file that the kernel was built without counts as 0.
     pub fn usage(&self) -> Usage {
         let read = |name: &str| fs::read_to_string(self.0.join(name)).unwrap_or_default();
         let number = |name: &str| read(name).trim().parse().unwrap_or(0);
-        let memory = read("memory.stat");
+        let (memory, cpu) = (read("memory.stat"), read("cpu.stat"));
         let memory_stat = |key| keyed(&memory, key).unwrap_or(0);
+        let cpu_stat = |key| keyed(&cpu, key).unwrap_or(0);
+        let cpu_nanos = |key| cpu_stat(key).saturating_mul(1000);
         Usage {
-            cpu_nanos: keyed(&read("cpu.stat"), "usage_usec").unwrap_or(0).saturating_mul(1000),
+            cpu_nanos: cpu_nanos("usage_usec"),
+            cpu_user_nanos: cpu_nanos("user_usec"),
+            cpu_system_nanos: cpu_nanos("system_usec"),
+            periods: cpu_stat("nr_periods"),
+            throttled_periods: cpu_stat("nr_throttled"),
+            throttled_nanos: cpu_nanos("throttled_usec"),
             memory: number("memory.current"),
-            inactive_file: memory_stat("inactive_file"),
+            // "max" is no number.
+            memory_limit: number("memory.max"),
+            memory_peak: number("memory.peak"),
             anonymous: memory_stat("anon"),
+            file: memory_stat("file"),
+            mapped_file: memory_stat("file_mapped"),
+            active_file: memory_stat("active_file"),
+            inactive_file: memory_stat("inactive_file"),
+            kernel: memory_stat("kernel"),
             page_faults: memory_stat("pgfault"),
             major_page_faults: memory_stat("pgmajfault"),
             swap: number("memory.swap.current"),
+            oom_kills: self.oom_kills(),
             pids: number("pids.current"),
+            pids_limit: number("pids.max"),
+            processes: self.processes().map_or(0, |pids| pids.len() as u64),
+            io: io_stat(&read("io.stat")),
         }
     }
+}
+
+/// Adds up `io.stat`: lines of `<major>:<minor> <key>=<number>...`.
+fn io_stat(text: &str) -> Io {
+    let mut io = Io::default();
+    for (key, value) in text.split_whitespace().filter_map(|word| word.split_once('=')) {
+        let value = value.parse::<u64>().unwrap_or(0);
+        let total = match key {
+            "rbytes" => &mut io.read_bytes,
+            "wbytes" => &mut io.write_bytes,
+            "rios" => &mut io.reads,
+            "wios" => &mut io.writes,
+            _ => continue,
+        };
+        *total = total.saturating_add(value);
+    }
+    io
 }
 
 /// The value of `key` in a flat keyed file: lines of `<key> <number>`.
@@ -166,22 +258,41 @@ mod tests {
     fn usage_is_read_from_the_files_that_are_there() {
         let directory = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(directory.path().join(name), text).unwrap();
-        write("cpu.stat", "usage_usec 1500\nuser_usec 1000\n");
+        write(
+            "cpu.stat",
+            "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnr_periods 4\nnr_throttled 2\nthrottled_usec 3\n",
+        );
         write("memory.current", "4096\n");
+        write("memory.max", "max\n");
         write("memory.stat", "anon 100\nfile 5\ninactive_file 7\npgfault 9\npgmajfault 1\n");
         write("memory.events", "oom 0\noom_kill 3\n");
+        write("pids.max", "20\n");
+        write("cgroup.procs", "7\n8\n");
+        write(
+            "io.stat",
+            "254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n254:16 rbytes=5 wbytes=x\n",
+        );
         let cgroup = Cgroup(directory.path().to_owned());
         assert_eq!(
             cgroup.usage(),
             Usage {
                 cpu_nanos: 1_500_000,
+                cpu_user_nanos: 1_000_000,
+                cpu_system_nanos: 500_000,
+                periods: 4,
+                throttled_periods: 2,
+                throttled_nanos: 3000,
                 memory: 4096,
                 inactive_file: 7,
                 anonymous: 100,
+                file: 5,
                 page_faults: 9,
                 major_page_faults: 1,
-                swap: 0,
-                pids: 0
+                oom_kills: 3,
+                pids_limit: 20,
+                processes: 2,
+                io: Io { read_bytes: 15, write_bytes: 20, reads: 1, writes: 2 },
+                ..Usage::default()
             }
         );
         assert_eq!(cgroup.oom_kills(), 3);

@@ -1,8 +1,8 @@
-//! The whole machine's use of memory and processor.
+//! The whole machine's use of memory, processor and network.
 
 use std::fs;
 
-use husk_proto::agent::MachineStat;
+use husk_proto::agent::{InterfaceStat, MachineStat};
 
 /// Ticks of `/proc/stat` a second (`USER_HZ`, the same on all architectures
 /// but two that are gone).
@@ -17,7 +17,31 @@ pub fn stat() -> MachineStat {
         memory_available_bytes: kilobytes(&memory, "MemAvailable"),
         cpu_usage_nanos: busy_ticks(&read("/proc/stat")).saturating_mul(1_000_000_000 / TICKS_PER_SECOND),
         agent_rss_bytes: kilobytes(&read("/proc/self/status"), "VmRSS"),
+        interfaces: interfaces(&read("/proc/net/dev")),
     }
+}
+
+/// `/proc/net/dev`: two lines of headings, then one an interface,
+/// `<name>: <8 numbers of what was received> <8 of what was sent>`.
+fn interfaces(text: &str) -> Vec<InterfaceStat> {
+    let line = |line: &str| {
+        let (name, numbers) = line.split_once(':')?;
+        let numbers: Vec<u64> = numbers.split_whitespace().map(|word| word.parse().unwrap_or(0)).collect();
+        let at = |index: usize| numbers.get(index).copied().unwrap_or(0);
+        let name = name.trim();
+        (name != "lo").then(|| InterfaceStat {
+            name: name.to_owned(),
+            rx_bytes: at(0),
+            rx_packets: at(1),
+            rx_errors: at(2),
+            rx_dropped: at(3),
+            tx_bytes: at(8),
+            tx_packets: at(9),
+            tx_errors: at(10),
+            tx_dropped: at(11),
+        })
+    };
+    text.lines().skip(2).filter_map(line).collect()
 }
 
 fn kilobytes(text: &str, key: &str) -> u64 {
@@ -52,6 +76,22 @@ mod tests {
         let text = "cpu  10 20 30 1000 500 1 2 3 7 8\ncpu0 1 1 1 1\n";
         assert_eq!(busy_ticks(text), 10 + 20 + 30 + 1 + 2 + 3);
         assert_eq!(busy_ticks(""), 0);
+    }
+
+    #[test]
+    fn interfaces_count_without_loopback() {
+        let text = "Inter-|   Receive                                                |  Transmit\n \
+            face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n    \
+            lo:  10 1 0 0 0 0 0 0 10 1 0 0 0 0 0 0\n  \
+            eth0: 1500 12 1 2 0 0 0 0 900 8 3 4 0 0 0 0\nbroken\n";
+        let found = interfaces(text);
+        assert_eq!(found.len(), 1, "{found:?}");
+        let eth0 = found.first().cloned().unwrap_or_default();
+        assert_eq!(
+            (eth0.name.as_str(), eth0.rx_bytes, eth0.rx_packets, eth0.rx_errors, eth0.rx_dropped),
+            ("eth0", 1500, 12, 1, 2)
+        );
+        assert_eq!((eth0.tx_bytes, eth0.tx_packets, eth0.tx_errors, eth0.tx_dropped), (900, 8, 3, 4));
     }
 
     #[test]

@@ -121,6 +121,15 @@ pub async fn exec(
     Ok((pid, launch.claim(pid)))
 }
 
+/// `runc update`: changes what the container may use to what the file
+/// `resources` says (`linux.resources` of the OCI configuration).
+pub async fn update(reaper: &Reaper, id: &str, bundle: &Path, resources: &Path) -> Result<(), Error> {
+    let files = Files::new(bundle, "update");
+    let mut runc = command(&files, "update");
+    runc.arg("--resources").arg(resources).arg(id);
+    run(&reaper.launch(), runc, &files).await
+}
+
 /// `runc delete --force`: kills what is left, removes the container's cgroup
 /// and runc's record. A container that runc does not know is deleted.
 pub async fn delete(reaper: &Reaper, id: &str, bundle: &Path) -> Result<(), Error> {

@@ -92,6 +92,13 @@ pub fn complete(
     Ok(())
 }
 
+/// Who a completed configuration runs as.
+pub fn identity(spec: &Spec) -> husk_proto::agent::Identity {
+    let user = spec.process().as_ref().map(|process| process.user().clone()).unwrap_or_default();
+    let groups = user.additional_gids().clone().unwrap_or_default();
+    husk_proto::agent::Identity { uid: user.uid(), gid: user.gid(), groups }
+}
+
 /// What an exec runs: other arguments as the same user, in the same
 /// environment and directory, with the same capabilities as the container.
 pub fn exec_process(spec: &Spec, args: Vec<String>, terminal: bool) -> Result<Process, Error> {

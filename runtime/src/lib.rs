@@ -8,6 +8,7 @@ pub mod agent;
 pub mod config;
 pub mod container;
 pub mod cri;
+pub mod events;
 pub mod id;
 pub mod image;
 pub mod network;

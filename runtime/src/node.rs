@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Config;
+use crate::events::Events;
 use crate::image::{ImageConfig, ImageStore};
 use crate::network::{Network, NetworkConfig};
 use crate::sandbox::registry::Registry;
@@ -23,6 +24,8 @@ pub struct Node {
     pub registry: Registry,
     /// Sandbox disks.
     pub scratch: Scratch,
+    /// Where what happens to pods and containers is told.
+    pub events: Events,
 }
 
 impl Node {
@@ -59,7 +62,14 @@ impl Node {
             plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
         });
         let scratch = Scratch::new(scratch_dir);
-        Ok(Self { images: Arc::new(images), network, registry: Registry::default(), scratch, config })
+        Ok(Self {
+            images: Arc::new(images),
+            network,
+            registry: Registry::default(),
+            scratch,
+            events: Events::default(),
+            config,
+        })
     }
 
     /// Where the sandboxes' records are.

@@ -1,14 +1,15 @@
-//! A container's life: created, started, removed.
+//! A container's life: created, started, updated, removed.
 
 use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent::{
-    CreateContainerRequest, CreateContainerResponse, RemoveContainerRequest, RemoveContainerResponse,
-    StartContainerRequest, StartContainerResponse,
+    CreateContainerRequest, CreateContainerResponse, Identity, RemoveContainerRequest,
+    RemoveContainerResponse, StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
+    UpdateContainerResponse,
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::time::timeout;
 
 use super::{Agent, Error, Stage, sandbox};
@@ -42,7 +43,7 @@ pub async fn create(
         .await
         .stage("mount the root filesystem")?;
     let created = create_in(&agent, &request, config, cgroup, &bundle).await;
-    let (init, cgroup) = match created {
+    let (init, cgroup, identity) = match created {
         Ok(created) => created,
         Err(error) => {
             if let Err(left) = bundle.remove().await {
@@ -53,7 +54,7 @@ pub async fn create(
     };
     let pid = init.pid().as_raw().unsigned_abs();
     reservation.publish(Container::new(id, bundle, cgroup, init));
-    Ok(CreateContainerResponse { pid })
+    Ok(CreateContainerResponse { pid, identity: Some(identity) })
 }
 
 /// The part of the creation that happens in a mounted bundle.
@@ -63,13 +64,14 @@ async fn create_in(
     mut config: Spec,
     cgroup: Cgroup,
     bundle: &Bundle,
-) -> Result<(Process, Arc<Cgroup>), Error> {
+) -> Result<(Process, Arc<Cgroup>, Identity), Error> {
     let id = &request.container_id;
     let asked = request.user.clone().unwrap_or_default();
     let identity = user::resolve(&bundle.rootfs(), &asked.user, asked.strict_groups).invalid("user")?;
     spec::complete(&mut config, &bundle.rootfs(), &identity, &asked, request.terminal)
         .invalid("spec_json")?;
     let json = serde_json::to_vec(&config).stage("write the bundle")?;
+    let identity = spec::identity(&config);
     drop(config);
     fs::write(bundle.config(), json).stage("write the bundle")?;
 
@@ -84,7 +86,7 @@ async fn create_in(
     {
         tracing::warn!("undo runc create of container {id}: {left}");
     }
-    adopted
+    adopted.map(|(process, cgroup)| (process, cgroup, identity))
 }
 
 /// Takes charge of a process that runc has just started.
@@ -117,6 +119,30 @@ pub async fn start(
     container.end_start(started.is_ok());
     started.stage("runc start")?;
     Ok(StartContainerResponse {})
+}
+
+/// `UpdateContainer`.
+pub async fn update(
+    agent: Arc<Agent>,
+    request: UpdateContainerRequest,
+) -> Result<UpdateContainerResponse, Error> {
+    let container = agent.containers.get(&request.container_id)?;
+    if container.init.has_exited() {
+        return Err(Error::Precondition(format!("container {} has exited", container.id)));
+    }
+    // Through its type, so that runc gets nothing that is no such object.
+    let resources: LinuxResources =
+        serde_json::from_slice(&request.resources_json).invalid("resources_json")?;
+    let file = container.bundle.path().join("update.json");
+    let json = serde_json::to_vec(&resources).stage("write the resources")?;
+    fs::write(&file, json).stage("write the resources")?;
+    let updated = runc::update(&agent.reaper, &container.id, container.bundle.path(), &file).await;
+    let _ = fs::remove_file(&file);
+    updated.stage("runc update")?;
+    if request.oom_score_adj != 0 {
+        container.cgroup.set_oom_score_adj(request.oom_score_adj).stage("set oom_score_adj")?;
+    }
+    Ok(UpdateContainerResponse {})
 }
 
 /// `RemoveContainer`.

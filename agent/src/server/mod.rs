@@ -121,6 +121,13 @@ impl Service for Endpoint {
         to_the_end(container::remove(self.0.clone(), request.into_inner())).await
     }
 
+    async fn update_container(
+        &self,
+        request: Request<UpdateContainerRequest>,
+    ) -> Answer<UpdateContainerResponse> {
+        to_the_end(container::update(self.0.clone(), request.into_inner())).await
+    }
+
     async fn exec_process(&self, request: Request<ExecProcessRequest>) -> Answer<ExecProcessResponse> {
         to_the_end(process::exec(self.0.clone(), request.into_inner())).await
     }

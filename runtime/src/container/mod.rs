@@ -41,6 +41,9 @@ pub struct Record {
     pub created_at: i64,
     /// The same.
     pub started_at: i64,
+    /// Who its first process runs as, by numbers; `None` before it has one.
+    #[serde(default)]
+    pub user: Option<cri::LinuxContainerUser>,
     /// Where it is in its life.
     pub state: State,
 }
@@ -184,18 +187,24 @@ impl Container {
         Ok(())
     }
 
-    /// Records the end. The first one told stands.
-    pub fn exit(&self, exit: Exit) {
+    /// Records the end; false when one was recorded before, which stands.
+    /// Whoever waits for it goes on with [`Self::announce_exit`].
+    pub fn record_exit(&self, exit: Exit) -> bool {
         let mut record = lock(&self.record);
-        if !matches!(record.state, State::Exited(_)) {
-            record.state = State::Exited(exit);
-            // The end is true whether or not it could be written; a daemon that
-            // starts again asks the agent, or finds the machine gone.
-            if let Err(error) = write_json(&self.path, &*record) {
-                tracing::warn!(container = %self.id, %error, "write container record");
-            }
+        if matches!(record.state, State::Exited(_)) {
+            return false;
         }
-        drop(record);
+        record.state = State::Exited(exit);
+        // The end is true whether or not it could be written; a daemon that
+        // starts again asks the agent, or finds the machine gone.
+        if let Err(error) = write_json(&self.path, &*record) {
+            tracing::warn!(container = %self.id, %error, "write container record");
+        }
+        true
+    }
+
+    /// Lets those go on who wait for the end.
+    pub fn announce_exit(&self) {
         self.exited.send_replace(true);
     }
 

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use super::{Container, Exit, log};
 use crate::agent;
 use crate::id::ContainerId;
+use crate::sandbox::Sandbox;
 use crate::vm::Machine;
 
 /// Most time between the agent's word that a container has ended and the last
@@ -22,7 +23,11 @@ const LAST_BYTES: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// A stream that cannot be opened.
-pub async fn follow(machine: &Arc<Machine>, container: &Arc<Container>) -> std::io::Result<()> {
+pub async fn follow(
+    sandbox: &Arc<Sandbox>,
+    machine: &Arc<Machine>,
+    container: &Arc<Container>,
+) -> std::io::Result<()> {
     let terminal = container.record().config.tty;
     let mut output = JoinSet::new();
     for (kind, name) in [(Kind::Stdout, "stdout"), (Kind::Stderr, "stderr")] {
@@ -34,13 +39,14 @@ pub async fn follow(machine: &Arc<Machine>, container: &Arc<Container>) -> std::
         let log = container.log();
         output.spawn(async move { log::copy(stream, name, log.as_deref()).await });
     }
-    tokio::spawn(await_end(machine.clone(), container.clone(), output));
+    tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
     Ok(())
 }
 
 /// A machine that ends takes the connection with it; whoever watches the
 /// machine then records the end of its containers.
 async fn await_end(
+    sandbox: Arc<Sandbox>,
     machine: Arc<Machine>,
     container: Arc<Container>,
     mut output: JoinSet<std::io::Result<()>>,
@@ -53,10 +59,12 @@ async fn await_end(
             if tokio::time::timeout(LAST_BYTES, drained).await.is_err() {
                 tracing::warn!(container = %container.id, "output did not end with the container: the rest is lost");
             }
-            container.exit(Exit::reported(end.exit_code, end.oom_killed, end.finished_at_unix_nanos));
+            let exit = Exit::reported(end.exit_code, end.oom_killed, end.finished_at_unix_nanos);
+            sandbox.events.container_ended(&sandbox, &container, exit);
         }
         Err(status) if status.code() == tonic::Code::NotFound => {
-            container.exit(Exit::machine_gone("the agent does not know this container"));
+            let exit = Exit::machine_gone("the agent does not know this container");
+            sandbox.events.container_ended(&sandbox, &container, exit);
         }
         Err(status) => {
             tracing::debug!(container = %container.id, message = status.message(), "wait for container");

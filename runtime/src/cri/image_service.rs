@@ -16,6 +16,7 @@ use oci_client::secrets::RegistryAuth;
 use tonic::{Request, Response, Status};
 
 use super::error::Error;
+use super::runtime_service::in_batches;
 use crate::container::now;
 use crate::image::{Image, ImageStore};
 
@@ -111,9 +112,11 @@ impl ImageService for Images {
 
     async fn stream_images(
         &self,
-        _: Request<StreamImagesRequest>,
+        request: Request<StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
-        Err(Status::unimplemented("StreamImages is not supported yet"))
+        let filter = request.into_inner().filter;
+        let wanted = filter.and_then(|filter| filter.image).map(|image| image.image).unwrap_or_default();
+        in_batches(self.list(&wanted), |images| StreamImagesResponse { images })
     }
 }
 

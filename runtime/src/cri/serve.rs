@@ -29,13 +29,17 @@ pub async fn serve(node: Arc<Node>, stop: impl Future<Output = ()>) -> anyhow::R
     let images = ImageServiceServer::new(Images::new(node.images.clone()))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
+    let events = node.events.clone();
     let runtime = RuntimeServiceServer::new(Runtime::new(node))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     Server::builder()
         .add_service(runtime)
         .add_service(images)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+            stop.await;
+            events.close();
+        })
         .await
         .context("serve CRI")?;
     let _ = std::fs::remove_file(&path);

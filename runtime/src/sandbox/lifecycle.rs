@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_proto::cri::ContainerEventType;
+
 use super::{Phase, Sandbox};
 use crate::container::{Exit, State, supervise};
 use crate::cri::error::Error;
@@ -42,9 +44,13 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
     if let Err(error) = noted {
         tracing::warn!(sandbox = %sandbox.id, %error, "write sandbox record");
     }
-    sandbox.set_machine(None);
+    let had_machine = sandbox.set_machine(None).is_some();
     for container in sandbox.containers() {
-        container.exit(Exit::machine_gone(if problem.is_empty() { "the pod was stopped" } else { problem }));
+        let exit = Exit::machine_gone(if problem.is_empty() { "the pod was stopped" } else { problem });
+        sandbox.events.container_ended(sandbox, &container, exit);
+    }
+    if had_machine {
+        sandbox.events.tell(sandbox, sandbox.id.as_str(), ContainerEventType::ContainerStoppedEvent);
     }
 }
 

@@ -11,9 +11,11 @@ use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 
 use crate::container::Container;
+use crate::events::Events;
 use crate::id::SandboxId;
 use crate::vm::Machine;
 
+pub mod cpus;
 pub mod lifecycle;
 pub mod recover;
 pub mod registry;
@@ -40,10 +42,22 @@ pub struct Record {
     pub vmm_pid: u32,
     /// The control group of its VMM.
     pub cgroup: Option<PathBuf>,
+    /// What its machine was made with.
+    #[serde(default)]
+    pub size: Option<Size>,
     /// How long each step of its start took.
     pub boot: BootTimes,
     /// Why it is not ready, if something went wrong.
     pub problem: String,
+}
+
+/// The size of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
 }
 
 /// How far a sandbox is.
@@ -82,6 +96,8 @@ pub struct Sandbox {
     pub id: SandboxId,
     /// Held by whichever verb changes the sandbox or its set of containers.
     pub verb: tokio::sync::Mutex<()>,
+    /// Where what happens to it and its containers is told.
+    pub events: Events,
     record: Mutex<Record>,
     machine: Mutex<Option<Arc<Machine>>>,
     containers: Mutex<Vec<Arc<Container>>>,
@@ -96,9 +112,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// The disk's.
-    pub fn create(directory: PathBuf, record: Record) -> std::io::Result<Self> {
+    pub fn create(directory: PathBuf, record: Record, events: Events) -> std::io::Result<Self> {
         std::fs::create_dir_all(directory.join("containers"))?;
-        let sandbox = Self::with(directory, record);
+        let sandbox = Self::with(directory, record, events);
         sandbox.update(|_| {})?;
         Ok(sandbox)
     }
@@ -107,15 +123,16 @@ impl Sandbox {
     ///
     /// # Errors
     /// The disk's, or `InvalidData` for a record that does not read.
-    pub fn load(directory: PathBuf) -> std::io::Result<Self> {
+    pub fn load(directory: PathBuf, events: Events) -> std::io::Result<Self> {
         let record = read_json(&directory.join(RECORD))?;
-        Ok(Self::with(directory, record))
+        Ok(Self::with(directory, record, events))
     }
 
-    fn with(directory: PathBuf, record: Record) -> Self {
+    fn with(directory: PathBuf, record: Record, events: Events) -> Self {
         Self {
             id: record.id.clone(),
             verb: tokio::sync::Mutex::default(),
+            events,
             record: Mutex::new(record),
             machine: Mutex::default(),
             containers: Mutex::default(),

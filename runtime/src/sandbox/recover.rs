@@ -23,7 +23,7 @@ pub async fn recover(node: &Arc<Node>) -> std::io::Result<()> {
     std::fs::create_dir_all(&folder)?;
     for entry in std::fs::read_dir(&folder)? {
         let path = entry?.path();
-        match Sandbox::load(path.clone()) {
+        match Sandbox::load(path.clone(), node.events.clone()) {
             Ok(sandbox) => {
                 let sandbox = Arc::new(sandbox);
                 if let Err(error) = recover_sandbox(node, &sandbox).await {
@@ -78,7 +78,9 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
                         crate::cri::runtime_service::remove_container::take_apart(node, sandbox, &container)
                             .await?
                     }
-                    State::Created | State::Running => supervise::follow(&machine, &container).await?,
+                    State::Created | State::Running => {
+                        supervise::follow(sandbox, &machine, &container).await?
+                    }
                     State::Exited(_) => {}
                 }
             }

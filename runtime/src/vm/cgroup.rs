@@ -32,7 +32,80 @@ pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
 /// The kernel's.
 pub fn enter(path: &Path, pid: u32) -> io::Result<()> {
     std::fs::create_dir_all(path)?;
+    count(path);
     std::fs::write(path.join("cgroup.procs"), pid.to_string())
+}
+
+/// Has the controllers that tell what a pod uses turned on from the root down
+/// to it, as far as the host allows: where one is missing, figures are, and
+/// the pod runs all the same.
+fn count(path: &Path) {
+    let parents: Vec<_> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(ROOT)).collect();
+    for parent in parents.into_iter().rev() {
+        for controller in ["+cpu", "+memory", "+cpuset", "+io", "+pids"] {
+            let _ = std::fs::write(parent.join("cgroup.subtree_control"), controller);
+        }
+    }
+}
+
+/// What a VMM has used of its host, in nanoseconds and bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Processor time of all its threads, the guest's included.
+    pub cpu_nanos: u64,
+    /// `None` where the host does not count it.
+    pub memory: Option<Memory>,
+}
+
+/// The memory part of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// All of it.
+    pub current: u64,
+    /// What of it the kernel takes back first.
+    pub inactive_file: u64,
+    /// Not backed by a file: the guest's memory, for the most part.
+    pub anonymous: u64,
+    /// Page faults.
+    pub page_faults: u64,
+    /// Those that had to wait for a disk.
+    pub major_page_faults: u64,
+}
+
+/// Reads what the group at `path` has used; `None` when there is none.
+#[must_use]
+pub fn usage(path: &Path) -> Option<Usage> {
+    let cpu = std::fs::read_to_string(path.join("cpu.stat")).ok()?;
+    let current = std::fs::read_to_string(path.join("memory.current")).ok();
+    let memory = current.and_then(|text| text.trim().parse().ok()).map(|current| {
+        let stat = std::fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
+        Memory {
+            current,
+            inactive_file: keyed(&stat, "inactive_file"),
+            anonymous: keyed(&stat, "anon"),
+            page_faults: keyed(&stat, "pgfault"),
+            major_page_faults: keyed(&stat, "pgmajfault"),
+        }
+    });
+    Some(Usage { cpu_nanos: keyed(&cpu, "usage_usec").saturating_mul(1000), memory })
+}
+
+/// The value of `key` in lines of `<key> <number>`, 0 if it is not there.
+fn keyed(text: &str, key: &str) -> u64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Writes a list of CPUs or memory nodes, if it is another than the one there;
+/// an empty one stands for all that the parent has.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_list(file: &Path, list: &str) -> io::Result<()> {
+    if std::fs::read_to_string(file)?.trim() == list {
+        return Ok(());
+    }
+    std::fs::write(file, format!("{list}\n"))
 }
 
 /// Kills every process in it: the way to end a VMM that does not listen any
@@ -70,4 +143,23 @@ pub async fn remove(path: &Path) -> io::Result<()> {
         let _ = std::fs::remove_dir(parent);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_group_without_the_memory_controller_still_tells_processor_time() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(usage(folder.path()), None);
+        std::fs::write(folder.path().join("cpu.stat"), "usage_usec 7\nuser_usec 5\n").unwrap();
+        assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: None }));
+        std::fs::write(folder.path().join("memory.current"), "4096\n").unwrap();
+        std::fs::write(folder.path().join("memory.stat"), "anon 3\npgfault 2\n").unwrap();
+        let memory = Memory { current: 4096, anonymous: 3, page_faults: 2, ..Memory::default() };
+        assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: Some(memory) }));
+    }
 }

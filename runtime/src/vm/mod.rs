@@ -14,7 +14,7 @@ mod control;
 pub mod launch;
 mod slots;
 
-pub use cgroup::{kill as kill_cgroup, remove as remove_cgroup};
+pub use cgroup::{Memory, Usage, kill as kill_cgroup, remove as remove_cgroup, set_list, usage};
 pub use control::Control;
 pub use slots::{Claim, Slots};
 

@@ -24,7 +24,7 @@ mod resources;
 mod seccomp;
 
 pub use process::user;
-pub use resources::limits as resource_limits;
+pub use resources::{oom_score_adj, update as resource_update};
 
 /// The request cannot be turned into a container.
 #[derive(Debug, thiserror::Error)]

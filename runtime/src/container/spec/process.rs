@@ -106,15 +106,9 @@ pub(super) fn build(
         )
         .rlimits(vec![open_files])
         .no_new_privileges(security.no_new_privs);
-    if let Some(adjustment) = input.config.linux.as_ref().and_then(|linux| linux.resources.as_ref())
-        && adjustment.oom_score_adj != 0
+    if let Some(resources) = input.config.linux.as_ref().and_then(|linux| linux.resources.as_ref())
+        && let Some(score) = super::oom_score_adj(resources)?
     {
-        let score = i32::try_from(adjustment.oom_score_adj)
-            .ok()
-            .filter(|score| (-1000..=1000).contains(score))
-            .ok_or_else(|| {
-                Error::Invalid(format!("oom_score_adj {} is not -1000 to 1000", adjustment.oom_score_adj))
-            })?;
         process = process.oom_score_adj(score);
     }
     Ok(process.build()?)

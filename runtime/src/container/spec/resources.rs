@@ -34,8 +34,7 @@ pub fn limits(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Er
     if asked.cpu_period > 0 {
         cpu = cpu.period(unsigned(asked.cpu_period, "cpu_period")?);
     }
-    // Which CPUs of the host a pod may use is not a matter of its containers:
-    // numbers of the host's CPUs mean nothing in the machine.
+    // `cpuset_cpus` and `cpuset_mems` are of the host: `crate::sandbox::cpus`.
     let mut memory = LinuxMemoryBuilder::default();
     if asked.memory_limit_in_bytes > 0 {
         memory = memory.limit(asked.memory_limit_in_bytes);
@@ -51,6 +50,35 @@ pub fn limits(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Er
         resources = resources.unified(asked.unified.clone().into_iter().collect::<HashMap<_, _>>());
     }
     Ok(resources.build()?)
+}
+
+/// The same for `runc update`, which knows limits of huge pages only as files
+/// of the control group.
+///
+/// # Errors
+/// A number out of its range.
+pub fn update(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Error> {
+    let mut resources = limits(asked)?;
+    let mut unified = asked.unified.clone();
+    for limit in &asked.hugepage_limits {
+        unified.entry(format!("hugetlb.{}.max", limit.page_size)).or_insert_with(|| limit.limit.to_string());
+    }
+    resources.set_hugepage_limits(None);
+    resources.set_unified((!unified.is_empty()).then_some(unified));
+    Ok(resources)
+}
+
+/// The place in the order in which the kernel kills, when one is asked for.
+///
+/// # Errors
+/// One out of the kernel's range.
+pub fn oom_score_adj(asked: &cri::LinuxContainerResources) -> Result<Option<i32>, Error> {
+    let score = i32::try_from(asked.oom_score_adj).ok().filter(|score| (-1000..=1000).contains(score));
+    match score {
+        Some(0) => Ok(None),
+        Some(score) => Ok(Some(score)),
+        None => Err(Error::Invalid(format!("oom_score_adj {} is not -1000 to 1000", asked.oom_score_adj))),
+    }
 }
 
 fn hugepages(limit: &cri::HugepageLimit) -> Result<LinuxHugepageLimit, Error> {

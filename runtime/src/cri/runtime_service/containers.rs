@@ -20,12 +20,18 @@ pub(super) fn container_status(
     let (sandbox, container) = node.registry.container(&request.container_id)?;
     let record = container.record().clone();
     let info = if request.verbose { verbose(&record, &sandbox.id) } else { HashMap::new() };
+    Ok(ContainerStatusResponse { status: Some(status_of(&record)), info })
+}
+
+/// A container's status, as its record tells it.
+#[must_use]
+pub fn status_of(record: &Record) -> cri::ContainerStatus {
     let exit = match &record.state {
         State::Exited(exit) => Some(exit.clone()),
         _ => None,
     };
     let linux = record.config.linux.clone().unwrap_or_default();
-    let status = cri::ContainerStatus {
+    cri::ContainerStatus {
         id: record.id.to_string(),
         metadata: record.config.metadata.clone(),
         state: record.state.cri().into(),
@@ -43,10 +49,9 @@ pub(super) fn container_status(
         mounts: record.config.mounts.clone(),
         log_path: record.log_path.display().to_string(),
         resources: linux.resources.map(|linux| cri::ContainerResources { linux: Some(linux), windows: None }),
-        user: None,
+        user: record.user.clone().map(|linux| cri::ContainerUser { linux: Some(linux) }),
         stop_signal: record.config.stop_signal,
-    };
-    Ok(ContainerStatusResponse { status: Some(status), info })
+    }
 }
 
 fn verbose(record: &Record, sandbox: &crate::id::SandboxId) -> HashMap<String, String> {

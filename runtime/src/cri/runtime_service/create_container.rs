@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use husk_proto::agent;
-use husk_proto::cri::{self, CreateContainerRequest, CreateContainerResponse};
+use husk_proto::cri::{self, ContainerEventType, CreateContainerRequest, CreateContainerResponse};
 
 use super::remove_container;
 use crate::container::log::LogFile;
@@ -15,7 +15,7 @@ use crate::cri::names;
 use crate::id::ContainerId;
 use crate::image::Image;
 use crate::node::Node;
-use crate::sandbox::{Phase, Sandbox};
+use crate::sandbox::{Phase, Sandbox, cpus};
 use crate::vm::{self, Claim, Machine};
 
 /// Makes a container, or leaves nothing behind.
@@ -62,6 +62,7 @@ pub(super) async fn create_container(
         guest_pid: 0,
         created_at: now(),
         started_at: 0,
+        user: None,
         state: State::Creating,
         config,
     };
@@ -74,12 +75,13 @@ pub(super) async fn create_container(
     };
     node.registry.add_container(sandbox.clone(), container.clone());
     let made = async {
+        cpus::pin(&sandbox)?;
         if let Claim::Attach(slot) = &claim {
             attach_image(&machine, slot, &image.rootfs).await?;
         }
         // From here on others may use the disk too.
         drop(slots);
-        make(&machine, &container, &spec, user).await
+        make(&sandbox, &machine, &container, &spec, user).await
     };
     if let Err(error) = made.await {
         tracing::warn!(container = %id, %error, "container was not made; undoing");
@@ -89,6 +91,7 @@ pub(super) async fn create_container(
         return Err(error);
     }
     name.keep();
+    node.events.tell(&sandbox, id.as_str(), ContainerEventType::ContainerCreatedEvent);
     tracing::info!(container = %id, sandbox = %sandbox.id, "container created");
     Ok(CreateContainerResponse { container_id: id.to_string() })
 }
@@ -105,6 +108,7 @@ async fn attach_image(machine: &Machine, slot: &str, rootfs: &Path) -> Result<()
 /// The agent makes the container, and its output is followed from the first
 /// byte on.
 async fn make(
+    sandbox: &Arc<Sandbox>,
     machine: &Arc<Machine>,
     container: &Arc<Container>,
     spec: &oci_spec::runtime::Spec,
@@ -132,13 +136,18 @@ async fn make(
         .agent
         .call("create container", async |mut agent| agent.create_container(request).await)
         .await?;
-    supervise::follow(machine, container).await.map_err(|cause| Error::File {
+    supervise::follow(sandbox, machine, container).await.map_err(|cause| Error::File {
         stage: "open container output",
         path: container.id.as_str().into(),
         cause,
     })?;
     container.update(|record| {
         record.guest_pid = made.pid;
+        record.user = made.identity.map(|identity| cri::LinuxContainerUser {
+            uid: identity.uid.into(),
+            gid: identity.gid.into(),
+            supplemental_groups: identity.groups.into_iter().map(i64::from).collect(),
+        });
         record.state = State::Created;
     })?;
     Ok(())

@@ -14,10 +14,13 @@ use tonic::{Request, Response, Status};
 use super::error::Error;
 use crate::node::Node;
 
+mod batches;
 mod containers;
 mod create_container;
 mod exec_sync;
+mod metrics;
 mod node_info;
+mod pod_stats;
 pub mod remove_container;
 mod remove_pod_sandbox;
 mod reopen_container_log;
@@ -27,6 +30,12 @@ mod start_container;
 mod stats;
 mod stop_container;
 mod stop_pod_sandbox;
+mod update_resources;
+
+pub use containers::status_of as container_status_of;
+pub use sandboxes::status_of as sandbox_status_of;
+
+pub(super) use batches::in_batches;
 
 /// The service.
 #[derive(Debug)]
@@ -188,14 +197,115 @@ impl RuntimeService for Runtime {
         Ok(Response::new(node_info::runtime_config()))
     }
 
-    // What follows is not built yet.
+    async fn pod_sandbox_stats(
+        &self,
+        request: Request<PodSandboxStatsRequest>,
+    ) -> Answer<PodSandboxStatsResponse> {
+        answer(pod_stats::pod_sandbox_stats(&self.node, request.into_inner()).await)
+    }
+
+    async fn list_pod_sandbox_stats(
+        &self,
+        request: Request<ListPodSandboxStatsRequest>,
+    ) -> Answer<ListPodSandboxStatsResponse> {
+        answer(pod_stats::list_pod_sandbox_stats(&self.node, request.into_inner()).await)
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<ListMetricDescriptorsRequest>,
+    ) -> Answer<ListMetricDescriptorsResponse> {
+        Ok(Response::new(metrics::list_metric_descriptors()))
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<ListPodSandboxMetricsRequest>,
+    ) -> Answer<ListPodSandboxMetricsResponse> {
+        let pod_metrics = metrics::pod_sandbox_metrics(&self.node).await;
+        Ok(Response::new(ListPodSandboxMetricsResponse { pod_metrics }))
+    }
+
+    type StreamPodSandboxesStream = Items<StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(
+        &self,
+        request: Request<StreamPodSandboxesRequest>,
+    ) -> Answer<Self::StreamPodSandboxesStream> {
+        let filter = request.into_inner().filter;
+        let all = sandboxes::list_pod_sandbox(&self.node, &ListPodSandboxRequest { filter });
+        in_batches(all.map(|all| all.items), |pod_sandboxes| StreamPodSandboxesResponse { pod_sandboxes })
+    }
+
+    type StreamContainersStream = Items<StreamContainersResponse>;
+
+    async fn stream_containers(
+        &self,
+        request: Request<StreamContainersRequest>,
+    ) -> Answer<Self::StreamContainersStream> {
+        let filter = request.into_inner().filter;
+        let all = containers::list_containers(&self.node, &ListContainersRequest { filter });
+        in_batches(all.map(|all| all.containers), |containers| StreamContainersResponse { containers })
+    }
+
+    type StreamContainerStatsStream = Items<StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(
+        &self,
+        request: Request<StreamContainerStatsRequest>,
+    ) -> Answer<Self::StreamContainerStatsStream> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let all = stats::of_containers(&self.node, filter).await;
+        in_batches(Ok(all), |container_stats| StreamContainerStatsResponse { container_stats })
+    }
+
+    type StreamPodSandboxStatsStream = Items<StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        request: Request<StreamPodSandboxStatsRequest>,
+    ) -> Answer<Self::StreamPodSandboxStatsStream> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let all = pod_stats::of_sandboxes(&self.node, filter).await;
+        in_batches(Ok(all), |pod_sandbox_stats| StreamPodSandboxStatsResponse { pod_sandbox_stats })
+    }
+
+    type StreamPodSandboxMetricsStream = Items<StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<StreamPodSandboxMetricsRequest>,
+    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
+        let all = metrics::pod_sandbox_metrics(&self.node).await;
+        in_batches(Ok(all), |pod_sandbox_metrics| StreamPodSandboxMetricsResponse { pod_sandbox_metrics })
+    }
 
     async fn update_container_resources(
         &self,
-        _: Request<UpdateContainerResourcesRequest>,
+        request: Request<UpdateContainerResourcesRequest>,
     ) -> Answer<UpdateContainerResourcesResponse> {
-        not_yet("UpdateContainerResources")
+        let node = self.node.clone();
+        to_its_end(async move { update_resources::of_container(&node, request.into_inner()).await }).await
     }
+
+    async fn update_pod_sandbox_resources(
+        &self,
+        request: Request<UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<UpdatePodSandboxResourcesResponse> {
+        let node = self.node.clone();
+        to_its_end(async move { update_resources::of_sandbox(&node, request.into_inner()).await }).await
+    }
+
+    type GetContainerEventsStream = Items<ContainerEventResponse>;
+
+    async fn get_container_events(
+        &self,
+        _: Request<GetEventsRequest>,
+    ) -> Answer<Self::GetContainerEventsStream> {
+        Ok(Response::new(self.node.events.listen()))
+    }
+
+    // What follows is not built yet.
 
     async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
         not_yet("Exec")
@@ -207,17 +317,6 @@ impl RuntimeService for Runtime {
 
     async fn port_forward(&self, _: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
         not_yet("PortForward")
-    }
-
-    async fn pod_sandbox_stats(&self, _: Request<PodSandboxStatsRequest>) -> Answer<PodSandboxStatsResponse> {
-        not_yet("PodSandboxStats")
-    }
-
-    async fn list_pod_sandbox_stats(
-        &self,
-        _: Request<ListPodSandboxStatsRequest>,
-    ) -> Answer<ListPodSandboxStatsResponse> {
-        not_yet("ListPodSandboxStats")
     }
 
     async fn checkpoint_container(
@@ -233,80 +332,5 @@ impl RuntimeService for Runtime {
 
     async fn restore_pod(&self, _: Request<RestorePodRequest>) -> Answer<RestorePodResponse> {
         not_yet("RestorePod")
-    }
-
-    async fn list_metric_descriptors(
-        &self,
-        _: Request<ListMetricDescriptorsRequest>,
-    ) -> Answer<ListMetricDescriptorsResponse> {
-        not_yet("ListMetricDescriptors")
-    }
-
-    async fn list_pod_sandbox_metrics(
-        &self,
-        _: Request<ListPodSandboxMetricsRequest>,
-    ) -> Answer<ListPodSandboxMetricsResponse> {
-        not_yet("ListPodSandboxMetrics")
-    }
-
-    async fn update_pod_sandbox_resources(
-        &self,
-        _: Request<UpdatePodSandboxResourcesRequest>,
-    ) -> Answer<UpdatePodSandboxResourcesResponse> {
-        not_yet("UpdatePodSandboxResources")
-    }
-
-    type StreamPodSandboxesStream = Items<StreamPodSandboxesResponse>;
-
-    async fn stream_pod_sandboxes(
-        &self,
-        _: Request<StreamPodSandboxesRequest>,
-    ) -> Answer<Self::StreamPodSandboxesStream> {
-        not_yet("StreamPodSandboxes")
-    }
-
-    type StreamContainersStream = Items<StreamContainersResponse>;
-
-    async fn stream_containers(
-        &self,
-        _: Request<StreamContainersRequest>,
-    ) -> Answer<Self::StreamContainersStream> {
-        not_yet("StreamContainers")
-    }
-
-    type StreamContainerStatsStream = Items<StreamContainerStatsResponse>;
-
-    async fn stream_container_stats(
-        &self,
-        _: Request<StreamContainerStatsRequest>,
-    ) -> Answer<Self::StreamContainerStatsStream> {
-        not_yet("StreamContainerStats")
-    }
-
-    type StreamPodSandboxStatsStream = Items<StreamPodSandboxStatsResponse>;
-
-    async fn stream_pod_sandbox_stats(
-        &self,
-        _: Request<StreamPodSandboxStatsRequest>,
-    ) -> Answer<Self::StreamPodSandboxStatsStream> {
-        not_yet("StreamPodSandboxStats")
-    }
-
-    type GetContainerEventsStream = Items<ContainerEventResponse>;
-
-    async fn get_container_events(
-        &self,
-        _: Request<GetEventsRequest>,
-    ) -> Answer<Self::GetContainerEventsStream> {
-        not_yet("GetContainerEvents")
-    }
-
-    type StreamPodSandboxMetricsStream = Items<StreamPodSandboxMetricsResponse>;
-
-    async fn stream_pod_sandbox_metrics(
-        &self,
-        _: Request<StreamPodSandboxMetricsRequest>,
-    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
-        not_yet("StreamPodSandboxMetrics")
     }
 }

@@ -2,15 +2,20 @@
 //! known is removed already.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use husk_proto::agent;
-use husk_proto::cri::{RemoveContainerRequest, RemoveContainerResponse};
+use husk_proto::cri::{ContainerEventType, RemoveContainerRequest, RemoveContainerResponse};
 
-use crate::container::Container;
+use crate::container::{Container, State};
 use crate::cri::error::Error;
 use crate::node::Node;
-use crate::sandbox::Sandbox;
 use crate::sandbox::registry::LookupError;
+use crate::sandbox::{Sandbox, cpus};
+
+/// Most time from the removal of a container in its machine to the news of its
+/// end.
+const END: Duration = Duration::from_secs(5);
 
 pub(super) async fn remove_container(
     node: &Arc<Node>,
@@ -21,7 +26,13 @@ pub(super) async fn remove_container(
         found => found?,
     };
     let _verb = container.verb.lock().await;
+    let started = matches!(container.state(), State::Running | State::Exited(_));
     take_apart(node, &sandbox, &container).await?;
+    if started {
+        // It has ended, as the agent said; its end is told before its removal.
+        let _ = tokio::time::timeout(END, container.wait_exited()).await;
+    }
+    node.events.tell(&sandbox, container.id.as_str(), ContainerEventType::ContainerDeletedEvent);
     tracing::info!(container = %container.id, "container removed");
     Ok(RemoveContainerResponse {})
 }
@@ -50,5 +61,8 @@ pub async fn take_apart(
     }
     container.forget()?;
     node.registry.remove_container(container);
+    if let Err(error) = cpus::pin(sandbox) {
+        tracing::debug!(sandbox = %sandbox.id, %error, "pin what is left of the pod");
+    }
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use husk_proto::cri::{RemovePodSandboxRequest, RemovePodSandboxResponse};
+use husk_proto::cri::{ContainerEventType, RemovePodSandboxRequest, RemovePodSandboxResponse};
 
 use crate::cri::error::Error;
 use crate::node::Node;
@@ -20,7 +20,12 @@ pub(super) async fn remove_pod_sandbox(
     };
     let _verb = sandbox.verb.lock().await;
     lifecycle::stop(node, &sandbox).await?;
+    let containers = sandbox.containers();
     lifecycle::forget(node, &sandbox)?;
+    let ids = containers.iter().map(|container| container.id.as_str());
+    for id in ids.chain([sandbox.id.as_str()]) {
+        node.events.tell(&sandbox, id, ContainerEventType::ContainerDeletedEvent);
+    }
     tracing::info!(sandbox = %sandbox.id, "pod removed");
     Ok(RemovePodSandboxResponse {})
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use husk_proto::agent::{self, CreateSandboxRequest};
-use husk_proto::cri::{self, NamespaceMode, RunPodSandboxRequest, RunPodSandboxResponse};
+use husk_proto::cri::{self, ContainerEventType, NamespaceMode, RunPodSandboxRequest, RunPodSandboxResponse};
 
 use crate::config::Handler;
 use crate::container::{now, spec};
@@ -13,7 +13,7 @@ use crate::cri::names;
 use crate::id::SandboxId;
 use crate::network::{Attachment, PodRef, PortMapping, Protocol};
 use crate::node::Node;
-use crate::sandbox::{BootTimes, Phase, Record, Sandbox, lifecycle};
+use crate::sandbox::{BootTimes, Phase, Record, Sandbox, Size, lifecycle};
 use crate::vm::{self, launch};
 
 /// Fresh bytes for the guest's random number generator.
@@ -47,11 +47,13 @@ pub(super) async fn run_pod_sandbox(
         netns: Default::default(),
         vmm_pid: 0,
         cgroup: launch::cgroup_for(parent, &id),
+        size: Some(size(&config, handler)),
         boot: BootTimes::default(),
         problem: String::new(),
         config,
     };
-    let sandbox = Arc::new(Sandbox::create(node.sandboxes_dir().join(id.as_str()), record)?);
+    let sandbox =
+        Arc::new(Sandbox::create(node.sandboxes_dir().join(id.as_str()), record, node.events.clone())?);
 
     if let Err(error) = bring_up(node, &sandbox, handler).await {
         tracing::warn!(sandbox = %id, %error, "pod did not start; undoing");
@@ -64,6 +66,9 @@ pub(super) async fn run_pod_sandbox(
     }
     node.registry.add_sandbox(sandbox.clone());
     name.keep();
+    for what in [ContainerEventType::ContainerCreatedEvent, ContainerEventType::ContainerStartedEvent] {
+        node.events.tell(&sandbox, id.as_str(), what);
+    }
     Ok(RunPodSandboxResponse { pod_sandbox_id: id.to_string() })
 }
 
@@ -82,11 +87,12 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
 
     let Attachment { netns, ips, interfaces, routes, dns } = network;
     let guest_interfaces = interfaces.iter().map(guest_interface).collect();
+    let size = size(config, handler);
     let launched = launch::launch(launch::Plan {
         id: &sandbox.id,
         handler,
-        vcpus: vcpus(config, handler),
-        memory_mib: memory_mib(config, handler),
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
         run_dir: vm::run_dir(&node.config.run_dir, &sandbox.id),
         scratch,
         interfaces,
@@ -206,6 +212,11 @@ fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>, Err
 /// What the pod's containers may use together, when the client says so.
 fn pod_resources(config: &cri::PodSandboxConfig) -> Option<&cri::LinuxContainerResources> {
     config.linux.as_ref()?.resources.as_ref()
+}
+
+/// The machine that a pod needs.
+pub(super) fn size(config: &cri::PodSandboxConfig, handler: &Handler) -> Size {
+    Size { vcpus: vcpus(config, handler), memory_mib: memory_mib(config, handler) }
 }
 
 /// As many as the pod's CPU limit takes, at least the handler's number.

@@ -9,7 +9,7 @@ use husk_proto::cri::{
 };
 use serde_json::json;
 
-use crate::container::now;
+use crate::container::{State, now};
 use crate::cri::error::Error;
 use crate::node::Node;
 use crate::sandbox::{Phase, Record, Sandbox};
@@ -21,6 +21,21 @@ pub(super) fn pod_sandbox_status(
     let sandbox = node.registry.sandbox(&request.pod_sandbox_id)?;
     let record = sandbox.record().clone();
     let info = if request.verbose { verbose(&record) } else { HashMap::new() };
+    let containers = sandbox.containers().into_iter().map(|container| container.record().clone());
+    Ok(PodSandboxStatusResponse {
+        status: Some(status_of(&record)),
+        info,
+        containers_statuses: containers
+            .filter(|container| container.state != State::Creating)
+            .map(|container| super::container_status_of(&container))
+            .collect(),
+        timestamp: now(),
+    })
+}
+
+/// A pod's status, as its record tells it.
+#[must_use]
+pub fn status_of(record: &Record) -> cri::PodSandboxStatus {
     let options = record
         .config
         .linux
@@ -28,25 +43,19 @@ pub(super) fn pod_sandbox_status(
         .and_then(|linux| linux.security_context.as_ref())
         .and_then(|security| security.namespace_options.clone())
         .unwrap_or_default();
-    let status = cri::PodSandboxStatus {
+    cri::PodSandboxStatus {
         id: record.id.to_string(),
         metadata: record.config.metadata.clone(),
         state: state(record.phase).into(),
         created_at: record.created_at,
-        network: Some(network(&record)),
+        network: Some(network(record)),
         linux: Some(cri::LinuxPodSandboxStatus {
             namespaces: Some(cri::Namespace { options: Some(options) }),
         }),
         labels: record.config.labels.clone(),
         annotations: record.config.annotations.clone(),
-        runtime_handler: record.handler,
-    };
-    Ok(PodSandboxStatusResponse {
-        status: Some(status),
-        info,
-        containers_statuses: Vec::new(),
-        timestamp: now(),
-    })
+        runtime_handler: record.handler.clone(),
+    }
 }
 
 /// A pod that is not ready has given its addresses back.

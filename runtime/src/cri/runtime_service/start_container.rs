@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use husk_proto::agent;
-use husk_proto::cri::{StartContainerRequest, StartContainerResponse};
+use husk_proto::cri::{ContainerEventType, StartContainerRequest, StartContainerResponse};
 
 use super::create_container::ready_machine;
-use crate::container::{State, now};
+use crate::container::{Exit, State, now};
 use crate::cri::error::Error;
 use crate::node::Node;
 
@@ -36,14 +36,12 @@ pub(super) async fn start_container(
     let started =
         machine.agent.call("start container", async |mut agent| agent.start_container(request).await).await;
     if let Err(error) = started {
-        container.exit(crate::container::Exit {
-            code: 128,
-            finished_at: now(),
-            reason: "StartError".into(),
-            message: error.to_string(),
-        });
+        let exit =
+            Exit { code: 128, finished_at: now(), reason: "StartError".into(), message: error.to_string() };
+        node.events.container_ended(&sandbox, &container, exit);
         return Err(error.into());
     }
+    node.events.tell(&sandbox, container.id.as_str(), ContainerEventType::ContainerStartedEvent);
     tracing::info!(container = %container.id, "container started");
     Ok(StartContainerResponse {})
 }

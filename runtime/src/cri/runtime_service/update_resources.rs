@@ -1,0 +1,172 @@
+//! UpdateContainerResources, UpdatePodSandboxResources: other limits while it
+//! runs.
+//!
+//! A request changes what it names; a number that is 0 and a text that is
+//! empty stay as they were (CRI `api.proto`).
+
+use std::sync::Arc;
+
+use husk_proto::agent::UpdateContainerRequest;
+use husk_proto::cri::{
+    LinuxContainerResources, UpdateContainerResourcesRequest, UpdateContainerResourcesResponse,
+    UpdatePodSandboxResourcesRequest, UpdatePodSandboxResourcesResponse,
+};
+
+use super::create_container::ready_machine;
+use super::run_pod_sandbox;
+use crate::container::{Container, State, spec};
+use crate::cri::error::Error;
+use crate::node::Node;
+use crate::sandbox::{Sandbox, cpus};
+
+pub(super) async fn of_container(
+    node: &Arc<Node>,
+    request: UpdateContainerResourcesRequest,
+) -> Result<UpdateContainerResourcesResponse, Error> {
+    let (sandbox, container) = node.registry.container(&request.container_id)?;
+    let asked = request.linux.ok_or_else(|| {
+        Error::InvalidArgument("update resources: the request has no resources of a Linux container".into())
+    })?;
+    let _verb = container.verb.lock().await;
+    let old = container.record().config.linux.clone().unwrap_or_default().resources.unwrap_or_default();
+    let new = merge(&old, asked);
+    let update = UpdateContainerRequest {
+        container_id: container.id.to_string(),
+        resources_json: serde_json::to_vec(&spec::resource_update(&new)?)
+            .map_err(|error| Error::Internal(error.to_string()))?,
+        oom_score_adj: spec::oom_score_adj(&new)?.unwrap_or(0),
+    };
+    record(&container, &new)?;
+    if let Err(error) = apply(&sandbox, &container, update).await {
+        record(&container, &old)?;
+        if let Err(error) = cpus::pin(&sandbox) {
+            tracing::warn!(container = %container.id, %error, "undo an update of resources");
+        }
+        return Err(error);
+    }
+    tracing::info!(container = %container.id, "resources updated");
+    Ok(UpdateContainerResourcesResponse {})
+}
+
+fn record(container: &Container, resources: &LinuxContainerResources) -> Result<(), Error> {
+    Ok(container.update(|record| {
+        record.config.linux.get_or_insert_default().resources = Some(resources.clone());
+    })?)
+}
+
+async fn apply(
+    sandbox: &Sandbox,
+    container: &Container,
+    update: UpdateContainerRequest,
+) -> Result<(), Error> {
+    // A container that has ended has nothing left to limit.
+    if !matches!(container.state(), State::Created | State::Running) {
+        return Ok(());
+    }
+    cpus::pin(sandbox)?;
+    let machine = ready_machine(sandbox)?;
+    let updated =
+        machine.agent.call("update resources", async |mut agent| agent.update_container(update).await).await;
+    match updated {
+        // It has ended meanwhile.
+        Err(error) if error.status.code() == tonic::Code::FailedPrecondition => Ok(()),
+        other => Ok(other.map(drop)?),
+    }
+}
+
+/// `old` with what `new` names in its place.
+fn merge(old: &LinuxContainerResources, new: LinuxContainerResources) -> LinuxContainerResources {
+    let number = |old: i64, new: i64| if new == 0 { old } else { new };
+    let text = |old: &str, new: String| if new.is_empty() { old.to_owned() } else { new };
+    let mut hugepage_limits = old.hugepage_limits.clone();
+    hugepage_limits
+        .retain(|limit| new.hugepage_limits.iter().all(|other| other.page_size != limit.page_size));
+    hugepage_limits.extend(new.hugepage_limits);
+    let mut unified = old.unified.clone();
+    unified.extend(new.unified);
+    LinuxContainerResources {
+        cpu_period: number(old.cpu_period, new.cpu_period),
+        cpu_quota: number(old.cpu_quota, new.cpu_quota),
+        cpu_shares: number(old.cpu_shares, new.cpu_shares),
+        memory_limit_in_bytes: number(old.memory_limit_in_bytes, new.memory_limit_in_bytes),
+        oom_score_adj: number(old.oom_score_adj, new.oom_score_adj),
+        cpuset_cpus: text(&old.cpuset_cpus, new.cpuset_cpus),
+        cpuset_mems: text(&old.cpuset_mems, new.cpuset_mems),
+        hugepage_limits,
+        unified,
+        memory_swap_limit_in_bytes: number(old.memory_swap_limit_in_bytes, new.memory_swap_limit_in_bytes),
+    }
+}
+
+/// The size of a machine is decided when it starts. What fits into it is noted;
+/// limits of the pod as a whole are those of the control group that the client
+/// names as its parent, where the client sets them itself.
+pub(super) async fn of_sandbox(
+    node: &Arc<Node>,
+    request: UpdatePodSandboxResourcesRequest,
+) -> Result<UpdatePodSandboxResourcesResponse, Error> {
+    let sandbox = node.registry.sandbox(&request.pod_sandbox_id)?;
+    let _verb = sandbox.verb.lock().await;
+    ready_machine(&sandbox)?;
+    let record = sandbox.record().clone();
+    let mut config = record.config;
+    let linux = config.linux.get_or_insert_default();
+    for (kept, asked) in [(&mut linux.overhead, request.overhead), (&mut linux.resources, request.resources)]
+    {
+        if let Some(asked) = asked {
+            *kept = Some(merge(&kept.take().unwrap_or_default(), asked));
+        }
+    }
+    if let Some((_, handler)) = node.config.handler(&record.handler)
+        && let Some(size) = record.size
+    {
+        let wanted = run_pod_sandbox::size(&config, handler);
+        if wanted.vcpus > size.vcpus || wanted.memory_mib > size.memory_mib {
+            return Err(Error::FailedPrecondition(format!(
+                "update pod resources: they need a machine of {} vCPUs and {} MiB, this one has {} and {} and cannot \
+                 grow while it runs: make the pod anew",
+                wanted.vcpus, wanted.memory_mib, size.vcpus, size.memory_mib
+            )));
+        }
+    }
+    sandbox.update(|record| record.config = config)?;
+    tracing::info!(sandbox = %sandbox.id, "pod resources updated");
+    Ok(UpdatePodSandboxResourcesResponse {})
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_proto::cri::HugepageLimit;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_named_stays() {
+        let old = LinuxContainerResources {
+            cpu_shares: 2,
+            memory_limit_in_bytes: 100,
+            cpuset_cpus: "0".into(),
+            hugepage_limits: vec![HugepageLimit { page_size: "2MB".into(), limit: 1 }],
+            unified: [("memory.high".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        assert_eq!(merge(&old, LinuxContainerResources::default()), old);
+        let new = merge(
+            &old,
+            LinuxContainerResources {
+                memory_limit_in_bytes: 200,
+                cpu_quota: -1,
+                hugepage_limits: vec![
+                    HugepageLimit { page_size: "2MB".into(), limit: 5 },
+                    HugepageLimit { page_size: "1GB".into(), limit: 6 },
+                ],
+                unified: [("memory.high".to_owned(), "2".to_owned())].into(),
+                ..Default::default()
+            },
+        );
+        assert_eq!((new.cpu_shares, new.memory_limit_in_bytes, new.cpu_quota), (2, 200, -1));
+        assert_eq!(new.cpuset_cpus, "0");
+        assert_eq!(new.hugepage_limits.iter().map(|limit| limit.limit).collect::<Vec<_>>(), [5, 6]);
+        assert_eq!(new.unified.get("memory.high").map(String::as_str), Some("2"));
+    }
+}
