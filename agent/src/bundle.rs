@@ -12,7 +12,7 @@ use nix::mount::MsFlags;
 
 use crate::disks::Disks;
 use crate::images::{self, Image, Images};
-use crate::mounts;
+use crate::{mounts, userns};
 
 const BUNDLES: &str = "/run/husk/bundles";
 
@@ -50,15 +50,17 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Mounts the root filesystem of container `id`.
+    /// Mounts the root filesystem of container `id`. In a pod with a user
+    /// namespace its files belong to `mapped_root`, the machine's user and
+    /// group for root in the container.
     pub async fn prepare(
         id: &str,
         image_serial: &str,
         images: &Arc<Images>,
         disks: &Disks,
+        mapped_root: Option<(u32, u32)>,
     ) -> Result<Self, Error> {
         let image = images.mount(disks, image_serial).await?;
-        let lower = image.path().to_owned();
         let bundle = Self {
             path: Path::new(BUNDLES).join(id),
             layer: Path::new(SCRATCH).join("containers").join(id),
@@ -68,6 +70,18 @@ impl Bundle {
         for directory in [bundle.rootfs(), bundle.upper(), bundle.layer.join("work")] {
             fs::create_dir_all(&directory).map_err(files("make directory", &directory))?;
         }
+        let lower = match mapped_root {
+            None => bundle.image.path().to_owned(),
+            Some((user, group)) => {
+                std::os::unix::fs::chown(bundle.upper(), Some(user), Some(group))
+                    .map_err(files("give away", &bundle.upper()))?;
+                let lower = bundle.mapped();
+                fs::create_dir_all(&lower).map_err(files("make directory", &lower))?;
+                userns::mount_mapped(bundle.image.path(), &lower)
+                    .map_err(files("map the users of", &lower))?;
+                lower
+            }
+        };
         // The layer goes with its container, so nothing in it need survive a
         // crash of the machine: `volatile` saves the syncs (Linux
         // `Documentation/filesystems/overlayfs.rst`, "Volatile mount").
@@ -91,6 +105,11 @@ impl Bundle {
         self.path.join("rootfs")
     }
 
+    /// Where the image is mounted as the pod's user namespace sees it.
+    fn mapped(&self) -> PathBuf {
+        self.path.join("image")
+    }
+
     /// What the container has written.
     pub fn upper(&self) -> PathBuf {
         self.layer.join("upper")
@@ -105,6 +124,8 @@ impl Bundle {
     pub async fn remove(&self) -> Result<(), Error> {
         let rootfs = self.rootfs();
         mounts::when_idle(|| mounts::unmount(&rootfs)).await?;
+        let mapped = self.mapped();
+        mounts::when_idle(|| mounts::unmount(&mapped)).await?;
         self.image.release().await.map_err(images::Error::Mount)?;
         self.mounted.store(false, Ordering::Relaxed);
         remove_tree(&self.path).map_err(files("remove", &self.path))?;
@@ -119,6 +140,7 @@ impl Drop for Bundle {
     fn drop(&mut self) {
         if *self.mounted.get_mut() {
             mounts::detach(&self.rootfs());
+            mounts::detach(&self.mapped());
             for tree in [&self.path, &self.layer] {
                 if let Err(error) = remove_tree(tree) {
                     tracing::warn!("remove {}: {error}", tree.display());

@@ -11,7 +11,7 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 
 /// The agent's own cgroup: the root must be empty of processes before its
 /// controllers can be given to the cgroups below it.
-const AGENT: &str = "/sys/fs/cgroup/husk-agent";
+pub const AGENT: &str = "/sys/fs/cgroup/husk-agent";
 
 /// Cgroups that a container may have made below its own and that are looked
 /// at when all its processes get a signal.

@@ -32,6 +32,7 @@ mod process;
 mod pump;
 mod ready;
 mod reaper;
+mod resources;
 mod runc;
 mod server;
 mod spec;
@@ -40,6 +41,7 @@ mod streams;
 mod sysctl;
 mod usage;
 mod user;
+mod userns;
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(ns::PAUSE) {

@@ -1,5 +1,6 @@
-//! The pod's shared pid namespace: a process of our own that is its pid 1,
-//! and reaps what the containers leave behind.
+//! Namespaces that the pod's containers share, above all the pid namespace: a
+//! process of our own that is its pid 1, and reaps what the containers leave
+//! behind.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -21,6 +22,20 @@ pub const PAUSE: &str = "pause";
 /// Starts the namespace and pins it at `path`, where the OCI configurations of
 /// containers find it.
 pub fn create_pid_namespace(reaper: &Reaper, path: &Path) -> io::Result<()> {
+    pin(start_pause(reaper, libc::CLONE_NEWPID)?, "pid", path)
+}
+
+/// Keeps a namespace of the process `pid` alive at `path`.
+pub fn pin(pid: Pid, kind: &str, path: &Path) -> io::Result<()> {
+    File::create(path)?;
+    let namespace = format!("/proc/{pid}/ns/{kind}");
+    nix::mount::mount(Some(namespace.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    Ok(())
+}
+
+/// Starts a first process for the new namespaces that `flags` (`CLONE_NEW*`)
+/// name.
+pub fn start_pause(reaper: &Reaper, flags: i32) -> io::Result<Pid> {
     let program = c"/proc/self/exe";
     let name = CString::new("husk-pause").map_err(io::Error::other)?;
     let argument = CString::new(PAUSE).map_err(io::Error::other)?;
@@ -29,7 +44,7 @@ pub fn create_pid_namespace(reaper: &Reaper, path: &Path) -> io::Result<()> {
 
     let launch = reaper.launch();
     let (pid, _exit) = launch.spawn_with(|| {
-        let flags = libc::c_long::from(libc::CLONE_NEWPID | libc::SIGCHLD);
+        let flags = libc::c_long::from(flags | libc::SIGCHLD);
         // SAFETY: without CLONE_VM and with no stack this is fork(2): the
         // child has a copy of this thread's memory. Until execve(2) it calls
         // nothing but system calls, with arguments made before.
@@ -44,13 +59,9 @@ pub fn create_pid_namespace(reaper: &Reaper, path: &Path) -> io::Result<()> {
         let pid = Errno::result(pid)?;
         i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)
     })?;
-
-    File::create(path)?;
-    let namespace = format!("/proc/{pid}/ns/pid");
-    nix::mount::mount(Some(namespace.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     // Not the pod's to kill before its containers.
     let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-998");
-    Ok(())
+    Ok(pid)
 }
 
 /// The namespace's first process: reaps until it is killed.

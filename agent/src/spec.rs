@@ -92,6 +92,12 @@ pub fn complete(
     Ok(())
 }
 
+/// Whether the container is to join the namespace at `path`.
+pub fn joins(spec: &Spec, path: &Path) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| namespace.path().as_deref() == Some(path))
+}
+
 /// Who a completed configuration runs as.
 pub fn identity(spec: &Spec) -> husk_proto::agent::Identity {
     let user = spec.process().as_ref().map(|process| process.user().clone()).unwrap_or_default();

@@ -33,4 +33,9 @@ pub mod paths {
     pub const SHM: &str = "/run/husk/sandbox/shm";
     /// The pod's pid namespace, when its containers share one.
     pub const PID_NAMESPACE: &str = "/run/husk/sandbox/pidns";
+    /// The pod's user namespace, if it has one; the pid namespace above and the
+    /// IPC namespace below belong to it then.
+    pub const USER_NAMESPACE: &str = "/run/husk/sandbox/userns";
+    /// The IPC namespace of a pod with a user namespace.
+    pub const IPC_NAMESPACE: &str = "/run/husk/sandbox/ipcns";
 }

@@ -48,6 +48,9 @@ pub struct Images {
     pub stall_timeout_seconds: u64,
     /// Most seconds that a pull may take in all.
     pub pull_timeout_seconds: u64,
+    /// Tags or digests, as `crictl images` tells them, of images that clients
+    /// are asked not to remove to free space.
+    pub pinned: Vec<String>,
 }
 
 /// `[handlers.NAME]`: one kind of virtual machine.
@@ -105,7 +108,12 @@ impl Default for Network {
 
 impl Default for Images {
     fn default() -> Self {
-        Self { insecure_registries: Vec::new(), stall_timeout_seconds: 60, pull_timeout_seconds: 900 }
+        Self {
+            insecure_registries: Vec::new(),
+            stall_timeout_seconds: 60,
+            pull_timeout_seconds: 900,
+            pinned: Vec::new(),
+        }
     }
 }
 

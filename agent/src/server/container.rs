@@ -1,13 +1,14 @@
 //! A container's life: created, started, updated, removed.
 
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent::{
     CreateContainerRequest, CreateContainerResponse, Identity, RemoveContainerRequest,
     RemoveContainerResponse, StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
-    UpdateContainerResponse,
+    UpdateContainerResponse, paths,
 };
 use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::time::timeout;
@@ -18,7 +19,7 @@ use crate::cgroup::Cgroup;
 use crate::container::Container;
 use crate::process::{Process, Role};
 use crate::stdio::Stdio;
-use crate::{id, runc, spec, user};
+use crate::{id, resources, runc, spec, user};
 
 /// How long a container may take to end once it is killed. Only a process
 /// that waits for a disk takes longer than an instant.
@@ -39,7 +40,8 @@ pub async fn create(
 
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
-    let bundle = Bundle::prepare(&id, &rootfs.image_serial, &agent.images, &agent.disks)
+    let root = agent.mapped_root.get().copied();
+    let bundle = Bundle::prepare(&id, &rootfs.image_serial, &agent.images, &agent.disks, root)
         .await
         .stage("mount the root filesystem")?;
     let created = create_in(&agent, &request, config, cgroup, &bundle).await;
@@ -49,12 +51,31 @@ pub async fn create(
             if let Err(left) = bundle.remove().await {
                 tracing::warn!("undo the creation of container {id}: {left}");
             }
-            return Err(error);
+            return match error {
+                NotCreated::ByRunc(words) => {
+                    Ok(CreateContainerResponse { start_error: words, ..Default::default() })
+                }
+                NotCreated::Failed(error) => Err(error),
+            };
         }
     };
     let pid = init.pid().as_raw().unsigned_abs();
     reservation.publish(Container::new(id, bundle, cgroup, init));
-    Ok(CreateContainerResponse { pid, identity: Some(identity) })
+    Ok(CreateContainerResponse { pid, identity: Some(identity), start_error: String::new() })
+}
+
+/// Why a container could not be made.
+enum NotCreated {
+    /// runc says that it cannot run.
+    ByRunc(String),
+    /// A stage before or after failed.
+    Failed(Error),
+}
+
+impl From<Error> for NotCreated {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// The part of the creation that happens in a mounted bundle.
@@ -64,10 +85,14 @@ async fn create_in(
     mut config: Spec,
     cgroup: Cgroup,
     bundle: &Bundle,
-) -> Result<(Process, Arc<Cgroup>, Identity), Error> {
+) -> Result<(Process, Arc<Cgroup>, Identity), NotCreated> {
     let id = &request.container_id;
     let asked = request.user.clone().unwrap_or_default();
     let identity = user::resolve(&bundle.rootfs(), &asked.user, asked.strict_groups).invalid("user")?;
+    resources::fit_to_machine(&mut config).invalid("spec_json")?;
+    if spec::joins(&config, Path::new(paths::PID_NAMESPACE)) {
+        sandbox::share_pid_namespace(agent).await?;
+    }
     spec::complete(&mut config, &bundle.rootfs(), &identity, &asked, request.terminal)
         .invalid("spec_json")?;
     let json = serde_json::to_vec(&config).stage("write the bundle")?;
@@ -77,9 +102,12 @@ async fn create_in(
 
     let mut stdio = Stdio::new(request.terminal, request.stdin).stage("open standard streams")?;
     let created = runc::create(&agent.reaper, id, bundle.path(), &mut stdio).await;
-    let adopted = match created.stage("runc create") {
-        Ok(process) => adopt(process, stdio, request.stdin_once, Role::Init, Arc::new(cgroup)).await,
-        Err(error) => Err(error),
+    let adopted = match created {
+        Ok(process) => adopt(process, stdio, request.stdin_once, Role::Init, Arc::new(cgroup))
+            .await
+            .map_err(NotCreated::from),
+        Err(runc::Error::Refused(words)) => Err(NotCreated::ByRunc(words)),
+        Err(error) => Err(Error::Failed { stage: "runc create", cause: error.to_string() }.into()),
     };
     if adopted.is_err()
         && let Err(left) = runc::delete(&agent.reaper, id, bundle.path()).await
@@ -133,6 +161,7 @@ pub async fn update(
     // Through its type, so that runc gets nothing that is no such object.
     let resources: LinuxResources =
         serde_json::from_slice(&request.resources_json).invalid("resources_json")?;
+    let resources = resources::for_update(resources).invalid("resources_json")?;
     let file = container.bundle.path().join("update.json");
     let json = serde_json::to_vec(&resources).stage("write the resources")?;
     fs::write(&file, json).stage("write the resources")?;

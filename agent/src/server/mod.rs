@@ -40,6 +40,11 @@ pub struct Agent {
     images: Arc<Images>,
     /// Set when `CreateSandbox` begins, to true when it has succeeded.
     sandbox: OnceLock<OnceLock<()>>,
+    /// Whether the pod has a pid namespace that containers share.
+    pid_namespace: tokio::sync::Mutex<bool>,
+    /// The machine's user and group for root in the containers, when the pod
+    /// has a user namespace.
+    mapped_root: OnceLock<(u32, u32)>,
     power_off: Notify,
 }
 
@@ -52,6 +57,8 @@ impl Agent {
             disks: Disks::default(),
             images: Arc::default(),
             sandbox: OnceLock::new(),
+            pid_namespace: tokio::sync::Mutex::default(),
+            mapped_root: OnceLock::new(),
             power_off: Notify::new(),
         }
     }

@@ -1,12 +1,13 @@
 //! The machine becomes a pod, and ends.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use husk_proto::agent::{
-    CreateSandboxRequest, CreateSandboxResponse, RemoveContainerRequest, ShutdownResponse,
+    CreateSandboxRequest, CreateSandboxResponse, RemoveContainerRequest, ShutdownResponse, UserNamespace,
 };
 use husk_proto::agent::{Dns, paths};
 use nix::mount::MsFlags;
@@ -14,7 +15,7 @@ use tokio::time::timeout;
 
 use super::{Agent, Error, Stage, container};
 use crate::bundle::SCRATCH;
-use crate::{clock, etc, id, mounts, netlink, ns, sysctl};
+use crate::{clock, etc, id, mounts, netlink, ns, sysctl, userns};
 
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
 
@@ -36,6 +37,9 @@ pub async fn create(
     let addresses = netlink::addresses(&request.interfaces).invalid("interfaces")?;
     let hosts = etc::hosts(&request.hostname, &addresses).invalid("hostname")?;
     let resolv_conf = etc::resolv_conf(request.dns.as_ref().unwrap_or(&Dns::default())).invalid("dns")?;
+    if let Some(wanted) = &request.user_namespace {
+        userns::check(wanted).invalid("user_namespace")?;
+    }
     // A pod that is half made cannot be made again: nothing after this line
     // is tried twice.
     if agent.sandbox.set(OnceLock::new()).is_err() {
@@ -82,9 +86,10 @@ pub async fn create(
     for (name, value) in &request.sysctls {
         sysctl::set(name, value).invalid("sysctls")?;
     }
-    if request.shared_pid_namespace {
-        ns::create_pid_namespace(&agent.reaper, Path::new(paths::PID_NAMESPACE))
-            .stage("create the shared pid namespace")?;
+    if let Some(wanted) = &request.user_namespace {
+        map_users(&agent, wanted, &request.sysctls).await?;
+    } else if request.shared_pid_namespace {
+        share_pid_namespace(&agent).await?;
     }
 
     if let Some(created) = agent.sandbox.get() {
@@ -100,6 +105,42 @@ pub fn check_created(agent: &Agent) -> Result<(), Error> {
         Some(()) => Ok(()),
         None => Err(Error::Precondition("the sandbox was not created".into())),
     }
+}
+
+/// Gives the pod a user namespace, and lets its users do what they could with
+/// a network of their own: the machine's belongs to the machine's root.
+async fn map_users(
+    agent: &Agent,
+    wanted: &UserNamespace,
+    sysctls: &HashMap<String, String>,
+) -> Result<(), Error> {
+    let mut made = agent.pid_namespace.lock().await;
+    userns::create(&agent.reaper, wanted).stage("create the user namespace")?;
+    *made = true;
+    if let Some(root) = userns::owner(wanted) {
+        let _ = agent.mapped_root.set(root);
+    }
+    for (name, value) in
+        [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")]
+    {
+        if !sysctls.contains_key(name) {
+            sysctl::set(name, value).stage("open the network to the pod's users")?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the pid namespace that containers of the pod share, unless there is
+/// one.
+pub async fn share_pid_namespace(agent: &Agent) -> Result<(), Error> {
+    // One at a time: two containers may be the first to need it.
+    let mut made = agent.pid_namespace.lock().await;
+    if !*made {
+        ns::create_pid_namespace(&agent.reaper, Path::new(paths::PID_NAMESPACE))
+            .stage("create the shared pid namespace")?;
+        *made = true;
+    }
+    Ok(())
 }
 
 /// `Shutdown`: the machine goes down once the answer is on its way.

@@ -44,6 +44,10 @@ pub struct Record {
     /// Who its first process runs as, by numbers; `None` before it has one.
     #[serde(default)]
     pub user: Option<cri::LinuxContainerUser>,
+    /// Why its program cannot be started, if that is known already; there is no
+    /// such container in the guest then.
+    #[serde(default)]
+    pub start_error: String,
     /// Where it is in its life.
     pub state: State,
 }

@@ -24,20 +24,27 @@ use crate::image::{Image, ImageStore};
 #[derive(Debug)]
 pub struct Images {
     store: Arc<ImageStore>,
+    pinned: Vec<String>,
 }
 
 impl Images {
-    /// Serves the images of `store`.
+    /// Serves the images of `store`; `pinned` are tags or digests of those that
+    /// clients are asked to keep.
     #[must_use]
-    pub const fn new(store: Arc<ImageStore>) -> Self {
-        Self { store }
+    pub const fn new(store: Arc<ImageStore>, pinned: Vec<String>) -> Self {
+        Self { store, pinned }
+    }
+
+    fn to_cri(&self, image: &Image) -> CriImage {
+        let mut names = image.repo_tags.iter().chain(&image.repo_digests);
+        CriImage { pinned: names.any(|name| self.pinned.contains(name)), ..to_cri(image) }
     }
 
     fn list(&self, wanted: &str) -> Result<Vec<CriImage>, Error> {
         if wanted.is_empty() {
-            return Ok(self.store.list()?.iter().map(to_cri).collect());
+            return Ok(self.store.list()?.iter().map(|image| self.to_cri(image)).collect());
         }
-        Ok(self.store.resolve(wanted)?.iter().map(to_cri).collect())
+        Ok(self.store.resolve(wanted)?.iter().map(|image| self.to_cri(image)).collect())
     }
 }
 
@@ -64,7 +71,7 @@ impl ImageService for Images {
             Some(image) if request.verbose => verbose(image),
             _ => HashMap::new(),
         };
-        Ok(Response::new(ImageStatusResponse { image: image.as_ref().map(to_cri), info }))
+        Ok(Response::new(ImageStatusResponse { image: image.as_ref().map(|image| self.to_cri(image)), info }))
     }
 
     /// Goes on when the client does not wait: the next one who asks has less to do.

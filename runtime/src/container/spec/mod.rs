@@ -22,9 +22,11 @@ mod mounts;
 mod process;
 mod resources;
 mod seccomp;
+mod user_namespace;
 
 pub use process::user;
-pub use resources::{oom_score_adj, update as resource_update};
+pub use resources::{limits as resource_limits, oom_score_adj};
+pub use user_namespace::of_pod as user_namespace;
 
 /// The request cannot be turned into a container.
 #[derive(Debug, thiserror::Error)]
@@ -63,18 +65,17 @@ pub struct Input<'a> {
 pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
     refuse_unsupported(input.config)?;
     let security = security(input.config);
+    let options = security.namespace_options.clone().unwrap_or_default();
+    let user_namespace = user_namespace::of_pod(input.sandbox)?;
+    user_namespace::of_container(options.userns_options.as_ref(), user_namespace.as_ref())?;
+    let mapped = user_namespace.is_some();
     let spec = SpecBuilder::default()
         .version("1.0.2")
-        .root(
-            RootBuilder::default()
-                .path("rootfs")
-                .readonly(security.readonly_rootfs && !security.privileged)
-                .build()?,
-        )
+        .root(RootBuilder::default().path("rootfs").readonly(security.readonly_rootfs).build()?)
         .process(process::build(input, &security)?)
-        .mounts(mounts::build(&security)?)
+        .mounts(mounts::build(&security, mapped)?)
         .annotations(annotations(input))
-        .linux(linux(input, &security)?);
+        .linux(linux(input, &security, mapped)?);
     let mut spec = spec.build()?;
     // The machine has the pod's host name already, and the builder a default.
     spec.set_hostname(None);
@@ -94,26 +95,62 @@ fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<(), Error> {
     if !config.devices.is_empty() || !config.cdi_devices.is_empty() {
         return Err(Error::Unsupported("`devices` (devices of the host)"));
     }
-    let security = security(config);
-    let localhost = cri::security_profile::ProfileType::Localhost as i32;
-    if security.seccomp.as_ref().is_some_and(|profile| profile.profile_type == localhost) {
-        return Err(Error::Unsupported("a seccomp profile of type `Localhost`"));
+    if config.windows.is_some() {
+        return Err(Error::Invalid("`windows`: this runtime has Linux containers".into()));
     }
-    if security.apparmor.as_ref().is_some_and(|profile| profile.profile_type == localhost) {
-        return Err(Error::Unsupported("an AppArmor profile of type `Localhost`"));
+    let security = security(config);
+    selinux(security.selinux_options.as_ref())?;
+    let localhost = cri::security_profile::ProfileType::Localhost as i32;
+    #[allow(deprecated)]
+    let old_apparmor = security.apparmor_profile.starts_with("localhost/");
+    if old_apparmor || security.apparmor.as_ref().is_some_and(|profile| profile.profile_type == localhost) {
+        return Err(Error::Invalid(
+            "an AppArmor profile of type `Localhost`: the guest's kernel has no AppArmor".into(),
+        ));
     }
     let namespaces = security.namespace_options.unwrap_or_default();
-    if namespaces
-        .userns_options
-        .is_some_and(|user| user.mode == NamespaceMode::Pod as i32 && !user.uids.is_empty())
-    {
-        return Err(Error::Unsupported("a user namespace"));
+    shareable(&namespaces)
+}
+
+/// SELinux labels mean something to a kernel that knows them only.
+///
+/// # Errors
+/// When there are any.
+pub fn selinux(options: Option<&cri::SeLinuxOption>) -> Result<(), Error> {
+    match options {
+        Some(label) if *label != cri::SeLinuxOption::default() => {
+            Err(Error::Invalid("`selinux_options`: the guest's kernel has no SELinux".into()))
+        }
+        _ => Ok(()),
     }
-    if namespaces.pid == NamespaceMode::Node as i32
-        || namespaces.ipc == NamespaceMode::Node as i32
-        || namespaces.network == NamespaceMode::Node as i32
-    {
-        return Err(Error::Invalid("a pod in a virtual machine cannot share the host's namespaces".into()));
+}
+
+/// Namespaces that a pod in a virtual machine, or a container of it, can have.
+///
+/// # Errors
+/// With the one that it cannot.
+pub fn shareable(options: &cri::NamespaceOption) -> Result<(), Error> {
+    let all = [("network", options.network), ("pid", options.pid), ("ipc", options.ipc)];
+    for (what, mode) in all {
+        let mode = NamespaceMode::try_from(mode)
+            .map_err(|_| Error::Invalid(format!("unknown mode {mode} of the {what} namespace")))?;
+        let possible = match mode {
+            NamespaceMode::Pod => true,
+            NamespaceMode::Container => what != "network",
+            NamespaceMode::Target => what == "pid",
+            NamespaceMode::Node => {
+                return Err(Error::Invalid(format!(
+                    "the host's {what} namespace is out of reach of a pod in a virtual machine: run it with a \
+                     runtime handler of host containers"
+                )));
+            }
+        };
+        if !possible {
+            return Err(Error::Invalid(format!(
+                "mode {} is not one for the {what} namespace",
+                mode.as_str_name()
+            )));
+        }
     }
     Ok(())
 }
@@ -137,10 +174,14 @@ fn annotations(input: &Input<'_>) -> HashMap<String, String> {
     annotations
 }
 
-fn linux(input: &Input<'_>, security: &cri::LinuxContainerSecurityContext) -> Result<Linux, Error> {
+fn linux(
+    input: &Input<'_>,
+    security: &cri::LinuxContainerSecurityContext,
+    mapped: bool,
+) -> Result<Linux, Error> {
     let mut linux = LinuxBuilder::default()
         .cgroups_path(format!("/{}", input.id))
-        .namespaces(namespaces(input, security)?)
+        .namespaces(namespaces(input, security, mapped)?)
         .resources(resources::build(input.config, security.privileged)?);
     if !security.privileged {
         linux = linux
@@ -160,16 +201,15 @@ fn linux(input: &Input<'_>, security: &cri::LinuxContainerSecurityContext) -> Re
 fn namespaces(
     input: &Input<'_>,
     security: &cri::LinuxContainerSecurityContext,
+    mapped: bool,
 ) -> Result<Vec<LinuxNamespace>, Error> {
     let own = |kind| LinuxNamespaceBuilder::default().typ(kind).build();
     let options = security.namespace_options.clone().unwrap_or_default();
     let pid = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid);
     let pid = match NamespaceMode::try_from(options.pid) {
         Ok(NamespaceMode::Container) => pid,
-        Ok(NamespaceMode::Pod) if shares_pid_namespace(input.sandbox) => pid.path(paths::PID_NAMESPACE),
-        Ok(NamespaceMode::Pod) => {
-            return Err(Error::Invalid("the pod was made without a pid namespace to share".into()));
-        }
+        // The agent makes it for the first container that needs it.
+        Ok(NamespaceMode::Pod) => pid.path(paths::PID_NAMESPACE),
         Ok(NamespaceMode::Target) => {
             let target = input.target_pid.ok_or_else(|| {
                 Error::Invalid(format!("target container `{}` is not running in this pod", options.target_id))
@@ -184,6 +224,13 @@ fn namespaces(
         vec![pid.build()?, own(LinuxNamespaceType::Mount)?, own(LinuxNamespaceType::Cgroup)?];
     if options.ipc == NamespaceMode::Container as i32 {
         namespaces.push(own(LinuxNamespaceType::Ipc)?);
+    }
+    if mapped {
+        let pods = |kind, path: &str| LinuxNamespaceBuilder::default().typ(kind).path(path).build();
+        namespaces.push(pods(LinuxNamespaceType::User, paths::USER_NAMESPACE)?);
+        if options.ipc != NamespaceMode::Container as i32 {
+            namespaces.push(pods(LinuxNamespaceType::Ipc, paths::IPC_NAMESPACE)?);
+        }
     }
     Ok(namespaces)
 }

@@ -1,15 +1,21 @@
 //! The filesystems that every container has, volumes aside.
 
 use husk_proto::agent::paths;
-use husk_proto::cri;
+use husk_proto::cri::{self, NamespaceMode};
 use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
 
-pub(super) fn build(security: &cri::LinuxContainerSecurityContext) -> Result<Vec<Mount>, Error> {
+/// `mapped` says that the container is in a user namespace. The machine's
+/// network does not belong to that, so `/sys`, which shows it, can only be
+/// shown, not mounted anew (sysfs(5), user_namespaces(7)).
+pub(super) fn build(
+    security: &cri::LinuxContainerSecurityContext,
+    mapped: bool,
+) -> Result<Vec<Mount>, Error> {
     // A privileged container may write the kernel's files: its own machine's.
     let access = if security.privileged { "rw" } else { "ro" };
-    let files = if security.readonly_rootfs && !security.privileged { "ro" } else { "rw" };
+    let files = if security.readonly_rootfs { "ro" } else { "rw" };
     let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {
         MountBuilder::default()
             .destination(destination)
@@ -17,6 +23,18 @@ pub(super) fn build(security: &cri::LinuxContainerSecurityContext) -> Result<Vec
             .source(source)
             .options(options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>())
             .build()
+    };
+    let sys = if mapped {
+        mount("/sys", "bind", "/sys", &["rbind", "rprivate", "nosuid", "noexec", "nodev", access])?
+    } else {
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access])?
+    };
+    let options = security.namespace_options.clone().unwrap_or_default();
+    let shm = if options.ipc == NamespaceMode::Container as i32 {
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+        mount("/dev/shm", "tmpfs", "shm", &options)?
+    } else {
+        mount("/dev/shm", "bind", paths::SHM, &["rbind", "nosuid", "noexec", "nodev", "rw"])?
     };
     Ok(vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
@@ -28,8 +46,8 @@ pub(super) fn build(security: &cri::LinuxContainerSecurityContext) -> Result<Vec
             &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         )?,
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
-        mount("/dev/shm", "bind", paths::SHM, &["rbind", "nosuid", "noexec", "nodev", "rw"])?,
-        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access])?,
+        shm,
+        sys,
         mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access])?,
         mount("/etc/hosts", "bind", paths::HOSTS, &["rbind", "rprivate", files])?,
         mount("/etc/hostname", "bind", paths::HOSTNAME, &["rbind", "rprivate", files])?,

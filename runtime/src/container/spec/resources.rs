@@ -52,22 +52,6 @@ pub fn limits(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Er
     Ok(resources.build()?)
 }
 
-/// The same for `runc update`, which knows limits of huge pages only as files
-/// of the control group.
-///
-/// # Errors
-/// A number out of its range.
-pub fn update(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Error> {
-    let mut resources = limits(asked)?;
-    let mut unified = asked.unified.clone();
-    for limit in &asked.hugepage_limits {
-        unified.entry(format!("hugetlb.{}.max", limit.page_size)).or_insert_with(|| limit.limit.to_string());
-    }
-    resources.set_hugepage_limits(None);
-    resources.set_unified((!unified.is_empty()).then_some(unified));
-    Ok(resources)
-}
-
 /// The place in the order in which the kernel kills, when one is asked for.
 ///
 /// # Errors

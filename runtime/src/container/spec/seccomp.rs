@@ -1,6 +1,11 @@
-//! The seccomp profile `RuntimeDefault`: everything but what could change the
-//! machine as a whole, reach into the kernel's rarely used parts, or escape a
-//! container. A call is allowed again by the capability that governs it.
+//! Seccomp profiles: a file of the host's, or `RuntimeDefault`: everything but
+//! what could change the machine as a whole, reach into the kernel's rarely
+//! used parts, or escape a container. There, a call is allowed again by the
+//! capability that governs it.
+
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use husk_proto::cri::{self, security_profile::ProfileType};
 use oci_spec::runtime::{
@@ -78,12 +83,88 @@ const CLONE_NEW: u64 =
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
 
+/// Largest profile that is read from a file, bytes.
+const MAX_PROFILE: u64 = 1 << 20;
+
 /// The profile that the client asked for; `None` for none.
 pub(super) fn build(security: &cri::LinuxContainerSecurityContext) -> Result<Option<LinuxSeccomp>, Error> {
-    let asked = security.seccomp.as_ref().map(|profile| profile.profile_type);
-    if asked != Some(ProfileType::RuntimeDefault as i32) {
-        return Ok(None);
+    match asked(security)? {
+        Asked::Unconfined => Ok(None),
+        Asked::File(path) => from_file(path).map(Some),
+        Asked::Default => default_profile(security).map(Some),
     }
+}
+
+enum Asked<'a> {
+    Unconfined,
+    Default,
+    File(&'a Path),
+}
+
+/// No profile at all is none; the old field's words are those of Kubernetes'
+/// annotations.
+fn asked(security: &cri::LinuxContainerSecurityContext) -> Result<Asked<'_>, Error> {
+    #[allow(deprecated)]
+    let old = security.seccomp_profile_path.as_str();
+    let (kind, file) = match (&security.seccomp, old) {
+        (Some(profile), _) => (profile.profile_type, profile.localhost_ref.as_str()),
+        (None, "" | "unconfined") => return Ok(Asked::Unconfined),
+        (None, "runtime/default" | "docker/default") => return Ok(Asked::Default),
+        (None, file) => (ProfileType::Localhost as i32, file),
+    };
+    match ProfileType::try_from(kind) {
+        Ok(ProfileType::RuntimeDefault) => Ok(Asked::Default),
+        Ok(ProfileType::Unconfined) => Ok(Asked::Unconfined),
+        Ok(ProfileType::Localhost) => {
+            let path = Path::new(file.strip_prefix("localhost/").unwrap_or(file));
+            if !path.is_absolute() {
+                return Err(Error::Invalid(format!(
+                    "seccomp profile `{file}` is not an absolute path of the host"
+                )));
+            }
+            Ok(Asked::File(path))
+        }
+        Err(_) => Err(Error::Invalid(format!("unknown type {kind} of seccomp profile"))),
+    }
+}
+
+/// A file in the form of the OCI runtime-spec, `linux.seccomp`.
+fn from_file(path: &Path) -> Result<LinuxSeccomp, Error> {
+    let wrong = |what: String| Error::Invalid(format!("seccomp profile {}: {what}", path.display()));
+    // A fifo in the file's place must not hold the daemon up.
+    let file = std::fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|error| wrong(error.to_string()))?;
+    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Err(wrong("not a regular file".into()));
+    }
+    let mut text = String::new();
+    let length =
+        file.take(MAX_PROFILE + 1).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
+    if length as u64 > MAX_PROFILE {
+        return Err(wrong(format!("larger than {MAX_PROFILE} bytes")));
+    }
+    let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+    let rules = value.get("syscalls").and_then(serde_json::Value::as_array).into_iter().flatten();
+    // Docker's own format makes rules depend on these; without them it would
+    // mean something else.
+    for rule in rules.chain([&value]) {
+        if let Some(key) = ["includes", "excludes", "archMap"].into_iter().find(|key| {
+            rule.get(key).is_some_and(|value| {
+                value.as_object().is_none_or(|map| !map.is_empty())
+                    && value.as_array().is_none_or(|list| !list.is_empty())
+                    && !value.is_null()
+            })
+        }) {
+            return Err(wrong(format!("`{key}` is not of the OCI runtime-spec's format")));
+        }
+    }
+    serde_json::from_value(value).map_err(|error| wrong(error.to_string()))
+}
+
+fn default_profile(security: &cri::LinuxContainerSecurityContext) -> Result<LinuxSeccomp, Error> {
     let added =
         security.capabilities.as_ref().map(|change| change.add_capabilities.as_slice()).unwrap_or_default();
     let has = |capability: &str| {
@@ -123,7 +204,7 @@ pub(super) fn build(security: &cri::LinuxContainerSecurityContext) -> Result<Opt
         .architectures(vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32])
         .syscalls(rules)
         .build()?;
-    Ok(Some(profile))
+    Ok(profile)
 }
 
 fn refuse(calls: &[&str], errno: u32) -> Result<LinuxSyscall, Error> {
@@ -132,4 +213,68 @@ fn refuse(calls: &[&str], errno: u32) -> Result<LinuxSyscall, Error> {
         .action(LinuxSeccompAction::ScmpActErrno)
         .errno_ret(errno)
         .build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn localhost(path: &str) -> Result<Option<LinuxSeccomp>, Error> {
+        let profile =
+            cri::SecurityProfile { profile_type: ProfileType::Localhost as i32, localhost_ref: path.into() };
+        build(&cri::LinuxContainerSecurityContext { seccomp: Some(profile), ..Default::default() })
+    }
+
+    fn file(text: &str) -> Result<Option<LinuxSeccomp>, Error> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        localhost(file.path().to_str().unwrap())
+    }
+
+    #[test]
+    fn a_profile_is_read_from_the_hosts_file() {
+        let text = r#"{"defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["chmod"], "action": "SCMP_ACT_ERRNO"}]}"#;
+        let profile = file(text).unwrap().unwrap();
+        assert_eq!(profile.default_action(), LinuxSeccompAction::ScmpActAllow);
+        let rules = profile.syscalls().clone().unwrap();
+        assert_eq!(rules.first().unwrap().names(), &["chmod".to_owned()]);
+    }
+
+    #[test]
+    fn what_is_no_profile_is_refused_with_its_path() {
+        for text in [
+            "",
+            "[]",
+            "{}",
+            r#"{"defaultAction": "SCMP_ACT_FLY"}"#,
+            r#"{"defaultAction": "SCMP_ACT_ERRNO", "archMap": [{"architecture": "SCMP_ARCH_X86_64"}]}"#,
+            r#"{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["x"], "action": "SCMP_ACT_ALLOW",
+                "includes": {"caps": ["CAP_SYS_ADMIN"]}}]}"#,
+        ] {
+            let error = file(text).unwrap_err().to_string();
+            assert!(error.contains("seccomp profile /"), "{error}");
+        }
+        for path in ["relative", "localhost/x", "", "/no/such/profile", "/dev/null", "/"] {
+            assert!(localhost(path).is_err(), "{path}");
+        }
+        assert!(file(&" ".repeat(2 << 20)).unwrap_err().to_string().contains("larger"));
+    }
+
+    #[test]
+    fn the_old_field_means_the_same() {
+        let old = |words: &str| {
+            #[allow(deprecated)]
+            let security = cri::LinuxContainerSecurityContext {
+                seccomp_profile_path: words.into(),
+                ..Default::default()
+            };
+            build(&security)
+        };
+        assert!(old("").unwrap().is_none() && old("unconfined").unwrap().is_none());
+        assert!(old("runtime/default").unwrap().is_some());
+        assert!(old("localhost/no").is_err());
+    }
 }

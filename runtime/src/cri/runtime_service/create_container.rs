@@ -35,6 +35,7 @@ pub(super) async fn create_container(
     let id = ContainerId::random();
     let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
     let pod = sandbox.record().config.clone();
+    privileged_only_in_privileged(&pod, &config)?;
     let log_path = log_path(&pod, &config)?;
     let image_config = image.config.config().clone().unwrap_or_default();
     let input = spec::Input {
@@ -63,6 +64,7 @@ pub(super) async fn create_container(
         created_at: now(),
         started_at: 0,
         user: None,
+        start_error: String::new(),
         state: State::Creating,
         config,
     };
@@ -94,6 +96,23 @@ pub(super) async fn create_container(
     node.events.tell(&sandbox, id.as_str(), ContainerEventType::ContainerCreatedEvent);
     tracing::info!(container = %id, sandbox = %sandbox.id, "container created");
     Ok(CreateContainerResponse { container_id: id.to_string() })
+}
+
+/// As the interface has it: who may start privileged containers says so with
+/// the pod.
+fn privileged_only_in_privileged(
+    pod: &cri::PodSandboxConfig,
+    config: &cri::ContainerConfig,
+) -> Result<(), Error> {
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let pod = pod.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    if security.is_some_and(|security| security.privileged) && !pod.is_some_and(|pod| pod.privileged) {
+        return Err(Error::InvalidArgument(
+            "container `privileged`: its pod is not; set `privileged` in the pod's security context too"
+                .into(),
+        ));
+    }
+    Ok(())
 }
 
 async fn attach_image(machine: &Machine, slot: &str, rootfs: &Path) -> Result<(), Error> {
@@ -136,6 +155,14 @@ async fn make(
         .agent
         .call("create container", async |mut agent| agent.create_container(request).await)
         .await?;
+    if !made.start_error.is_empty() {
+        // Its program cannot be started. That is for StartContainer to tell.
+        container.update(|record| {
+            record.start_error = made.start_error;
+            record.state = State::Created;
+        })?;
+        return Ok(());
+    }
     supervise::follow(sandbox, machine, container).await.map_err(|cause| Error::File {
         stage: "open container output",
         path: container.id.as_str().into(),

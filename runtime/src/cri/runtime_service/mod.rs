@@ -25,6 +25,7 @@ pub mod remove_container;
 mod remove_pod_sandbox;
 mod reopen_container_log;
 mod run_pod_sandbox;
+mod sandbox_config;
 mod sandboxes;
 mod start_container;
 mod stats;

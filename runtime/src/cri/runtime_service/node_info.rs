@@ -32,7 +32,7 @@ pub(super) fn status(node: &Node, request: &StatusRequest) -> StatusResponse {
     ];
     let handler = |name: &str| RuntimeHandler {
         name: name.to_owned(),
-        features: Some(RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces: false }),
+        features: Some(RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces: true }),
     };
     // The empty name stands for the default handler.
     let runtime_handlers =

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use husk_proto::agent::{self, CreateSandboxRequest};
-use husk_proto::cri::{self, ContainerEventType, NamespaceMode, RunPodSandboxRequest, RunPodSandboxResponse};
+use husk_proto::cri::{self, ContainerEventType, RunPodSandboxRequest, RunPodSandboxResponse};
 
+use super::sandbox_config;
 use crate::config::Handler;
 use crate::container::{now, spec};
 use crate::cri::error::Error;
@@ -25,7 +26,7 @@ pub(super) async fn run_pod_sandbox(
     request: RunPodSandboxRequest,
 ) -> Result<RunPodSandboxResponse, Error> {
     let config = request.config.ok_or_else(|| Error::InvalidArgument("no sandbox configuration".into()))?;
-    check(&config)?;
+    sandbox_config::check(&config)?;
     let (handler_name, handler) = node.config.handler(&request.runtime_handler).ok_or_else(|| {
         let known: Vec<_> = node.config.handlers.keys().map(String::as_str).collect();
         Error::InvalidArgument(format!(
@@ -113,6 +114,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         time_unix_nanos: now(),
         entropy: seed(),
         shm_size: 0,
+        user_namespace: spec::user_namespace(config)?,
     };
     let machine = launched.machine;
     machine.agent.call("configure sandbox", async |mut agent| agent.create_sandbox(request).await).await?;
@@ -146,29 +148,6 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         total_ms = boot.total,
         "pod ready"
     );
-    Ok(())
-}
-
-/// What a pod in a virtual machine cannot be.
-fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
-    let metadata = config.metadata.as_ref().filter(|metadata| !metadata.name.is_empty());
-    if metadata.is_none() {
-        return Err(Error::InvalidArgument("sandbox metadata needs a name".into()));
-    }
-    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
-    let options = security.and_then(|security| security.namespace_options.as_ref());
-    for (what, mode) in [
-        ("network", options.map(|options| options.network)),
-        ("pid", options.map(|options| options.pid)),
-        ("ipc", options.map(|options| options.ipc)),
-    ] {
-        if mode == Some(NamespaceMode::Node as i32) {
-            return Err(Error::InvalidArgument(format!(
-                "the pod asks for the host's {what} namespace, which a pod in a virtual machine cannot have: run it \
-                 with a runtime of host containers"
-            )));
-        }
-    }
     Ok(())
 }
 

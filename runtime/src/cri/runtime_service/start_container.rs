@@ -6,9 +6,14 @@ use husk_proto::agent;
 use husk_proto::cri::{ContainerEventType, StartContainerRequest, StartContainerResponse};
 
 use super::create_container::ready_machine;
-use crate::container::{Exit, State, now};
+use crate::container::{Container, Exit, State, now};
 use crate::cri::error::Error;
 use crate::node::Node;
+use crate::vm::Machine;
+
+/// Exit code of a container whose program never ran, as shells and other
+/// runtimes have it.
+const CANNOT_START: i32 = 128;
 
 pub(super) async fn start_container(
     node: &Arc<Node>,
@@ -32,16 +37,27 @@ pub(super) async fn start_container(
         record.state = State::Running;
         record.started_at = started_at;
     })?;
-    let request = agent::StartContainerRequest { container_id: container.id.to_string() };
-    let started =
-        machine.agent.call("start container", async |mut agent| agent.start_container(request).await).await;
-    if let Err(error) = started {
-        let exit =
-            Exit { code: 128, finished_at: now(), reason: "StartError".into(), message: error.to_string() };
+    if let Err(error) = start(&machine, &container).await {
+        let exit = Exit {
+            code: CANNOT_START,
+            finished_at: now(),
+            reason: "StartError".into(),
+            message: error.to_string(),
+        };
         node.events.container_ended(&sandbox, &container, exit);
-        return Err(error.into());
+        return Err(error);
     }
     node.events.tell(&sandbox, container.id.as_str(), ContainerEventType::ContainerStartedEvent);
     tracing::info!(container = %container.id, "container started");
     Ok(StartContainerResponse {})
+}
+
+async fn start(machine: &Machine, container: &Container) -> Result<(), Error> {
+    let known = container.record().start_error.clone();
+    if !known.is_empty() {
+        return Err(Error::FailedPrecondition(format!("start container: {known}")));
+    }
+    let request = agent::StartContainerRequest { container_id: container.id.to_string() };
+    machine.agent.call("start container", async |mut agent| agent.start_container(request).await).await?;
+    Ok(())
 }

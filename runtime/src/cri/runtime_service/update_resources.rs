@@ -32,7 +32,7 @@ pub(super) async fn of_container(
     let new = merge(&old, asked);
     let update = UpdateContainerRequest {
         container_id: container.id.to_string(),
-        resources_json: serde_json::to_vec(&spec::resource_update(&new)?)
+        resources_json: serde_json::to_vec(&spec::resource_limits(&new)?)
             .map_err(|error| Error::Internal(error.to_string()))?,
         oom_score_adj: spec::oom_score_adj(&new)?.unwrap_or(0),
     };
@@ -59,8 +59,10 @@ async fn apply(
     container: &Container,
     update: UpdateContainerRequest,
 ) -> Result<(), Error> {
-    // A container that has ended has nothing left to limit.
-    if !matches!(container.state(), State::Created | State::Running) {
+    // A container that has ended, or cannot start, has nothing to limit.
+    if !matches!(container.state(), State::Created | State::Running)
+        || !container.record().start_error.is_empty()
+    {
         return Ok(());
     }
     cpus::pin(sandbox)?;

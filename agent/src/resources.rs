@@ -1,0 +1,85 @@
+//! Limits of containers, as far as they depend on what this machine's kernel
+//! has.
+
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources, Spec};
+
+use crate::cgroup;
+
+/// A limit that cannot be set here.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("hugepage_limits: the guest has no huge pages of {0}")]
+pub struct NoSuchPages(String);
+
+/// Leaves out limits on huge pages that the machine does not have: clients
+/// limit all sizes that the host has to nothing.
+pub fn fit_to_machine(spec: &mut Spec) -> Result<(), NoSuchPages> {
+    let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
+    let Some(resources) = resources else { return Ok(()) };
+    let limits = resources.hugepage_limits().clone().unwrap_or_default();
+    let limits = existing(limits, has_pages)?;
+    resources.set_hugepage_limits((!limits.is_empty()).then_some(limits));
+    Ok(())
+}
+
+/// The same for `runc update`, which knows limits on huge pages only as files
+/// of the cgroup.
+pub fn for_update(mut resources: LinuxResources) -> Result<LinuxResources, NoSuchPages> {
+    let limits = existing(resources.hugepage_limits().clone().unwrap_or_default(), has_pages)?;
+    resources.set_hugepage_limits(None);
+    let mut files = resources.unified().clone().unwrap_or_default();
+    for limit in limits {
+        files.entry(file(limit.page_size())).or_insert_with(|| limit.limit().to_string());
+    }
+    resources.set_unified((!files.is_empty()).then_some(files));
+    Ok(resources)
+}
+
+fn file(size: &str) -> String {
+    format!("hugetlb.{size}.max")
+}
+
+/// Whether cgroups count pages of this size; only those below the root do.
+fn has_pages(size: &str) -> bool {
+    !size.contains(['/', '\0']) && Path::new(cgroup::AGENT).join(file(size)).exists()
+}
+
+fn existing(
+    limits: Vec<LinuxHugepageLimit>,
+    exists: impl Fn(&str) -> bool,
+) -> Result<Vec<LinuxHugepageLimit>, NoSuchPages> {
+    let mut kept = Vec::with_capacity(limits.len());
+    for limit in limits {
+        if exists(limit.page_size()) {
+            kept.push(limit);
+        } else if limit.limit() != 0 {
+            return Err(NoSuchPages(limit.page_size().clone()));
+        }
+    }
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use oci_spec::runtime::LinuxHugepageLimitBuilder;
+
+    use super::*;
+
+    fn limit(size: &str, bytes: i64) -> LinuxHugepageLimit {
+        LinuxHugepageLimitBuilder::default().page_size(size).limit(bytes).build().unwrap()
+    }
+
+    #[test]
+    fn nothing_of_what_is_not_there_is_no_limit() {
+        let exists = |size: &str| size == "2MB";
+        assert_eq!(existing(vec![limit("1GB", 0), limit("2MB", 0)], exists).unwrap(), [limit("2MB", 0)]);
+        assert_eq!(existing(vec![limit("1GB", 5)], exists).unwrap_err(), NoSuchPages("1GB".into()));
+    }
+
+    #[test]
+    fn a_size_is_not_a_path() {
+        assert!(!has_pages("../../x"));
+    }
+}

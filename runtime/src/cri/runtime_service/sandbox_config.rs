@@ -1,0 +1,89 @@
+//! What of a pod's configuration cannot be had in a virtual machine, and is
+//! refused by its name before anything is made. `docs/cri-fields.md` lists
+//! every field.
+
+use husk_proto::cri;
+
+use crate::container::spec;
+use crate::cri::error::Error;
+
+/// Checks a pod's configuration.
+///
+/// # Errors
+/// With the field that cannot be honoured.
+pub(super) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
+    if config.metadata.as_ref().is_none_or(|metadata| metadata.name.is_empty()) {
+        return Err(Error::InvalidArgument("sandbox metadata needs a name".into()));
+    }
+    if config.windows.is_some() {
+        return Err(Error::InvalidArgument("sandbox `windows`: this runtime has Linux pods".into()));
+    }
+    let Some(security) = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()) else {
+        return Ok(());
+    };
+    spec::user_namespace(config)?;
+    spec::selinux(security.selinux_options.as_ref())?;
+    if let Some(options) = &security.namespace_options {
+        spec::shareable(options)?;
+        if options.pid == cri::NamespaceMode::Target as i32 {
+            return Err(Error::InvalidArgument(
+                "sandbox pid namespace mode TARGET: a pod has no container to share one with yet".into(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use husk_proto::cri::NamespaceMode;
+
+    use super::*;
+
+    fn checked(security: cri::LinuxSandboxSecurityContext) -> Result<(), String> {
+        let metadata = cri::PodSandboxMetadata { name: "pod".into(), ..Default::default() };
+        let linux = cri::LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
+        let config =
+            cri::PodSandboxConfig { metadata: Some(metadata), linux: Some(linux), ..Default::default() };
+        check(&config).map_err(|error| error.to_string())
+    }
+
+    fn with_namespaces(options: cri::NamespaceOption) -> Result<(), String> {
+        checked(cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() })
+    }
+
+    #[test]
+    fn what_needs_the_hosts_kernel_is_refused_by_name() {
+        let node = NamespaceMode::Node as i32;
+        for (options, word) in [
+            (cri::NamespaceOption { network: node, ..Default::default() }, "host's network namespace"),
+            (cri::NamespaceOption { pid: node, ..Default::default() }, "host's pid namespace"),
+            (cri::NamespaceOption { ipc: node, ..Default::default() }, "host's ipc namespace"),
+            (cri::NamespaceOption { pid: NamespaceMode::Target as i32, ..Default::default() }, "TARGET"),
+            (cri::NamespaceOption { ipc: NamespaceMode::Target as i32, ..Default::default() }, "ipc"),
+            (
+                cri::NamespaceOption { network: NamespaceMode::Container as i32, ..Default::default() },
+                "network",
+            ),
+            (cri::NamespaceOption { pid: 77, ..Default::default() }, "77"),
+        ] {
+            let error = with_namespaces(options).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+        let selinux = cri::SeLinuxOption { r#type: "container_t".into(), ..Default::default() };
+        let selinux =
+            cri::LinuxSandboxSecurityContext { selinux_options: Some(selinux), ..Default::default() };
+        assert!(checked(selinux).unwrap_err().contains("selinux_options"));
+        assert!(check(&cri::PodSandboxConfig::default()).is_err());
+    }
+
+    #[test]
+    fn what_a_machine_has_is_fine() {
+        with_namespaces(cri::NamespaceOption::default()).unwrap();
+        let own = NamespaceMode::Container as i32;
+        with_namespaces(cri::NamespaceOption { pid: own, ipc: own, ..Default::default() }).unwrap();
+        checked(cri::LinuxSandboxSecurityContext::default()).unwrap();
+    }
+}
