@@ -44,6 +44,9 @@ pub struct Images {
     /// Registries spoken to over plain HTTP, `host` or `host:port`. Loopback
     /// addresses always are.
     pub insecure_registries: Vec<String>,
+    /// Where `<host>/hosts.toml` name mirrors, as containerd reads them. It
+    /// can be containerd's own `/etc/containerd/certs.d`.
+    pub hosts_dir: PathBuf,
     /// Most seconds without a byte before a pull is given up.
     pub stall_timeout_seconds: u64,
     /// Most seconds that a pull may take in all.
@@ -110,6 +113,7 @@ impl Default for Images {
     fn default() -> Self {
         Self {
             insecure_registries: Vec::new(),
+            hosts_dir: "/etc/husk/certs.d".into(),
             stall_timeout_seconds: 60,
             pull_timeout_seconds: 900,
             pinned: Vec::new(),

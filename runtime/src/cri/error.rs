@@ -107,6 +107,7 @@ fn image_code(error: &image::Error) -> Code {
         E::Registry { .. } => Code::Unavailable,
         E::Timeout { .. } => Code::DeadlineExceeded,
         E::Refused { .. } => Code::DataLoss,
+        E::Hosts { .. } => Code::FailedPrecondition,
         E::File { .. } | E::Mkfs(_) | E::Metadata(_) => {
             if error.is_disk_full() {
                 Code::ResourceExhausted

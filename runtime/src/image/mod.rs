@@ -10,6 +10,7 @@ use std::sync::Arc;
 use oci_spec::image::ImageConfiguration;
 
 mod erofs;
+mod hosts;
 mod layer;
 mod pull;
 mod reference;
@@ -24,6 +25,8 @@ pub use store::{FsInfo, ImageStore};
 pub struct ImageConfig {
     /// Registries spoken to over plain HTTP, besides loopback addresses.
     pub insecure_registries: Vec<String>,
+    /// The folder with a `<host>/hosts.toml` for each registry that has mirrors.
+    pub hosts_dir: PathBuf,
     /// Most time without a byte from the registry.
     pub stall_timeout: std::time::Duration,
     /// Most time for a pull as a whole.
@@ -36,6 +39,7 @@ impl Default for ImageConfig {
     fn default() -> Self {
         Self {
             insecure_registries: Vec::new(),
+            hosts_dir: "/etc/husk/certs.d".into(),
             stall_timeout: std::time::Duration::from_secs(60),
             pull_timeout: std::time::Duration::from_secs(900),
             limits: Limits::default(),
@@ -118,6 +122,14 @@ pub enum Error {
         /// Why it is refused.
         cause: String,
     },
+    /// What `hosts.toml` says of the registry, or a certificate that it names.
+    #[error("registry hosts: {path}: {cause}")]
+    Hosts {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: String,
+    },
     /// A file of the store.
     #[error("{stage}: {path}: {cause}")]
     File {
@@ -137,6 +149,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the registry, or the look at its answer, said.
+    fn cause_mut(&mut self) -> Option<&mut String> {
+        match self {
+            Self::NotFound { cause, .. }
+            | Self::Unauthorized { cause, .. }
+            | Self::Registry { cause, .. }
+            | Self::Timeout { cause, .. }
+            | Self::Refused { cause, .. } => Some(cause),
+            _ => None,
+        }
+    }
+
     /// Whether a full disk is behind it.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
-use oci_client::client::{Client, ClientConfig, ClientProtocol};
 use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Reference, manifest};
@@ -19,6 +18,9 @@ use super::layer::{Failure, Packing, Unpacker, hex};
 use super::store::{Record, file};
 use super::{Error, ImageStore, erofs, reference};
 use crate::sandbox::lock;
+
+mod source;
+use source::{Rounds, Source, Wanted, sources};
 
 /// Layers that are fetched at the same time.
 const PARALLEL: usize = 3;
@@ -58,8 +60,7 @@ impl Drop for Workspace {
 /// One pull.
 struct Pull<'a> {
     store: &'a ImageStore,
-    client: Client,
-    auth: RegistryAuth,
+    sources: Vec<Source>,
     reference: Reference,
     name: String,
 }
@@ -73,12 +74,12 @@ impl ImageStore {
     pub async fn pull(&self, name: &str, auth: RegistryAuth) -> Result<String, Error> {
         let reference = reference::parse(name)?;
         let canonical = reference::canonical(&reference);
+        let sources = sources(&self.config, &reference, &auth)?;
         let flight = lock(&self.flights.0).entry(canonical.clone()).or_default().clone();
         let limit = self.config.pull_timeout;
         let pulled = tokio::time::timeout(limit, async {
             let _flight = flight.lock().await;
-            let client = Client::new(self.client_config(&reference));
-            Pull { store: self, client, auth, reference, name: canonical.clone() }.run().await
+            Pull { store: self, sources, reference, name: canonical.clone() }.run().await
         })
         .await;
         drop(flight);
@@ -91,29 +92,6 @@ impl ImageStore {
             })
         })
     }
-
-    fn client_config(&self, reference: &Reference) -> ClientConfig {
-        let registry = reference.resolve_registry();
-        let plain = is_loopback(registry)
-            || self.config.insecure_registries.iter().any(|insecure| insecure == registry);
-        ClientConfig {
-            protocol: if plain { ClientProtocol::Http } else { ClientProtocol::Https },
-            read_timeout: Some(self.config.stall_timeout),
-            connect_timeout: Some(self.config.stall_timeout.min(Duration::from_secs(30))),
-            user_agent: concat!("husk/", env!("CARGO_PKG_VERSION")),
-            ..ClientConfig::default()
-        }
-    }
-}
-
-/// A registry on this machine is spoken to without TLS.
-fn is_loopback(registry: &str) -> bool {
-    let host = match registry.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
-        _ => registry,
-    };
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 impl Pull<'_> {
@@ -167,12 +145,7 @@ impl Pull<'_> {
 
     /// The manifest for this machine, and the digest that the reference leads to.
     async fn manifest(&self) -> Result<(ImageManifest, String), Error> {
-        let (bytes, digest) = self.document(&self.reference).await?;
-        if let Some(asked) = self.reference.digest()
-            && asked != digest
-        {
-            return Err(self.refused(format!("the registry answers digest {asked} with {digest}")));
-        }
+        let (bytes, digest) = self.document(self.reference.digest()).await?;
         let bytes = match serde_json::from_slice::<ImageIndex>(&bytes) {
             Ok(index) => {
                 let entry = index
@@ -180,12 +153,7 @@ impl Pull<'_> {
                     .iter()
                     .find(|entry| is_ours(entry))
                     .ok_or_else(|| self.refused("the image is not there for linux/amd64".into()))?;
-                let wanted = entry.digest().to_string();
-                let (bytes, found) = self.document(&self.reference.clone_with_digest(wanted.clone())).await?;
-                if found != wanted {
-                    return Err(self.refused(format!("the registry answers digest {wanted} with {found}")));
-                }
-                bytes
+                self.document(Some(entry.digest().as_ref())).await?.0
             }
             Err(_) => bytes,
         };
@@ -199,22 +167,45 @@ impl Pull<'_> {
         Ok((manifest, digest))
     }
 
-    /// A manifest's bytes and their digest, counted here.
-    async fn document(&self, reference: &Reference) -> Result<(Vec<u8>, String), Error> {
-        let mut tries = 0;
-        let bytes = loop {
-            tries += 1;
-            match self.client.pull_manifest_raw(reference, &self.auth, MEDIA_TYPES).await {
-                Ok((bytes, _)) => break bytes,
-                Err(error) if tries < TRIES && is_passing(&error) => pause(tries).await,
-                Err(error) => return Err(self.registry("fetch manifest", error)),
+    /// The bytes of the manifest with that digest, or of the one that the tag
+    /// leads to; and their digest, counted here.
+    async fn document(&self, digest: Option<&str>) -> Result<(Vec<u8>, String), Error> {
+        let wanted = if digest.is_some() { Wanted::Content } else { Wanted::Tag };
+        let mut rounds = Rounds::new(&self.sources, wanted);
+        while let Some(source) = rounds.next().await {
+            match self.try_document(source, digest).await {
+                Ok(document) => return Ok(document),
+                Err((error, passing)) => rounds.failed(error, passing),
             }
-        };
-        if bytes.len() as u64 > MAX_DOCUMENT {
-            return Err(self.refused("the manifest is too large".into()));
         }
-        let digest = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
-        Ok((bytes.to_vec(), digest))
+        Err(rounds.error(|| self.refused("hosts.toml lets no host resolve tags".into())))
+    }
+
+    /// On an error, says whether it may pass.
+    async fn try_document(
+        &self,
+        source: &Source,
+        digest: Option<&str>,
+    ) -> Result<(Vec<u8>, String), (Error, bool)> {
+        let reference = match digest {
+            Some(digest) => &source.reference.clone_with_digest(digest.to_owned()),
+            None => &source.reference,
+        };
+        let (bytes, _) =
+            source.client.pull_manifest_raw(reference, &source.auth, MEDIA_TYPES).await.map_err(|error| {
+                let passing = is_passing(&error);
+                (self.registry("fetch manifest", error), passing)
+            })?;
+        if bytes.len() as u64 > MAX_DOCUMENT {
+            return Err((self.refused("the manifest is too large".into()), false));
+        }
+        let found = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
+        match digest {
+            Some(asked) if asked != found => {
+                Err((self.refused(format!("the registry answers digest {asked} with {found}")), false))
+            }
+            _ => Ok((bytes.to_vec(), found)),
+        }
     }
 
     async fn config(
@@ -266,24 +257,31 @@ impl Pull<'_> {
     }
 
     async fn blob(&self, stage: String, blob: &Descriptor, path: &Path) -> Result<(), Error> {
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match self.try_blob(&stage, blob, path).await {
-                Err((_, true)) if tries < TRIES => pause(tries).await,
-                Err((error, _)) => return Err(error),
+        let mut rounds = Rounds::new(&self.sources, Wanted::Content);
+        while let Some(source) = rounds.next().await {
+            match self.try_blob(source, &stage, blob, path).await {
                 Ok(()) => return Ok(()),
+                Err((error, passing)) => rounds.failed(error, passing),
             }
         }
+        Err(rounds.error(|| self.refused("hosts.toml lets no host be pulled from".into())))
     }
 
     /// On an error, says whether it may pass.
-    async fn try_blob(&self, stage: &str, blob: &Descriptor, path: &Path) -> Result<(), (Error, bool)> {
+    async fn try_blob(
+        &self,
+        source: &Source,
+        stage: &str,
+        blob: &Descriptor,
+        path: &Path,
+    ) -> Result<(), (Error, bool)> {
         let disk = |error| (file("write", path)(error), false);
         let digest = blob.digest().to_string();
-        let mut stream = self
+        // A mirror that may not resolve has not heard of the credentials yet.
+        source.client.store_auth_if_needed(source.reference.resolve_registry(), &source.auth).await;
+        let mut stream = source
             .client
-            .pull_blob_stream(&self.reference, digest.as_str())
+            .pull_blob_stream(&source.reference, digest.as_str())
             .await
             .map_err(|error| {
                 let passing = is_passing(&error);

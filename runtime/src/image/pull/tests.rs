@@ -113,7 +113,8 @@ impl Behaviour {
                 head.push(stream.read_u8().await?);
             }
             let head = String::from_utf8(head).unwrap();
-            let path = head.split(' ').nth(1).unwrap();
+            // A mirror is told whom it stands for by a query.
+            let path = head.split([' ', '?']).nth(1).unwrap();
             let allowed = self
                 .authorization
                 .as_ref()
@@ -162,6 +163,7 @@ impl Node {
         let config = ImageConfig {
             stall_timeout: Duration::from_millis(500),
             pull_timeout: Duration::from_secs(20),
+            hosts_dir: root.path().join("certs.d"),
             ..ImageConfig::default()
         };
         let store = ImageStore::open(root.path(), config).unwrap();
@@ -174,6 +176,13 @@ impl Node {
 
     async fn pull_with(&self, name: &str, auth: RegistryAuth) -> Result<String, Error> {
         self.store.pull(&format!("{}/{name}", self.registry), auth).await
+    }
+
+    /// What `hosts.toml` says of a registry.
+    fn hosts(&self, registry: &str, text: &str) {
+        let folder = self.root.path().join("certs.d").join(registry);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("hosts.toml"), text).unwrap();
     }
 
     /// A failed pull is in no list, and has no files.
@@ -285,4 +294,184 @@ async fn nobody_at_the_address_is_told_so() {
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let error = node.store.pull(&format!("{free}/app:1"), RegistryAuth::Anonymous).await.unwrap_err();
     assert!(error.to_string().contains("fetch manifest"), "{error}");
+}
+
+/// An address at which nobody listens.
+async fn nowhere() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+}
+
+#[tokio::test]
+async fn a_mirror_stands_for_a_registry_and_leaves_no_trace_in_names() {
+    let node = Node::with(Behaviour::honest()).await;
+    node.hosts("registry.example", &format!("server = 'http://{}'", nowhere().await));
+    assert!(node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.is_err());
+    let (dead, live) = (nowhere().await, node.registry);
+    node.hosts(
+        "registry.example",
+        &format!("server = 'http://{dead}'\n[host.'http://{dead}']\n[host.'http://{live}']\n"),
+    );
+    let id = node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap();
+    let image = node.store.resolve(&id).unwrap().unwrap();
+    assert_eq!(image.repo_tags, ["registry.example/app:1"]);
+    assert!(image.repo_digests[0].starts_with("registry.example/app@sha256:"), "{:?}", image.repo_digests);
+}
+
+#[tokio::test]
+async fn a_mirror_that_lies_or_lacks_a_blob_is_passed_over() {
+    let lacking = {
+        let mut registry = Behaviour::honest();
+        registry.answers.remove(&registry.layer_path());
+        registry
+    };
+    let lying = {
+        let mut registry = Behaviour::honest();
+        registry.put(&registry.layer_path(), "application/octet-stream", b"another layer");
+        registry
+    };
+    for mirror in [lacking, lying, Behaviour::default()] {
+        let node = Node::with(Behaviour::honest()).await;
+        let mirror = mirror.serve().await;
+        node.hosts(
+            "registry.example",
+            &format!("server = 'http://{}'\n[host.'http://{mirror}']\n", node.registry),
+        );
+        node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_host_does_only_what_it_may() {
+    let node = Node::with(Behaviour::honest()).await;
+    let (dead, live) = (nowhere().await, node.registry);
+    let file = |mirror: &str| {
+        format!("server = 'http://{dead}'\n[host.'http://{live}']\ncapabilities = ['{mirror}']\n")
+    };
+    // A tag means what the registry says: a mirror that may only be pulled from cannot tell.
+    node.hosts("registry.example", &file("pull"));
+    let error = node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap_err();
+    assert!(error.to_string().contains("fetch manifest"), "{error}");
+    let manifest = Behaviour::honest().answers["/v2/app/manifests/plain"].1.clone();
+    let by_digest = format!("registry.example/app@{}", digest(&manifest));
+    node.store.pull(&by_digest, RegistryAuth::Anonymous).await.unwrap();
+    node.hosts("other.example", &file("resolve"));
+    let error = node.store.pull("other.example/app:plain", RegistryAuth::Anonymous).await;
+    // The image is here already: its layers are not asked for.
+    assert!(error.is_ok(), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_path_under_override_path_is_taken_as_it_is() {
+    let mut registry = Behaviour::honest();
+    registry.answers = std::mem::take(&mut registry.answers)
+        .into_iter()
+        .map(|(path, answer)| (path.replace("/v2/app/", "/proxy/v2/project/app/"), answer))
+        .collect();
+    let node = Node::with(registry).await;
+    node.hosts(
+        "registry.example",
+        &format!("[host.'http://{}/proxy/v2/project']\noverride_path = true\n", node.registry),
+    );
+    node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap();
+}
+
+#[tokio::test]
+async fn credentials_go_to_the_server_and_to_no_mirror() {
+    let locked = Behaviour { authorization: Some("authorization: Basic dTpw".into()), ..Behaviour::honest() };
+    let node = Node::with(locked).await;
+    let auth = RegistryAuth::Basic("u".into(), "p".into());
+    node.hosts(
+        "registry.example",
+        &format!("server = 'http://{}'\n[host.'http://{}']", nowhere().await, node.registry),
+    );
+    let error = node.store.pull("registry.example/app:1", auth.clone()).await.unwrap_err();
+    assert!(error.to_string().contains(&format!("mirror http://{}", node.registry)), "{error}");
+    node.hosts("registry.example", &format!("server = 'http://{}'", node.registry));
+    node.store.pull("registry.example/app:1", auth).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_used_fails_the_pull_by_its_name() {
+    let node = Node::with(Behaviour::honest()).await;
+    let registry = node.registry.to_string();
+    for text in ["[host", "[host.'ftp://x']", "[host.'https://x']\nca = 'none.crt'"] {
+        node.hosts(&registry, text);
+        let error = node.pull("app:1").await.unwrap_err();
+        assert!(matches!(error, Error::Hosts { .. }), "{text}: {error}");
+        assert!(error.to_string().contains("certs.d"), "{error}");
+    }
+    node.assert_nothing_left().await;
+}
+
+/// Speaks TLS in front of `plain`, a connection at a time.
+fn tls_in_front_of(plain: SocketAddr, certificate: &str, key: &str) -> SocketAddr {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use std::io::{Read, Write};
+    let config = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()],
+            PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+        )
+        .unwrap();
+    let config = Arc::new(config);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let serve = move |stream: std::net::TcpStream| -> std::io::Result<()> {
+        let connection = rustls::ServerConnection::new(config.clone()).unwrap();
+        let mut tls = rustls::StreamOwned::new(connection, stream);
+        let mut back = std::net::TcpStream::connect(plain)?;
+        loop {
+            for answer in [false, true] {
+                let mut head = Vec::new();
+                let mut byte = [0];
+                while !head.ends_with(b"\r\n\r\n") {
+                    if answer {
+                        back.read_exact(&mut byte)?
+                    } else {
+                        tls.read_exact(&mut byte)?
+                    }
+                    head.push(byte[0]);
+                }
+                if !answer {
+                    back.write_all(&head)?;
+                    continue;
+                }
+                let text = String::from_utf8_lossy(&head).to_lowercase();
+                let length = text.split("content-length: ").nth(1).and_then(|rest| rest.split('\r').next());
+                let mut body = vec![0; length.unwrap().parse().unwrap()];
+                back.read_exact(&mut body)?;
+                tls.write_all(&head)?;
+                tls.write_all(&body)?;
+                tls.flush()?;
+            }
+        }
+    };
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let serve = serve.clone();
+            std::thread::spawn(move || serve(stream));
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_certificate_counts_if_hosts_toml_vouches_for_it() {
+    let (certificate, key) = (include_str!("tests/localhost.crt"), include_str!("tests/localhost.key"));
+    let node = Node::with(Behaviour::honest()).await;
+    let tls = tls_in_front_of(node.registry, certificate, key);
+    let file = |more: &str| {
+        format!("server = 'http://127.0.0.1:1'\n[host.'https://localhost:{}']\n{more}", tls.port())
+    };
+    let pull = || node.store.pull("registry.example/app:1", RegistryAuth::Anonymous);
+    node.hosts("registry.example", &file(""));
+    let error = pull().await.unwrap_err();
+    assert!(error.to_string().contains("ertificate"), "{error}");
+    node.hosts("registry.example", &file("ca = 'registry.crt'"));
+    std::fs::write(node.root.path().join("certs.d/registry.example/registry.crt"), certificate).unwrap();
+    pull().await.unwrap();
+    node.hosts("unverified.example", &file("skip_verify = true"));
+    node.store.pull("unverified.example/app:1", RegistryAuth::Anonymous).await.unwrap();
 }
