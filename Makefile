@@ -37,6 +37,11 @@ demo: deps build ## a pod in a virtual machine, from nothing, driven by crictl
 test: deps build ## all tests; ends with the number that passed and failed
 	tests/support/run-tests
 
+HANDLER ?= kata-runtime
+.PHONY: critest
+critest: deps build ## cri-tools' conformance suite; FOCUS=regex HANDLER=name, results in target/critest
+	tests/conformance/run --handler '$(HANDLER)' --focus '$(FOCUS)'
+
 .PHONY: bench
 bench: deps build ## start-up times and memory, to target/bench
 	cargo build --release --package husk-tests --bin husk-bench
