@@ -1,6 +1,5 @@
-//! A container's files in the guest: its root filesystem, an overlay of the
-//! image below a directory of the pod's scratch disk, and the bundle that runc
-//! reads.
+//! A container's files: its root filesystem, an overlay of the image below a
+//! writable layer of its own, and the bundle that runc reads.
 
 use std::fs;
 use std::io;
@@ -8,16 +7,26 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use husk_proto::agent::Rootfs;
 use nix::mount::MsFlags;
 
 use crate::disks::Disks;
 use crate::images::{self, Image, Images};
+use crate::mode::{self, Mode};
 use crate::{mounts, userns};
 
 const BUNDLES: &str = "/run/husk/bundles";
 
-/// Where the scratch disk is mounted.
+/// Where a machine's scratch disk is mounted.
 pub const SCRATCH: &str = "/run/husk/scratch";
+
+/// Where the writable layers of containers are.
+fn layers() -> PathBuf {
+    match mode::get() {
+        Mode::Guest => Path::new(SCRATCH).join("containers"),
+        Mode::Host(host) => host.layers.clone(),
+    }
+}
 
 /// A bundle could not be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -55,15 +64,15 @@ impl Bundle {
     /// group for root in the container.
     pub async fn prepare(
         id: &str,
-        image_serial: &str,
+        rootfs: &Rootfs,
         images: &Arc<Images>,
         disks: &Disks,
         mapped_root: Option<(u32, u32)>,
     ) -> Result<Self, Error> {
-        let image = images.mount(disks, image_serial).await?;
+        let image = images.mount(disks, rootfs).await?;
         let bundle = Self {
-            path: Path::new(BUNDLES).join(id),
-            layer: Path::new(SCRATCH).join("containers").join(id),
+            path: mode::at(BUNDLES).join(id),
+            layer: layers().join(id),
             image,
             mounted: AtomicBool::new(true),
         };

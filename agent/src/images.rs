@@ -3,13 +3,17 @@
 //! the host can take its disk away.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use husk_proto::agent::Rootfs;
 use nix::mount::MsFlags;
 
 use crate::disks::{self, Disks};
+use crate::loops::Loop;
+use crate::mode::{self, Mode};
 use crate::mounts;
 
 const IMAGES: &str = "/run/husk/images";
@@ -20,6 +24,14 @@ pub enum Error {
     /// Its disk is not there.
     #[error(transparent)]
     Disk(#[from] disks::Error),
+    /// The device for its file.
+    #[error("put {path} behind a loop device: {cause}")]
+    Loop {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
     /// Its filesystem.
     #[error(transparent)]
     Mount(#[from] mounts::Error),
@@ -31,17 +43,28 @@ pub enum Error {
 pub struct Images(Mutex<HashMap<String, usize>>);
 
 impl Images {
-    /// Mounts the image on the disk with this serial number, unless it is.
-    pub async fn mount(self: &Arc<Self>, disks: &Disks, serial: &str) -> Result<Image, Error> {
-        let device = disks.wait_for(serial).await?;
-        let path = Path::new(IMAGES).join(serial);
+    /// Mounts the image on the disk with this serial number, or, on the host, in
+    /// this file, unless it is.
+    pub async fn mount(self: &Arc<Self>, disks: &Disks, rootfs: &Rootfs) -> Result<Image, Error> {
+        let serial = rootfs.image_serial.as_str();
+        let disk = match mode::get() {
+            Mode::Guest => Some(disks.wait_for(serial).await?),
+            Mode::Host(_) => None,
+        };
+        let path = mode::at(IMAGES).join(serial);
         let mut users = self.users();
         let count = match users.get(serial) {
             Some(count) => *count,
             None => {
                 mounts::make_mount_point(&path)?;
                 let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-                mounts::mount(&device.to_string_lossy(), &path, "erofs", flags, "")?;
+                let mount =
+                    |device: &Path| mounts::mount(&device.to_string_lossy(), &path, "erofs", flags, "");
+                match disk {
+                    Some(disk) => mount(&disk)?,
+                    // Once it is mounted, the device lasts as long as the mount.
+                    None => mount(attach(Path::new(&rootfs.image_file))?.path())?,
+                }
                 0
             }
         };
@@ -74,6 +97,10 @@ impl Images {
         }
         Ok(())
     }
+}
+
+fn attach(file: &Path) -> Result<Loop, Error> {
+    Loop::attach(file).map_err(|cause| Error::Loop { path: file.to_owned(), cause })
 }
 
 /// One container's use of an image.

@@ -5,25 +5,32 @@
 //! its containers through runc ([`server`]), and one connection for each
 //! standard stream ([`streams`]). As pid 1 it also reaps every process that
 //! ends ([`reaper`]), and must never end itself: the kernel would panic.
+//!
+//! For a pod of plain host containers huskd starts the same program on the
+//! host, where it serves the same over a unix socket ([`mode`], [`host`]).
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use husk_proto::agent::{GRPC_PORT, STREAM_PORT};
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+use connection::Ports;
+use mode::Mode;
 
 mod bundle;
 mod cgroup;
 mod clock;
+mod connection;
 mod container;
 mod disks;
 mod etc;
 mod fd;
+mod host;
 mod id;
 mod images;
 mod init;
+mod loops;
 mod machine;
+mod mode;
 mod mounts;
 mod netlink;
 mod ns;
@@ -51,7 +58,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The kernel panics when pid 1 ends; this line, just above the
-            // panic on the console, says why.
+            // panic on the console, says why. On the host it is in the log that
+            // huskd quotes.
             eprintln!("husk-agent: {error:#}");
             ExitCode::FAILURE
         }
@@ -61,6 +69,12 @@ fn main() -> ExitCode {
 fn run() -> anyhow::Result<()> {
     init::log_to_console();
     init::limit_malloc();
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == host::HOST) {
+        let host = host::parse(arguments)?;
+        host::enter(&host)?;
+        mode::set(Mode::Host(host));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
@@ -68,27 +82,29 @@ fn run() -> anyhow::Result<()> {
         .build()
         .context("start the event loop")?;
     runtime.block_on(serve())?;
-    power::off()
+    match mode::get() {
+        Mode::Guest => power::off(),
+        Mode::Host(_) => Ok(()),
+    }
 }
 
-/// Serves until [`power`] has been asked to end the machine.
+/// Serves until the pod is to end.
 async fn serve() -> anyhow::Result<()> {
     let reaper = reaper::Reaper::start().context("listen for SIGCHLD")?;
-    let grpc = listen(GRPC_PORT)?;
-    let streams = listen(STREAM_PORT)?;
-    // The host may connect from here on; its connections wait in the backlog
-    // for the few mounts below.
-    ready::announce().await;
-    init::prepare()?;
-
+    let ports = match mode::get() {
+        Mode::Guest => {
+            let ports = Ports::of_machine()?;
+            // The host may connect from here on; its connections wait in the
+            // backlog for the few mounts below.
+            ready::announce().await;
+            init::prepare()?;
+            ports
+        }
+        Mode::Host(_) => Ports::of_socket(host::socket().context("listen for huskd")?),
+    };
     let agent = Arc::new(server::Agent::new(reaper));
-    let stream_server = tokio::spawn(streams::serve(streams, agent.clone()));
-    let served = server::serve(grpc, agent).await.context("serve gRPC");
+    let stream_server = tokio::spawn(streams::serve(ports.streams, agent.clone()));
+    let served = server::serve(ports.grpc, agent).await.context("serve gRPC");
     stream_server.abort();
     served
-}
-
-fn listen(port: u32) -> anyhow::Result<VsockListener> {
-    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
-        .with_context(|| format!("listen on vsock port {port}; is CONFIG_VSOCKETS in the guest kernel?"))
 }

@@ -10,9 +10,9 @@ use nix::unistd::Pid;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
-use tokio_vsock::VsockStream;
 
 use crate::cgroup::Cgroup;
+use crate::connection::Connection;
 use crate::fd::AsyncFile;
 use crate::pump::{self, Input};
 use crate::reaper::{self, Exit, Exited};
@@ -42,9 +42,9 @@ pub struct Process {
     pid: Pid,
     exited: Exited,
     ended: watch::Receiver<Option<Outcome>>,
-    stdin: Option<mpsc::Sender<Input<VsockStream>>>,
-    stdout: mpsc::Sender<VsockStream>,
-    stderr: Option<mpsc::Sender<VsockStream>>,
+    stdin: Option<mpsc::Sender<Input<Connection>>>,
+    stdout: mpsc::Sender<Connection>,
+    stderr: Option<mpsc::Sender<Connection>>,
     terminal: Option<OwnedFd>,
     _tasks: Vec<AbortOnDropHandle<()>>,
 }
@@ -62,7 +62,7 @@ impl Process {
         let mut tasks = Vec::new();
         let mut outputs = Vec::new();
 
-        let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<VsockStream>> {
+        let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<Connection>> {
             let (clients, receiver) = mpsc::channel(1);
             let pump = pump::output(AsyncFile::reader(end)?, receiver, exited.clone());
             outputs.push(AbortOnDropHandle::new(tokio::spawn(pump)));
@@ -170,7 +170,7 @@ impl Process {
 
     /// Gives a stream a client, in place of the one it may have. If the stream
     /// has ended, the connection is closed, which says just that.
-    pub async fn connect(&self, kind: Kind, connection: VsockStream, early: Vec<u8>) {
+    pub async fn connect(&self, kind: Kind, connection: Connection, early: Vec<u8>) {
         let output = match kind {
             Kind::Stdin => {
                 if let Some(stdin) = &self.stdin {

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::time::timeout;
 
+use crate::mode;
 use crate::reaper::{self, Exited, Launch, Reaper};
 use crate::stdio::Stdio;
 
@@ -140,11 +141,12 @@ pub async fn delete(reaper: &Reaper, id: &str, bundle: &Path) -> Result<(), Erro
 }
 
 fn command(files: &Files, operation: &str) -> Command {
-    let mut runc = Command::new(RUNC);
+    let program = mode::host().map_or(Path::new(RUNC), |host| &host.runc);
+    let mut runc = Command::new(program);
     runc.env_clear()
         .env("PATH", PATH)
         .arg("--root")
-        .arg(ROOT)
+        .arg(mode::at(ROOT))
         .arg("--log")
         .arg(&files.log)
         .args(["--log-format", "json", operation])

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,6 +15,8 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::pipe2;
 use tokio::net::UnixListener;
 use tokio::time::timeout;
+
+use crate::mode;
 
 /// Where console sockets live. A directory of its own with short names: the
 /// path of a unix socket is limited to 107 bytes.
@@ -110,8 +112,9 @@ pub struct Console {
 impl Console {
     fn listen() -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        fs::create_dir_all(CONSOLES)?;
-        let path = Path::new(CONSOLES).join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
+        let consoles = mode::at(CONSOLES);
+        fs::create_dir_all(&consoles)?;
+        let path = consoles.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
         let listener = UnixListener::bind(&path)?;
         Ok(Self { path, listener })
     }

@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use husk_proto::agent::stream::{Greeting, Kind, MAX_GREETING};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
-use tokio_vsock::{VsockListener, VsockStream};
 
+use crate::connection::{Connection, Incoming};
 use crate::container::ProcessRef;
 use crate::server::Agent;
 
@@ -20,12 +21,12 @@ const GREETING_DEADLINE: Duration = Duration::from_secs(5);
 const MAX_GREETERS: usize = 64;
 
 /// Serves for ever.
-pub async fn serve(listener: VsockListener, agent: Arc<Agent>) {
+pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
     let greeters = Arc::new(Semaphore::new(MAX_GREETERS));
     loop {
         let Ok(permit) = greeters.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((connection, _)) => {
+        match incoming.next().await {
+            Some(Ok(connection)) => {
                 let agent = agent.clone();
                 tokio::spawn(async move {
                     let _permit = permit;
@@ -34,7 +35,8 @@ pub async fn serve(listener: VsockListener, agent: Arc<Agent>) {
                     let _ = timeout(GREETING_DEADLINE, receive(connection, &agent)).await;
                 });
             }
-            Err(error) => {
+            None => return,
+            Some(Err(error)) => {
                 tracing::warn!("accept a stream: {error}");
                 sleep(Duration::from_millis(100)).await;
             }
@@ -42,7 +44,7 @@ pub async fn serve(listener: VsockListener, agent: Arc<Agent>) {
     }
 }
 
-async fn receive(mut connection: VsockStream, agent: &Agent) -> std::io::Result<()> {
+async fn receive(mut connection: Connection, agent: &Agent) -> std::io::Result<()> {
     let found = match read_greeting(&mut connection).await {
         Ok((greeting, early)) => find(agent, &greeting).map(|process| (process, greeting.kind, early)),
         Err(reason) => Err(reason),
@@ -54,7 +56,7 @@ async fn receive(mut connection: VsockStream, agent: &Agent) -> std::io::Result<
         }
         Err(reason) => {
             connection.write_all(format!("ERR {reason}\n").as_bytes()).await?;
-            connection.shutdown(std::net::Shutdown::Both)?;
+            connection.shutdown().await?;
         }
     }
     Ok(())

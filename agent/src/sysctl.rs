@@ -4,13 +4,18 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::mode::Host;
+
 /// A parameter could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not the name of a parameter.
     #[error("sysctl {0:?} is not a parameter's name, such as net.ipv4.ip_forward")]
     Name(String),
-    /// The guest's kernel does not know it, or does not take the value.
+    /// It is of the whole host, or of a namespace that the pod shares with it.
+    #[error("sysctl {0} would change the whole host, not the pod alone: run the pod in a virtual machine")]
+    NotOfThePod(String),
+    /// The kernel does not know it, or does not take the value.
     #[error("sysctl {name} = {value:?}: {cause}")]
     Refused {
         /// Which.
@@ -20,6 +25,30 @@ pub enum Error {
         /// The kernel's answer.
         cause: io::Error,
     },
+}
+
+/// Kernel parameters of an IPC namespace, with those below `fs.mqueue`.
+const IPC: &[&str] = &[
+    "kernel.msgmax",
+    "kernel.msgmnb",
+    "kernel.msgmni",
+    "kernel.sem",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "kernel.shmmni",
+    "kernel.shm_rmid_forced",
+];
+
+/// On the host, a pod has those parameters alone that its own namespaces have.
+pub fn check(name: &str, host: Option<&Host>) -> Result<(), Error> {
+    let Some(host) = host else { return Ok(()) };
+    let path = path(name).ok_or_else(|| Error::Name(name.to_owned()))?;
+    let below = path.strip_prefix("/proc/sys").unwrap_or(&path);
+    let dotted = below.to_string_lossy().replace('/', ".");
+    let own = (below.starts_with("net") && host.netns.is_some())
+        || (below.starts_with("fs/mqueue") && host.own_ipc)
+        || (IPC.contains(&dotted.as_str()) && host.own_ipc);
+    if own { Ok(()) } else { Err(Error::NotOfThePod(name.to_owned())) }
 }
 
 /// Sets one parameter.
@@ -69,6 +98,20 @@ mod tests {
         for name in ["", ".", "..", "net..x", "../../etc/passwd", "net/../../x", "net.//.x", "a b", "/etc/x"]
         {
             assert!(path(name).is_none(), "{name}");
+        }
+    }
+
+    #[test]
+    fn on_the_host_a_pod_has_the_parameters_of_its_own_namespaces() {
+        let own = Host { netns: Some("/run/netns/p".into()), own_ipc: true, ..Host::default() };
+        let none = Host::default();
+        for name in ["net.ipv4.ip_forward", "net/core/somaxconn", "kernel.shmmax", "fs.mqueue.msg_max"] {
+            assert!(check(name, Some(&own)).is_ok(), "{name}");
+            assert!(matches!(check(name, Some(&none)), Err(Error::NotOfThePod(_))), "{name}");
+            assert!(check(name, None).is_ok(), "{name}");
+        }
+        for name in ["kernel.panic", "vm.swappiness", "fs.file-max", "kernel.core_pattern"] {
+            assert!(matches!(check(name, Some(&own)), Err(Error::NotOfThePod(_))), "{name}");
         }
     }
 

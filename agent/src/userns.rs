@@ -16,7 +16,7 @@ use std::path::Path;
 use husk_proto::agent::{IdMapping, UserNamespace, paths};
 use nix::errno::Errno;
 
-use crate::ns;
+use crate::{mode, ns};
 use crate::reaper::Reaper;
 
 /// `linux/mount.h`
@@ -67,9 +67,9 @@ pub fn create(reaper: &Reaper, wanted: &UserNamespace) -> io::Result<()> {
         // One write: the kernel takes a map as a whole, once.
         std::fs::write(format!("/proc/{pid}/{file}"), lines(map))?;
     }
-    ns::pin(pid, "user", Path::new(paths::USER_NAMESPACE))?;
-    ns::pin(pid, "pid", Path::new(paths::PID_NAMESPACE))?;
-    ns::pin(pid, "ipc", Path::new(paths::IPC_NAMESPACE))
+    ns::pin(pid, "user", &mode::at(paths::USER_NAMESPACE))?;
+    ns::pin(pid, "pid", &mode::at(paths::PID_NAMESPACE))?;
+    ns::pin(pid, "ipc", &mode::at(paths::IPC_NAMESPACE))
 }
 
 /// user_namespaces(7), "User and group ID mappings".
@@ -80,7 +80,7 @@ fn lines(map: &[IdMapping]) -> String {
 
 /// Mounts the tree at `from` on `to` as the pod's user namespace sees it.
 pub fn mount_mapped(from: &Path, to: &Path) -> io::Result<()> {
-    let namespace = File::open(paths::USER_NAMESPACE)?;
+    let namespace = File::open(mode::at(paths::USER_NAMESPACE))?;
     let tree = open_tree(from)?;
     let attributes = MountAttr {
         attr_set: MOUNT_ATTR_IDMAP,

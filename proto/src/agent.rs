@@ -21,8 +21,15 @@ pub const STREAM_PORT: u32 = 1025;
 /// closes.
 pub const READY_PORT: u32 = 1023;
 
-/// Places in the guest that exist after `CreateSandbox`.
+/// On the host alone: a connection that stays open for as long as the agent
+/// lives, so that its end is known.
+pub const LIFE_PORT: u32 = 1022;
+
+/// Places in the guest that exist after `CreateSandbox`. On the host they are
+/// in the pod's directory, which stands for [`BASE`](paths::BASE).
 pub mod paths {
+    /// What all of them are below.
+    pub const BASE: &str = "/run/husk";
     /// The pod's `/etc/hosts`, bind-mounted into its containers.
     pub const HOSTS: &str = "/run/husk/sandbox/hosts";
     /// The pod's `/etc/hostname`.

@@ -56,10 +56,30 @@ pub struct Images {
     pub pinned: Vec<String>,
 }
 
-/// `[handlers.NAME]`: one kind of virtual machine.
+/// What a pod of a handler lives in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// A virtual machine of its own.
+    #[default]
+    Vm,
+    /// Namespaces of the host.
+    Host,
+}
+
+/// `[handlers.NAME]`: one kind of pod.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Handler {
+    /// What its pods live in: a virtual machine, or, for the handler `runc`
+    /// unless it says otherwise, the host.
+    pub kind: Option<Kind>,
+    /// Whether requests may name it.
+    pub enabled: bool,
+    /// Host pods: the `husk-agent` program, their supervisor.
+    pub agent: PathBuf,
+    /// Host pods: the OCI runtime.
+    pub runc: PathBuf,
     /// The `husk-vmm` program.
     pub vmm: PathBuf,
     /// The guest's kernel, an uncompressed `vmlinux`.
@@ -91,13 +111,36 @@ impl Default for Config {
             default_handler: DEFAULT_HANDLER.into(),
             network: Network::default(),
             images: Images::default(),
-            handlers: BTreeMap::from([(DEFAULT_HANDLER.into(), Handler::default())]),
+            handlers: [DEFAULT_HANDLER, HOST_HANDLER].map(built_in).into(),
         }
     }
 }
 
 /// The handler that exists without a configuration file.
 pub const DEFAULT_HANDLER: &str = "kata-runtime";
+
+/// The handler of host pods that exists without a configuration file.
+pub const HOST_HANDLER: &str = "runc";
+
+/// A handler as it is when the configuration file does not mention it.
+fn built_in(name: &str) -> (String, Handler) {
+    (name.to_owned(), Handler { kind: Some(Kind::of(name)), ..Handler::default() })
+}
+
+impl Kind {
+    /// Of a handler that does not say.
+    fn of(name: &str) -> Self {
+        if name == HOST_HANDLER { Self::Host } else { Self::Vm }
+    }
+}
+
+impl Handler {
+    /// What its pods live in.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind.unwrap_or_default()
+    }
+}
 
 impl Default for Network {
     fn default() -> Self {
@@ -124,6 +167,10 @@ impl Default for Images {
 impl Default for Handler {
     fn default() -> Self {
         Self {
+            kind: None,
+            enabled: true,
+            agent: installed("libexec/husk/husk-agent"),
+            runc: "runc".into(),
             vmm: installed("libexec/husk/husk-vmm"),
             kernel: installed("share/husk/vmlinux"),
             rootfs: installed("share/husk/rootfs.erofs"),
@@ -187,15 +234,30 @@ impl Config {
             Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(cause) => return Err(Error::Read { path: path.into(), cause }),
         };
-        let config: Self = toml::from_str(&text)
+        let mut config: Self = toml::from_str(&text)
             .map_err(|cause| Error::Parse { path: path.into(), cause: Box::new(cause) })?;
+        config.complete();
         config.check().map_err(|problem| Error::Value { path: path.into(), problem })?;
         Ok(config)
     }
 
+    /// A file that changes one handler leaves the others as they are.
+    fn complete(&mut self) {
+        for (name, handler) in [DEFAULT_HANDLER, HOST_HANDLER].map(built_in) {
+            self.handlers.entry(name).or_insert(handler);
+        }
+        for (name, handler) in &mut self.handlers {
+            handler.kind.get_or_insert(Kind::of(name));
+        }
+        self.handlers.retain(|_, handler| handler.enabled);
+    }
+
     fn check(&self) -> Result<(), String> {
         if !self.handlers.contains_key(&self.default_handler) {
-            return Err(format!("default_handler `{}` is not among [handlers]", self.default_handler));
+            return Err(format!(
+                "default_handler `{}` is not among [handlers] that are enabled",
+                self.default_handler
+            ));
         }
         for (name, handler) in &self.handlers {
             if !(1..=64).contains(&handler.vcpus) {
@@ -249,6 +311,22 @@ mod tests {
         assert_eq!(config.socket, Path::new("/tmp/x.sock"));
         assert_eq!(config.handler("small").unwrap().1.memory_mib, 128);
         assert_eq!(config.state_dir, Path::new("/var/lib/husk"));
+    }
+
+    #[test]
+    fn host_pods_have_a_handler_unless_it_is_taken_away() {
+        for text in ["", "[handlers.kata-runtime]\nvcpus = 2", "[handlers.runc]\nrunc = '/opt/runc'"] {
+            let config = load(text).unwrap();
+            assert_eq!(config.handler("runc").unwrap().1.kind(), Kind::Host, "{text}");
+            assert_eq!(config.handler("").unwrap().1.kind(), Kind::Vm, "{text}");
+        }
+        assert_eq!(
+            load("[handlers.plain]\nkind = 'host'").unwrap().handler("plain").unwrap().1.kind(),
+            Kind::Host
+        );
+        assert!(load("[handlers.runc]\nenabled = false").unwrap().handler("runc").is_none());
+        assert!(load("[handlers.kata-runtime]\nenabled = false").is_err(), "it is the default");
+        assert!(load("[handlers.runc]\nkind = 'jail'").is_err());
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod config;
 pub mod container;
 pub mod cri;
 pub mod events;
+pub mod host;
 pub mod id;
 pub mod image;
 pub mod network;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
-use husk_runtime::config::Config;
+use husk_runtime::config::{Config, Kind};
 use husk_runtime::node::Node;
 use husk_runtime::{cri, sandbox, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// The CRI server of a node: every pod in a virtual machine of its own.
+/// The CRI server of a node: pods in virtual machines of their own.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -39,7 +39,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let node = Arc::new(Node::open(config)?);
     sandbox::recover::recover(&node).await.context("recover what an earlier huskd left")?;
     // The first pod shall not wait for what every pod needs.
-    for handler in node.config.handlers.values() {
+    for handler in node.config.handlers.values().filter(|handler| handler.kind() == Kind::Vm) {
         if let Err(error) = node.scratch.prepared(handler.disk_mib).await {
             tracing::warn!(%error, "pods will fail until this is mended");
         }

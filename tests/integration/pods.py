@@ -15,6 +15,7 @@ class PodTest(unittest.TestCase):
     """Tests on a node of their own, which is empty again after each of them."""
 
     settings = ""
+    handler = "kata-runtime"
 
     @classmethod
     def setUpClass(cls):
@@ -48,7 +49,8 @@ class PodTest(unittest.TestCase):
             left += [str(path) for path in (node.state / "sandboxes").iterdir()]
             left += [name for name in os.listdir("/run/netns") if name.startswith("husk")] if os.path.isdir("/run/netns") else []
             left += [str(path) for path in leases(node)]
-            left += processes("husk-vmm")
+            left += processes("husk-vmm") + processes("husk-agent")
+            left += sorted(leftovers.block_devices())
             return left
 
         deadline = time.monotonic() + 10
@@ -63,7 +65,7 @@ class PodTest(unittest.TestCase):
             type(self).count += 1
             name = f"pod{self.count}"
         config = self.node.sandbox_file(name, **settings)
-        return self.node.crictl("runp", "--runtime", "kata-runtime", config), config
+        return self.node.crictl("runp", "--runtime", self.handler, config), config
 
     def container(self, pod, sandbox, name="main", image="busybox", start=True, **settings):
         settings.setdefault("command", ["sleep", "3600"])

@@ -155,6 +155,7 @@ class Node:
             f"[network]\nconf_dir = '{self.cni}'\nbin_dirs = ['{self.plugins}']\n"
             # Software emulation is 15 to 30 times slower than hardware.
             "[handlers.kata-runtime]\nboot_timeout_seconds = 180\nagent_timeout_seconds = 180\n"
+            "[handlers.runc]\nagent_timeout_seconds = 180\n"
             f"{self.extra_configuration}\n"
         )
         self.daemon = self.run_in_background("huskd", [self.prefix / "bin/huskd", "--config", self.config])

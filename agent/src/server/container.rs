@@ -1,7 +1,6 @@
 //! A container's life: created, started, updated, removed.
 
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use super::{Agent, Error, Stage, sandbox};
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroup;
 use crate::container::Container;
+use crate::mode;
 use crate::process::{Process, Role};
 use crate::stdio::Stdio;
 use crate::{id, resources, runc, spec, user};
@@ -41,7 +41,7 @@ pub async fn create(
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
     let root = agent.mapped_root.get().copied();
-    let bundle = Bundle::prepare(&id, &rootfs.image_serial, &agent.images, &agent.disks, root)
+    let bundle = Bundle::prepare(&id, &rootfs, &agent.images, &agent.disks, root)
         .await
         .stage("mount the root filesystem")?;
     let created = create_in(&agent, &request, config, cgroup, &bundle).await;
@@ -90,7 +90,7 @@ async fn create_in(
     let asked = request.user.clone().unwrap_or_default();
     let identity = user::resolve(&bundle.rootfs(), &asked.user, asked.strict_groups).invalid("user")?;
     resources::fit_to_machine(&mut config).invalid("spec_json")?;
-    if spec::joins(&config, Path::new(paths::PID_NAMESPACE)) {
+    if spec::joins(&config, &mode::at(paths::PID_NAMESPACE)) {
         sandbox::share_pid_namespace(agent).await?;
     }
     spec::complete(&mut config, &bundle.rootfs(), &identity, &asked, request.terminal)

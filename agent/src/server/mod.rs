@@ -8,9 +8,9 @@ use husk_proto::agent::agent_server::{Agent as Service, AgentServer};
 use husk_proto::agent::*;
 use tokio::sync::Notify;
 use tokio::time::timeout;
-use tokio_vsock::VsockListener;
 use tonic::{Request, Response, Status};
 
+use crate::connection::Incoming;
 use crate::container::Containers;
 use crate::disks::Disks;
 use crate::images::Images;
@@ -65,12 +65,12 @@ impl Agent {
 }
 
 /// Serves until the machine is to go down and the answer to that is sent.
-pub async fn serve(listener: VsockListener, agent: Arc<Agent>) -> Result<(), tonic::transport::Error> {
+pub async fn serve(incoming: Incoming, agent: Arc<Agent>) -> Result<(), tonic::transport::Error> {
     let service = AgentServer::new(Endpoint(agent.clone())).max_decoding_message_size(MAX_MESSAGE);
     let power_off = Notify::new();
     let serving = tonic::transport::Server::builder()
         .add_service(service)
-        .serve_with_incoming_shutdown(listener.incoming(), power_off.notified());
+        .serve_with_incoming_shutdown(incoming, power_off.notified());
     tokio::pin!(serving);
     tokio::select! {
         ended = &mut serving => return ended,

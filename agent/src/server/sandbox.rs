@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::{Agent, Error, Stage, container};
 use crate::bundle::SCRATCH;
+use crate::mode::{self, Mode};
 use crate::{clock, etc, id, mounts, netlink, ns, sysctl, userns};
 
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
@@ -35,8 +36,17 @@ pub async fn create(
         return Err(Error::Invalid(format!("the host name has more than {MAX_HOSTNAME} bytes")));
     }
     let addresses = netlink::addresses(&request.interfaces).invalid("interfaces")?;
-    let hosts = etc::hosts(&request.hostname, &addresses).invalid("hostname")?;
-    let resolv_conf = etc::resolv_conf(request.dns.as_ref().unwrap_or(&Dns::default())).invalid("dns")?;
+    let mut hosts = etc::hosts(&request.hostname, &addresses).invalid("hostname")?;
+    let mut resolv_conf = etc::resolv_conf(request.dns.as_ref().unwrap_or(&Dns::default())).invalid("dns")?;
+    if let Some(host) = mode::host() {
+        // A pod in the host's network knows the names that the host knows.
+        if host.netns.is_none() {
+            hosts = fs::read_to_string("/etc/hosts").unwrap_or(hosts);
+        }
+        if request.dns.is_none() {
+            resolv_conf = fs::read_to_string("/etc/resolv.conf").unwrap_or(resolv_conf);
+        }
+    }
     if let Some(wanted) = &request.user_namespace {
         userns::check(wanted).invalid("user_namespace")?;
     }
@@ -46,6 +56,50 @@ pub async fn create(
         return Err(Error::Precondition("the sandbox was created before".into()));
     }
 
+    match mode::get() {
+        Mode::Guest => set_up_machine(&agent, &request).await?,
+        // The namespaces that it has are all that is set up of the host.
+        Mode::Host(_) => {}
+    }
+    if !request.hostname.is_empty() && mode::host().is_none_or(|host| host.netns.is_some()) {
+        nix::unistd::sethostname(&request.hostname).stage("set the host name")?;
+    }
+    let shm = mode::at(paths::SHM);
+    mounts::make_mount_point(&shm).stage("mount shm")?;
+    for (path, text) in [
+        (paths::HOSTS, hosts),
+        (paths::HOSTNAME, format!("{}\n", request.hostname)),
+        (paths::RESOLV_CONF, resolv_conf),
+    ] {
+        let path = mode::at(path);
+        fs::write(&path, text)
+            .map_err(|error| format!("{}: {error}", path.display()))
+            .stage("write the pod's files")?;
+    }
+    let shm_size = if request.shm_size == 0 { SHM_DEFAULT } else { request.shm_size };
+    let private = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mounts::mount("shm", &shm, "tmpfs", private, &format!("mode=1777,size={shm_size}")).stage("mount shm")?;
+
+    // After the interfaces: some parameters are theirs.
+    for (name, value) in &request.sysctls {
+        sysctl::check(name, mode::host()).invalid("sysctls")?;
+        sysctl::set(name, value).invalid("sysctls")?;
+    }
+    if let Some(wanted) = &request.user_namespace {
+        map_users(&agent, wanted, &request.sysctls).await?;
+    } else if request.shared_pid_namespace {
+        share_pid_namespace(&agent).await?;
+    }
+
+    if let Some(created) = agent.sandbox.get() {
+        let _ = created.set(());
+    }
+    let release = nix::sys::utsname::uname().stage("uname")?.release().to_string_lossy().into_owned();
+    Ok(CreateSandboxResponse { kernel_release: release, agent_version: env!("CARGO_PKG_VERSION").into() })
+}
+
+/// What a machine has of its own: clock, disk, interfaces.
+async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result<(), Error> {
     // A clone of a template has its template's clock and random numbers.
     if request.time_unix_nanos != 0 {
         clock::set(request.time_unix_nanos).stage("set the clock")?;
@@ -64,39 +118,7 @@ pub async fn create(
     netlink::configure(&request.interfaces, &request.routes).await.map_err(|error| match error {
         netlink::Error::Invalid(what) => Error::Invalid(format!("network: {what}")),
         other => Error::Failed { stage: "network", cause: other.to_string() },
-    })?;
-
-    if !request.hostname.is_empty() {
-        nix::unistd::sethostname(&request.hostname).stage("set the host name")?;
-    }
-    mounts::make_mount_point(Path::new(paths::SHM)).stage("mount shm")?;
-    for (path, text) in [
-        (paths::HOSTS, hosts),
-        (paths::HOSTNAME, format!("{}\n", request.hostname)),
-        (paths::RESOLV_CONF, resolv_conf),
-    ] {
-        fs::write(path, text).map_err(|error| format!("{path}: {error}")).stage("write the pod's files")?;
-    }
-    let shm_size = if request.shm_size == 0 { SHM_DEFAULT } else { request.shm_size };
-    let private = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mounts::mount("shm", paths::SHM, "tmpfs", private, &format!("mode=1777,size={shm_size}"))
-        .stage("mount shm")?;
-
-    // After the interfaces: some parameters are theirs.
-    for (name, value) in &request.sysctls {
-        sysctl::set(name, value).invalid("sysctls")?;
-    }
-    if let Some(wanted) = &request.user_namespace {
-        map_users(&agent, wanted, &request.sysctls).await?;
-    } else if request.shared_pid_namespace {
-        share_pid_namespace(&agent).await?;
-    }
-
-    if let Some(created) = agent.sandbox.get() {
-        let _ = created.set(());
-    }
-    let release = nix::sys::utsname::uname().stage("uname")?.release().to_string_lossy().into_owned();
-    Ok(CreateSandboxResponse { kernel_release: release, agent_version: env!("CARGO_PKG_VERSION").into() })
+    })
 }
 
 /// Refuses what needs a pod while the machine is none.
@@ -136,14 +158,15 @@ pub async fn share_pid_namespace(agent: &Agent) -> Result<(), Error> {
     // One at a time: two containers may be the first to need it.
     let mut made = agent.pid_namespace.lock().await;
     if !*made {
-        ns::create_pid_namespace(&agent.reaper, Path::new(paths::PID_NAMESPACE))
+        ns::create_pid_namespace(&agent.reaper, &mode::at(paths::PID_NAMESPACE))
             .stage("create the shared pid namespace")?;
         *made = true;
     }
     Ok(())
 }
 
-/// `Shutdown`: the machine goes down once the answer is on its way.
+/// `Shutdown`: the machine goes down, or the supervisor ends, once the answer
+/// is on its way.
 pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
     let containers = agent.containers.all();
     for container in &containers {
@@ -161,7 +184,9 @@ pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
         }
         Err(_) => tracing::warn!("shut down: containers did not end in {} s", SHUTDOWN_DEADLINE.as_secs()),
     }
-    if let Err(error) = mounts::unmount(Path::new(SCRATCH)) {
+    if mode::host().is_none()
+        && let Err(error) = mounts::unmount(Path::new(SCRATCH))
+    {
         tracing::warn!("shut down: {error}");
     }
     agent.power_off.notify_one();

@@ -189,7 +189,7 @@ async fn failures_leave_nothing_behind(machine: &mut Machine) {
     let refused = machine.client.create_container(request).await.unwrap().into_inner();
     assert!(refused.start_error.contains("/no/such/program"), "{refused:?}");
     let mut request = container("bad", &["true"]);
-    request.rootfs = Some(Rootfs { image_serial: "no-such-disk".into() });
+    request.rootfs = Some(Rootfs { image_serial: "no-such-disk".into(), ..Rootfs::default() });
     let error = machine.create(request).await.unwrap_err();
     assert!(error.message().contains("no block device has the serial number \"no-such-disk\""), "{error}");
     for id in ["", "../x", "a/b"] {

@@ -201,7 +201,7 @@ pub fn container(id: &str, args: &[&str]) -> CreateContainerRequest {
     CreateContainerRequest {
         container_id: id.into(),
         spec_json: spec(id, args).to_string().into_bytes(),
-        rootfs: Some(Rootfs { image_serial: "image".into() }),
+        rootfs: Some(Rootfs { image_serial: "image".into(), ..Rootfs::default() }),
         user: Some(User::default()),
         terminal: false,
         stdin: false,

@@ -103,7 +103,7 @@ pub struct Error {
     pub status: Box<tonic::Status>,
 }
 
-async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStream> {
+pub(crate) async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStream> {
     let mut socket = UnixStream::connect(vsock).await?;
     socket.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     let answer = read_line(&mut socket).await?;

@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 
 use crate::container::spec;
 use crate::sandbox::registry::{LookupError, NameTaken};
-use crate::{agent, image, network, storage, vm};
+use crate::{agent, host, image, network, storage, vm};
 
 /// Why a request failed. The text says the stage first.
 #[derive(Debug, thiserror::Error)]
@@ -46,8 +46,11 @@ pub enum Error {
     /// The machine.
     #[error(transparent)]
     Vm(#[from] vm::Error),
+    /// The supervisor of host containers.
+    #[error(transparent)]
+    Host(#[from] host::Error),
     /// The agent in it.
-    #[error("guest: {0}")]
+    #[error("agent: {0}")]
     Agent(#[from] agent::Error),
     /// The sandbox disk.
     #[error(transparent)]
@@ -82,12 +85,14 @@ impl Error {
             Self::NoImage(_) | Self::Lookup(LookupError::Unknown { .. }) => Code::NotFound,
             Self::Lookup(LookupError::Ambiguous { .. }) => Code::InvalidArgument,
             Self::NameTaken(_) => Code::AlreadyExists,
+            Self::Host(host::Error::NoCgroups) => Code::FailedPrecondition,
             Self::Vm(vm::Error::NoSlot(_)) => Code::ResourceExhausted,
             Self::Agent(error) => error.status.code(),
             Self::Image(error) => image_code(error),
             Self::Record(cause)
             | Self::File { cause, .. }
             | Self::Vm(vm::Error::File { cause, .. })
+            | Self::Host(host::Error::File { cause, .. })
             | Self::Scratch(storage::Error::File { cause, .. })
                 if cause.kind() == io::ErrorKind::StorageFull =>
             {

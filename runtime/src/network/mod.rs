@@ -220,6 +220,19 @@ impl Network {
     /// Everything is undone then, save what a plugin refuses to undo: that
     /// stays recorded for a later [`Network::detach`].
     pub async fn attach(&self, pod: &PodRef<'_>) -> Result<Attachment, Error> {
+        self.connect(pod, true).await
+    }
+
+    /// Connects a pod whose containers are in the namespace themselves: there is
+    /// no tap, and nothing to configure that the plugins have not.
+    ///
+    /// # Errors
+    /// As [`Network::attach`].
+    pub async fn attach_host_pod(&self, pod: &PodRef<'_>) -> Result<Attachment, Error> {
+        self.connect(pod, false).await
+    }
+
+    async fn connect(&self, pod: &PodRef<'_>, taps: bool) -> Result<Attachment, Error> {
         let network = conflist::load(&self.conf_dir)?;
         let intent = Intent {
             sandbox_id: pod.sandbox_id.to_owned(),
@@ -250,7 +263,7 @@ impl Network {
             }
         };
         let plugins = start.elapsed().saturating_sub(namespace);
-        match self.finish(&intent, &result).await {
+        match self.finish(&intent, &result, taps).await {
             Ok(attachment) => {
                 let total = start.elapsed();
                 tracing::debug!(
@@ -273,12 +286,17 @@ impl Network {
     }
 
     /// What follows a successful ADD.
-    async fn finish(&self, intent: &Intent, result: &Value) -> Result<Attachment, Error> {
+    async fn finish(&self, intent: &Intent, result: &Value, taps: bool) -> Result<Attachment, Error> {
         self.records.complete(&intent.sandbox_id, result).map_err(Error::Record)?;
         let wrong = |reason| Error::Result { network: intent.network.name.clone(), reason };
         let pod = result::parse(result).map_err(wrong)?;
         if pod.addresses.is_empty() {
             return Err(wrong("the plugins gave the pod no address: configure an ipam plugin".into()));
+        }
+        let ips = pod.addresses.iter().map(|cidr| cidr.address).collect();
+        if !taps {
+            let (interfaces, routes) = (Vec::new(), Vec::new());
+            return Ok(Attachment { netns: intent.netns.clone(), ips, interfaces, routes, dns: pod.dns });
         }
         let main = intent.interface.clone();
         let join = move || netns::with_netlink(async |netlink| guest::join(&netlink, &main).await);
@@ -303,7 +321,7 @@ impl Network {
         }
         Ok(Attachment {
             netns: intent.netns.clone(),
-            ips: pod.addresses.iter().map(|cidr| cidr.address).collect(),
+            ips,
             interfaces: guest.interfaces,
             routes: guest.routes,
             dns: pod.dns,

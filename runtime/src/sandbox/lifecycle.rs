@@ -7,8 +7,10 @@ use std::time::Duration;
 use husk_proto::cri::ContainerEventType;
 
 use super::{Phase, Sandbox};
+use crate::config::Kind;
 use crate::container::{Exit, State, supervise};
 use crate::cri::error::Error;
+use crate::host;
 use crate::node::Node;
 use crate::vm::{self, Machine};
 
@@ -17,16 +19,12 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Watches a machine, so that its end is known when nobody asked for it.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
-    let (sandbox, control) = (sandbox.clone(), machine.control.clone());
+    let (sandbox, keeper) = (sandbox.clone(), machine.keeper.clone());
     tokio::spawn(async move {
-        let exit = control.wait().await;
+        let problem = keeper.wait().await;
         if sandbox.record().phase != Phase::Ready {
             return;
         }
-        let problem = match exit {
-            Some(exit) => vm::Error::from(exit).to_string(),
-            None => "the machine's VMM was killed".to_owned(),
-        };
         tracing::warn!(sandbox = %sandbox.id, problem, "machine ended unasked");
         ended(&sandbox, &problem);
     });
@@ -78,6 +76,7 @@ pub async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
             cause,
         })?;
     }
+    remove_layers(sandbox).await?;
     let scratch = sandbox.scratch();
     match std::fs::remove_file(&scratch) {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
@@ -87,15 +86,30 @@ pub async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
     }
 }
 
+/// Removes what the containers of a host pod have written, which may be much.
+async fn remove_layers(sandbox: &Sandbox) -> Result<(), Error> {
+    let layers = sandbox.layers();
+    let path = layers.clone();
+    let removed = tokio::task::spawn_blocking(move || host::remove_tree(&path)).await;
+    removed.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(|cause| Error::File {
+        stage: "remove writable layers",
+        path: layers,
+        cause,
+    })
+}
+
 /// Ends the machine by its own socket, or, when nobody answers there, by its
-/// control group.
-async fn end_machine(node: &Node, sandbox: &Sandbox, cgroup: Option<&Path>) -> Result<(), vm::Error> {
+/// control group. A host pod has only that.
+async fn end_machine(node: &Node, sandbox: &Sandbox, cgroup: Option<&Path>) -> Result<(), Error> {
     let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
+    if sandbox.record().kind == Kind::Host {
+        return Ok(host::destroy(&run_dir, cgroup).await?);
+    }
     let Err(error) = vm::destroy(&run_dir).await else { return Ok(()) };
     tracing::warn!(sandbox = %sandbox.id, %error, "the VMM does not end when asked; killing it");
     match cgroup.map(vm::kill_cgroup) {
-        Some(Ok(())) => vm::destroy(&run_dir).await,
-        Some(Err(_)) | None => Err(error),
+        Some(Ok(())) => Ok(vm::destroy(&run_dir).await?),
+        Some(Err(_)) | None => Err(error.into()),
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 
+use crate::config::Kind;
 use crate::container::Container;
 use crate::events::Events;
 use crate::id::SandboxId;
@@ -29,6 +30,9 @@ pub struct Record {
     pub config: cri::PodSandboxConfig,
     /// Name of its runtime handler, never empty.
     pub handler: String,
+    /// What it lives in, whatever the handler of that name may be later.
+    #[serde(default)]
+    pub kind: Kind,
     /// Nanoseconds since 1970.
     pub created_at: i64,
     /// How far it is.
@@ -37,10 +41,10 @@ pub struct Record {
     pub ips: Vec<String>,
     /// The pod's network namespace.
     pub netns: PathBuf,
-    /// Process id of its VMM, for people; nothing is ever done to a process by
+    /// Process id of its VMM, or of its supervisor on the host, for people; nothing is ever done to a process by
     /// this number.
     pub vmm_pid: u32,
-    /// The control group of its VMM.
+    /// The control group of its VMM, or of all processes of a host pod.
     pub cgroup: Option<PathBuf>,
     /// What its machine was made with.
     #[serde(default)]
@@ -186,6 +190,11 @@ impl Sandbox {
     /// Its folder under the state directory.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The folder of the writable layers of a host pod.
+    pub fn layers(&self) -> PathBuf {
+        self.directory.join("layers")
     }
 
     /// The file behind the machine's writable disk.

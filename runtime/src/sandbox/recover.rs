@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Phase, Sandbox, lifecycle};
+use crate::config::Kind;
 use crate::container::{Container, State, supervise};
 use crate::cri::error::Error;
 use crate::cri::names;
+use crate::host;
 use crate::node::Node;
 use crate::vm::{self, Slots};
 
@@ -66,9 +68,20 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
         let record = container.record();
         (record.image_slot.clone(), record.image_rootfs.clone())
     });
-    let slots = Slots::in_use(handler.image_slots, used);
     let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
-    match vm::reattach(&run_dir, slots, Duration::from_secs(handler.agent_timeout_seconds)).await {
+    let timeout = Duration::from_secs(handler.agent_timeout_seconds);
+    let reattached = match (record.kind, &record.cgroup) {
+        (Kind::Vm, _) => {
+            let slots = Slots::new(handler.image_slots).in_use(used);
+            vm::reattach(&run_dir, slots, timeout).await.map_err(Error::from)
+        }
+        (Kind::Host, Some(cgroup)) => {
+            let slots = Slots::unlimited().in_use(used);
+            host::reattach(&run_dir, cgroup, slots, timeout).await.map_err(Error::from)
+        }
+        (Kind::Host, None) => Err(host::Error::NoCgroups.into()),
+    };
+    match reattached {
         Ok(machine) => {
             sandbox.set_machine(Some(machine.clone()));
             lifecycle::watch(sandbox, &machine);
@@ -143,7 +156,11 @@ async fn end_strays(node: &Arc<Node>) {
         let path = path.path();
         if !run_dirs.contains(&path) {
             tracing::info!(path = %path.display(), "end a machine that no record speaks of");
-            if let Err(error) = vm::destroy(&path).await {
+            let ended = match host::owns(&path) {
+                true => host::destroy(&path, None).await.map_err(Error::from),
+                false => vm::destroy(&path).await.map_err(Error::from),
+            };
+            if let Err(error) = ended {
                 tracing::warn!(path = %path.display(), %error, "end stray machine");
             }
         }

@@ -1,4 +1,5 @@
-//! The control group of a pod's VMM: what the pod costs the host, in one place.
+//! The control group of a pod: what it costs the host, in one place. In it are
+//! the pod's VMM, or the groups of its supervisor and its host containers.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -108,24 +109,55 @@ pub fn set_list(file: &Path, list: &str) -> io::Result<()> {
     std::fs::write(file, format!("{list}\n"))
 }
 
-/// Kills every process in it: the way to end a VMM that does not listen any
-/// more, without a process id that may have become another's.
+/// Removes the groups below first; their files are no obstacle.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    let mut groups = vec![path.to_owned()];
+    let mut at = 0;
+    while let Some(group) = groups.get(at).cloned() {
+        at += 1;
+        let entries = std::fs::read_dir(&group)?;
+        let inner = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        groups.extend(inner.map(|entry| entry.path()));
+    }
+    for group in groups.iter().rev() {
+        match std::fs::remove_dir(group) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Kills every process in it and in the groups below: the way to end a VMM that
+/// does not listen any more, without a process id that may have become
+/// another's. Without the group there is nothing to kill.
 ///
 /// # Errors
 /// The kernel's.
 pub fn kill(path: &Path) -> io::Result<()> {
-    std::fs::write(path.join("cgroup.kill"), "1")
+    match std::fs::write(path.join("cgroup.kill"), "1") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
-/// Removes it once it is empty, which takes the kernel a moment after the last
-/// process has gone. Succeeds when there is none.
+/// True while there are processes in it or in the groups below.
+#[must_use]
+pub fn is_populated(path: &Path) -> bool {
+    let events = std::fs::read_to_string(path.join("cgroup.events")).unwrap_or_default();
+    events.lines().any(|line| line == "populated 1")
+}
+
+/// Removes it, with the groups that its containers had below, once it is empty,
+/// which takes the kernel a moment after the last process has gone. Succeeds
+/// when there is none.
 ///
 /// # Errors
 /// The kernel's, `EBUSY` when a process stays in it.
 pub async fn remove(path: &Path) -> io::Result<()> {
     let mut tries = 0;
     loop {
-        match std::fs::remove_dir(path) {
+        match remove_tree(path) {
             Ok(()) => break,
             Err(error) if error.kind() == io::ErrorKind::NotFound => break,
             Err(error) if tries >= 100 => return Err(error),

@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bin
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 
-use super::{Control, Error, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
+use super::{Control, Error, Keeper, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
 use crate::agent::Agent;
 use crate::config::Handler;
 use crate::id::SandboxId;
@@ -122,7 +122,8 @@ pub async fn launch(plan: Plan<'_>) -> Result<Launched, Error> {
 
     let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let agent = Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent)?;
-    let machine = Machine { control, agent, slots: Slots::new(plan.handler.image_slots) };
+    let machine =
+        Machine { keeper: Keeper::Vmm(control), agent, slots: Slots::new(plan.handler.image_slots) };
     Ok(Launched {
         machine: Arc::new(machine),
         vmm_pid: pid,

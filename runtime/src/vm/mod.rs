@@ -7,9 +7,10 @@ use std::time::Duration;
 use husk_vmm_api::{Exit, Info, Request, Response};
 
 use crate::agent::Agent;
+use crate::host::Supervisor;
 use crate::id::SandboxId;
 
-mod cgroup;
+pub mod cgroup;
 mod control;
 pub mod launch;
 mod slots;
@@ -21,15 +22,63 @@ pub use slots::{Claim, Slots};
 /// Most time that the VMM may take for one request.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A running machine with its agent.
+/// A running machine with its agent. A host pod has the agent alone, which then
+/// is its supervisor.
 #[derive(Debug)]
 pub struct Machine {
-    /// Its VMM.
-    pub control: Control,
+    /// What keeps the pod alive.
+    pub keeper: Keeper,
     /// The agent inside.
     pub agent: Agent,
     /// Its image disks.
     pub slots: Slots,
+}
+
+/// The process that a pod ends with.
+#[derive(Clone, Debug)]
+pub enum Keeper {
+    /// The VMM of its machine.
+    Vmm(Control),
+    /// The supervisor of its host containers.
+    Supervisor(Supervisor),
+}
+
+impl Keeper {
+    /// Returns when it has ended, with what is known of why.
+    pub async fn wait(&self) -> String {
+        match self {
+            Self::Vmm(control) => match control.wait().await {
+                Some(exit) => Error::from(exit).to_string(),
+                None => "the machine's VMM was killed".to_owned(),
+            },
+            Self::Supervisor(supervisor) => supervisor.wait().await,
+        }
+    }
+
+    /// Puts an image into a slot. On the host the agent takes the file itself.
+    ///
+    /// # Errors
+    /// What the VMM says, or that the file cannot be read.
+    pub async fn attach_image(&self, slot: &str, rootfs: &Path) -> Result<(), Error> {
+        let Self::Vmm(control) = self else { return Ok(()) };
+        let file = std::fs::File::open(rootfs).map_err(|cause| Error::File {
+            stage: "open image",
+            path: rootfs.into(),
+            cause,
+        })?;
+        control.attach_disk(slot.to_owned(), file.into()).await
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub async fn detach_image(&self, slot: String) -> Result<(), Error> {
+        match self {
+            Self::Vmm(control) => control.detach_disk(slot).await,
+            Self::Supervisor(_) => Ok(()),
+        }
+    }
 }
 
 /// Something went wrong with a machine.
@@ -129,7 +178,7 @@ pub async fn reattach(run_dir: &Path, slots: Slots, agent_timeout: Duration) -> 
     let control = Control::new(control_path(run_dir));
     control.info().await?;
     let agent = Agent::connect(vsock_path(run_dir), agent_timeout).await.map_err(Error::Agent)?;
-    Ok(Arc::new(Machine { control, agent, slots }))
+    Ok(Arc::new(Machine { keeper: Keeper::Vmm(control), agent, slots }))
 }
 
 /// Ends whatever VMM still listens in `run_dir`, and removes the folder.

@@ -1,6 +1,6 @@
 //! The image disks of a machine: block devices that exist from the start and
 //! get a file behind them when a container needs its image. Containers of one
-//! image share a disk.
+//! image share a disk. A host pod has as many as it wants.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,8 @@ use tokio::sync::{Mutex, MutexGuard};
 #[derive(Debug)]
 pub struct Slots {
     used: Mutex<BTreeMap<String, Use>>,
-    names: Vec<String>,
+    /// None where each image gets a name of its own.
+    names: Option<Vec<String>>,
 }
 
 #[derive(Debug)]
@@ -49,23 +50,29 @@ impl Slots {
     /// All empty.
     #[must_use]
     pub fn new(count: u8) -> Self {
-        Self { used: Mutex::default(), names: Self::names(count) }
+        Self { used: Mutex::default(), names: Some(Self::names(count)) }
+    }
+
+    /// Those of a host pod: one for each image, named after its file.
+    #[must_use]
+    pub fn unlimited() -> Self {
+        Self { used: Mutex::default(), names: None }
     }
 
     /// As the containers that exist have them.
     #[must_use]
-    pub fn in_use(count: u8, containers: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
+    pub fn in_use(self, containers: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
         let mut used = BTreeMap::<String, Use>::new();
         for (slot, rootfs) in containers {
             used.entry(slot).or_insert(Use { rootfs, containers: 0 }).containers += 1;
         }
-        Self { used: Mutex::new(used), names: Self::names(count) }
+        Self { used: Mutex::new(used), names: self.names }
     }
 
     /// Holds the disks still, so that one can be attached or detached before
     /// anybody else looks.
     pub async fn hold(&self) -> Held<'_> {
-        Held { used: self.used.lock().await, names: &self.names }
+        Held { used: self.used.lock().await, names: self.names.as_deref() }
     }
 }
 
@@ -73,7 +80,7 @@ impl Slots {
 #[derive(Debug)]
 pub struct Held<'a> {
     used: MutexGuard<'a, BTreeMap<String, Use>>,
-    names: &'a [String],
+    names: Option<&'a [String]>,
 }
 
 impl Held<'_> {
@@ -84,9 +91,12 @@ impl Held<'_> {
             held.containers += 1;
             return Some(Claim::Shared(name.clone()));
         }
-        let free = self.names.iter().find(|name| !self.used.contains_key(*name))?;
+        let free = match self.names {
+            Some(names) => names.iter().find(|name| !self.used.contains_key(*name))?.clone(),
+            None => rootfs.file_stem()?.to_string_lossy().into_owned(),
+        };
         self.used.insert(free.clone(), Use { rootfs: rootfs.into(), containers: 1 });
-        Some(Claim::Attach(free.clone()))
+        Some(Claim::Attach(free))
     }
 
     /// One container less; true when the disk is to be detached.
@@ -122,8 +132,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_host_pod_has_one_for_every_image() {
+        let slots = Slots::unlimited();
+        let mut held = slots.hold().await;
+        for number in 0..100 {
+            let rootfs = PathBuf::from(format!("/images/rootfs/{number}.erofs"));
+            assert_eq!(held.claim(&rootfs), Some(Claim::Attach(number.to_string())));
+            assert_eq!(held.claim(&rootfs), Some(Claim::Shared(number.to_string())));
+        }
+    }
+
+    #[tokio::test]
     async fn a_restarted_daemon_finds_them_as_they_were() {
-        let slots = Slots::in_use(2, [("image-1".into(), "1".into()), ("image-1".into(), "1".into())]);
+        let slots = Slots::new(2).in_use([("image-1".into(), "1".into()), ("image-1".into(), "1".into())]);
         let mut held = slots.hold().await;
         assert_eq!(held.claim(Path::new("1")), Some(Claim::Shared("image-1".into())));
         assert_eq!(held.claim(Path::new("2")), Some(Claim::Attach("image-0".into())));

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use husk_runtime::config::Config;
+use husk_runtime::config::{Config, Kind};
 
 use super::report::{Finding, Report};
 
@@ -20,6 +20,11 @@ pub fn check(report: &mut Report, config: &Config) {
         report.add(name, program(name, package, without));
     }
     for (name, handler) in &config.handlers {
+        if handler.kind() == Kind::Host {
+            report.add(format!("{name}: agent"), file(&handler.agent, "make install"));
+            report.add(format!("{name}: runc"), runc(&handler.runc));
+            continue;
+        }
         report.add(format!("{name}: vmm"), file(&handler.vmm, "make install"));
         report.add(format!("{name}: kernel"), file(&handler.kernel, "make guest-image install"));
         report.add(format!("{name}: rootfs"), file(&handler.rootfs, "make guest-image install"));
@@ -35,6 +40,14 @@ fn program(name: &str, package: &str, without: &str) -> Finding {
         Some(path) => Finding::Ok(path.display().to_string()),
         None if without.is_empty() => Finding::missing("not found", format!("apt install {package}")),
         None => Finding::note(format!("not found: {without}"), format!("apt install {package}")),
+    }
+}
+
+/// The OCI runtime of host pods: a path, or a name that is looked up.
+fn runc(path: &Path) -> Finding {
+    match path.to_str() {
+        Some(name) if !name.contains('/') => program(name, "runc", ""),
+        _ => file(path, "apt install runc, and name it in the configuration"),
     }
 }
 

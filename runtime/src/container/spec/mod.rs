@@ -18,12 +18,14 @@ use oci_spec::runtime::{
 
 use crate::id::ContainerId;
 
+mod host;
 mod mounts;
 mod process;
 mod resources;
 mod seccomp;
 mod user_namespace;
 
+pub use host::{HostPod, host_ipc, host_network};
 pub use process::user;
 pub use resources::{limits as resource_limits, oom_score_adj};
 pub use user_namespace::of_pod as user_namespace;
@@ -56,6 +58,8 @@ pub struct Input<'a> {
     /// Process id in the guest of the container whose pid namespace is to be
     /// shared, when the client names one.
     pub target_pid: Option<u32>,
+    /// Where things are, for a container on the host.
+    pub host: Option<&'a HostPod>,
 }
 
 /// Makes the configuration.
@@ -63,7 +67,7 @@ pub struct Input<'a> {
 /// # Errors
 /// See [`Error`].
 pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
-    refuse_unsupported(input.config)?;
+    refuse_unsupported(input)?;
     let security = security(input.config);
     let options = security.namespace_options.clone().unwrap_or_default();
     let user_namespace = user_namespace::of_pod(input.sandbox)?;
@@ -79,6 +83,9 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
     let mut spec = spec.build()?;
     // The machine has the pod's host name already, and the builder a default.
     spec.set_hostname(None);
+    if let Some(pod) = input.host {
+        host::adapt(&mut spec, pod, input, &security)?;
+    }
     Ok(spec)
 }
 
@@ -88,11 +95,12 @@ fn security(config: &cri::ContainerConfig) -> cri::LinuxContainerSecurityContext
 }
 
 /// What would otherwise be dropped in silence.
-fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<(), Error> {
-    if !config.mounts.is_empty() {
+fn refuse_unsupported(input: &Input<'_>) -> Result<(), Error> {
+    let (config, on_host) = (input.config, input.host.is_some());
+    if !config.mounts.is_empty() && !on_host {
         return Err(Error::Unsupported("`mounts` (volumes from the host)"));
     }
-    if !config.devices.is_empty() || !config.cdi_devices.is_empty() {
+    if (!config.devices.is_empty() && !on_host) || !config.cdi_devices.is_empty() {
         return Err(Error::Unsupported("`devices` (devices of the host)"));
     }
     if config.windows.is_some() {
@@ -109,7 +117,7 @@ fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<(), Error> {
         ));
     }
     let namespaces = security.namespace_options.unwrap_or_default();
-    shareable(&namespaces)
+    shareable(&namespaces, on_host)
 }
 
 /// SELinux labels mean something to a kernel that knows them only.
@@ -125,11 +133,12 @@ pub fn selinux(options: Option<&cri::SeLinuxOption>) -> Result<(), Error> {
     }
 }
 
-/// Namespaces that a pod in a virtual machine, or a container of it, can have.
+/// Namespaces that a pod in a virtual machine, or a container of it, can have;
+/// on the host, the host's as well.
 ///
 /// # Errors
 /// With the one that it cannot.
-pub fn shareable(options: &cri::NamespaceOption) -> Result<(), Error> {
+pub fn shareable(options: &cri::NamespaceOption, on_host: bool) -> Result<(), Error> {
     let all = [("network", options.network), ("pid", options.pid), ("ipc", options.ipc)];
     for (what, mode) in all {
         let mode = NamespaceMode::try_from(mode)
@@ -138,6 +147,7 @@ pub fn shareable(options: &cri::NamespaceOption) -> Result<(), Error> {
             NamespaceMode::Pod => true,
             NamespaceMode::Container => what != "network",
             NamespaceMode::Target => what == "pid",
+            NamespaceMode::Node if on_host => true,
             NamespaceMode::Node => {
                 return Err(Error::Invalid(format!(
                     "the host's {what} namespace is out of reach of a pod in a virtual machine: run it with a \
@@ -207,21 +217,28 @@ fn namespaces(
     let options = security.namespace_options.clone().unwrap_or_default();
     let pid = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid);
     let pid = match NamespaceMode::try_from(options.pid) {
-        Ok(NamespaceMode::Container) => pid,
+        Ok(NamespaceMode::Container) => Some(pid),
+        Ok(NamespaceMode::Pod | NamespaceMode::Node)
+            if input.host.is_some() && host::host_pid(input.sandbox) =>
+        {
+            None
+        }
         // The agent makes it for the first container that needs it.
-        Ok(NamespaceMode::Pod) => pid.path(paths::PID_NAMESPACE),
+        Ok(NamespaceMode::Pod) => Some(pid.path(paths::PID_NAMESPACE)),
         Ok(NamespaceMode::Target) => {
             let target = input.target_pid.ok_or_else(|| {
                 Error::Invalid(format!("target container `{}` is not running in this pod", options.target_id))
             })?;
-            pid.path(format!("/proc/{target}/ns/pid"))
+            Some(pid.path(format!("/proc/{target}/ns/pid")))
         }
         Ok(NamespaceMode::Node) | Err(_) => {
             return Err(Error::Invalid(format!("pid namespace mode {}", options.pid)));
         }
     };
-    let mut namespaces =
-        vec![pid.build()?, own(LinuxNamespaceType::Mount)?, own(LinuxNamespaceType::Cgroup)?];
+    let mut namespaces = vec![own(LinuxNamespaceType::Mount)?, own(LinuxNamespaceType::Cgroup)?];
+    if let Some(pid) = pid {
+        namespaces.push(pid.build()?);
+    }
     if options.ipc == NamespaceMode::Container as i32 {
         namespaces.push(own(LinuxNamespaceType::Ipc)?);
     }

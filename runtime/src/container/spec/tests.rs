@@ -19,7 +19,7 @@ fn image() -> ImageConfig {
 
 fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
     let (id, sandbox, image) = (ContainerId::from("c1"), cri::PodSandboxConfig::default(), image());
-    build(&Input { id: &id, config, sandbox: &sandbox, image: &image, target_pid: None })
+    build(&Input { id: &id, config, sandbox: &sandbox, image: &image, target_pid: None, host: None })
 }
 
 fn with_security(security: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
@@ -89,7 +89,14 @@ fn a_user_comes_from_the_client_or_else_the_image() {
     let of = |security: cri::LinuxContainerSecurityContext| {
         let (id, sandbox, image, config) =
             (ContainerId::from("c"), cri::PodSandboxConfig::default(), image(), with_security(security));
-        user(&Input { id: &id, config: &config, sandbox: &sandbox, image: &image, target_pid: None })
+        user(&Input {
+            id: &id,
+            config: &config,
+            sandbox: &sandbox,
+            image: &image,
+            target_pid: None,
+            host: None,
+        })
     };
     let value = |value| Some(cri::Int64Value { value });
     assert_eq!(of(Default::default()).unwrap().user, "www-data");

@@ -8,6 +8,7 @@ use husk_proto::agent;
 use husk_proto::cri::{self, ContainerEventType, CreateContainerRequest, CreateContainerResponse};
 
 use super::remove_container;
+use crate::config::Kind;
 use crate::container::log::LogFile;
 use crate::container::{Container, Record, State, now, spec, supervise};
 use crate::cri::error::Error;
@@ -38,12 +39,14 @@ pub(super) async fn create_container(
     privileged_only_in_privileged(&pod, &config)?;
     let log_path = log_path(&pod, &config)?;
     let image_config = image.config.config().clone().unwrap_or_default();
+    let host = host_places(node, &sandbox)?;
     let input = spec::Input {
         id: &id,
         config: &config,
         sandbox: &pod,
         image: &image_config,
         target_pid: target_pid(&sandbox, &config),
+        host: host.as_ref(),
     };
     let spec = spec::build(&input)?;
     let user = spec::user(&input)?;
@@ -79,7 +82,7 @@ pub(super) async fn create_container(
     let made = async {
         cpus::pin(&sandbox)?;
         if let Claim::Attach(slot) = &claim {
-            attach_image(&machine, slot, &image.rootfs).await?;
+            machine.keeper.attach_image(slot, &image.rootfs).await?;
         }
         // From here on others may use the disk too.
         drop(slots);
@@ -115,15 +118,6 @@ fn privileged_only_in_privileged(
     Ok(())
 }
 
-async fn attach_image(machine: &Machine, slot: &str, rootfs: &Path) -> Result<(), Error> {
-    let file = std::fs::File::open(rootfs).map_err(|cause| Error::File {
-        stage: "open image",
-        path: rootfs.into(),
-        cause,
-    })?;
-    Ok(machine.control.attach_disk(slot.to_owned(), file.into()).await?)
-}
-
 /// The agent makes the container, and its output is followed from the first
 /// byte on.
 async fn make(
@@ -145,7 +139,7 @@ async fn make(
     let request = agent::CreateContainerRequest {
         container_id: container.id.to_string(),
         spec_json: serde_json::to_vec(spec).map_err(|error| Error::Internal(error.to_string()))?,
-        rootfs: Some(agent::Rootfs { image_serial: record.image_slot.clone() }),
+        rootfs: Some(rootfs_of(machine, &record)),
         user: Some(user),
         terminal: record.config.tty,
         stdin: record.config.stdin,
@@ -178,6 +172,25 @@ async fn make(
         record.state = State::Created;
     })?;
     Ok(())
+}
+
+/// A machine has the image as a disk; on the host the agent reads the file.
+fn rootfs_of(machine: &Machine, record: &Record) -> agent::Rootfs {
+    let image_file = match machine.keeper {
+        vm::Keeper::Vmm(_) => String::new(),
+        vm::Keeper::Supervisor(_) => record.image_rootfs.display().to_string(),
+    };
+    agent::Rootfs { image_serial: record.image_slot.clone(), image_file }
+}
+
+/// Where things of a host pod are.
+fn host_places(node: &Node, sandbox: &Sandbox) -> Result<Option<spec::HostPod>, Error> {
+    let record = sandbox.record();
+    if record.kind == Kind::Vm {
+        return Ok(None);
+    }
+    let cgroup = record.cgroup.clone().ok_or(crate::host::Error::NoCgroups)?;
+    Ok(Some(spec::HostPod { directory: vm::run_dir(&node.config.run_dir, &sandbox.id), cgroup }))
 }
 
 /// The machine of a sandbox that is ready for containers.

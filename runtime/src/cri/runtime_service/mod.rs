@@ -24,6 +24,7 @@ mod pod_stats;
 pub mod remove_container;
 mod remove_pod_sandbox;
 mod reopen_container_log;
+mod run_host_pod;
 mod run_pod_sandbox;
 mod sandbox_config;
 mod sandboxes;

@@ -2,6 +2,7 @@
 //! UpdateRuntimeConfig.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use husk_proto::cri::{
     CgroupDriver, LinuxRuntimeConfiguration, RuntimeCondition, RuntimeConfigResponse, RuntimeFeatures,
@@ -10,6 +11,7 @@ use husk_proto::cri::{
 };
 use serde_json::json;
 
+use crate::config::Kind;
 use crate::node::Node;
 
 pub(super) fn version() -> VersionResponse {
@@ -56,16 +58,18 @@ fn condition(kind: &str, reason: &str, problem: Option<String>) -> RuntimeCondit
     }
 }
 
-/// What keeps the default handler from starting machines.
+/// What keeps the default handler from starting pods.
 fn runtime_problem(node: &Node) -> Option<String> {
+    let (_, handler) = node.config.handler("")?;
+    let missing =
+        |path: &PathBuf| (!path.exists()).then(|| format!("{} is missing: run `husk check`", path.display()));
+    if handler.kind() == Kind::Host {
+        return missing(&handler.agent);
+    }
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Some(format!("/dev/kvm: {error}: run `husk check`"));
     }
-    let (_, handler) = node.config.handler("")?;
-    [&handler.vmm, &handler.kernel, &handler.rootfs]
-        .into_iter()
-        .find(|path| !path.exists())
-        .map(|path| format!("{} is missing: run `husk check`", path.display()))
+    [&handler.vmm, &handler.kernel, &handler.rootfs].into_iter().find_map(missing)
 }
 
 fn verbose(node: &Node) -> HashMap<String, String> {

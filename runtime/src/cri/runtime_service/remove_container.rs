@@ -56,7 +56,7 @@ pub async fn take_apart(
         let slot = container.record().image_slot.clone();
         let mut slots = machine.slots.hold().await;
         if slots.release(&slot) {
-            machine.control.detach_disk(slot).await?;
+            machine.keeper.detach_image(slot).await?;
         }
     }
     container.forget()?;

@@ -1,13 +1,13 @@
 //! RunPodSandbox: from a request to a machine whose agent waits for containers.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use husk_proto::agent::{self, CreateSandboxRequest};
 use husk_proto::cri::{self, ContainerEventType, RunPodSandboxRequest, RunPodSandboxResponse};
 
-use super::sandbox_config;
-use crate::config::Handler;
+use super::{run_host_pod, sandbox_config};
+use crate::config::{Handler, Kind};
 use crate::container::{now, spec};
 use crate::cri::error::Error;
 use crate::cri::names;
@@ -26,7 +26,6 @@ pub(super) async fn run_pod_sandbox(
     request: RunPodSandboxRequest,
 ) -> Result<RunPodSandboxResponse, Error> {
     let config = request.config.ok_or_else(|| Error::InvalidArgument("no sandbox configuration".into()))?;
-    sandbox_config::check(&config)?;
     let (handler_name, handler) = node.config.handler(&request.runtime_handler).ok_or_else(|| {
         let known: Vec<_> = node.config.handlers.keys().map(String::as_str).collect();
         Error::InvalidArgument(format!(
@@ -36,12 +35,16 @@ pub(super) async fn run_pod_sandbox(
         ))
     })?;
 
+    check_namespaces(&config, node, handler)?;
+    sandbox_config::check(&config, handler.kind())?;
+
     let id = SandboxId::random();
     let name = node.registry.reserve(names::sandbox(&config), id.as_str())?;
     let parent = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
     let record = Record {
         id: id.clone(),
         handler: handler_name.to_owned(),
+        kind: handler.kind(),
         created_at: now(),
         phase: Phase::Creating,
         ips: Vec::new(),
@@ -56,7 +59,11 @@ pub(super) async fn run_pod_sandbox(
     let sandbox =
         Arc::new(Sandbox::create(node.sandboxes_dir().join(id.as_str()), record, node.events.clone())?);
 
-    if let Err(error) = bring_up(node, &sandbox, handler).await {
+    let up = match handler.kind() {
+        Kind::Vm => bring_up(node, &sandbox, handler).await,
+        Kind::Host => run_host_pod::bring_up(node, &sandbox, handler).await,
+    };
+    if let Err(error) = up {
         tracing::warn!(sandbox = %id, %error, "pod did not start; undoing");
         if let Err(undo) = lifecycle::stop(node, &sandbox).await {
             tracing::warn!(sandbox = %id, error = %undo, "undo a pod that did not start; left for the next start");
@@ -119,7 +126,6 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     let machine = launched.machine;
     machine.agent.call("configure sandbox", async |mut agent| agent.create_sandbox(request).await).await?;
 
-    let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let boot = BootTimes {
         network: millis(network_time),
         vmm: millis(launched.vmm),
@@ -151,7 +157,42 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     Ok(())
 }
 
-fn pod_ref<'a>(record: &'a Record, port_mappings: &'a [PortMapping]) -> PodRef<'a> {
+pub(super) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A pod in a virtual machine is refused the host's namespaces with the name of
+/// the handler that has them.
+fn check_namespaces(config: &cri::PodSandboxConfig, node: &Node, handler: &Handler) -> Result<(), Error> {
+    if handler.kind() == Kind::Host {
+        return Ok(());
+    }
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let options = security.and_then(|security| security.namespace_options.as_ref());
+    for (what, mode) in [
+        ("network", options.map(|options| options.network)),
+        ("pid", options.map(|options| options.pid)),
+        ("ipc", options.map(|options| options.ipc)),
+    ] {
+        if mode == Some(NamespaceMode::Node as i32) {
+            return Err(Error::InvalidArgument(format!(
+                "the pod asks for the host's {what} namespace, which a pod in a virtual machine cannot have: {}",
+                instead(node)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The handler that runs what a virtual machine cannot.
+fn instead(node: &Node) -> String {
+    match node.config.handlers.iter().find(|(_, handler)| handler.kind() == Kind::Host) {
+        Some((name, _)) => format!("run it with the runtime handler `{name}`"),
+        None => "no handler of kind `host` is enabled in the configuration".into(),
+    }
+}
+
+pub(super) fn pod_ref<'a>(record: &'a Record, port_mappings: &'a [PortMapping]) -> PodRef<'a> {
     let (name, namespace, uid) = record
         .config
         .metadata
@@ -161,7 +202,7 @@ fn pod_ref<'a>(record: &'a Record, port_mappings: &'a [PortMapping]) -> PodRef<'
     PodRef { sandbox_id: record.id.as_str(), namespace, name, uid, port_mappings }
 }
 
-fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>, Error> {
+pub(super) fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>, Error> {
     let wrong =
         |what: &str, value: &dyn std::fmt::Display| Error::InvalidArgument(format!("{what} `{value}`"));
     let port = |port: i32| u16::try_from(port).map_err(|_| wrong("port", &port));
@@ -213,7 +254,7 @@ fn memory_mib(config: &cri::PodSandboxConfig, handler: &Handler) -> u32 {
     handler.memory_mib.saturating_add(limit)
 }
 
-fn hostname(config: &cri::PodSandboxConfig) -> String {
+pub(super) fn hostname(config: &cri::PodSandboxConfig) -> String {
     match (&config.metadata, config.hostname.as_str()) {
         (Some(pod), "") => pod.name.clone(),
         (_, hostname) => hostname.to_owned(),
@@ -221,7 +262,7 @@ fn hostname(config: &cri::PodSandboxConfig) -> String {
 }
 
 /// What the client says of DNS, else what the network's plugins say.
-fn guest_dns(config: &cri::PodSandboxConfig, network: crate::network::Dns) -> agent::Dns {
+pub(super) fn guest_dns(config: &cri::PodSandboxConfig, network: crate::network::Dns) -> agent::Dns {
     match &config.dns_config {
         Some(dns) => agent::Dns {
             servers: dns.servers.clone(),

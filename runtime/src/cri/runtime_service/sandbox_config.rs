@@ -1,9 +1,10 @@
-//! What of a pod's configuration cannot be had in a virtual machine, and is
+//! What of a pod's configuration cannot be had, and is
 //! refused by its name before anything is made. `docs/cri-fields.md` lists
 //! every field.
 
 use husk_proto::cri;
 
+use crate::config::Kind;
 use crate::container::spec;
 use crate::cri::error::Error;
 
@@ -11,7 +12,7 @@ use crate::cri::error::Error;
 ///
 /// # Errors
 /// With the field that cannot be honoured.
-pub(super) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
+pub(super) fn check(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Error> {
     if config.metadata.as_ref().is_none_or(|metadata| metadata.name.is_empty()) {
         return Err(Error::InvalidArgument("sandbox metadata needs a name".into()));
     }
@@ -21,10 +22,15 @@ pub(super) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
     let Some(security) = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()) else {
         return Ok(());
     };
-    spec::user_namespace(config)?;
+    let on_host = kind == Kind::Host;
+    if spec::user_namespace(config)?.is_some() && on_host {
+        return Err(Error::Unimplemented(
+            "sandbox `userns_options`: pods of host containers have no user namespace yet".into(),
+        ));
+    }
     spec::selinux(security.selinux_options.as_ref())?;
     if let Some(options) = &security.namespace_options {
-        spec::shareable(options)?;
+        spec::shareable(options, on_host)?;
         if options.pid == cri::NamespaceMode::Target as i32 {
             return Err(Error::InvalidArgument(
                 "sandbox pid namespace mode TARGET: a pod has no container to share one with yet".into(),
@@ -47,7 +53,7 @@ mod tests {
         let linux = cri::LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
         let config =
             cri::PodSandboxConfig { metadata: Some(metadata), linux: Some(linux), ..Default::default() };
-        check(&config).map_err(|error| error.to_string())
+        check(&config, Kind::Vm).map_err(|error| error.to_string())
     }
 
     fn with_namespaces(options: cri::NamespaceOption) -> Result<(), String> {
@@ -76,7 +82,7 @@ mod tests {
         let selinux =
             cri::LinuxSandboxSecurityContext { selinux_options: Some(selinux), ..Default::default() };
         assert!(checked(selinux).unwrap_err().contains("selinux_options"));
-        assert!(check(&cri::PodSandboxConfig::default()).is_err());
+        assert!(check(&cri::PodSandboxConfig::default(), Kind::Host).is_err());
     }
 
     #[test]

@@ -1,0 +1,231 @@
+//! Where connections come from: ports of the vsock device in a machine, one
+//! unix socket on the host, on which huskd names the port first, in the words
+//! in which it asks the VMM for a guest's port (`CONNECT <port>`, `OK <port>`).
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures::{Stream, StreamExt};
+use husk_proto::agent::{GRPC_PORT, LIFE_PORT, STREAM_PORT};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+use tonic::transport::server::Connected;
+
+/// How long a connection may take to say where it wants to go.
+const PREAMBLE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Connections that have not said it yet; more wait in the backlog.
+const MAX_UNDECIDED: usize = 64;
+
+/// Longest `CONNECT <port>`, in bytes.
+const MAX_PREAMBLE: usize = 32;
+
+trait Duplex: AsyncRead + AsyncWrite + Send {}
+impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
+
+/// A connection to huskd.
+pub struct Connection(Pin<Box<dyn Duplex>>);
+
+impl Connection {
+    fn new(stream: impl AsyncRead + AsyncWrite + Send + 'static) -> Self {
+        Self(Box::pin(stream))
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.0.as_mut().poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.0.as_mut().poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.as_mut().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.as_mut().poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.0.as_mut().poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+/// Connections to one port, without end.
+pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>> + Send>>;
+
+/// The two ports of the agent.
+pub struct Ports {
+    /// Of the gRPC service.
+    pub grpc: Incoming,
+    /// Of the standard streams.
+    pub streams: Incoming,
+}
+
+impl Ports {
+    /// Those of a machine.
+    pub fn of_machine() -> anyhow::Result<Self> {
+        let listen = |port| -> anyhow::Result<Incoming> {
+            let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).with_context(|| {
+                format!("listen on vsock port {port}; is CONFIG_VSOCKETS in the guest kernel?")
+            })?;
+            Ok(Box::pin(listener.incoming().map(|accepted| accepted.map(Connection::new))))
+        };
+        Ok(Self { grpc: listen(GRPC_PORT)?, streams: listen(STREAM_PORT)? })
+    }
+
+    /// Those behind a unix socket, as a task of the current runtime.
+    pub fn of_socket(listener: UnixListener) -> Self {
+        let (grpc, grpc_incoming) = mpsc::channel(1);
+        let (streams, streams_incoming) = mpsc::channel(1);
+        tokio::spawn(accept(listener, grpc, streams));
+        Self {
+            grpc: Box::pin(ReceiverStream::new(grpc_incoming)),
+            streams: Box::pin(ReceiverStream::new(streams_incoming)),
+        }
+    }
+}
+
+type Door = mpsc::Sender<io::Result<Connection>>;
+
+async fn accept(listener: UnixListener, grpc: Door, streams: Door) {
+    let undecided = std::sync::Arc::new(Semaphore::new(MAX_UNDECIDED));
+    loop {
+        let Ok(permit) = undecided.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((mut connection, _)) => {
+                let (grpc, streams) = (grpc.clone(), streams.clone());
+                tokio::spawn(async move {
+                    let port = timeout(PREAMBLE_DEADLINE, preamble(&mut connection)).await;
+                    drop(permit);
+                    let door = match port {
+                        Ok(Ok(GRPC_PORT)) => grpc,
+                        Ok(Ok(STREAM_PORT)) => streams,
+                        Ok(Ok(LIFE_PORT)) => return stay(connection).await,
+                        // Closed without an answer, as the VMM does.
+                        _ => return,
+                    };
+                    let _ = door.send(Ok(Connection::new(connection))).await;
+                });
+            }
+            Err(error) => {
+                tracing::warn!("accept a connection: {error}");
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Reads which port is wanted, and says that it is there.
+async fn preamble(connection: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<u32> {
+    let mut line = Vec::with_capacity(MAX_PREAMBLE);
+    // Byte by byte: what follows belongs to the port.
+    while line.last() != Some(&b'\n') {
+        if line.len() >= MAX_PREAMBLE {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        line.push(connection.read_u8().await?);
+    }
+    let port = wanted(&line).ok_or(io::ErrorKind::InvalidData)?;
+    connection.write_all(format!("OK {port}\n").as_bytes()).await?;
+    Ok(port)
+}
+
+/// The port in `CONNECT <port>\n`, if the agent has it.
+fn wanted(line: &[u8]) -> Option<u32> {
+    let line = std::str::from_utf8(line).ok()?;
+    let port = line.strip_prefix("CONNECT ")?.trim_end().parse().ok()?;
+    [GRPC_PORT, STREAM_PORT, LIFE_PORT].contains(&port).then_some(port)
+}
+
+/// Keeps a connection whose end tells huskd that the agent has ended.
+async fn stay(mut connection: UnixStream) {
+    let _ = connection.read_u8().await;
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    async fn connect(path: &std::path::Path, line: &str) -> (UnixStream, String) {
+        let mut client = UnixStream::connect(path).await.unwrap();
+        client.write_all(line.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while answer.last() != Some(&b'\n') {
+            match client.read_u8().await {
+                Ok(byte) => answer.push(byte),
+                Err(_) => break,
+            }
+        }
+        (client, String::from_utf8(answer).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_client_says_which_port_it_wants() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let mut ports = Ports::of_socket(UnixListener::bind(&path).unwrap());
+
+        let (mut client, answer) = connect(&path, &format!("CONNECT {STREAM_PORT}\n")).await;
+        assert_eq!(answer, format!("OK {STREAM_PORT}\n"));
+        client.write_all(b"hello").await.unwrap();
+        let mut served = ports.streams.next().await.unwrap().unwrap();
+        let mut received = [0; 5];
+        served.read_exact(&mut received).await.unwrap();
+        assert_eq!(&received, b"hello");
+
+        let (_client, answer) = connect(&path, &format!("CONNECT {GRPC_PORT}\n")).await;
+        assert_eq!(answer, format!("OK {GRPC_PORT}\n"));
+        assert!(ports.grpc.next().await.unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_not_there_is_refused_by_closing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let _ports = Ports::of_socket(UnixListener::bind(&path).unwrap());
+        for line in ["CONNECT 22\n", "GET / HTTP/1.1\r\n", &"x".repeat(MAX_PREAMBLE)] {
+            assert_eq!(connect(&path, line).await.1, "", "{line}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_preamble_is_survived(line in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = wanted(&line);
+        }
+    }
+}

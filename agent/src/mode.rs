@@ -1,0 +1,85 @@
+//! Whether this agent is the first process of a pod's virtual machine, or the
+//! supervisor of a pod of plain host containers.
+//!
+//! Both serve the same requests. In a machine everything is the pod's: its
+//! clock, its network interfaces, `/run/husk`. On the host only what the agent
+//! was given is: the namespaces it has entered, and a directory.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use husk_proto::agent::paths;
+
+static MODE: OnceLock<Mode> = OnceLock::new();
+
+/// Where the agent is.
+#[derive(Debug, Default)]
+pub enum Mode {
+    /// In a machine of its own, as its first process.
+    #[default]
+    Guest,
+    /// On the host.
+    Host(Host),
+}
+
+/// What a supervisor on the host was given.
+#[derive(Debug, Default)]
+pub struct Host {
+    /// The pod's directory: a mount of its own, so that what is mounted below
+    /// stays in the agent's mount namespace.
+    pub directory: PathBuf,
+    /// Where the writable layers of its containers go.
+    pub layers: PathBuf,
+    /// The OCI runtime.
+    pub runc: PathBuf,
+    /// The pod's control group, below `/sys/fs/cgroup`.
+    pub cgroup: PathBuf,
+    /// The pod's network namespace; none for the host's.
+    pub netns: Option<PathBuf>,
+    /// IPC is the pod's own and not the host's.
+    pub own_ipc: bool,
+}
+
+/// Says where the agent is: once, before anything asks.
+pub fn set(mode: Mode) {
+    let _ = MODE.set(mode);
+}
+
+/// Where the agent is; in a machine, unless [`set`] said otherwise.
+pub fn get() -> &'static Mode {
+    MODE.get_or_init(Mode::default)
+}
+
+/// On the host, what there is.
+pub fn host() -> Option<&'static Host> {
+    match get() {
+        Mode::Guest => None,
+        Mode::Host(host) => Some(host),
+    }
+}
+
+/// A place below `/run/husk` of a machine, where it is here.
+pub fn at(path: &str) -> PathBuf {
+    match get() {
+        Mode::Guest => path.into(),
+        Mode::Host(host) => moved(path, &host.directory),
+    }
+}
+
+fn moved(path: &str, directory: &Path) -> PathBuf {
+    let below = path.strip_prefix(paths::BASE).unwrap_or(path).trim_start_matches('/');
+    directory.join(below)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_of_the_machine_is_in_the_pods_directory_on_the_host() {
+        let directory = Path::new("/run/husk/sandboxes/abc");
+        assert_eq!(moved(paths::HOSTS, directory), directory.join("sandbox/hosts"));
+        assert_eq!(moved(paths::SHM, directory), directory.join("sandbox/shm"));
+        assert_eq!(moved("/run/husk/bundles", directory), directory.join("bundles"));
+    }
+}

@@ -1,0 +1,113 @@
+//! What is different for a container on the host. Its configuration is made as
+//! for a machine and then moved: places of the machine are in the pod's
+//! directory, its control group is below the pod's, and what a machine keeps
+//! from a container, the host's own directories and devices, it gets directly.
+
+use std::path::{Path, PathBuf};
+
+use husk_proto::agent::paths;
+use husk_proto::cri::{self, NamespaceMode};
+use oci_spec::runtime::{LinuxCpu, Spec};
+
+use super::{Error, Input};
+
+mod binds;
+mod devices;
+
+/// Where things of a host pod are.
+#[derive(Debug)]
+pub struct HostPod {
+    /// Its supervisor's directory.
+    pub directory: PathBuf,
+    /// Its control group, below `/sys/fs/cgroup`.
+    pub cgroup: PathBuf,
+}
+
+/// The containers of a pod are in the host's network.
+#[must_use]
+pub fn host_network(sandbox: &cri::PodSandboxConfig) -> bool {
+    namespace_options(sandbox).is_some_and(|options| options.network == NamespaceMode::Node as i32)
+}
+
+/// They share the host's IPC.
+#[must_use]
+pub fn host_ipc(sandbox: &cri::PodSandboxConfig) -> bool {
+    namespace_options(sandbox).is_some_and(|options| options.ipc == NamespaceMode::Node as i32)
+}
+
+/// They see the host's processes.
+pub(super) fn host_pid(sandbox: &cri::PodSandboxConfig) -> bool {
+    namespace_options(sandbox).is_some_and(|options| options.pid == NamespaceMode::Node as i32)
+}
+
+fn namespace_options(sandbox: &cri::PodSandboxConfig) -> Option<&cri::NamespaceOption> {
+    sandbox.linux.as_ref()?.security_context.as_ref()?.namespace_options.as_ref()
+}
+
+/// Moves a machine's configuration to the host.
+pub(super) fn adapt(
+    spec: &mut Spec,
+    pod: &HostPod,
+    input: &Input<'_>,
+    security: &cri::LinuxContainerSecurityContext,
+) -> Result<(), Error> {
+    let shm = if host_ipc(input.sandbox) { Some("/dev/shm") } else { None };
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        let Some(source) = mount.source().clone() else { continue };
+        match shm.filter(|_| source == Path::new(paths::SHM)) {
+            Some(shm) => mount.set_source(Some(shm.into())),
+            None => mount.set_source(Some(moved(&source, pod))),
+        };
+    }
+    let propagation = binds::add(&mut mounts, &input.config.mounts)?;
+    spec.set_mounts(Some(mounts));
+    if let Some(process) = spec.process_mut() {
+        // As the daemon has them: more may be more than it may give.
+        process.set_rlimits(None);
+    }
+
+    let Some(linux) = spec.linux_mut() else { return Ok(()) };
+    if propagation.is_some() {
+        linux.set_rootfs_propagation(propagation);
+    }
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        if let Some(path) = namespace.path().clone() {
+            namespace.set_path(Some(moved(&path, pod)));
+        }
+    }
+    let group = pod.cgroup.strip_prefix("/sys/fs/cgroup").unwrap_or(&pod.cgroup);
+    linux.set_cgroups_path(Some(Path::new("/").join(group).join(input.id.as_str())));
+    let resources = linux.resources_mut().get_or_insert_default();
+    let asked = input.config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
+    if let Some(asked) = asked.filter(|asked| !(asked.cpuset_cpus.is_empty() && asked.cpuset_mems.is_empty()))
+    {
+        let mut cpu: LinuxCpu = resources.cpu().clone().unwrap_or_default();
+        let given = |set: &str| (!set.is_empty()).then(|| set.to_owned());
+        cpu.set_cpus(given(&asked.cpuset_cpus));
+        cpu.set_mems(given(&asked.cpuset_mems));
+        resources.set_cpu(Some(cpu));
+    }
+    let devices = if security.privileged {
+        devices::all()?
+    } else {
+        let (devices, rules) = devices::asked(&input.config.devices)?;
+        resources.devices_mut().get_or_insert_default().extend(rules);
+        devices
+    };
+    if !devices.is_empty() {
+        linux.set_devices(Some(devices));
+    }
+    Ok(())
+}
+
+/// A place of the machine, where it is on the host.
+fn moved(path: &Path, pod: &HostPod) -> PathBuf {
+    match path.strip_prefix(paths::BASE) {
+        Ok(below) => pod.directory.join(below),
+        Err(_) => path.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

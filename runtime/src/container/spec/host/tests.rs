@@ -1,0 +1,88 @@
+#![allow(clippy::unwrap_used)]
+
+use oci_spec::image::Config as ImageConfig;
+use oci_spec::runtime::LinuxNamespaceType;
+
+use super::*;
+use crate::container::spec::build;
+use crate::id::ContainerId;
+
+fn node_namespaces() -> cri::PodSandboxConfig {
+    let node = NamespaceMode::Node as i32;
+    let options = cri::NamespaceOption { network: node, pid: node, ipc: node, ..Default::default() };
+    let security =
+        cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() };
+    let linux = cri::LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
+    cri::PodSandboxConfig { linux: Some(linux), ..Default::default() }
+}
+
+fn built(config: cri::ContainerConfig, sandbox: &cri::PodSandboxConfig) -> Result<Spec, Error> {
+    let pod =
+        HostPod { directory: "/run/husk/sandboxes/p1".into(), cgroup: "/sys/fs/cgroup/kube/husk-p1".into() };
+    let config = cri::ContainerConfig { command: vec!["true".into()], ..config };
+    let (id, image) = (ContainerId::from("c1"), ImageConfig::default());
+    build(&Input { id: &id, config: &config, sandbox, image: &image, target_pid: None, host: Some(&pod) })
+}
+
+fn source_at(spec: &Spec, destination: &str) -> PathBuf {
+    let mounts = spec.mounts().as_ref().unwrap();
+    let found = mounts.iter().find(|mount| mount.destination() == Path::new(destination)).unwrap();
+    found.source().clone().unwrap()
+}
+
+#[test]
+fn the_pods_files_and_groups_are_where_its_supervisor_has_them() {
+    let spec = built(cri::ContainerConfig::default(), &cri::PodSandboxConfig::default()).unwrap();
+    assert_eq!(source_at(&spec, "/etc/hosts"), Path::new("/run/husk/sandboxes/p1/sandbox/hosts"));
+    assert_eq!(source_at(&spec, "/dev/shm"), Path::new("/run/husk/sandboxes/p1/sandbox/shm"));
+    let linux = spec.linux().as_ref().unwrap();
+    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/kube/husk-p1/c1")));
+    let pid = linux.namespaces().iter().flatten().find(|one| one.typ() == LinuxNamespaceType::Pid).unwrap();
+    assert_eq!(pid.path().as_deref(), Some(Path::new("/run/husk/sandboxes/p1/sandbox/pidns")));
+}
+
+#[test]
+fn the_hosts_namespaces_are_had_by_having_none() {
+    let sandbox = node_namespaces();
+    let spec = built(cri::ContainerConfig::default(), &sandbox).unwrap();
+    let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    assert!(namespaces.iter().all(|one| one.typ() != LinuxNamespaceType::Pid), "{namespaces:?}");
+    assert_eq!(source_at(&spec, "/dev/shm"), Path::new("/dev/shm"));
+    assert!(host_network(&sandbox) && host_ipc(&sandbox));
+    assert!(!host_network(&cri::PodSandboxConfig::default()));
+}
+
+#[test]
+fn directories_of_the_host_take_the_place_of_the_pods_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let mount = |path: &str, to: &str| cri::Mount {
+        host_path: folder.path().join(path).display().to_string(),
+        container_path: to.into(),
+        ..Default::default()
+    };
+    let mounts = vec![mount("deep", "/data/inner"), mount("hosts", "/etc/hosts"), mount("top", "/data")];
+    let spec =
+        built(cri::ContainerConfig { mounts, ..Default::default() }, &cri::PodSandboxConfig::default())
+            .unwrap();
+    let places: Vec<_> =
+        spec.mounts().iter().flatten().map(|mount| mount.destination().display().to_string()).collect();
+    assert_eq!(places.iter().filter(|place| *place == "/etc/hosts").count(), 1);
+    let at = |wanted: &str| places.iter().position(|place| place == wanted).unwrap();
+    assert!(at("/data") < at("/data/inner"), "{places:?}");
+    assert!(source_at(&spec, "/etc/hosts").starts_with(folder.path().canonicalize().unwrap()));
+}
+
+#[test]
+fn mounts_that_cannot_be_are_refused_by_their_path() {
+    let of = |mount: cri::Mount| {
+        let config = cri::ContainerConfig { mounts: vec![mount], ..Default::default() };
+        built(config, &cri::PodSandboxConfig::default()).unwrap_err().to_string()
+    };
+    let mount = cri::Mount { host_path: "tmp".into(), container_path: "/x".into(), ..Default::default() };
+    assert!(of(mount.clone()).contains("mount of tmp"));
+    let climbing =
+        cri::Mount { host_path: "/tmp".into(), container_path: "/x/../..".into(), ..mount.clone() };
+    assert!(of(climbing).contains("container_path"));
+    let recursive = cri::Mount { host_path: "/tmp".into(), recursive_read_only: true, ..mount };
+    assert!(of(recursive).contains("recursive_read_only"));
+}

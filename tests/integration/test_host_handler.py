@@ -1,0 +1,298 @@
+"""Pods of the handler `runc`: plain host containers, as a client sees them, and what is left of them."""
+
+from pods import PodTest, can_connect, leftovers, os, processes, signal, subprocess, time, wait_until
+
+NODE = 2
+
+
+def namespaces(**modes):
+    """The `linux` part of a pod or container that asks for these namespaces."""
+    return {"security_context": {"namespace_options": modes}}
+
+
+def host_kernel():
+    with open("/proc/sys/kernel/osrelease") as kernel:
+        return kernel.read().strip()
+
+
+class HostTest(PodTest):
+    handler = "runc"
+
+    def setUp(self):
+        super().setUp()
+        self.before = leftovers.snapshot([self.node.state / "sandboxes"])
+
+    def tearDown(self):
+        super().tearDown()
+        # A mount namespace goes a moment after its last process, and its loop devices with it.
+        deadline = time.monotonic() + 20
+        while any((left := self.left()).values()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.assertEqual({kind: names for kind, names in left.items() if names}, {})
+
+    def left(self):
+        left = leftovers.difference(self.before, leftovers.snapshot([self.node.state / "sandboxes"]))
+        # Tests may have started the daemon again, and the kernel remembers connections.
+        left["processes"] = [line for line in left["processes"] if "bin/huskd" not in line]
+        return left
+
+    def supervisors(self):
+        return [int(line.split()[1]) for line in processes("husk-agent")]
+
+
+class Life(HostTest):
+    def test_a_container_runs_in_the_hosts_kernel_and_leaves_a_true_record(self):
+        pod, container = self.running(command=["sh", "-c", "uname -r; echo oops >&2; exit 3"])
+        status = self.wait_exited(container)
+        self.assertEqual((status["exitCode"], status["reason"]), (3, "Error"))
+        self.assertIn(host_kernel(), self.node.crictl("logs", container))
+        with open(status["logPath"]) as lines:
+            streams = sorted(line.split()[1:3] for line in lines)
+        self.assertEqual(streams, [["stderr", "F"], ["stdout", "F"]])
+        self.assertEqual(processes("husk-vmm"), [])
+        self.assertEqual(self.node.crictl_json("inspectp", pod)["status"]["runtimeHandler"], "runc")
+
+    def test_exec_answers_with_output_and_exit_code(self):
+        _, container = self.running()
+        said = self.node.crictl("exec", "-s", container, "sh", "-c", "echo out; echo err >&2")
+        self.assertEqual(said.split(), ["out", "err"])
+        self.assertIn("exited with 7", self.fails("exec", "-s", container, "sh", "-c", "exit 7"))
+        self.assertIn("timed out", self.fails("exec", "-s", "--timeout", "2", container, "sleep", "600"))
+        self.assertIn("not found", self.fails("exec", "-s", container, "no-such-program"))
+
+    def test_stop_asks_first_and_kills_then(self):
+        pod, sandbox = self.pod()
+        polite = self.container(pod, sandbox, "polite", command=["sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.1; done"])
+        deaf = self.container(pod, sandbox, "deaf", command=["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"])
+        time.sleep(1)
+        self.node.crictl("stop", "--timeout", "60", polite)
+        self.assertEqual(self.status(polite)["exitCode"], 5)
+        self.node.crictl("stop", "--timeout", "1", deaf)
+        self.assertEqual(self.status(deaf)["exitCode"], 137)
+
+    def test_containers_of_a_pod_share_network_and_names_and_not_files(self):
+        pod, sandbox = self.pod("shared", hostname="the-pod")
+        one = self.container(pod, sandbox, "one", command=["sh", "-c", "echo mine > /here; nc -l -p 700 -e echo hello"])
+        two = self.container(pod, sandbox, "two")
+        crictl = self.node.crictl
+        self.assertEqual(crictl("exec", "-s", two, "hostname"), "the-pod")
+        self.assertNotEqual(os.uname().nodename, "the-pod")
+        address = crictl("inspectp", "-o", "go-template", "--template", "{{.status.network.ip}}", pod)
+        self.assertIn(f"{address}\tthe-pod", crictl("exec", "-s", two, "cat", "/etc/hosts"))
+        self.assertIn(address, crictl("exec", "-s", two, "ip", "address"))
+        self.fails("exec", "-s", two, "cat", "/here")
+        self.assertEqual(crictl("exec", "-s", one, "cat", "/here"), "mine")
+        said = crictl("exec", "-s", two, "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do nc 127.0.0.1 700 && break; sleep 0.3; done")
+        self.assertEqual(said, "hello")
+        # One pid namespace for both: each sees the other's processes, and none of the host's.
+        seen = crictl("exec", "-s", two, "ps")
+        self.assertIn("nc -l -p 700", seen)
+        self.assertNotIn("huskd", seen)
+
+    def test_a_host_port_leads_into_the_pod(self):
+        ports = [{"protocol": 0, "container_port": 7000, "host_port": 17000}]
+        pod, sandbox = self.pod("port", port_mappings=ports)
+        self.container(pod, sandbox, command=["sh", "-c", "while :; do nc -l -p 7000 -e echo hello; done"])
+        wait_until(lambda: can_connect(("127.0.0.1", 17000)), 60, "wait for the host port")
+
+    def test_stats_and_limits_are_the_containers(self):
+        limit = {"resources": {"memory_limit_in_bytes": 24 << 20}}
+        pod, sandbox = self.pod()
+        busy = self.container(pod, sandbox, "busy", command=["sh", "-c", "while :; do :; done"])
+        greedy = self.container(pod, sandbox, "greedy", command=["sh", "-c", "x=a; while :; do x=$x$x; done"], linux=limit)
+        status = self.wait_exited(greedy)
+        self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
+        stats = self.node.crictl_json("stats", busy)["stats"][0]
+        self.assertGreater(int(stats["cpu"]["usageCoreNanoSeconds"]["value"]), 100_000_000)
+        self.assertGreater(int(stats["memory"]["usageBytes"]["value"]), 0)
+
+    def test_pods_of_both_handlers_live_side_by_side(self):
+        _, here = self.running(command=["sh", "-c", "uname -r; sleep 3600"])
+        config = self.node.sandbox_file("machine")
+        machine = self.node.crictl("runp", "--runtime", "kata-runtime", config)
+        there = self.container(machine, config, command=["sh", "-c", "uname -r; sleep 3600"])
+        kernels = [self.node.crictl("exec", "-s", container, "uname", "-r") for container in (here, there)]
+        self.assertEqual(kernels[0], host_kernel())
+        self.assertNotEqual(kernels[1], host_kernel())
+        handlers = {handler["name"] for handler in self.node.crictl_json("info")["runtimeHandlers"]}
+        self.assertLessEqual({"kata-runtime", "runc"}, handlers)
+
+
+class TheHostsOwn(HostTest):
+    def test_a_pod_in_the_hosts_network_has_its_interfaces_and_name(self):
+        pod, sandbox = self.pod("hostnet", hostname="", linux=namespaces(network=NODE))
+        container = self.container(pod, sandbox, linux=namespaces(network=NODE))
+        crictl = self.node.crictl
+        self.assertIn(self.node.bridge, crictl("exec", "-s", container, "ls", "/sys/class/net"))
+        self.assertEqual(crictl("exec", "-s", container, "hostname"), os.uname().nodename)
+        self.assertFalse(crictl_status(self, pod)["network"].get("ip"))
+
+    def test_a_pod_with_the_hosts_processes_sees_them(self):
+        pod, sandbox = self.pod("hostpid", linux=namespaces(pid=NODE))
+        container = self.container(pod, sandbox, linux=namespaces(pid=NODE))
+        self.assertIn("huskd", self.node.crictl("exec", "-s", container, "ps"))
+
+    def test_a_pod_with_the_hosts_ipc_shares_its_memory(self):
+        mark = f"/dev/shm/husk-test-{os.getpid()}"
+        with open(mark, "w") as file:
+            file.write("of the host")
+        try:
+            for modes, seen in (({"ipc": NODE}, True), ({}, False)):
+                pod, sandbox = self.pod(linux=namespaces(**modes))
+                container = self.container(pod, sandbox, linux=namespaces(**modes))
+                done = self.node.crictl("exec", "-s", container, "cat", mark, check=False)
+                self.assertEqual("of the host" in done.stdout, seen, modes)
+        finally:
+            os.unlink(mark)
+
+    def test_directories_of_the_host_are_bound_and_mounts_propagate_as_asked(self):
+        shared = self.node.root / "shared"
+        shared.mkdir()
+        (shared / "file").write_text("of the host")
+        subprocess.run(["mount", "-t", "tmpfs", "both", shared], check=True)
+        subprocess.run(["mount", "--make-rshared", shared], check=True)
+        self.addCleanup(subprocess.run, ["umount", "-R", shared], check=True)
+        (shared / "inner").mkdir()
+        (shared / "outer").mkdir()
+        pod, sandbox = self.pod()
+        fresh = self.node.root / "not" / "there" / "yet"
+        mounts = [
+            {"host_path": str(shared), "container_path": "/both", "propagation": 2},
+            {"host_path": str(shared), "container_path": "/read", "readonly": True},
+            {"host_path": str(fresh), "container_path": "/fresh"},
+        ]
+        container = self.container(
+            pod, sandbox, mounts=mounts, linux={"security_context": {"privileged": True}}
+        )
+        crictl = self.node.crictl
+        crictl("exec", "-s", container, "touch", "/fresh/made")
+        self.assertTrue((fresh / "made").exists())
+        self.assertIn("ead-only", self.fails("exec", "-s", container, "touch", "/read/x"))
+        crictl("exec", "-s", container, "mount", "-t", "tmpfs", "inside", "/both/inner")
+        self.assertTrue(os.path.ismount(shared / "inner"))
+        subprocess.run(["mount", "-t", "tmpfs", "outside", shared / "outer"], check=True)
+        self.assertIn("/both/outer", crictl("exec", "-s", container, "cat", "/proc/mounts"))
+
+    def test_a_privileged_container_has_the_hosts_devices(self):
+        pod, sandbox = self.pod()
+        privileged = {"security_context": {"privileged": True}}
+        container = self.container(pod, sandbox, linux=privileged)
+        self.assertIn("loop-control", self.node.crictl("exec", "-s", container, "ls", "/dev"))
+        plain = self.container(pod, sandbox, "plain")
+        self.assertNotIn("loop-control", self.node.crictl("exec", "-s", plain, "ls", "/dev"))
+
+
+class Death(HostTest):
+    def kill_daemon(self):
+        self.node.daemon.send_signal(signal.SIGKILL)
+        self.node.daemon.wait()
+
+    def test_pods_live_on_when_the_daemon_dies(self):
+        pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
+        before = self.supervisors()
+        self.kill_daemon()
+        self.assertEqual(self.supervisors(), before)
+        self.node.start_daemon()
+        self.assertEqual(self.node.crictl("pods", "-q", "--state", "ready"), pod)
+        self.assertEqual(self.status(container)["state"], "CONTAINER_RUNNING")
+        self.assertEqual(self.node.crictl("exec", "-s", container, "echo", "here"), "here")
+        lines = len(self.node.crictl("logs", container).splitlines())
+        wait_until(lambda: len(self.node.crictl("logs", container).splitlines()) > lines, 30, "wait for more output")
+        self.node.crictl("stop", "--timeout", "60", container)
+        self.assertEqual(self.status(container)["exitCode"], 9)
+
+    def test_a_supervisor_that_is_killed_takes_its_containers_with_it_and_is_told_so(self):
+        pod, container = self.running(command=["sh", "-c", "exec sleep 987654"])
+        [supervisor] = self.supervisors()
+        os.kill(supervisor, signal.SIGKILL)
+        status = self.wait_exited(container, 30)
+        self.assertNotEqual(status["exitCode"], 0)
+        self.assertIn("supervisor", status["message"])
+        self.assertEqual(self.node.crictl("pods", "-q", "--state", "notready"), pod)
+        wait_until(lambda: not running("sleep 987654"), 30, "wait for the container's process to go")
+
+    def test_what_died_with_the_daemon_is_given_back(self):
+        pod, container = self.running(command=["sh", "-c", "exec sleep 987655"])
+        [supervisor] = self.supervisors()
+        self.kill_daemon()
+        os.kill(supervisor, signal.SIGKILL)
+        self.node.start_daemon()
+        self.assertEqual(self.node.crictl("pods", "-q", "--state", "notready"), pod)
+        self.assertNotEqual(self.status(container)["exitCode"], 0)
+        self.assertFalse(running("sleep 987655"))
+
+    def test_half_a_pod_is_taken_apart(self):
+        config = self.node.sandbox_file("half")
+        command = [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), "runp", "--runtime", "runc", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runp:
+            wait_until(self.supervisors, 60, "wait for the supervisor")
+            self.kill_daemon()
+            runp.wait()
+        self.node.start_daemon()
+        for pod in self.node.crictl("pods", "-q").split():
+            # It was ready just before the kill.
+            self.node.crictl("rmp", "-f", pod)
+        wait_until(lambda: not self.supervisors(), 30, "wait for the supervisor to go")
+
+
+class Refused(HostTest):
+    def test_a_machine_cannot_have_the_hosts_namespaces_and_the_error_names_who_can(self):
+        for what in ("network", "pid", "ipc"):
+            config = self.node.sandbox_file(f"host{what}", linux=namespaces(**{what: NODE}))
+            said = self.fails("runp", "--runtime", "kata-runtime", config)
+            self.assertIn("InvalidArgument", said)
+            self.assertIn(f"{what} namespace", said)
+            self.assertIn("`runc`", said)
+
+    def test_what_cannot_be_on_the_host_is_refused_by_name(self):
+        sysctl = self.node.sandbox_file("panic", linux={"sysctls": {"kernel.panic": "1"}})
+        self.assertIn("kernel.panic", self.fails("runp", "--runtime", "runc", sysctl))
+        pod, sandbox = self.pod()
+        for settings, word in (
+            ({"mounts": [{"host_path": "relative", "container_path": "/x"}]}, "relative"),
+            ({"mounts": [{"host_path": "/proc/no/such", "container_path": "/x"}]}, "/proc/no/such"),
+            ({"devices": [{"host_path": "/dev/no-such", "container_path": "/dev/x", "permissions": "rwm"}]}, "/dev/no-such"),
+            ({"command": ["/no/such/program"]}, "/no/such/program"),
+            ({"linux": {"security_context": {"run_as_username": "nobody-here"}}}, "nobody-here"),
+        ):
+            config = self.node.container_file("bad", "busybox", **{"command": ["true"], **settings})
+            done = self.node.crictl("create", pod, config, sandbox, check=False)
+            said = done.stdout + done.stderr
+            if done.returncode == 0:
+                said = self.fails("start", done.stdout.strip())
+                self.node.crictl("rm", done.stdout.strip())
+            self.assertIn(word, said)
+            self.assertEqual(self.node.crictl("ps", "-aq"), "")
+
+    def test_a_namespaced_sysctl_is_set_for_the_pod_alone(self):
+        pod, sandbox = self.pod(linux={"sysctls": {"net.ipv4.ip_unprivileged_port_start": "81", "kernel.shmmax": "123456"}})
+        container = self.container(pod, sandbox)
+        read = lambda name: self.node.crictl("exec", "-s", container, "cat", f"/proc/sys/{name}")
+        self.assertEqual((read("net/ipv4/ip_unprivileged_port_start"), read("kernel/shmmax")), ("81", "123456"))
+        with open("/proc/sys/kernel/shmmax") as value:
+            self.assertNotEqual(value.read().strip(), "123456")
+
+    def test_files_as_deep_as_nobody_can_name_are_removed(self):
+        deep = "i=0; while [ $i -lt 3000 ]; do mkdir d && cd d || exit 1; i=$((i+1)); done; echo done; sleep 3600"
+        _, container = self.running(command=["sh", "-c", deep])
+        wait_until(lambda: "done" in self.node.crictl("logs", container), 60, "wait for the directories")
+
+
+def running(command):
+    """Whether the host has a process of this command line."""
+    words = command.encode().replace(b" ", b"\0")
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{process}/cmdline", "rb") as line:
+                if line.read().strip(b"\0") == words:
+                    return True
+        except OSError:
+            pass
+    return False
+
+
+def crictl_status(test, pod):
+    return test.node.crictl_json("inspectp", pod)["status"]
+
+
+
