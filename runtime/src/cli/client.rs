@@ -8,6 +8,7 @@ use anyhow::bail;
 use husk_proto::cri;
 use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
 use husk_runtime::config::Config;
+use husk_runtime::host;
 use husk_runtime::id::SandboxId;
 use husk_runtime::vm::{self, Control};
 use hyper_util::rt::TokioIo;
@@ -76,10 +77,10 @@ pub fn find<'a>(pods: &'a [cri::PodSandbox], wanted: &str) -> anyhow::Result<&'a
     }
 }
 
-/// The control socket of a pod's VMM.
-pub fn control(config: &Config, sandbox_id: &str) -> Control {
+/// The control socket of a pod's VMM; none for a pod of host containers.
+pub fn control(config: &Config, sandbox_id: &str) -> Option<Control> {
     let folder = vm::run_dir(&config.run_dir, &SandboxId::from(sandbox_id));
-    Control::new(folder.join("vmm.sock"))
+    (!host::owns(&folder)).then(|| Control::new(folder.join("vmm.sock")))
 }
 
 #[cfg(test)]

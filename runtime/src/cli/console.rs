@@ -20,7 +20,9 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
         Ok(mut huskd) => client::find(&client::pods(&mut huskd).await?, &arguments.pod)?.id.clone(),
         Err(_) => arguments.pod.clone(),
     };
-    let control = client::control(config, &id);
+    let Some(control) = client::control(config, &id) else {
+        bail!("pod {id} has no console: its containers are the host's");
+    };
     if let Err(error) = control.info().await {
         bail!("the machine of pod {id} does not run: {error}");
     }

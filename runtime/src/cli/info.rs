@@ -34,9 +34,14 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
             std::iter::once(network.ip.as_str()).chain(more).filter(|ip| !ip.is_empty()).collect();
         line("ip", &ips.join(" "));
     }
-    match client::control(config, &id).info().await {
-        Err(error) => line("machine", &format!("does not run: {error}")),
-        Ok(machine) => {
+    let machine = match client::control(config, &id) {
+        Some(control) => Some(control.info().await),
+        None => None,
+    };
+    match machine {
+        None => line("machine", "none: its containers are the host's"),
+        Some(Err(error)) => line("machine", &format!("does not run: {error}")),
+        Some(Ok(machine)) => {
             line("machine", &format!("process {}", machine.pid));
             line("entered", &format!("{} ms after its start", machine.boot_us / 1000));
             let mib = |bytes: u64| bytes / (1024 * 1024);

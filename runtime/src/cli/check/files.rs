@@ -21,8 +21,10 @@ pub fn check(report: &mut Report, config: &Config) {
     }
     for (name, handler) in &config.handlers {
         if handler.kind() == Kind::Host {
-            report.add(format!("{name}: agent"), file(&handler.agent, "make install"));
-            report.add(format!("{name}: runc"), runc(&handler.runc));
+            // Pods in machines do without these.
+            let wanted = |found| if *name == config.default_handler { found } else { optional(found) };
+            report.add(format!("{name}: agent"), wanted(file(&handler.agent, "make install")));
+            report.add(format!("{name}: runc"), wanted(runc(&handler.runc)));
             continue;
         }
         report.add(format!("{name}: vmm"), file(&handler.vmm, "make install"));
@@ -40,6 +42,13 @@ fn program(name: &str, package: &str, without: &str) -> Finding {
         Some(path) => Finding::Ok(path.display().to_string()),
         None if without.is_empty() => Finding::missing("not found", format!("apt install {package}")),
         None => Finding::note(format!("not found: {without}"), format!("apt install {package}")),
+    }
+}
+
+fn optional(found: Finding) -> Finding {
+    match found {
+        Finding::Missing(what, mend) => Finding::Note(format!("{what}: no pods of this handler"), mend),
+        other => other,
     }
 }
 

@@ -79,7 +79,7 @@ fn cgroups() -> Finding {
         Finding::Ok("/sys/fs/cgroup".into())
     } else {
         Finding::note(
-            "not mounted on /sys/fs/cgroup: a pod's cost to the host is not limited",
+            "not mounted on /sys/fs/cgroup: a pod's cost to the host is not limited, and there are no host pods",
             "boot with systemd.unified_cgroup_hierarchy=1",
         )
     }
