@@ -16,8 +16,8 @@ use std::path::Path;
 use husk_proto::agent::{IdMapping, UserNamespace, paths};
 use nix::errno::Errno;
 
-use crate::{mode, ns};
 use crate::reaper::Reaper;
+use crate::{mode, ns};
 
 /// `linux/mount.h`
 const OPEN_TREE_CLONE: libc::c_ulong = 1;

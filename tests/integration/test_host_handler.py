@@ -159,7 +159,7 @@ class TheHostsOwn(HostTest):
             subprocess.run(["umount", "-R", shared], check=True)
 
     def check_mounts(self, shared):
-        pod, sandbox = self.pod()
+        pod, sandbox = self.pod(linux={"security_context": {"privileged": True}})
         fresh = self.node.root / "not" / "there" / "yet"
         mounts = [
             {"host_path": str(shared), "container_path": "/both", "propagation": 2},
@@ -179,8 +179,8 @@ class TheHostsOwn(HostTest):
         self.assertIn("/both/outer", crictl("exec", "-s", container, "cat", "/proc/mounts"))
 
     def test_a_privileged_container_has_the_hosts_devices(self):
-        pod, sandbox = self.pod()
         privileged = {"security_context": {"privileged": True}}
+        pod, sandbox = self.pod(linux=privileged)
         container = self.container(pod, sandbox, linux=privileged)
         self.assertIn("loop-control", self.node.crictl("exec", "-s", container, "ls", "/dev"))
         plain = self.container(pod, sandbox, "plain")
@@ -278,9 +278,9 @@ class Refused(HostTest):
             self.assertNotEqual(value.read().strip(), "123456")
 
     def test_files_as_deep_as_nobody_can_name_are_removed(self):
-        step = "/".join(["d"] * 200)
-        deep = f"cd /tmp; for i in $(seq 25); do mkdir -p {step} && cd {step} || exit 1; done; echo done; sleep 3600"
-        _, container = self.running(command=["sh", "-c", deep])
+        deep = "/".join(["d"] * 1000)
+        build = f"cd /tmp; mkdir -p x/{deep}; for i in 1 2; do mkdir -p y/{deep} && mv x y/{deep}/x && mv y x || exit 1; done"
+        _, container = self.running(command=["sh", "-c", f"{build}; echo done; sleep 3600"])
         wait_until(lambda: "done" in self.node.crictl("logs", container), 60, "wait for the directories")
 
 

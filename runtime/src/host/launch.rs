@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::{Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path};
 use crate::agent::Agent;
 use crate::config::Handler;
-use crate::vm::{Keeper, Machine, Slots};
+use crate::vm::{Keeper, Machine, Slots, cgroup};
 
 /// What a host pod is made of.
 #[derive(Debug)]
@@ -47,6 +47,7 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Arc<Machine>, u32), Error> {
     let link = cgroup_link(run_dir);
     std::os::unix::fs::symlink(&plan.cgroup, &link).map_err(file("make link", &link))?;
     make_mount(run_dir).map_err(file("make a mount of", run_dir))?;
+    cgroup::make(&plan.cgroup).map_err(file("make control group", &plan.cgroup))?;
     let own_group = plan.cgroup.join("supervisor");
     std::fs::create_dir_all(&own_group).map_err(file("make control group", &own_group))?;
     let socket_path = socket_path(run_dir);

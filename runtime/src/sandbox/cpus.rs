@@ -3,6 +3,7 @@
 //! the control group of its VMM.
 
 use super::Sandbox;
+use crate::config::Kind;
 use crate::container::State;
 use crate::cri::error::Error;
 use crate::vm;
@@ -13,6 +14,10 @@ use crate::vm;
 /// # Errors
 /// When a container names some and the host does not give them.
 pub fn pin(sandbox: &Sandbox) -> Result<(), Error> {
+    if sandbox.record().kind == Kind::Host {
+        // Its containers have groups of their own, with CPUs of their own.
+        return Ok(());
+    }
     let resources = sandbox.containers().into_iter().filter_map(|container| {
         let record = container.record();
         let resources = record.config.linux.as_ref().and_then(|linux| linux.resources.clone());

@@ -32,9 +32,18 @@ pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
 /// # Errors
 /// The kernel's.
 pub fn enter(path: &Path, pid: u32) -> io::Result<()> {
+    make(path)?;
+    std::fs::write(path.join("cgroup.procs"), pid.to_string())
+}
+
+/// Makes it, and has the kernel count what is used in it.
+///
+/// # Errors
+/// The kernel's.
+pub fn make(path: &Path) -> io::Result<()> {
     std::fs::create_dir_all(path)?;
     count(path);
-    std::fs::write(path.join("cgroup.procs"), pid.to_string())
+    Ok(())
 }
 
 /// Has the controllers that tell what a pod uses turned on from the root down

@@ -25,7 +25,7 @@ mod resources;
 mod seccomp;
 mod user_namespace;
 
-pub use host::{HostPod, host_ipc, host_network};
+pub use host::{HostPod, choose_cpus, host_ipc, host_network};
 pub use process::user;
 pub use resources::{limits as resource_limits, oom_score_adj};
 pub use user_namespace::of_pod as user_namespace;

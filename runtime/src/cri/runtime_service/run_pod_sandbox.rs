@@ -51,7 +51,7 @@ pub(super) async fn run_pod_sandbox(
         netns: Default::default(),
         vmm_pid: 0,
         cgroup: launch::cgroup_for(parent, &id),
-        size: Some(size(&config, handler)),
+        size: (handler.kind() == Kind::Vm).then(|| size(&config, handler)),
         boot: BootTimes::default(),
         problem: String::new(),
         config,
@@ -174,7 +174,7 @@ fn check_namespaces(config: &cri::PodSandboxConfig, node: &Node, handler: &Handl
         ("pid", options.map(|options| options.pid)),
         ("ipc", options.map(|options| options.ipc)),
     ] {
-        if mode == Some(NamespaceMode::Node as i32) {
+        if mode == Some(cri::NamespaceMode::Node as i32) {
             return Err(Error::InvalidArgument(format!(
                 "the pod asks for the host's {what} namespace, which a pod in a virtual machine cannot have: {}",
                 instead(node)

@@ -14,6 +14,7 @@ use husk_proto::cri::{
 
 use super::create_container::ready_machine;
 use super::run_pod_sandbox;
+use crate::config::Kind;
 use crate::container::{Container, State, spec};
 use crate::cri::error::Error;
 use crate::node::Node;
@@ -30,10 +31,13 @@ pub(super) async fn of_container(
     let _verb = container.verb.lock().await;
     let old = container.record().config.linux.clone().unwrap_or_default().resources.unwrap_or_default();
     let new = merge(&old, asked);
+    let mut resources = spec::resource_limits(&new)?;
+    if sandbox.record().kind == Kind::Host {
+        spec::choose_cpus(&mut resources, &new);
+    }
     let update = UpdateContainerRequest {
         container_id: container.id.to_string(),
-        resources_json: serde_json::to_vec(&spec::resource_limits(&new)?)
-            .map_err(|error| Error::Internal(error.to_string()))?,
+        resources_json: serde_json::to_vec(&resources).map_err(|error| Error::Internal(error.to_string()))?,
         oom_score_adj: spec::oom_score_adj(&new)?.unwrap_or(0),
     };
     record(&container, &new)?;

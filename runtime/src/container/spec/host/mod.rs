@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use husk_proto::agent::paths;
 use husk_proto::cri::{self, NamespaceMode};
-use oci_spec::runtime::{LinuxCpu, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
 
 use super::{Error, Input};
 
@@ -80,13 +80,8 @@ pub(super) fn adapt(
     linux.set_cgroups_path(Some(Path::new("/").join(group).join(input.id.as_str())));
     let resources = linux.resources_mut().get_or_insert_default();
     let asked = input.config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
-    if let Some(asked) = asked.filter(|asked| !(asked.cpuset_cpus.is_empty() && asked.cpuset_mems.is_empty()))
-    {
-        let mut cpu: LinuxCpu = resources.cpu().clone().unwrap_or_default();
-        let given = |set: &str| (!set.is_empty()).then(|| set.to_owned());
-        cpu.set_cpus(given(&asked.cpuset_cpus));
-        cpu.set_mems(given(&asked.cpuset_mems));
-        resources.set_cpu(Some(cpu));
+    if let Some(asked) = asked {
+        choose_cpus(resources, asked);
     }
     let devices = if security.privileged {
         devices::all()?
@@ -99,6 +94,18 @@ pub(super) fn adapt(
         linux.set_devices(Some(devices));
     }
     Ok(())
+}
+
+/// On the host a container itself has the CPUs and memory nodes that it names.
+pub fn choose_cpus(resources: &mut LinuxResources, asked: &cri::LinuxContainerResources) {
+    if asked.cpuset_cpus.is_empty() && asked.cpuset_mems.is_empty() {
+        return;
+    }
+    let mut cpu: LinuxCpu = resources.cpu().clone().unwrap_or_default();
+    let given = |list: &str| (!list.is_empty()).then(|| list.to_owned());
+    cpu.set_cpus(given(&asked.cpuset_cpus));
+    cpu.set_mems(given(&asked.cpuset_mems));
+    resources.set_cpu(Some(cpu));
 }
 
 /// A place of the machine, where it is on the host.
