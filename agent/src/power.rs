@@ -3,18 +3,17 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 
+use husk_vmm_api::SHUTDOWN_MARKER;
 use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::termios::tcdrain;
 
-/// What the VMM looks for on the console: a reset after this line is a
-/// shut-down, one without it is not.
-const MARKER: &str = "husk: shutdown\n";
-
-/// Resets the machine. There is no firmware that could cut the power, so the
-/// VMM ends at the reset.
+/// Resets the machine. It has no power switch: the VMM ends at the reset, and
+/// takes it for a shut-down because of the line on the console before.
 pub fn off() -> anyhow::Result<()> {
     nix::unistd::sync();
     if let Ok(mut console) = OpenOptions::new().write(true).open("/dev/console") {
-        let _ = console.write_all(MARKER.as_bytes());
+        let _ = console.write_all(format!("{SHUTDOWN_MARKER}\n").as_bytes());
+        let _ = tcdrain(&console);
     }
     let never = reboot(RebootMode::RB_AUTOBOOT)?;
     match never {}
