@@ -13,7 +13,7 @@ use nix::mount::MsFlags;
 use crate::disks::Disks;
 use crate::images::{self, Image, Images};
 use crate::mode::{self, Mode};
-use crate::{mounts, userns};
+use crate::{layer, mounts, userns};
 
 const BUNDLES: &str = "/run/husk/bundles";
 
@@ -137,10 +137,10 @@ impl Bundle {
         mounts::when_idle(|| mounts::unmount(&mapped)).await?;
         self.image.release().await.map_err(images::Error::Mount)?;
         self.mounted.store(false, Ordering::Relaxed);
-        remove_tree(&self.path).map_err(files("remove", &self.path))?;
+        layer::remove(&self.path).map_err(files("remove", &self.path))?;
         // What the container wrote may be much.
-        let layer = self.layer.clone();
-        let removed = tokio::task::spawn_blocking(move || remove_tree(&layer)).await;
+        let path = self.layer.clone();
+        let removed = tokio::task::spawn_blocking(move || layer::remove(&path)).await;
         removed.unwrap_or_else(|panic| Err(io::Error::other(panic))).map_err(files("remove", &self.layer))
     }
 }
@@ -151,7 +151,7 @@ impl Drop for Bundle {
             mounts::detach(&self.rootfs());
             mounts::detach(&self.mapped());
             for tree in [&self.path, &self.layer] {
-                if let Err(error) = remove_tree(tree) {
+                if let Err(error) = layer::remove(tree) {
                     tracing::warn!("remove {}: {error}", tree.display());
                 }
             }
@@ -162,12 +162,4 @@ impl Drop for Bundle {
 fn files(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |cause| Error::Files { doing, path, cause }
-}
-
-/// Removes a directory and all in it, without following links. None is fine.
-fn remove_tree(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }

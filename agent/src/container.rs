@@ -7,9 +7,9 @@ use tokio::time::Instant;
 
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroup;
+use crate::layer::DiskUsage;
 use crate::process::Process;
 use crate::server::Error;
-use crate::usage::DiskUsage;
 
 /// Most containers of a pod; a bound on what a request can make us hold.
 const MAX_CONTAINERS: usize = 1024;

@@ -28,6 +28,7 @@ mod host;
 mod id;
 mod images;
 mod init;
+mod layer;
 mod loops;
 mod machine;
 mod mode;
@@ -46,7 +47,6 @@ mod spec;
 mod stdio;
 mod streams;
 mod sysctl;
-mod usage;
 mod user;
 mod userns;
 

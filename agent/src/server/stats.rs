@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{Agent, Error};
 use crate::container::Container;
-use crate::usage::{self, DiskUsage};
+use crate::layer::{self, DiskUsage};
 use crate::{clock, machine};
 
 /// How old a measure of a writable layer may be: it is a walk over all files.
@@ -70,7 +70,7 @@ async fn disk_usage(container: &Arc<Container>) -> DiskUsage {
         return usage;
     }
     let upper = container.bundle.upper();
-    let usage = tokio::task::spawn_blocking(move || usage::measure(&upper)).await.unwrap_or_default();
+    let usage = tokio::task::spawn_blocking(move || layer::measure(&upper)).await.unwrap_or_default();
     *container.measured.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), usage));
     usage
 }
