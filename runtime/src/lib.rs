@@ -9,6 +9,7 @@ pub mod config;
 pub mod container;
 pub mod cri;
 pub mod events;
+pub mod heap;
 pub mod host;
 pub mod id;
 pub mod image;

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use husk_runtime::config::{Config, Kind};
 use husk_runtime::node::Node;
-use husk_runtime::{cri, sandbox, telemetry};
+use husk_runtime::{cri, heap, sandbox, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The CRI server of a node: pods in virtual machines of their own.
@@ -20,6 +20,7 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
+    heap::configure();
     let arguments = Arguments::parse();
     telemetry::start();
     // The one TLS provider that is linked; a second call would be the error.

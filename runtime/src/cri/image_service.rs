@@ -83,7 +83,12 @@ impl ImageService for Images {
         let name = named(request.image)?;
         let auth = credentials(request.auth)?;
         let store = self.store.clone();
-        let pulled = tokio::spawn(async move { store.pull(&name, auth).await })
+        let pull = tokio::spawn(async move {
+            let pulled = store.pull(&name, auth).await;
+            crate::heap::give_back();
+            pulled
+        });
+        let pulled = pull
             .await
             .map_err(|error| Error::Internal(error.to_string()))?;
         Ok(Response::new(PullImageResponse { image_ref: pulled.map_err(Error::from)? }))
