@@ -133,10 +133,14 @@ async fn configure_over(
 async fn add_interface(handle: &Handle, interface: &Interface) -> Result<u32, Error> {
     let name = &interface.name;
     let mac = parse_mac(&interface.mac)?;
-    let index = find_by_mac(handle, &mac).await?.ok_or_else(|| Error::NoDevice(interface.mac.clone()))?;
+    let device = if interface.device_mac.is_empty() { mac } else { parse_mac(&interface.device_mac)? };
+    let index = find_by_mac(handle, &device).await?.ok_or_else(|| Error::NoDevice(interface.mac.clone()))?;
 
-    // The name cannot change while it is up.
+    // Neither can change while it is up.
     let mut settings = LinkUnspec::new_with_index(index).name(name.clone());
+    if device != mac {
+        settings = settings.address(mac.to_vec());
+    }
     if interface.mtu != 0 {
         settings = settings.mtu(interface.mtu);
     }
@@ -298,6 +302,7 @@ mod tests {
             mac: "02:00:0a:58:00:05".into(),
             mtu: 1500,
             addresses: addresses.iter().map(|a| (*a).to_owned()).collect(),
+            device_mac: String::new(),
         }
     }
 

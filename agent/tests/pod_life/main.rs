@@ -72,6 +72,7 @@ async fn the_sandbox_is_set_up(machine: &mut Machine) {
             mac: MAC.into(),
             mtu: 1400,
             addresses: vec!["10.88.0.5/16".into(), "fd00::5/64".into()],
+            device_mac: String::new(),
         }],
         routes: vec![
             Route { destination: "0.0.0.0/0".into(), gateway: "10.88.0.1".into(), interface: "eth0".into() },

@@ -88,9 +88,7 @@ impl ImageService for Images {
             crate::heap::give_back();
             pulled
         });
-        let pulled = pull
-            .await
-            .map_err(|error| Error::Internal(error.to_string()))?;
+        let pulled = pull.await.map_err(|error| Error::Internal(error.to_string()))?;
         Ok(Response::new(PullImageResponse { image_ref: pulled.map_err(Error::from)? }))
     }
 

@@ -76,8 +76,23 @@ struct HostRoute {
     kernel: bool,
 }
 
-/// Joins every interface of the calling thread's namespace to a tap. `main` is
-/// the name of the one that CNI was asked for.
+/// Makes the tap of the main interface, in the calling thread's namespace,
+/// before there is that interface.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn main_tap() -> Result<OwnedFd, Error> {
+    tap::create(&tap_name(0))
+        .map_err(|source| Error::Kernel { step: "make the tap of the main interface".into(), source })
+}
+
+fn tap_name(place: usize) -> String {
+    format!("tap{place}_husk")
+}
+
+/// Joins every interface of the calling thread's namespace to a tap: the main
+/// one to that of [`main_tap`], the others to their own. `main` is the name of
+/// the one that CNI was asked for.
 ///
 /// # Errors
 /// The taps are gone then; the filters go with the namespace.
@@ -88,14 +103,19 @@ pub async fn join(netlink: &rtnetlink::Handle, main: &str) -> Result<Guest, Erro
         [routes(netlink, AddressFamily::Inet).await?, routes(netlink, AddressFamily::Inet6).await?].concat();
     let mut interfaces = Vec::new();
     for (place, link) in links.iter().enumerate() {
-        let tap = join_one(netlink, link, &format!("tap{place}_husk")).await?;
+        let tap = tap_name(place);
+        let made = (place > 0)
+            .then(|| tap::create(&tap))
+            .transpose()
+            .map_err(|source| Error::Kernel { step: format!("make the tap of {}", link.name), source })?;
+        join_one(netlink, link, &tap).await?;
         let own = addresses.iter().filter(|(index, _)| *index == link.index).map(|(_, address)| *address);
         interfaces.push(GuestInterface {
             name: link.name.clone(),
             mac: link.mac,
             mtu: link.mtu,
             addresses: own.map(|own| guest_address(own, link.index, &routes).to_string()).collect(),
-            tap,
+            tap: made,
         });
     }
     Ok(Guest { interfaces, routes: guest_routes(&links, routes) })
@@ -257,21 +277,19 @@ fn guest_routes(links: &[Link], routes: Vec<HostRoute>) -> Vec<Route> {
     named.collect()
 }
 
-/// Makes the tap of an interface and the two filters between them.
-async fn join_one(netlink: &rtnetlink::Handle, link: &Link, tap_name: &str) -> Result<OwnedFd, Error> {
+/// Brings up the tap of an interface and makes the two filters between them.
+async fn join_one(netlink: &rtnetlink::Handle, link: &Link, tap_name: &str) -> Result<(), Error> {
     let step = |what: &str| format!("{what} of {}", link.name);
     let io_failed = |what: &str| {
         let step = step(what);
         move |source| Error::Kernel { step, source }
     };
-    let tap = tap::create(tap_name).map_err(io_failed("make the tap"))?;
     quieten(tap_name).map_err(io_failed("switch off IPv6 on the tap"))?;
     let index = index_of(netlink, tap_name).await.map_err(failed(step("find the tap")))?;
     let up = LinkUnspec::new_with_index(index).mtu(u32::from(link.mtu)).up().build();
     netlink.link().set(up).execute().await.map_err(failed(step("bring up the tap")))?;
     redirect(netlink, link.index, index).await.map_err(failed(step("redirect the traffic")))?;
-    redirect(netlink, index, link.index).await.map_err(failed(step("redirect the traffic of the tap")))?;
-    Ok(tap)
+    redirect(netlink, index, link.index).await.map_err(failed(step("redirect the traffic of the tap")))
 }
 
 async fn index_of(netlink: &rtnetlink::Handle, name: &str) -> Result<u32, rtnetlink::Error> {

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
+use tokio::sync::oneshot;
 
 pub mod cni;
 pub mod conflist;
@@ -115,7 +116,8 @@ pub struct GuestInterface {
     /// "10.88.0.5/16".
     pub addresses: Vec<String>,
     /// Non-blocking, with `IFF_VNET_HDR`. The tap goes with its last descriptor.
-    pub tap: OwnedFd,
+    /// `None` for the one that was handed out early.
+    pub tap: Option<OwnedFd>,
 }
 
 /// A route of the guest.
@@ -213,14 +215,20 @@ impl Network {
         Ok(())
     }
 
-    /// Connects a pod. When the future is dropped before its end, what it has
-    /// done so far stays until [`Network::detach`].
+    /// Connects a pod. The tap of its main interface is sent `early`, as soon as
+    /// there is one: a machine can boot with it while the plugins are at work.
+    /// When the future is dropped before its end, what it has done so far stays
+    /// until [`Network::detach`].
     ///
     /// # Errors
     /// Everything is undone then, save what a plugin refuses to undo: that
     /// stays recorded for a later [`Network::detach`].
-    pub async fn attach(&self, pod: &PodRef<'_>) -> Result<Attachment, Error> {
-        self.connect(pod, true).await
+    pub async fn attach(
+        &self,
+        pod: &PodRef<'_>,
+        early: oneshot::Sender<OwnedFd>,
+    ) -> Result<Attachment, Error> {
+        self.connect(pod, Some(early)).await
     }
 
     /// Connects a pod whose containers are in the namespace themselves: there is
@@ -229,10 +237,14 @@ impl Network {
     /// # Errors
     /// As [`Network::attach`].
     pub async fn attach_host_pod(&self, pod: &PodRef<'_>) -> Result<Attachment, Error> {
-        self.connect(pod, false).await
+        self.connect(pod, None).await
     }
 
-    async fn connect(&self, pod: &PodRef<'_>, taps: bool) -> Result<Attachment, Error> {
+    async fn connect(
+        &self,
+        pod: &PodRef<'_>,
+        early: Option<oneshot::Sender<OwnedFd>>,
+    ) -> Result<Attachment, Error> {
         let network = conflist::load(&self.conf_dir)?;
         let intent = Intent {
             sandbox_id: pod.sandbox_id.to_owned(),
@@ -250,6 +262,18 @@ impl Network {
         if let Err(error) = netns::create(&intent.netns).await {
             self.forget(pod.sandbox_id);
             return Err(error.into());
+        }
+        let taps = early.is_some();
+        if let Some(early) = early {
+            let made = netns::run(&intent.netns, guest::main_tap).await.map_err(Error::from);
+            match made.and_then(|tap| tap.map_err(Error::from)) {
+                // Nobody waits for it any more when the machine has failed.
+                Ok(tap) => drop(early.send(tap)),
+                Err(error) => {
+                    self.clean_up(&intent, Ok(()));
+                    return Err(error);
+                }
+            }
         }
         let namespace = start.elapsed();
         let target = target(&intent, true);

@@ -144,7 +144,7 @@ impl FakeGuest {
     fn new(attachment: &Attachment) -> Self {
         let interface = &attachment.interfaces[0];
         let IpAddr::V4(ip) = attachment.ips[0] else { panic!("{:?}", attachment.ips) };
-        Self { tap: File::from(interface.tap.try_clone().unwrap()), mac: interface.mac, ip }
+        Self { tap: File::from(interface.tap.as_ref().unwrap().try_clone().unwrap()), mac: interface.mac, ip }
     }
 
     fn arp(&mut self, operation: u8, to: [u8; 6], target_mac: [u8; 6], target: Ipv4Addr) {
@@ -184,13 +184,22 @@ impl FakeGuest {
     }
 }
 
+/// Attaches, and puts the tap that came early with the others.
+async fn attach(network: &Network, pod: &PodRef<'_>) -> Result<Attachment, Error> {
+    let (early, tap) = tokio::sync::oneshot::channel();
+    let mut attachment = network.attach(pod, early).await?;
+    assert!(attachment.interfaces[0].tap.is_none());
+    attachment.interfaces[0].tap = Some(tap.await.unwrap());
+    Ok(attachment)
+}
+
 #[test]
 fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
     Host::run(async |host| {
         host.configure(json!([host.bridge()]));
         let network = host.network();
         network.ready().unwrap();
-        let attachment = network.attach(&pod("abcdef0123456789", &[])).await.unwrap();
+        let attachment = attach(&network, &pod("abcdef0123456789", &[])).await.unwrap();
 
         assert_eq!(attachment.netns, Path::new("/run/netns/husk-abcdef0123456"));
         assert_eq!(attachment.ips, ["10.77.0.2".parse::<IpAddr>().unwrap(), "fd77::2".parse().unwrap()]);
@@ -233,7 +242,7 @@ fn a_host_port_leads_to_the_guest() {
         let mappings =
             [PortMapping { host_port: 8053, container_port: 53, protocol: Protocol::Udp, host_ip: None }];
         let network = host.network();
-        let attachment = network.attach(&pod("aa", &mappings)).await.unwrap();
+        let attachment = attach(&network, &pod("aa", &mappings)).await.unwrap();
         let mut guest = FakeGuest::new(&attachment);
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.send_to(b"query", "10.77.0.1:8053").unwrap();
@@ -258,7 +267,7 @@ fn point_to_point_routes_are_carried_over() {
             },
         }]));
         let network = host.network();
-        let attachment = network.attach(&pod("aa", &[])).await.unwrap();
+        let attachment = attach(&network, &pod("aa", &[])).await.unwrap();
         // ptp wants all traffic to go by its gateway, that of the subnet, too.
         assert_eq!(attachment.interfaces[0].addresses, ["10.78.0.2/32"]);
         let routes: Vec<_> = attachment.routes.iter().map(|r| (r.destination.as_str(), r.gateway)).collect();
@@ -274,7 +283,7 @@ fn point_to_point_routes_are_carried_over() {
 fn a_pod_is_disconnected_with_the_configuration_that_connected_it() {
     Host::run(async |host| {
         host.configure(json!([host.bridge()]));
-        let attachment = host.network().attach(&pod("aa", &[])).await.unwrap();
+        let attachment = attach(&host.network(), &pod("aa", &[])).await.unwrap();
         assert_eq!(host.leases().len(), 2);
         drop(attachment);
         // Another daemon, after the configuration has gone.
@@ -298,7 +307,7 @@ fn plugins_are_told_when_the_namespace_has_gone() {
         script(&host.path("bin/logger"), &text);
         host.configure(json!([host.bridge(), {"type": "logger"}]));
         let network = host.network();
-        let attachment = network.attach(&pod("aa", &[])).await.unwrap();
+        let attachment = attach(&network, &pod("aa", &[])).await.unwrap();
         netns::remove(&attachment.netns).unwrap();
         drop(attachment);
         network.detach("aa").await.unwrap();
@@ -334,12 +343,12 @@ fn a_failing_plugin_is_named_and_everything_before_it_undone() {
             } else {
                 host.configure(json!([host.bridge(), {"type": "bad"}]));
             }
-            let error = network.attach(&pod("aa", &[])).await.unwrap_err().to_string();
+            let error = attach(&network, &pod("aa", &[])).await.unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
             host.assert_clean();
         }
         host.configure(json!([host.bridge(), {"type": "absent"}]));
-        let error = host.network().attach(&pod("aa", &[])).await.unwrap_err().to_string();
+        let error = attach(&host.network(), &pod("aa", &[])).await.unwrap_err().to_string();
         assert!(error.contains("CNI plugin absent is not in"), "{error}");
         assert!(host.network().ready().unwrap_err().to_string().contains("absent"));
         host.assert_clean();
@@ -354,14 +363,14 @@ fn what_an_interrupted_attach_has_done_is_undone_later() {
         let network = host.network();
         let deadline = Instant::now() + Duration::from_secs(60);
         let target = pod("aa", &[]);
-        let mut attach = Box::pin(network.attach(&target));
+        let mut attaching = Box::pin(attach(&network, &target));
         while host.leases().len() < 2 {
             assert!(Instant::now() < deadline);
-            let step = tokio::time::timeout(Duration::from_millis(50), &mut attach).await;
+            let step = tokio::time::timeout(Duration::from_millis(50), &mut attaching).await;
             assert!(step.is_err(), "{step:?}");
         }
-        drop(attach);
-        let error = network.attach(&target).await.unwrap_err();
+        drop(attaching);
+        let error = attach(&network, &target).await.unwrap_err();
         assert!(matches!(error, Error::Exists(_)), "{error}");
         assert_eq!(host.network().recorded().unwrap(), ["aa"]);
         host.network().detach("aa").await.unwrap();
@@ -381,7 +390,7 @@ fn a_plugin_that_cannot_disconnect_keeps_the_record_for_the_next_try() {
         script(&host.path("bin/stubborn"), &text);
         host.configure(json!([host.bridge(), {"type": "stubborn"}]));
         let network = host.network();
-        drop(network.attach(&pod("aa", &[])).await.unwrap());
+        drop(attach(&network, &pod("aa", &[])).await.unwrap());
         let error = network.detach("aa").await.unwrap_err().to_string();
         assert_eq!(error, "CNI plugin stubborn failed to DEL: busy (code 1)");
         assert_eq!(network.recorded().unwrap(), ["aa"]);
@@ -398,7 +407,7 @@ fn many_pods_at_once_get_addresses_of_their_own() {
         let network = host.network();
         let ids: Vec<String> = (0..4).map(|n| format!("pod{n}")).collect();
         let pods: Vec<_> = ids.iter().map(|id| pod(id, &[])).collect();
-        let attached = futures::future::join_all(pods.iter().map(|pod| network.attach(pod))).await;
+        let attached = futures::future::join_all(pods.iter().map(|pod| attach(&network, pod))).await;
         let mut ips: Vec<_> = attached.into_iter().map(|attachment| attachment.unwrap().ips[0]).collect();
         ips.sort();
         ips.dedup();

@@ -19,7 +19,6 @@ use super::{Control, Error, Keeper, Machine, Slots, cgroup, control_path, exit_p
 use crate::agent::Agent;
 use crate::config::Handler;
 use crate::id::SandboxId;
-use crate::network::GuestInterface;
 
 /// Serial number of the disk with the containers' writable layers.
 pub const SCRATCH_SERIAL: &str = "scratch";
@@ -27,6 +26,19 @@ pub const SCRATCH_SERIAL: &str = "scratch";
 /// Context id of every guest: each has a vsock device of its own, so they need
 /// not differ.
 const GUEST_CID: u32 = 3;
+
+/// A network interface of a machine.
+#[derive(Debug)]
+pub struct Nic {
+    /// Where its packets go.
+    pub tap: OwnedFd,
+    /// Hardware address that its driver finds.
+    pub mac: [u8; 6],
+}
+
+/// The largest packet that a network interface takes, bytes: the agent sets
+/// what the pod's network takes.
+const MAX_MTU: u16 = 65_521;
 
 /// What a machine is made of.
 #[derive(Debug)]
@@ -43,8 +55,8 @@ pub struct Plan<'a> {
     pub run_dir: PathBuf,
     /// The file of its writable disk.
     pub scratch: PathBuf,
-    /// Its network interfaces, with their taps.
-    pub interfaces: Vec<GuestInterface>,
+    /// Its network interfaces.
+    pub nics: Vec<Nic>,
     /// The control group of the VMM.
     pub cgroup: Option<PathBuf>,
 }
@@ -217,13 +229,13 @@ fn machine_config(
     let root = pass(open("open guest root filesystem", &plan.handler.rootfs, false)?);
     let scratch = pass(open("open sandbox disk", &plan.scratch, true)?);
     let mut nets = Vec::new();
-    for interface in &plan.interfaces {
-        let tap = interface.tap.try_clone().map_err(|cause| Error::File {
+    for nic in &plan.nics {
+        let tap = nic.tap.try_clone().map_err(|cause| Error::File {
             stage: "pass tap",
-            path: interface.name.clone().into(),
+            path: "/dev/net/tun".into(),
             cause,
         })?;
-        nets.push(NetConfig { tap: pass(tap), mac: interface.mac, mtu: interface.mtu });
+        nets.push(NetConfig { tap: pass(tap), mac: nic.mac, mtu: MAX_MTU });
     }
     let listener = pass(vsock.into());
     let config = VmConfig {

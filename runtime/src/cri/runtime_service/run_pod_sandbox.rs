@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use husk_proto::agent::{self, CreateSandboxRequest};
 use husk_proto::cri::{self, ContainerEventType, RunPodSandboxRequest, RunPodSandboxResponse};
+use tokio::sync::oneshot;
 
 use super::{run_host_pod, sandbox_config};
 use crate::config::{Handler, Kind};
@@ -15,7 +16,12 @@ use crate::id::SandboxId;
 use crate::network::{Attachment, PodRef, PortMapping, Protocol};
 use crate::node::Node;
 use crate::sandbox::{BootTimes, Phase, Record, Sandbox, Size, lifecycle};
+use crate::vm::launch::Nic;
 use crate::vm::{self, launch};
+
+/// Hardware address of a machine's main interface until the agent gives it the
+/// pod's own: locally administered, and never on a wire.
+const MAIN_MAC: [u8; 6] = [0x02, 0x48, 0x75, 0x73, 0x6b, 0x00];
 
 /// Fresh bytes for the guest's random number generator.
 const SEED: usize = 64;
@@ -85,28 +91,52 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     let record = sandbox.record().clone();
     let config = &record.config;
 
-    let scratch = sandbox.scratch();
-    let attach = async {
-        let attached = node.network.attach(&pod_ref(&record, &port_mappings(config)?)).await?;
-        Ok::<_, Error>((attached, started.elapsed()))
-    };
-    let ((network, network_time), ()) =
-        tokio::try_join!(attach, async { Ok(node.scratch.create(&scratch, handler.disk_mib).await?) })?;
-
-    let Attachment { netns, ips, interfaces, routes, dns } = network;
-    let guest_interfaces = interfaces.iter().map(guest_interface).collect();
     let size = size(config, handler);
-    let launched = launch::launch(launch::Plan {
+    let plan = |nics| launch::Plan {
         id: &sandbox.id,
         handler,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         run_dir: vm::run_dir(&node.config.run_dir, &sandbox.id),
-        scratch,
-        interfaces,
+        scratch: sandbox.scratch(),
+        nics,
         cgroup: record.cgroup.clone(),
-    })
-    .await?;
+    };
+
+    // The machine boots while the CNI plugins are at work: it needs a tap for
+    // that, and nothing that they decide.
+    let (early, main_tap) = oneshot::channel();
+    let mappings = port_mappings(config)?;
+    let attach = async {
+        let attached = node.network.attach(&pod_ref(&record, &mappings), early).await?;
+        Ok::<_, Error>((attached, started.elapsed()))
+    };
+    let boot = async {
+        node.scratch.create(&sandbox.scratch(), handler.disk_mib).await?;
+        // Without a tap the other branch has failed, and says why.
+        let Ok(tap) = main_tap.await else { return std::future::pending().await };
+        let nic =
+            Nic { tap: tap.try_clone().map_err(|error| Error::Internal(error.to_string()))?, mac: MAIN_MAC };
+        Ok((launch::launch(plan(vec![nic])).await?, tap))
+    };
+    let ((network, network_time), (mut launched, main_tap)) = tokio::try_join!(attach, boot)?;
+
+    let Attachment { netns, ips, mut interfaces, routes, dns } = network;
+    let mut guest_interfaces: Vec<_> = interfaces.iter().map(guest_interface).collect();
+    if interfaces.len() > 1 {
+        // The plugins made more than could be known: once more, with all.
+        tracing::info!(sandbox = %sandbox.id, interfaces = interfaces.len(), "boot again for more interfaces");
+        drop(launched);
+        vm::destroy(&vm::run_dir(&node.config.run_dir, &sandbox.id)).await?;
+        let mut main_tap = Some(main_tap);
+        let nics = interfaces.iter_mut().filter_map(|interface| {
+            let tap = interface.tap.take().or_else(|| main_tap.take())?;
+            Some(Nic { tap, mac: interface.mac })
+        });
+        launched = launch::launch(plan(nics.collect())).await?;
+    } else if let Some(main) = guest_interfaces.first_mut() {
+        main.device_mac = mac_text(MAIN_MAC);
+    }
 
     let configuring = Instant::now();
     let request = CreateSandboxRequest {
@@ -274,13 +304,17 @@ pub(super) fn guest_dns(config: &cri::PodSandboxConfig, network: crate::network:
 }
 
 fn guest_interface(interface: &crate::network::GuestInterface) -> agent::Interface {
-    let mac = interface.mac.map(|byte| format!("{byte:02x}")).join(":");
     agent::Interface {
         name: interface.name.clone(),
-        mac,
+        mac: mac_text(interface.mac),
         mtu: interface.mtu.into(),
         addresses: interface.addresses.clone(),
+        device_mac: String::new(),
     }
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 fn guest_route(route: crate::network::Route) -> agent::Route {
