@@ -284,9 +284,15 @@ fn memory_mib(config: &cri::PodSandboxConfig, handler: &Handler) -> u32 {
     handler.memory_mib.saturating_add(limit)
 }
 
+/// As asked, else the pod's name; a name may be longer than a host name, and
+/// is cut as the kubelet cuts it.
 pub(super) fn hostname(config: &cri::PodSandboxConfig) -> String {
     match (&config.metadata, config.hostname.as_str()) {
-        (Some(pod), "") => pod.name.clone(),
+        (Some(pod), "") => {
+            let cut =
+                pod.name.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= 63).last();
+            pod.name.get(..cut.unwrap_or(0)).unwrap_or_default().trim_end_matches(['-', '.']).to_owned()
+        }
         (_, hostname) => hostname.to_owned(),
     }
 }
@@ -330,4 +336,26 @@ fn seed() -> Vec<u8> {
     let filled = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
     seed.truncate(filled);
     seed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_name_is_cut_to_a_host_name() {
+        let named = |name: &str, hostname: &str| {
+            let metadata = cri::PodSandboxMetadata { name: name.into(), ..Default::default() };
+            super::hostname(&cri::PodSandboxConfig {
+                metadata: Some(metadata),
+                hostname: hostname.into(),
+                ..Default::default()
+            })
+        };
+        assert_eq!(named("pod", ""), "pod");
+        assert_eq!(named("pod", "host"), "host");
+        assert_eq!(named(&"a".repeat(70), ""), "a".repeat(63));
+        assert_eq!(named(&format!("{}-.tail", "a".repeat(61)), ""), "a".repeat(61));
+        assert_eq!(named(&"é".repeat(40), "").len(), 62);
+    }
 }
