@@ -32,9 +32,15 @@ pub(super) fn status(node: &Node, request: &StatusRequest) -> StatusResponse {
         condition("RuntimeReady", "MachineNotReady", runtime),
         condition("NetworkReady", "NetworkPluginNotReady", network),
     ];
-    let handler = |name: &str| RuntimeHandler {
-        name: name.to_owned(),
-        features: Some(RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces: true }),
+    let handler = |name: &str| {
+        let in_machines = node.config.handler(name).is_some_and(|(_, handler)| handler.kind() == Kind::Vm);
+        RuntimeHandler {
+            name: name.to_owned(),
+            features: Some(RuntimeHandlerFeatures {
+                recursive_read_only_mounts: false,
+                user_namespaces: in_machines,
+            }),
+        }
     };
     // The empty name stands for the default handler.
     let runtime_handlers =
