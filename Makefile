@@ -26,7 +26,7 @@ build: guest-image ## everything, as it is installed, in target/dist
 	cargo build --release --package husk-runtime
 	cargo rustc --release --package husk-vmm --bin husk-vmm -- -C target-feature=+crt-static
 	install -D -t $(dist)/bin $(target)/release/huskd $(target)/release/husk
-	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm $(target)/release/husk-agent
+	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm $(target)/agent/husk-agent
 	install -D -m 644 -t $(dist)/share/husk target/guest/vmlinux target/guest/rootfs.erofs
 
 .PHONY: demo
