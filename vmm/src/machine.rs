@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use event_manager::MutEventSubscriber;
+use husk_vmm_api::Inspection;
 use vm_memory::GuestMemoryMmap;
 
 use crate::devices::virtio::balloon::Balloon;
@@ -90,6 +91,15 @@ impl Machine {
     #[must_use]
     pub fn balloon_mib(&self) -> u32 {
         self.balloon.as_ref().map_or(0, |balloon| lock(balloon).actual_mib())
+    }
+
+    /// What processors and devices are at.
+    #[must_use]
+    pub fn inspect(&self) -> Inspection {
+        Inspection {
+            vcpus: self.vcpus.iter().map(Vcpu::report).collect(),
+            devices: self.transports.iter().map(|transport| lock(transport).report()).collect(),
+        }
     }
 
     /// When the guest was entered for the first time.

@@ -3,11 +3,12 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::mpsc::{self, SyncSender};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use husk_vmm_api::ExitReason;
+use husk_vmm_api::{ExitReason, VcpuReport};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -15,12 +16,16 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::devices::bus::Bus;
 use crate::devices::console::Console;
 use crate::exit::ExitSignal;
+use crate::lock;
+use crate::snapshot;
 
 /// Bytes of stack of a thread. Only what is touched costs memory.
 const STACK: usize = 256 * 1024;
 /// How often a stopping thread is kicked before it is given up, a millisecond
 /// apart.
 const KICKS: u32 = 1000;
+/// Most time that a vCPU gets to report.
+const REPORT_WAIT: Duration = Duration::from_millis(500);
 
 /// What the vCPUs of a machine share.
 pub struct Surroundings {
@@ -39,7 +44,16 @@ pub struct Surroundings {
 /// A running vCPU.
 pub struct Vcpu {
     thread: JoinHandle<VcpuFd>,
-    stop: Arc<AtomicBool>,
+    orders: Arc<Orders>,
+}
+
+/// What the vCPU's thread shall do between two entries into the guest.
+#[derive(Default)]
+struct Orders {
+    /// There are some.
+    any: AtomicBool,
+    stop: AtomicBool,
+    report: Mutex<Option<SyncSender<VcpuReport>>>,
 }
 
 impl Vcpu {
@@ -48,35 +62,57 @@ impl Vcpu {
     /// # Errors
     /// The host has no more threads.
     pub fn start(index: u8, fd: VcpuFd, surroundings: Arc<Surroundings>) -> io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
+        let orders = Arc::new(Orders::default());
+        let received = Arc::clone(&orders);
         let thread = thread::Builder::new()
             .name(format!("husk-vcpu{index}"))
             .stack_size(STACK)
-            .spawn(move || run(fd, &surroundings, &stopped))?;
-        Ok(Self { thread, stop })
+            .spawn(move || run(fd, &surroundings, &received))?;
+        Ok(Self { thread, orders })
     }
 
     /// Gets the vCPU out of the guest and ends its thread; it can be saved
     /// then. `None` when it does not come within a second.
     #[must_use]
     pub fn stop(self) -> Option<VcpuFd> {
-        self.stop.store(true, Ordering::SeqCst);
+        self.orders.stop.store(true, Ordering::SeqCst);
+        self.orders.any.store(true, Ordering::SeqCst);
         for _ in 0..KICKS {
             if self.thread.is_finished() {
                 return self.thread.join().ok();
             }
-            // A kick that comes just before the thread enters the guest is
-            // lost, so there has to be another one.
-            let _ = self.thread.kill(SIGRTMIN());
+            self.kick();
             thread::sleep(Duration::from_millis(1));
         }
         None
     }
+
+    /// Gets the vCPU out of the guest for a look at it.
+    #[must_use]
+    pub fn report(&self) -> VcpuReport {
+        let (sender, report) = mpsc::sync_channel(1);
+        *lock(&self.orders.report) = Some(sender);
+        self.orders.any.store(true, Ordering::SeqCst);
+        let asked = Instant::now();
+        while asked.elapsed() < REPORT_WAIT {
+            self.kick();
+            match report.recv_timeout(Duration::from_millis(1)) {
+                Ok(report) => return report,
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        VcpuReport::Gone
+    }
+
+    /// A kick that comes just before the thread enters the guest is lost, so
+    /// there has to be another one.
+    fn kick(&self) {
+        let _ = self.thread.kill(SIGRTMIN());
+    }
 }
 
-/// Makes the signal that [`Vcpu::stop`] sends interrupt `KVM_RUN`, and do
-/// nothing else.
+/// Makes the signal of a kick interrupt `KVM_RUN`, and do nothing else.
 ///
 /// # Errors
 /// The kernel's.
@@ -85,9 +121,18 @@ pub fn install_kick_handler() -> io::Result<()> {
     register_signal_handler(SIGRTMIN(), nothing).map_err(io::Error::from)
 }
 
-fn run(mut fd: VcpuFd, surroundings: &Surroundings, stop: &AtomicBool) -> VcpuFd {
+fn run(mut fd: VcpuFd, surroundings: &Surroundings, orders: &Orders) -> VcpuFd {
     surroundings.entered.get_or_init(Instant::now);
-    while !stop.load(Ordering::SeqCst) {
+    loop {
+        if orders.any.swap(false, Ordering::SeqCst) {
+            if let Some(wanted) = lock(&orders.report).take() {
+                // Who asked may have given up.
+                let _ = wanted.try_send(snapshot::vcpu::report(&fd).unwrap_or(VcpuReport::Gone));
+            }
+            if orders.stop.load(Ordering::SeqCst) {
+                break;
+            }
+        }
         if let Err((reason, detail)) = enter(&mut fd, surroundings) {
             surroundings.exit.raise(reason, detail);
             break;

@@ -148,6 +148,15 @@ impl Vmm {
             }),
             Request::Info => return Some(Response::Info(self.info())),
             Request::Console => return Some(Response::Console { text: self.console.text() }),
+            Request::Inspect => {
+                return Some(match self.machine.as_ref().map(Machine::inspect) {
+                    Some(inspection) => Response::Inspection(inspection),
+                    None => Response::Error {
+                        stage: "inspect".into(),
+                        message: "no machine was booted yet".into(),
+                    },
+                });
+            }
             Request::Wait => {
                 self.waiting.push(client);
                 return None;

@@ -11,6 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::vm::Control;
+
 /// Most time until the guest has accepted a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -20,6 +22,7 @@ pub struct Agent {
     client: AgentClient<Channel>,
     vsock: PathBuf,
     timeout: Duration,
+    machine: Option<Control>,
 }
 
 impl Agent {
@@ -38,7 +41,14 @@ impl Agent {
             }))
             .await
             .map_err(|error| chain(&error))?;
-        Ok(Self { client: AgentClient::new(channel), vsock, timeout })
+        Ok(Self { client: AgentClient::new(channel), vsock, timeout, machine: None })
+    }
+
+    /// Names the machine that it runs in, to be looked at when it is silent.
+    #[must_use]
+    pub fn in_machine(mut self, machine: Control) -> Self {
+        self.machine = Some(machine);
+        self
     }
 
     /// For calls that end by themselves: each gets the handler's time limit.
@@ -53,13 +63,13 @@ impl Agent {
         match tokio::time::timeout(self.timeout, call(self.client.clone())).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(Error { stage, status: Box::new(status) }),
-            Err(_) => Err(Error {
-                stage,
-                status: Box::new(tonic::Status::deadline_exceeded(format!(
-                    "no answer within {} s",
-                    self.timeout.as_secs()
-                ))),
-            }),
+            Err(_) => {
+                if let Some(machine) = &self.machine {
+                    machine.log_inspection().await;
+                }
+                let late = format!("no answer within {} s", self.timeout.as_secs());
+                Err(Error { stage, status: Box::new(tonic::Status::deadline_exceeded(late)) })
+            }
         }
     }
 

@@ -77,6 +77,15 @@ pub fn find<'a>(pods: &'a [cri::PodSandbox], wanted: &str) -> anyhow::Result<&'a
     }
 }
 
+/// The id of the pod that a person means. A machine lives on without huskd, and
+/// that is when one wants to look at it: then it has to be the id.
+pub async fn find_id(config: &Config, wanted: &str) -> anyhow::Result<String> {
+    match connect(&config.socket).await {
+        Ok(mut huskd) => Ok(find(&pods(&mut huskd).await?, wanted)?.id.clone()),
+        Err(_) => Ok(wanted.to_owned()),
+    }
+}
+
 /// The control socket of a pod's VMM; none for a pod of host containers.
 pub fn control(config: &Config, sandbox_id: &str) -> Option<Control> {
     let folder = vm::run_dir(&config.run_dir, &SandboxId::from(sandbox_id));

@@ -15,11 +15,7 @@ pub struct Arguments {
 
 /// Prints it as it is.
 pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
-    // A machine lives on without huskd, and that is when one wants to look.
-    let id = match client::connect(&config.socket).await {
-        Ok(mut huskd) => client::find(&client::pods(&mut huskd).await?, &arguments.pod)?.id.clone(),
-        Err(_) => arguments.pod.clone(),
-    };
+    let id = client::find_id(config, &arguments.pod).await?;
     let Some(control) = client::control(config, &id) else {
         bail!("pod {id} has no console: its containers are the host's");
     };

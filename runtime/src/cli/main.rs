@@ -11,6 +11,7 @@ mod check;
 mod client;
 mod console;
 mod info;
+mod inspect;
 mod pods;
 mod version;
 
@@ -31,6 +32,7 @@ enum Command {
     Pods(pods::Arguments),
     Info(info::Arguments),
     Console(console::Arguments),
+    Inspect(inspect::Arguments),
     Version,
 }
 
@@ -55,6 +57,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             Command::Pods(pods) => pods::run(pods, &config?).await?,
             Command::Info(info) => info::run(info, &config?).await?,
             Command::Console(console) => console::run(console, &config?).await?,
+            Command::Inspect(inspect) => inspect::run(inspect, &config?).await?,
             Command::Version => version::run(&config?).await,
         }
         Ok(ExitCode::SUCCESS)

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use husk_vmm_api::socket;
+use husk_vmm_api::{Inspection, socket};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket as new_socket, sockopt,
@@ -69,6 +69,29 @@ impl Control {
         match self.ask("console", Request::Console, Vec::new(), Some(Duration::from_secs(2))).await {
             Ok(Some(Response::Console { text })) => text,
             _ => String::new(),
+        }
+    }
+
+    /// What processors and devices are at.
+    ///
+    /// # Errors
+    /// When the VMM does not answer.
+    pub async fn inspect(&self) -> Result<Inspection, Error> {
+        match self.ask("inspect", Request::Inspect, Vec::new(), Some(CONTROL_TIMEOUT)).await? {
+            Some(Response::Inspection(inspection)) => Ok(inspection),
+            other => Err(unexpected("inspect", other)),
+        }
+    }
+
+    /// Writes what processors and devices are at to huskd's log: for a guest
+    /// that does not answer, before anybody ends it.
+    pub async fn log_inspection(&self) {
+        match self.inspect().await.map(|inspection| serde_json::to_string(&inspection)) {
+            Ok(Ok(machine)) => {
+                tracing::warn!(vmm = %self.path.display(), machine, "the guest does not answer")
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "write down what the machine is at"),
+            Err(error) => tracing::warn!(%error, "the guest does not answer, nor does its VMM"),
         }
     }
 

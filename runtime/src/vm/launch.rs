@@ -126,6 +126,7 @@ pub async fn launch(plan: Plan<'_>) -> Result<Launched, Error> {
             None => Error::Control { stage: "guest boot", cause: format!("the VMM died: see {}", log_path.display()) },
         }),
         () = tokio::time::sleep(limit) => {
+            control.log_inspection().await;
             return Err(Error::Silent { seconds: limit.as_secs(), console: control.console().await });
         }
     }
@@ -133,7 +134,8 @@ pub async fn launch(plan: Plan<'_>) -> Result<Launched, Error> {
     let _ = std::fs::remove_file(&ready_path);
 
     let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
-    let agent = Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent)?;
+    let agent =
+        Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent)?.in_machine(control.clone());
     let machine =
         Machine { keeper: Keeper::Vmm(control), agent, slots: Slots::new(plan.handler.image_slots) };
     Ok(Launched {

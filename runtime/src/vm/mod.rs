@@ -177,7 +177,10 @@ fn exit_path(run_dir: &Path) -> PathBuf {
 pub async fn reattach(run_dir: &Path, slots: Slots, agent_timeout: Duration) -> Result<Arc<Machine>, Error> {
     let control = Control::new(control_path(run_dir));
     control.info().await?;
-    let agent = Agent::connect(vsock_path(run_dir), agent_timeout).await.map_err(Error::Agent)?;
+    let agent = Agent::connect(vsock_path(run_dir), agent_timeout)
+        .await
+        .map_err(Error::Agent)?
+        .in_machine(control.clone());
     Ok(Arc::new(Machine { keeper: Keeper::Vmm(control), agent, slots }))
 }
 

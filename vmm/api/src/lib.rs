@@ -69,6 +69,8 @@ pub enum Request {
     Info,
     /// The last bytes of the guest's console, at most [`CONSOLE_TAIL`].
     Console,
+    /// What processors and devices are at, for a guest that hangs.
+    Inspect,
     /// Answered with [`Response::Exited`] when the machine has ended.
     Wait,
     /// Ends the machine at once.
@@ -88,6 +90,8 @@ pub enum Response {
         /// Text, with invalid UTF-8 replaced.
         text: String,
     },
+    /// To [`Request::Inspect`].
+    Inspection(Inspection),
     /// To [`Request::Wait`].
     Exited(Exit),
     /// The request failed and changed nothing.
@@ -173,6 +177,71 @@ pub struct Info {
     pub guest_resident_bytes: u64,
     /// What the balloon holds now, MiB.
     pub balloon_mib: u32,
+}
+
+/// What a machine is at, at about one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inspection {
+    /// One for each vCPU.
+    pub vcpus: Vec<VcpuReport>,
+    /// One for each virtio device, in the order of their addresses.
+    pub devices: Vec<DeviceReport>,
+}
+
+/// What a vCPU is at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VcpuReport {
+    /// Its thread came out of the guest and looked.
+    Seen {
+        /// It waits for an interrupt.
+        halted: bool,
+        /// Address of its instruction.
+        rip: u64,
+        /// Its stack.
+        rsp: u64,
+        /// Its flags; bit 9 is set when it takes interrupts.
+        rflags: u64,
+        /// Vectors of interrupts that it has yet to take.
+        requested: Vec<u8>,
+        /// Vectors of interrupts that it is handling.
+        in_service: Vec<u8>,
+        /// Value of its time stamp counter at which its timer fires; 0 is never.
+        timer: u64,
+        /// Its time stamp counter.
+        tsc: u64,
+    },
+    /// Its thread has ended, or is held by the host's kernel.
+    Gone,
+}
+
+/// What a virtio device is at (virtio 1.2 §2.7, §4.2.2).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// Kind of device (virtio 1.2 §5): 1 network, 2 block, 4 entropy, 5
+    /// balloon, 19 socket.
+    pub kind: u32,
+    /// What the driver has written: 15 when it is at work.
+    pub status: u32,
+    /// Interrupts that the driver has not acknowledged.
+    pub interrupt: u32,
+    /// Its virtqueues; empty until the driver is at work.
+    pub queues: Vec<QueueReport>,
+}
+
+/// What a virtqueue is at: counters of 16 bits that only grow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueReport {
+    /// Chains that the driver has made available.
+    pub available: u16,
+    /// Of these, how many the device has taken.
+    pub taken: u16,
+    /// The device wants to be notified of the chain after this one.
+    pub notify_after: u16,
+    /// Chains that the device has given back.
+    pub used: u16,
+    /// The driver wants to be interrupted for the chain after this one.
+    pub interrupt_after: u16,
 }
 
 /// Why a machine ended.

@@ -4,6 +4,11 @@
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
+/// Time stamp counter.
+pub const TSC: u32 = 0x10;
+/// Value of the time stamp counter at which the local timer fires; 0 is never.
+pub const TSC_DEADLINE: u32 = 0x6e0;
+
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -59,6 +64,24 @@ pub fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), MsrError> {
         }
     }
     Ok(())
+}
+
+/// Reads a few that every vCPU has.
+///
+/// # Errors
+/// [`MsrError`].
+pub fn read<const N: usize>(vcpu: &VcpuFd, indices: [u32; N]) -> Result<[u64; N], MsrError> {
+    let entries = indices.map(|index| kvm_msr_entry { index, ..Default::default() });
+    let mut msrs = Msrs::from_entries(&entries).map_err(|_| MsrError::TooMany(N))?;
+    let count = vcpu.get_msrs(&mut msrs)?;
+    if let Some(refused) = indices.get(count) {
+        return Err(MsrError::Refused(*refused));
+    }
+    let mut values = [0; N];
+    for (value, entry) in values.iter_mut().zip(msrs.as_slice()) {
+        *value = entry.data;
+    }
+    Ok(values)
 }
 
 /// Reads all registers that KVM says must be saved with a vCPU. Those that

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use husk_vmm_api::{DeviceReport, QueueReport};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
@@ -16,7 +17,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, VirtioDevice};
@@ -328,6 +329,27 @@ impl MmioTransport {
             registers,
             interrupt_status: self.interrupt.status(),
             config_generation: self.interrupt.generation(),
+        }
+    }
+
+    /// What the device is at, as far as its rings can be read.
+    #[must_use]
+    pub fn report(&self) -> DeviceReport {
+        let device = lock(&self.device);
+        let active = device.activation().map_or(&[][..], |activation| &activation.queues);
+        let read = |address: u64| self.memory.read_obj::<u16>(GuestAddress(address)).unwrap_or_default();
+        let queues = active.iter().map(|queue| QueueReport {
+            available: read(queue.avail_ring().wrapping_add(2)),
+            taken: queue.next_avail(),
+            notify_after: read(queue.used_ring().wrapping_add(4 + 8 * u64::from(queue.size()))),
+            used: queue.next_used(),
+            interrupt_after: read(queue.avail_ring().wrapping_add(4 + 2 * u64::from(queue.size()))),
+        });
+        DeviceReport {
+            kind: device.device_type(),
+            status: self.registers.status,
+            interrupt: self.interrupt.status(),
+            queues: queues.collect(),
         }
     }
 
