@@ -1,6 +1,7 @@
 //! Containers as huskd knows them.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use husk_proto::cri;
@@ -131,6 +132,9 @@ pub struct Container {
     pub verb: tokio::sync::Mutex<()>,
     record: Mutex<Record>,
     path: PathBuf,
+    /// It was removed: nothing of it is written any more. Changes under the
+    /// record's lock.
+    forgotten: AtomicBool,
     exited: watch::Sender<bool>,
     log: Mutex<Option<Arc<log::LogFile>>>,
 }
@@ -163,6 +167,7 @@ impl Container {
             verb: tokio::sync::Mutex::default(),
             record: Mutex::new(record),
             path,
+            forgotten: AtomicBool::new(false),
             exited,
             log: Mutex::default(),
         }
@@ -186,9 +191,14 @@ impl Container {
         let mut record = lock(&self.record);
         let mut next = record.clone();
         change(&mut next);
-        write_json(&self.path, &next)?;
+        self.write(&next)?;
         *record = next;
         Ok(())
+    }
+
+    /// The caller holds the record's lock.
+    fn write(&self, record: &Record) -> std::io::Result<()> {
+        if self.forgotten.load(Ordering::Relaxed) { Ok(()) } else { write_json(&self.path, record) }
     }
 
     /// Records the end; false when one was recorded before, which stands.
@@ -201,7 +211,7 @@ impl Container {
         record.state = State::Exited(exit);
         // The end is true whether or not it could be written; a daemon that
         // starts again asks the agent, or finds the machine gone.
-        if let Err(error) = write_json(&self.path, &*record) {
+        if let Err(error) = self.write(&record) {
             tracing::warn!(container = %self.id, %error, "write container record");
         }
         true
@@ -228,11 +238,14 @@ impl Container {
         *lock(&self.log) = file;
     }
 
-    /// Removes the record from disk.
+    /// Removes the record from disk, for good: an end that is told later does
+    /// not bring it back.
     ///
     /// # Errors
     /// The disk's; a record that is gone is no error.
     pub fn forget(&self) -> std::io::Result<()> {
+        let _record = lock(&self.record);
+        self.forgotten.store(true, Ordering::Relaxed);
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
@@ -248,4 +261,53 @@ pub fn now() -> i64 {
         .ok()
         .and_then(|elapsed| i64::try_from(elapsed.as_nanos()).ok())
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn container(folder: &std::path::Path) -> Container {
+        std::fs::create_dir(folder.join("containers")).unwrap();
+        let record = Record {
+            id: ContainerId::from("c"),
+            sandbox_id: SandboxId::from("s"),
+            config: cri::ContainerConfig::default(),
+            image_id: String::new(),
+            image_ref: String::new(),
+            image_slot: String::new(),
+            image_rootfs: PathBuf::new(),
+            log_path: PathBuf::new(),
+            stop_signal: 15,
+            guest_pid: 1,
+            created_at: 1,
+            started_at: 2,
+            user: None,
+            start_error: String::new(),
+            state: State::Running,
+        };
+        Container::create(folder, record).unwrap()
+    }
+
+    #[test]
+    fn the_first_end_stands_and_is_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let container = container(folder.path());
+        assert!(container.record_exit(Exit::reported(3, false, 9)));
+        assert!(!container.record_exit(Exit::machine_gone("later")));
+        let loaded = Container::load(folder.path().join("containers/c.json")).unwrap();
+        assert_eq!(loaded.state(), State::Exited(Exit::reported(3, false, 9)));
+    }
+
+    #[test]
+    fn an_end_after_the_removal_brings_no_record_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let container = container(folder.path());
+        container.forget().unwrap();
+        assert!(container.record_exit(Exit::reported(0, false, 9)));
+        container.update(|record| record.guest_pid = 2).unwrap();
+        assert!(!folder.path().join("containers/c.json").exists());
+    }
 }
