@@ -35,6 +35,7 @@ mod mode;
 mod mounts;
 mod netlink;
 mod ns;
+mod port;
 mod power;
 mod process;
 mod pump;

@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::cgroup::Cgroup;
 use crate::connection::Connection;
 use crate::fd::AsyncFile;
-use crate::pump::{self, Input};
+use crate::pump::{self, End, Input};
 use crate::reaper::{self, Exit, Exited};
 use crate::stdio::Ends;
 
@@ -62,10 +62,19 @@ impl Process {
         let mut tasks = Vec::new();
         let mut outputs = Vec::new();
 
+        let terminal = ends.terminal.is_some();
         let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<Connection>> {
             let (clients, receiver) = mpsc::channel(1);
-            let pump = pump::output(AsyncFile::reader(end)?, receiver, exited.clone());
-            outputs.push(AbortOnDropHandle::new(tokio::spawn(pump)));
+            // Who asked for an exec is the only one who wants its output.
+            let once = role == Role::Exec;
+            let pump = pump::output(AsyncFile::reader(end)?, receiver, once, exited.clone());
+            let exited = exited.clone();
+            outputs.push(AbortOnDropHandle::new(tokio::spawn(async move {
+                if pump.await == End::Abandoned && terminal {
+                    // What the kernel does when a terminal goes.
+                    let _ = send(pid, &exited, libc::SIGHUP);
+                }
+            })));
             Ok(clients)
         };
         let stdout = open(ends.stdout)?;
@@ -133,16 +142,7 @@ impl Process {
 
     /// Sends it a signal. One that has exited takes no notice.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
-        // The reaper runs on this thread, so while the exit is not marked the
-        // pid cannot have gone to another process.
-        if self.has_exited() {
-            return Ok(());
-        }
-        // SAFETY: kill has no memory effects. nix has no real-time signals.
-        match Errno::result(unsafe { libc::kill(self.pid.as_raw(), signal) }) {
-            Ok(_) | Err(Errno::ESRCH) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        send(self.pid, &self.exited, signal)
     }
 
     /// Sets the size of its terminal; false if it has none.
@@ -184,5 +184,19 @@ impl Process {
         if let Some(output) = output {
             let _ = output.send(connection).await;
         }
+    }
+}
+
+/// Sends a signal to a process that has not exited.
+fn send(pid: Pid, exited: &Exited, signal: i32) -> io::Result<()> {
+    // The reaper runs on this thread, so while the exit is not marked the
+    // pid cannot have gone to another process.
+    if exited.borrow().is_some() {
+        return Ok(());
+    }
+    // SAFETY: kill has no memory effects. nix has no real-time signals.
+    match Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }) {
+        Ok(_) | Err(Errno::ESRCH) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }

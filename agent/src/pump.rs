@@ -29,6 +29,15 @@ const LATE_BYTES: usize = 1024 * 1024;
 
 const CHUNK: usize = 16 * 1024;
 
+/// How an output came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By itself, or because nobody could want it any more.
+    Over,
+    /// Its only client has gone, while the process might have had more to say.
+    Abandoned,
+}
+
 /// A connection for standard input.
 pub struct Input<C> {
     /// What the client sends from here on.
@@ -37,11 +46,12 @@ pub struct Input<C> {
     pub early: Vec<u8>,
 }
 
-/// Sends what `source` yields to the newest of `clients`, until its end. The
-/// connection is then closed: its end is the stream's.
-pub async fn output<C>(source: AsyncFile, mut clients: mpsc::Receiver<C>, exited: Exited)
+/// Sends what `source` yields to the newest of `clients`, until its end; with
+/// `once`, until the first client has gone. The connection is then closed: its
+/// end is the stream's.
+pub async fn output<C>(source: AsyncFile, mut clients: mpsc::Receiver<C>, once: bool, exited: Exited) -> End
 where
-    C: AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Unpin,
 {
     let opened = Instant::now();
     let mut client = None;
@@ -54,16 +64,20 @@ where
                     client = Some(newer);
                     continue;
                 }
-                None => return,
+                None => return End::Over,
             },
             chunk = source.read(CHUNK) => chunk,
+            () = gone(client.as_mut()), if once => return End::Abandoned,
             () = after_exit(exited.clone(), opened, LINGER) => break,
         };
         match chunk {
             Ok(chunk) if chunk.is_empty() => break,
             Ok(chunk) => {
-                if !deliver(&chunk, &mut client, &mut clients, &exited).await {
-                    return;
+                if !deliver(&chunk, &mut client, &mut clients, once, &exited).await {
+                    return End::Over;
+                }
+                if once && client.is_none() {
+                    return End::Abandoned;
                 }
                 let ended = exited.borrow().as_ref().map(|exit| exit.instant);
                 if ended.is_some_and(|ended| ended.elapsed() > LINGER) {
@@ -80,13 +94,24 @@ where
         // A client that is gone needs no end.
         let _ = client.shutdown().await;
     }
+    End::Over
 }
 
-/// Hands `chunk` over to its last byte; false when nobody takes it.
+/// Waits until the client of an output, which has nothing to say, closes.
+async fn gone<C: AsyncRead + Unpin>(client: Option<&mut C>) {
+    match client {
+        Some(client) => while !matches!(client.read(&mut [0; 16]).await, Ok(0) | Err(_)) {},
+        None => std::future::pending().await,
+    }
+}
+
+/// Hands `chunk` over to its last byte; false when nobody takes it. With `once`,
+/// no client is left when the first has gone.
 async fn deliver<C>(
     mut chunk: &[u8],
     client: &mut Option<C>,
     clients: &mut mpsc::Receiver<C>,
+    once: bool,
     exited: &Exited,
 ) -> bool
 where
@@ -112,6 +137,10 @@ where
                     progress = Instant::now();
                 }
                 // The client is gone; another may come for the rest.
+                _ if once => {
+                    *client = None;
+                    return true;
+                }
                 _ => *client = None,
             },
             () = after_exit(exited.clone(), progress, PATIENCE) => return false,

@@ -1,17 +1,18 @@
-//! Accepts the connections of standard streams
-//! ([`husk_proto::agent::stream`]) and leads each to its process.
+//! Accepts the connections of streams ([`husk_proto::agent::stream`]) and leads
+//! each to its process, or to a port of the pod.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use husk_proto::agent::stream::{Greeting, Kind, MAX_GREETING};
+use husk_proto::agent::stream::{Greeting, Kind, MAX_GREETING, PortGreeting};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
 use crate::connection::{Connection, Incoming};
 use crate::container::ProcessRef;
+use crate::port;
 use crate::server::Agent;
 
 /// How long a connection may take to say which stream it is for.
@@ -29,10 +30,13 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
             Some(Ok(connection)) => {
                 let agent = agent.clone();
                 tokio::spawn(async move {
-                    let _permit = permit;
                     // In time or not at all; what was read so far is dropped
                     // with the connection.
-                    let _ = timeout(GREETING_DEADLINE, receive(connection, &agent)).await;
+                    let received = timeout(GREETING_DEADLINE, receive(connection, &agent)).await;
+                    drop(permit);
+                    if let Ok(Ok(Some(forward))) = received {
+                        forward.copy().await;
+                    }
                 });
             }
             None => return,
@@ -44,22 +48,47 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
     }
 }
 
-async fn receive(mut connection: Connection, agent: &Agent) -> std::io::Result<()> {
+/// What a connection asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Wish {
+    Stream(Greeting),
+    Port(PortGreeting),
+}
+
+enum Found {
+    Stream(ProcessRef, Kind),
+    Port(port::Target),
+}
+
+/// Answers with what is still to be done once the greeting is over.
+async fn receive(
+    mut connection: Connection,
+    agent: &Agent,
+) -> std::io::Result<Option<port::Forward<Connection>>> {
     let found = match read_greeting(&mut connection).await {
-        Ok((greeting, early)) => find(agent, &greeting).map(|process| (process, greeting.kind, early)),
+        Ok((Wish::Stream(greeting), early)) => {
+            find(agent, &greeting).map(|process| (Found::Stream(process, greeting.kind), early))
+        }
+        Ok((Wish::Port(PortGreeting(port)), early)) => {
+            port::connect(port).await.map(|target| (Found::Port(target), early))
+        }
         Err(reason) => Err(reason),
     };
     match found {
-        Ok((process, kind, early)) => {
+        Ok((Found::Stream(process, kind), early)) => {
             connection.write_all(b"OK\n").await?;
             process.connect(kind, connection, early).await;
+        }
+        Ok((Found::Port(target), early)) => {
+            connection.write_all(b"OK\n").await?;
+            return Ok(Some(port::Forward { host: connection, target, early }));
         }
         Err(reason) => {
             connection.write_all(format!("ERR {reason}\n").as_bytes()).await?;
             connection.shutdown().await?;
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 fn find(agent: &Agent, greeting: &Greeting) -> Result<ProcessRef, String> {
@@ -70,7 +99,7 @@ fn find(agent: &Agent, greeting: &Greeting) -> Result<ProcessRef, String> {
 }
 
 /// Reads the first line, and returns what came behind it.
-async fn read_greeting(connection: &mut (impl AsyncRead + Unpin)) -> Result<(Greeting, Vec<u8>), String> {
+async fn read_greeting(connection: &mut (impl AsyncRead + Unpin)) -> Result<(Wish, Vec<u8>), String> {
     let mut received = Vec::with_capacity(MAX_GREETING);
     loop {
         let room = MAX_GREETING - received.len();
@@ -78,11 +107,15 @@ async fn read_greeting(connection: &mut (impl AsyncRead + Unpin)) -> Result<(Gre
         if let Some(newline) = received.iter().position(|byte| *byte == b'\n') {
             let early = received.split_off(newline + 1);
             let line = std::str::from_utf8(&received).map_err(|error| error.to_string())?;
+            if let Ok(port) = line.parse() {
+                return Ok((Wish::Port(port), early));
+            }
             let greeting: Greeting = line.parse().map_err(|bad| format!("{bad}"))?;
-            return match greeting.kind {
-                Kind::Stdin => Ok((greeting, early)),
-                Kind::Stdout | Kind::Stderr => Ok((greeting, Vec::new())),
+            let early = match greeting.kind {
+                Kind::Stdin => early,
+                Kind::Stdout | Kind::Stderr => Vec::new(),
             };
+            return Ok((Wish::Stream(greeting), early));
         }
         if count == 0 {
             return Err(format!("no greeting of at most {MAX_GREETING} bytes"));
@@ -97,16 +130,26 @@ mod tests {
 
     use super::*;
 
-    async fn read(bytes: &[u8]) -> Result<(Greeting, Vec<u8>), String> {
+    async fn read(bytes: &[u8]) -> Result<(Wish, Vec<u8>), String> {
         let mut reader: &[u8] = bytes;
         read_greeting(&mut reader).await
+    }
+
+    fn stream(kind: Kind, container_id: &str, process_id: &str) -> Wish {
+        Wish::Stream(Greeting { kind, container_id: container_id.into(), process_id: process_id.into() })
     }
 
     #[tokio::test]
     async fn what_follows_the_greeting_is_input() {
         let (greeting, early) = read(b"STREAM stdin c1 e1\nfirst\nbytes").await.unwrap();
-        assert_eq!((greeting.container_id.as_str(), greeting.process_id.as_str()), ("c1", "e1"));
+        assert_eq!(greeting, stream(Kind::Stdin, "c1", "e1"));
         assert_eq!(early, b"first\nbytes");
+    }
+
+    #[tokio::test]
+    async fn what_follows_a_port_is_for_the_port() {
+        let read = read(b"PORT 80\nGET /").await.unwrap();
+        assert_eq!(read, (Wish::Port(PortGreeting(80)), b"GET /".to_vec()));
     }
 
     #[tokio::test]
@@ -114,7 +157,7 @@ mod tests {
         let (mut host, mut agent) = tokio::io::duplex(3);
         let writer = tokio::spawn(async move { host.write_all(b"STREAM stdout c1\n").await.map(|()| host) });
         let (greeting, early) = read_greeting(&mut agent).await.unwrap();
-        assert_eq!((greeting.kind, early), (Kind::Stdout, Vec::new()));
+        assert_eq!((greeting, early), (stream(Kind::Stdout, "c1", ""), Vec::new()));
         writer.await.unwrap().unwrap();
     }
 

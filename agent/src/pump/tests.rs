@@ -24,14 +24,18 @@ struct Output {
     process: File,
     clients: mpsc::Sender<UnixStream>,
     exit: watch::Sender<Option<Exit>>,
-    pump: tokio::task::JoinHandle<()>,
+    pump: tokio::task::JoinHandle<End>,
 }
 
 fn start_output() -> Output {
+    start(false)
+}
+
+fn start(once: bool) -> Output {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (clients, receiver) = mpsc::channel(1);
     let (exit, exited) = watch::channel(None);
-    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, exited));
+    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, once, exited));
     Output { process: File::from(writer), clients, exit, pump }
 }
 
@@ -68,6 +72,23 @@ async fn a_client_that_breaks_off_is_followed_by_another() {
     let client = stream.connect().await;
     drop(stream.process);
     assert_eq!(read_to_end(client).await, b"for the second");
+}
+
+#[tokio::test]
+async fn the_only_client_of_a_stream_takes_it_along() {
+    // Silent or not, its process is told when it writes again.
+    for silent in [true, false] {
+        let mut stream = start(true);
+        let mut client = stream.connect().await;
+        stream.process.write_all(b"x").unwrap();
+        client.read_u8().await.unwrap();
+        drop(client);
+        if !silent {
+            stream.process.write_all(b"for nobody").unwrap();
+        }
+        assert_eq!(timeout(SOON, stream.pump).await.unwrap().unwrap(), End::Abandoned);
+        assert!(stream.process.write_all(b"y").is_err());
+    }
 }
 
 #[tokio::test]

@@ -8,6 +8,12 @@
 //!
 //! While no connection is open for an output stream, its bytes wait in the
 //! container's pipe. A connection to a stream that has one already replaces it.
+//! An exec's streams belong to their first client: when it goes, they are
+//! closed, and a terminal is hung up.
+//!
+//! A [`PortGreeting`] asks for a connection to a port of the pod instead. It is
+//! answered once the pod has taken the connection or refused it; bytes then
+//! travel both ways, and each way ends alone.
 
 use std::fmt;
 use std::str::FromStr;
@@ -37,13 +43,32 @@ pub struct Greeting {
     pub process_id: String,
 }
 
+/// The line that opens a connection to a port of the pod: `PORT <number>`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortGreeting(pub u16);
+
+impl fmt::Display for PortGreeting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PORT {}", self.0)
+    }
+}
+
+impl FromStr for PortGreeting {
+    type Err = BadGreeting;
+
+    fn from_str(line: &str) -> Result<Self, BadGreeting> {
+        let number = line.trim_end_matches('\n').strip_prefix("PORT ").ok_or(BadGreeting)?;
+        number.parse().ok().filter(|port| *port != 0).map(Self).ok_or(BadGreeting)
+    }
+}
+
 /// The line is not a greeting.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadGreeting;
 
 impl fmt::Display for BadGreeting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("expected `STREAM stdin|stdout|stderr <container id> [<process id>]`")
+        f.write_str("expected `STREAM stdin|stdout|stderr <container id> [<process id>]` or `PORT <number>`")
     }
 }
 
@@ -100,6 +125,14 @@ mod tests {
             let greeting =
                 Greeting { kind: Kind::Stderr, container_id: "c0ffee".into(), process_id: process_id.into() };
             assert_eq!(format!("{greeting}\n").parse(), Ok(greeting));
+        }
+    }
+
+    #[test]
+    fn a_port_reads_back_as_written_and_must_exist() {
+        assert_eq!(format!("{}\n", PortGreeting(8080)).parse(), Ok(PortGreeting(8080)));
+        for line in ["PORT 0", "PORT 65536", "PORT", "PORT x", "PORT 1 2", "STREAM stdin c"] {
+            assert_eq!(line.parse::<PortGreeting>(), Err(BadGreeting), "{line:?}");
         }
     }
 
