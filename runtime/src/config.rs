@@ -1,6 +1,7 @@
 //! What huskd can be told: `/etc/husk/config.toml`, every key optional.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -21,6 +22,8 @@ pub struct Config {
     pub network: Network,
     /// Images.
     pub images: Images,
+    /// Exec, attach and port-forward.
+    pub streaming: Streaming,
     /// Runtime handlers by name.
     pub handlers: BTreeMap<String, Handler>,
 }
@@ -54,6 +57,16 @@ pub struct Images {
     /// Tags or digests, as `crictl images` tells them, of images that clients
     /// are asked not to remove to free space.
     pub pinned: Vec<String>,
+}
+
+/// `[streaming]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Streaming {
+    /// Where clients of exec, attach and port-forward connect; port 0 is one
+    /// that the kernel chooses. Whoever can reach it still needs the secret in
+    /// the URL, but is not asked for more, and nothing is encrypted.
+    pub address: SocketAddr,
 }
 
 /// What a pod of a handler lives in.
@@ -111,6 +124,7 @@ impl Default for Config {
             default_handler: DEFAULT_HANDLER.into(),
             network: Network::default(),
             images: Images::default(),
+            streaming: Streaming::default(),
             handlers: [DEFAULT_HANDLER, HOST_HANDLER].map(built_in).into(),
         }
     }
@@ -161,6 +175,12 @@ impl Default for Images {
             pull_timeout_seconds: 900,
             pinned: Vec::new(),
         }
+    }
+}
+
+impl Default for Streaming {
+    fn default() -> Self {
+        Self { address: (Ipv4Addr::LOCALHOST, 0).into() }
     }
 }
 
@@ -259,6 +279,9 @@ impl Config {
                 self.default_handler
             ));
         }
+        if self.streaming.address.ip().is_unspecified() {
+            return Err("streaming.address must be one that clients can connect to, not all of them".into());
+        }
         for (name, handler) in &self.handlers {
             if !(1..=64).contains(&handler.vcpus) {
                 return Err(format!("handlers.{name}.vcpus must be 1 to 64"));
@@ -336,6 +359,7 @@ mod tests {
             ("[handlers.kata-runtime]\nvcpus = 65", "vcpus"),
             ("[handlers.kata-runtime]\nmemory_mib = 1", "memory_mib"),
             ("default_handler = 'none'", "none"),
+            ("[streaming]\naddress = '0.0.0.0:1'", "streaming.address"),
         ] {
             let message = load(text).unwrap_err().to_string();
             assert!(message.contains(name), "{message}");

@@ -2,7 +2,8 @@
 //!
 //! A request arrives in [`cri`], where one file per verb tells its story; it
 //! changes what [`sandbox`] and [`container`] keep, with the help of [`image`],
-//! [`network`], [`storage`], [`vm`] and [`agent`].
+//! [`network`], [`storage`], [`vm`] and [`agent`]. Exec, attach and port-forward
+//! come back over [`streaming`].
 
 pub mod agent;
 pub mod config;
@@ -17,5 +18,6 @@ pub mod network;
 pub mod node;
 pub mod sandbox;
 pub mod storage;
+pub mod streaming;
 pub mod telemetry;
 pub mod vm;

@@ -45,13 +45,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             tracing::warn!(%error, "pods will fail until this is mended");
         }
     }
+    let streaming = tokio::spawn(node.streaming.clone().serve());
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    cri::serve::serve(node, async move {
+    let served = cri::serve::serve(node, async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
         tracing::info!("stopping; pods live on");
     })
-    .await
+    .await;
+    streaming.abort();
+    served
 }

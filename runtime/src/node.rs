@@ -9,6 +9,7 @@ use crate::image::{ImageConfig, ImageStore};
 use crate::network::{Network, NetworkConfig};
 use crate::sandbox::registry::Registry;
 use crate::storage::Scratch;
+use crate::streaming::Streaming;
 
 /// One node's parts. Each looks after itself; the verbs in `cri` bring them
 /// together.
@@ -26,6 +27,8 @@ pub struct Node {
     pub scratch: Scratch,
     /// Where what happens to pods and containers is told.
     pub events: Events,
+    /// Exec, attach and port-forward.
+    pub streaming: Arc<Streaming>,
 }
 
 impl Node {
@@ -63,11 +66,17 @@ impl Node {
             plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
         });
         let scratch = Scratch::new(scratch_dir);
+        let address = config.streaming.address;
+        let streaming = Streaming::listen(address).with_context(|| {
+            format!("listen on {address} for exec, attach and port-forward (`address` of [streaming])")
+        })?;
+        let streaming = Arc::new(streaming);
         Ok(Self {
             images: Arc::new(images),
             network,
             registry: Registry::default(),
             scratch,
+            streaming,
             events: Events::default(),
             config,
         })

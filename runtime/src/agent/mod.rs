@@ -84,18 +84,29 @@ impl Agent {
     /// # Errors
     /// When the agent refuses, or does not answer in time.
     pub async fn open_stream(&self, greeting: &stream::Greeting) -> io::Result<UnixStream> {
+        self.greet(greeting).await?.map_err(|reason| {
+            io::Error::other(format!("open {:?} of the process: agent says `{reason}`", greeting.kind))
+        })
+    }
+
+    /// Opens a connection to a port of the pod.
+    ///
+    /// # Errors
+    /// When nobody listens there, or the agent does not answer in time.
+    pub async fn open_port(&self, port: u16) -> io::Result<UnixStream> {
+        self.greet(&stream::PortGreeting(port)).await?.map_err(io::Error::other)
+    }
+
+    /// Opens a connection with one line; the inner error is the agent's answer.
+    async fn greet(&self, greeting: &impl std::fmt::Display) -> io::Result<Result<UnixStream, String>> {
         let open = async {
             let mut socket = connect_port(&self.vsock, STREAM_PORT).await?;
             socket.write_all(format!("{greeting}\n").as_bytes()).await?;
             let answer = read_line(&mut socket).await?;
-            if answer == "OK" {
-                Ok(socket)
-            } else {
-                Err(io::Error::other(format!(
-                    "open {:?} of the process: agent says `{answer}`",
-                    greeting.kind
-                )))
-            }
+            Ok(match answer.as_str() {
+                "OK" => Ok(socket),
+                _ => Err(answer.strip_prefix("ERR ").unwrap_or(&answer).to_owned()),
+            })
         };
         tokio::time::timeout(CONNECT_TIMEOUT, open)
             .await

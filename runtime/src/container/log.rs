@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use chrono::{SecondsFormat, Utc};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
+use super::fanout::Fanout;
 use crate::sandbox::lock;
 
 /// Longest text in one log line, bytes; the same as other runtimes use.
@@ -55,12 +56,18 @@ fn append(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).mode(0o640).open(path)
 }
 
-/// Copies a container's output stream to its log until the stream ends. A log
-/// that cannot be written (a full disk) loses text, never blocks the container.
+/// Copies a container's output stream to its log, and then to those who are
+/// attached, until the stream ends. A log that cannot be written (a full disk)
+/// loses text, never blocks the container.
 ///
 /// # Errors
 /// The stream's.
-pub async fn copy(mut from: impl AsyncRead + Unpin, name: &str, log: Option<&LogFile>) -> io::Result<()> {
+pub async fn copy(
+    mut from: impl AsyncRead + Unpin,
+    name: &str,
+    log: Option<&LogFile>,
+    attached: &Fanout,
+) -> io::Result<()> {
     let mut pieces = Pieces::default();
     let mut buffer = vec![0u8; MAX_LINE];
     let mut entry = Vec::new();
@@ -88,6 +95,7 @@ pub async fn copy(mut from: impl AsyncRead + Unpin, name: &str, log: Option<&Log
         if length == 0 {
             return Ok(());
         }
+        attached.publish(buffer.get(..length).unwrap_or_default()).await;
     }
 }
 
@@ -149,7 +157,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/0.log");
         let log = LogFile::open(&path).unwrap();
-        copy(bytes, "stdout", Some(&log)).await.unwrap();
+        copy(bytes, "stdout", Some(&log), &Fanout::default()).await.unwrap();
         std::fs::read_to_string(path).unwrap().lines().map(|line| line[31..].to_owned()).collect()
     }
 
@@ -172,10 +180,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
         let log = LogFile::open(&path).unwrap();
-        copy(&b"old\n"[..], "stdout", Some(&log)).await.unwrap();
+        copy(&b"old\n"[..], "stdout", Some(&log), &Fanout::default()).await.unwrap();
         std::fs::rename(&path, folder.path().join("0.log.1")).unwrap();
         log.reopen().unwrap();
-        copy(&b"new\n"[..], "stdout", Some(&log)).await.unwrap();
+        copy(&b"new\n"[..], "stdout", Some(&log), &Fanout::default()).await.unwrap();
         assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout F new\n"));
         assert!(std::fs::read_to_string(folder.path().join("0.log.1")).unwrap().ends_with("stdout F old\n"));
     }

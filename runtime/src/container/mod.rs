@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use crate::id::{ContainerId, SandboxId};
 use crate::sandbox::{lock, read_json, write_json};
 
+pub mod fanout;
 pub mod log;
 pub mod spec;
 pub mod supervise;
@@ -137,6 +138,10 @@ pub struct Container {
     forgotten: AtomicBool,
     exited: watch::Sender<bool>,
     log: Mutex<Option<Arc<log::LogFile>>>,
+    /// Its output, for those who are attached.
+    pub output: fanout::Output,
+    /// The way to its input, once somebody attached has used it.
+    pub stdin: tokio::sync::Mutex<Option<tokio::net::UnixStream>>,
 }
 
 impl Container {
@@ -170,6 +175,8 @@ impl Container {
             forgotten: AtomicBool::new(false),
             exited,
             log: Mutex::default(),
+            output: fanout::Output::default(),
+            stdin: tokio::sync::Mutex::default(),
         }
     }
 

@@ -32,12 +32,22 @@ pub async fn follow(
     let mut output = JoinSet::new();
     for (kind, name) in [(Kind::Stdout, "stdout"), (Kind::Stderr, "stderr")] {
         if terminal && kind == Kind::Stderr {
+            container.output.stderr.end();
             continue;
         }
         let greeting = Greeting { kind, container_id: container.id.to_string(), process_id: String::new() };
         let stream = machine.agent.open_stream(&greeting).await?;
         let log = container.log();
-        output.spawn(async move { log::copy(stream, name, log.as_deref()).await });
+        let container = container.clone();
+        output.spawn(async move {
+            let attached = match kind {
+                Kind::Stderr => &container.output.stderr,
+                _ => &container.output.stdout,
+            };
+            let copied = log::copy(stream, name, log.as_deref(), attached).await;
+            attached.end();
+            copied
+        });
     }
     tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
     Ok(())

@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 
 use crate::container::spec;
 use crate::sandbox::registry::{LookupError, NameTaken};
-use crate::{agent, host, image, network, storage, vm};
+use crate::{agent, host, image, network, storage, streaming, vm};
 
 /// Why a request failed. The text says the stage first.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,9 @@ pub enum Error {
     /// The agent in it.
     #[error("agent: {0}")]
     Agent(#[from] agent::Error),
+    /// No URL for a stream.
+    #[error(transparent)]
+    Streaming(#[from] streaming::TokenError),
     /// The sandbox disk.
     #[error(transparent)]
     Scratch(#[from] storage::Error),
@@ -86,7 +89,9 @@ impl Error {
             Self::Lookup(LookupError::Ambiguous { .. }) => Code::InvalidArgument,
             Self::NameTaken(_) => Code::AlreadyExists,
             Self::Host(host::Error::NoCgroups) => Code::FailedPrecondition,
-            Self::Vm(vm::Error::NoSlot(_)) => Code::ResourceExhausted,
+            Self::Streaming(streaming::TokenError::Full) | Self::Vm(vm::Error::NoSlot(_)) => {
+                Code::ResourceExhausted
+            }
             Self::Agent(error) => error.status.code(),
             Self::Image(error) => image_code(error),
             Self::Record(cause)

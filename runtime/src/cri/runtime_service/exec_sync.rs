@@ -10,33 +10,39 @@ use husk_proto::cri::{ExecSyncRequest, ExecSyncResponse};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::create_container::ready_machine;
-use crate::container::State;
+use crate::container::{Container, State};
 use crate::cri::error::Error;
 use crate::node::Node;
+use crate::sandbox::Sandbox;
 use crate::vm::Machine;
 
 /// Most bytes of output that are kept, of stdout and of stderr; as CRI says.
 /// The rest is read and dropped, so that the command does not stall.
 const MAX_OUTPUT: u64 = 16 * 1024 * 1024;
 
-/// Tells the commands of one container apart.
-static NEXT: AtomicU64 = AtomicU64::new(1);
+/// A name for one more command: no other of this or an earlier huskd has it.
+pub(super) fn process_id() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    format!("exec-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The machine of a container that runs.
+pub(super) fn running(verb: &str, sandbox: &Sandbox, container: &Container) -> Result<Arc<Machine>, Error> {
+    let state = container.state();
+    if state != State::Running {
+        let (id, word) = (&container.id, state.word());
+        return Err(Error::FailedPrecondition(format!("{verb}: container `{id}` is {word}")));
+    }
+    ready_machine(sandbox)
+}
 
 pub(super) async fn exec_sync(node: &Arc<Node>, request: ExecSyncRequest) -> Result<ExecSyncResponse, Error> {
     let (sandbox, container) = node.registry.container(&request.container_id)?;
     if request.cmd.is_empty() {
         return Err(Error::InvalidArgument("exec: no command".into()));
     }
-    let state = container.state();
-    if state != State::Running {
-        return Err(Error::FailedPrecondition(format!(
-            "exec: container `{}` is {}",
-            container.id,
-            state.word()
-        )));
-    }
-    let machine = ready_machine(&sandbox)?;
-    let process_id = format!("exec-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let machine = running("exec", &sandbox, &container)?;
+    let process_id = process_id();
     let start = ExecProcessRequest {
         container_id: container.id.to_string(),
         process_id: process_id.clone(),

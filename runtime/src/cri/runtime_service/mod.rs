@@ -14,13 +14,16 @@ use tonic::{Request, Response, Status};
 use super::error::Error;
 use crate::node::Node;
 
+mod attach;
 mod batches;
 mod containers;
 mod create_container;
+mod exec;
 mod exec_sync;
 mod metrics;
 mod node_info;
 mod pod_stats;
+mod port_forward;
 pub mod remove_container;
 mod remove_pod_sandbox;
 mod reopen_container_log;
@@ -169,6 +172,18 @@ impl RuntimeService for Runtime {
         to_its_end(async move { exec_sync::exec_sync(&node, request.into_inner()).await }).await
     }
 
+    async fn exec(&self, request: Request<ExecRequest>) -> Answer<ExecResponse> {
+        answer(exec::exec(&self.node, request.into_inner()))
+    }
+
+    async fn attach(&self, request: Request<AttachRequest>) -> Answer<AttachResponse> {
+        answer(attach::attach(&self.node, &request.into_inner()))
+    }
+
+    async fn port_forward(&self, request: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
+        answer(port_forward::port_forward(&self.node, &request.into_inner()))
+    }
+
     async fn container_stats(
         &self,
         request: Request<ContainerStatsRequest>,
@@ -308,18 +323,6 @@ impl RuntimeService for Runtime {
     }
 
     // What follows is not built yet.
-
-    async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
-        not_yet("Exec")
-    }
-
-    async fn attach(&self, _: Request<AttachRequest>) -> Answer<AttachResponse> {
-        not_yet("Attach")
-    }
-
-    async fn port_forward(&self, _: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
-        not_yet("PortForward")
-    }
 
     async fn checkpoint_container(
         &self,

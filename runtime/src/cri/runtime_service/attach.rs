@@ -1,0 +1,151 @@
+//! Attach: a client joins what a running container says and hears.
+//!
+//! The container's log gets everything in any case, and first. A client that
+//! does not keep up holds the container up for a while and is then let go, see
+//! [`crate::container::fanout`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::cri::{AttachRequest, AttachResponse};
+use tokio::io::AsyncWriteExt;
+
+use super::exec::{check, resize};
+use super::exec_sync::running;
+use crate::agent::Agent;
+use crate::container::Container;
+use crate::container::fanout::Subscription;
+use crate::cri::error::Error;
+use crate::node::Node;
+use crate::streaming::pipe::{Incoming, Outgoing};
+use crate::streaming::{Client, Ending, Offer, Wanted};
+
+/// How long a client that has typed its last still sees the answer.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
+
+/// Answers with the URL at which the client finds the container.
+pub(super) fn attach(node: &Arc<Node>, request: &AttachRequest) -> Result<AttachResponse, Error> {
+    let (sandbox, container) = node.registry.container(&request.container_id)?;
+    let wanted = Wanted {
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        terminal: request.tty,
+    };
+    check("attach", wanted)?;
+    let machine = running("attach", &sandbox, &container)?;
+    let run = |client| async move { run(&machine.agent, &container, client).await }.boxed();
+    Ok(AttachResponse { url: node.streaming.offer(Offer::Attach(wanted, Box::new(run)))? })
+}
+
+/// The client has come.
+async fn run(agent: &Agent, container: &Container, client: Client) -> Ending {
+    let Client { stdin, sizes, stdout, stderr, gone } = client;
+    let (once, terminal) = {
+        let config = &container.record().config;
+        (config.stdin_once, config.tty)
+    };
+    let output = async {
+        let (stdout, stderr) = tokio::join!(
+            show(stdout.map(|to| (container.output.stdout.subscribe(), to))),
+            show(stderr.map(|to| (container.output.stderr.subscribe(), to))),
+        );
+        // Without either, the container's end is what is left to wait for.
+        if stdout == Shown::NotWanted && stderr == Shown::NotWanted {
+            container.wait_exited().await;
+        }
+        match (stdout, stderr) {
+            (Shown::Late, _) | (_, Shown::Late) => {
+                Ending::Failed("attach: detached, because the output was not taken in time".into())
+            }
+            _ => Ending::Success,
+        }
+    };
+    let typed = async {
+        match stdin {
+            Some(stdin) => feed(agent, container, stdin, once && !terminal).await,
+            None => std::future::pending().await,
+        }
+        if once && !terminal {
+            // It goes on to see what the container makes of it.
+            std::future::pending().await
+        }
+        tokio::time::sleep(LAST_ANSWER).await;
+    };
+    let id = container.id.as_str();
+    tokio::select! {
+        ending = output => ending,
+        () = typed => Ending::Success,
+        never = resize(agent, id, "", sizes) => match never {},
+        () = gone.cancelled() => Ending::Failed("the client has gone".into()),
+    }
+}
+
+/// What became of one of the container's outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shown {
+    /// The client did not ask for it.
+    NotWanted,
+    /// To its end.
+    Whole,
+    /// Until the client had fallen too far behind.
+    Late,
+}
+
+async fn show(stream: Option<(Subscription, Outgoing)>) -> Shown {
+    let Some((mut from, to)) = stream else { return Shown::NotWanted };
+    while let Some(bytes) = from.next().await {
+        if to.send(bytes).await.is_err() {
+            return Shown::Whole;
+        }
+    }
+    let _ = to.finish().await;
+    if from.was_dropped() { Shown::Late } else { Shown::Whole }
+}
+
+/// Passes on what the client types, for as long as the container takes it. With
+/// `once`, the container's input ends with it.
+async fn feed(agent: &Agent, container: &Container, mut from: Incoming, once: bool) {
+    let greeting =
+        Greeting { kind: Kind::Stdin, container_id: container.id.to_string(), process_id: String::new() };
+    if container.record().config.stdin
+        && type_into(agent, container, &greeting, &mut from, once).await.is_some()
+    {
+        return;
+    }
+    // The container does not listen, or not any more.
+    while from.recv().await.is_some() {}
+}
+
+/// `None` if the container does not take it.
+async fn type_into(
+    agent: &Agent,
+    container: &Container,
+    greeting: &Greeting,
+    from: &mut Incoming,
+    once: bool,
+) -> Option<()> {
+    loop {
+        let bytes = from.recv().await;
+        if bytes.is_none() && !once {
+            return Some(());
+        }
+        // One connection for all clients, which stays open after them: to the
+        // agent, its end would be that of the container's input.
+        let mut held = container.stdin.lock().await;
+        let stdin = match &mut *held {
+            Some(stdin) => stdin,
+            none => none.insert(agent.open_stream(greeting).await.ok()?),
+        };
+        let done = match bytes {
+            Some(bytes) => stdin.write_all(&bytes).await,
+            None => return stdin.shutdown().await.ok(),
+        };
+        if done.is_err() {
+            *held = None;
+            return None;
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Exec: a command in a container, with its streams at the client.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::{ExecProcessRequest, ResizeTerminalRequest, WaitProcessRequest};
+use husk_proto::cri::{ExecRequest, ExecResponse};
+use tokio::net::UnixStream;
+
+use super::exec_sync::{process_id, running};
+use crate::agent::Agent;
+use crate::cri::error::Error;
+use crate::node::Node;
+use crate::streaming::{Client, Ending, Offer, Sizes, Wanted, pump};
+
+/// Answers with the URL at which the client finds the command.
+pub(super) fn exec(node: &Arc<Node>, request: ExecRequest) -> Result<ExecResponse, Error> {
+    let (sandbox, container) = node.registry.container(&request.container_id)?;
+    if request.cmd.is_empty() {
+        return Err(Error::InvalidArgument("exec: no command".into()));
+    }
+    let wanted = Wanted {
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        terminal: request.tty,
+    };
+    check("exec", wanted)?;
+    let machine = running("exec", &sandbox, &container)?;
+    let start = ExecProcessRequest {
+        container_id: container.id.to_string(),
+        process_id: process_id(),
+        args: request.cmd,
+        terminal: request.tty,
+        stdin: request.stdin,
+    };
+    let run = |client| {
+        async move { run(&machine.agent, start, client).await.unwrap_or_else(Ending::Failed) }.boxed()
+    };
+    Ok(ExecResponse { url: node.streaming.offer(Offer::Exec(wanted, Box::new(run)))? })
+}
+
+/// Streams that can be had together.
+pub(super) fn check(verb: &str, wanted: Wanted) -> Result<(), Error> {
+    if wanted.terminal && wanted.stderr {
+        return Err(Error::InvalidArgument(format!(
+            "{verb}: with a terminal, stderr is part of stdout: ask for one of `tty` and `stderr`"
+        )));
+    }
+    if !(wanted.stdin || wanted.stdout || wanted.stderr) {
+        return Err(Error::InvalidArgument(format!("{verb}: none of stdin, stdout and stderr is asked for")));
+    }
+    Ok(())
+}
+
+/// The client has come. When it goes before the command has ended, the
+/// command's streams are closed: it reads the end of its input, fails to write
+/// more output, and is hung up on if it has a terminal.
+async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result<Ending, String> {
+    let Client { stdin, sizes, stdout, stderr, gone } = client;
+    let (container_id, process_id) = (start.container_id.clone(), start.process_id.clone());
+    let terminal = start.terminal;
+    agent
+        .call("exec", async |mut agent| agent.exec_process(start).await)
+        .await
+        .map_err(|error| error.to_string())?;
+
+    let open = async |kind| -> Result<UnixStream, String> {
+        let greeting = Greeting { kind, container_id: container_id.clone(), process_id: process_id.clone() };
+        agent.open_stream(&greeting).await.map_err(|error| error.to_string())
+    };
+    // Output first: a command that ends at once must find a reader.
+    let output = open(Kind::Stdout).await?;
+    let errors = if terminal { None } else { Some(open(Kind::Stderr).await?) };
+    let typed = async {
+        if let Some(stdin) = stdin
+            && let Ok(input) = open(Kind::Stdin).await
+        {
+            pump::input(stdin, input).await;
+        }
+        std::future::pending::<Infallible>().await
+    };
+    let ended = async {
+        let errors = async {
+            match errors {
+                Some(errors) => pump::output(errors, stderr).await,
+                None => Ok(()),
+            }
+        };
+        let wait = WaitProcessRequest { container_id: container_id.clone(), process_id: process_id.clone() };
+        let (stdout, stderr, end) = tokio::join!(pump::output(output, stdout), errors, async {
+            agent.unlimited().wait_process(wait).await
+        });
+        let end = end.map_err(|status| format!("wait for the command: {}", status.message()))?;
+        stdout.and(stderr).map_err(|error| format!("read output of the command: {error}"))?;
+        Ok(match end.into_inner().exit_code {
+            0 => Ending::Success,
+            code => Ending::Exit(code),
+        })
+    };
+    tokio::select! {
+        ended = ended => ended,
+        never = typed => match never {},
+        never = resize(agent, &container_id, &process_id, sizes) => match never {},
+        () = gone.cancelled() => Err("the client has gone".into()),
+    }
+}
+
+/// Gives the terminal the sizes that the client's has; for ever.
+pub(super) async fn resize(
+    agent: &Agent,
+    container_id: &str,
+    process_id: &str,
+    sizes: Option<Sizes>,
+) -> Infallible {
+    if let Some(mut sizes) = sizes {
+        while let Some(size) = sizes.next().await {
+            let request = ResizeTerminalRequest {
+                container_id: container_id.to_owned(),
+                process_id: process_id.to_owned(),
+                rows: size.rows.into(),
+                columns: size.columns.into(),
+            };
+            let resized = agent.call("resize", async |mut agent| agent.resize_terminal(request).await);
+            if let Err(error) = resized.await {
+                tracing::debug!(container = container_id, %error, "resize terminal");
+            }
+        }
+    }
+    std::future::pending().await
+}

@@ -1,0 +1,149 @@
+//! What the head of a request says about how its client wants to talk.
+
+use hyper::HeaderMap;
+use hyper::header::{CONNECTION, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use super::status::Language;
+
+/// Where a SPDY client names the protocols it knows, and is told the one that
+/// is spoken.
+pub const STREAM_PROTOCOL: &str = "x-stream-protocol-version";
+
+/// Where a SPDY client that knows none of ours is told them.
+pub const ACCEPTED_PROTOCOLS: &str = "x-accepted-stream-protocol-versions";
+
+/// The value of `Upgrade` for SPDY.
+pub const SPDY: &str = "SPDY/3.1";
+
+/// The port-forward protocol over SPDY.
+pub const PORTS: &str = "portforward.k8s.io";
+
+/// The same in a WebSocket.
+pub const PORTS_TUNNELLED: &str = "SPDY/3.1+portforward.k8s.io";
+
+/// A protocol of exec and attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Protocol {
+    /// As it is named on the wire.
+    pub name: &'static str,
+    /// Of the error stream.
+    pub language: Language,
+    /// There is a stream for the terminal's size.
+    pub resizes: bool,
+    /// The client can close its half of a WebSocket's channel.
+    pub closes: bool,
+}
+
+const fn protocol(name: &'static str, language: Language, resizes: bool, closes: bool) -> Protocol {
+    Protocol { name, language, resizes, closes }
+}
+
+/// Spoken to clients that name none.
+pub const OLDEST: Protocol = protocol("channel.k8s.io", Language::Text, false, false);
+
+/// Over SPDY.
+pub const SPDY_PROTOCOLS: [Protocol; 4] = [
+    protocol("v4.channel.k8s.io", Language::Status, true, false),
+    protocol("v3.channel.k8s.io", Language::Text, true, false),
+    protocol("v2.channel.k8s.io", Language::Text, false, false),
+    OLDEST,
+];
+
+/// Over WebSocket.
+pub const WEBSOCKET_PROTOCOLS: [Protocol; 2] = [
+    protocol("v5.channel.k8s.io", Language::Status, true, true),
+    protocol("v4.channel.k8s.io", Language::Status, true, false),
+];
+
+/// What is to carry the streams.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// SPDY/3.1.
+    Spdy,
+    /// A WebSocket.
+    WebSocket {
+        /// What proves to the client that it was understood.
+        accept: String,
+    },
+}
+
+/// Reads which carrier the client wants.
+///
+/// # Errors
+/// In words.
+pub fn carrier(headers: &HeaderMap) -> Result<Carrier, &'static str> {
+    if !values(headers, CONNECTION.as_str()).any(|value| value.eq_ignore_ascii_case("upgrade")) {
+        return Err("this address is for streams: ask for an upgrade to SPDY/3.1 or websocket");
+    }
+    let wants = |name: &str| values(headers, UPGRADE.as_str()).any(|value| value.eq_ignore_ascii_case(name));
+    if wants(SPDY) {
+        return Ok(Carrier::Spdy);
+    }
+    if !wants("websocket") {
+        return Err("unknown upgrade: SPDY/3.1 and websocket are spoken here");
+    }
+    if headers.get(SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
+        return Err("WebSocket version 13 is spoken here");
+    }
+    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or("a WebSocket handshake needs its Sec-WebSocket-Key")?;
+    Ok(Carrier::WebSocket { accept: derive_accept_key(key.as_bytes()) })
+}
+
+/// The values of a header, over several lines and between commas.
+pub fn values<'a>(headers: &'a HeaderMap, name: &'a str) -> impl Iterator<Item = &'a str> {
+    let lines = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+    lines.flat_map(|line| line.split(',')).map(str::trim).filter(|value| !value.is_empty())
+}
+
+/// The first of the client's protocols that is among ours.
+pub fn choose<'a>(offered: impl Iterator<Item = &'a str>, ours: &[Protocol]) -> Option<Protocol> {
+    let mut offered = offered;
+    offered.find_map(|name| ours.iter().find(|protocol| protocol.name == name)).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(*name, value.parse().unwrap());
+        }
+        headers
+    }
+
+    #[test]
+    fn the_clients_first_choice_that_we_speak_is_spoken() {
+        let lines = headers(&[
+            (STREAM_PROTOCOL, "v5.channel.k8s.io"),
+            (STREAM_PROTOCOL, "v4.channel.k8s.io, v3.channel.k8s.io"),
+        ]);
+        let chosen = choose(values(&lines, STREAM_PROTOCOL), &SPDY_PROTOCOLS).unwrap();
+        assert_eq!(chosen.name, "v4.channel.k8s.io");
+        assert_eq!(choose(["v9", "channel.k8s.io"].into_iter(), &SPDY_PROTOCOLS), Some(OLDEST));
+        assert_eq!(choose(["v9"].into_iter(), &SPDY_PROTOCOLS), None);
+    }
+
+    #[test]
+    fn both_upgrades_are_understood_and_others_refused() {
+        let spdy = headers(&[("connection", "keep-alive, Upgrade"), ("upgrade", "spdy/3.1")]);
+        assert_eq!(carrier(&spdy), Ok(Carrier::Spdy));
+        // The example of RFC 6455, section 1.3.
+        let websocket = [
+            ("connection", "Upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+        ];
+        let accept = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=".to_owned();
+        assert_eq!(carrier(&headers(&websocket)), Ok(Carrier::WebSocket { accept }));
+        assert!(carrier(&headers(&websocket[..3])).is_err());
+        assert!(carrier(&headers(&[("connection", "upgrade"), ("upgrade", "h2c")])).is_err());
+        assert!(carrier(&headers(&[("upgrade", "SPDY/3.1")])).is_err());
+        assert!(carrier(&HeaderMap::new()).is_err());
+    }
+}

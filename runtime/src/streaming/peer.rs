@@ -1,0 +1,58 @@
+//! Tells whether a client has gone while nobody can read its connection,
+//! because what it has sent already is waiting to be taken. As long as more is on
+//! its way than the kernel has room for, its end cannot arrive; the client's
+//! kernel then gives up after a while, which is noticed too.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use bytes::Bytes;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::sync::mpsc;
+
+/// How often to look.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// A second descriptor of a client's socket.
+#[derive(Debug)]
+pub struct Peer(Option<OwnedFd>);
+
+impl Peer {
+    /// Watches this socket.
+    pub fn of(socket: &impl AsFd) -> Self {
+        // Without it a client that vanishes is noticed later.
+        Self(socket.as_fd().try_clone_to_owned().ok())
+    }
+
+    /// Watches nothing.
+    #[cfg(test)]
+    pub const fn none() -> Self {
+        Self(None)
+    }
+
+    fn has_gone(&self) -> bool {
+        let Some(socket) = &self.0 else { return false };
+        // nix has no name for it: the peer has closed, whatever can still be read.
+        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let ended = closed | PollFlags::POLLHUP | PollFlags::POLLERR;
+        let mut polled = [PollFd::new(socket.as_fd(), closed)];
+        poll(&mut polled, PollTimeout::ZERO).is_ok()
+            && polled.iter().any(|fd| fd.revents().is_some_and(|events| events.intersects(ended)))
+    }
+
+    /// Puts `bytes` into `queue` once there is room; false if the client goes
+    /// before. A queue that nobody takes from any more swallows them.
+    pub async fn enqueue(&self, queue: &mpsc::Sender<Bytes>, bytes: Bytes) -> bool {
+        loop {
+            match tokio::time::timeout(INTERVAL, queue.reserve()).await {
+                Ok(Ok(room)) => {
+                    room.send(bytes);
+                    return true;
+                }
+                Ok(Err(_closed)) => return true,
+                Err(_full) if self.has_gone() => return false,
+                Err(_full) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Port-forward over SPDY: for each connection a stream of data and one for
+//! what went wrong.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::pipe::{Incoming, Outgoing};
+use super::spdy::{Session, Stream};
+use super::{Connect, pump};
+
+/// How long one stream of a connection may wait for the other.
+const PAIR_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a pod may be silent after its client has closed its half. Clients
+/// that have lost interest say no more than that.
+const HALF_CLOSED_IDLE: Duration = Duration::from_secs(600);
+
+/// Serves one client until it goes.
+pub async fn serve(mut session: Session, connect: Connect) {
+    let mut pairs = Pairs::default();
+    let mut forwards = JoinSet::new();
+    let mut tick = interval(PAIR_DEADLINE);
+    loop {
+        tokio::select! {
+            stream = session.accept() => {
+                let Some(stream) = stream else { break };
+                if let Some(pair) = pairs.add(stream) {
+                    forwards.spawn(forward(pair, connect.clone()));
+                }
+            }
+            Some(_) = forwards.join_next() => {}
+            _ = tick.tick() => pairs.forget_old(),
+        }
+    }
+    forwards.shutdown().await;
+    session.close().await;
+}
+
+/// Both streams of a connection.
+#[derive(Debug)]
+struct Pair {
+    port: u16,
+    data: Stream,
+    error: Stream,
+}
+
+/// Streams whose other has not come yet.
+#[derive(Debug, Default)]
+struct Pairs(HashMap<String, (Instant, bool, Stream)>);
+
+impl Pairs {
+    /// Takes a stream in; answers with a pair if it completes one. Streams that
+    /// make no sense are reset.
+    fn add(&mut self, stream: Stream) -> Option<Pair> {
+        let is_data = match stream.headers.get("streamtype")? {
+            "data" => true,
+            "error" => false,
+            _ => return None,
+        };
+        let port = stream.headers.get("port")?.parse().ok().filter(|port| *port != 0)?;
+        // The oldest clients do not number connections, but open the error
+        // stream first and the data stream right after it.
+        let connection = match stream.headers.get("requestid") {
+            Some(id) => id.to_owned(),
+            None if is_data => format!("#{}", stream.id.saturating_sub(2)),
+            None => format!("#{}", stream.id),
+        };
+        match self.0.remove(&connection) {
+            Some((_, other_is_data, other)) if other_is_data != is_data => {
+                let (data, error) = if is_data { (stream, other) } else { (other, stream) };
+                Some(Pair { port, data, error })
+            }
+            _ => {
+                self.0.insert(connection, (Instant::now(), is_data, stream));
+                None
+            }
+        }
+    }
+
+    fn forget_old(&mut self) {
+        self.0.retain(|_, (since, _, _)| since.elapsed() < PAIR_DEADLINE);
+    }
+}
+
+async fn forward(pair: Pair, connect: Connect) {
+    let Pair { port, data, error } = pair;
+    let Stream { incoming, outgoing, reset, .. } = data;
+    let problem = tokio::select! {
+        connected = connect(port) => match connected {
+            Ok(socket) => {
+                tokio::select! {
+                    () = copy(socket, incoming, outgoing) => {}
+                    () = reset.cancelled() => {}
+                }
+                None
+            }
+            Err(problem) => Some(problem),
+        },
+        () = reset.cancelled() => None,
+    };
+    if let Some(problem) = problem {
+        let _ = error.outgoing.send(Bytes::from(format!("error forwarding port {port}: {problem}"))).await;
+    }
+    let _ = error.outgoing.finish().await;
+}
+
+/// Copies both ways; each ends alone.
+async fn copy(socket: UnixStream, mut from_client: Incoming, to_client: Outgoing) {
+    let (reader, mut writer) = socket.into_split();
+    let client_is_done = CancellationToken::new();
+    let up = async {
+        while let Some(bytes) = from_client.recv().await {
+            if writer.write_all(&bytes).await.is_err() {
+                break;
+            }
+        }
+        let _ = writer.shutdown().await;
+        client_is_done.cancel();
+    };
+    let down = async {
+        loop {
+            let idle = async {
+                client_is_done.cancelled().await;
+                sleep(HALF_CLOSED_IDLE).await;
+            };
+            let piece = tokio::select! {
+                piece = pump::read(reader.as_ref()) => piece.unwrap_or_default(),
+                () = idle => break,
+            };
+            if piece.is_empty() || to_client.send(piece.freeze()).await.is_err() {
+                break;
+            }
+        }
+        let _ = to_client.finish().await;
+    };
+    tokio::join!(up, down);
+}

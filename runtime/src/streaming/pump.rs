@@ -1,0 +1,60 @@
+//! Moves bytes between a client's streams and sockets of the guest.
+
+use std::io;
+
+use bytes::BytesMut;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+
+use super::pipe::{Incoming, Outgoing, PIECE};
+
+/// What the guest has to say next: at least one byte, or none at its end. A
+/// stream that is silent holds no buffer.
+///
+/// # Errors
+/// The socket's.
+pub async fn read(from: &UnixStream) -> io::Result<BytesMut> {
+    loop {
+        from.readable().await?;
+        let mut piece = BytesMut::with_capacity(PIECE);
+        match from.try_read_buf(&mut piece) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(piece),
+        }
+    }
+}
+
+/// From the guest to the client, to the end; without a client that wants it, to
+/// nowhere.
+///
+/// # Errors
+/// The guest's. A client that has gone is none.
+pub async fn output(from: UnixStream, to: Option<Outgoing>) -> io::Result<()> {
+    let mut to = to;
+    loop {
+        let piece = read(&from).await?;
+        if piece.is_empty() {
+            break;
+        }
+        if let Some(client) = &to
+            && client.send(piece.freeze()).await.is_err()
+        {
+            to = None;
+        }
+    }
+    if let Some(to) = to {
+        let _ = to.finish().await;
+    }
+    Ok(())
+}
+
+/// From the client to the guest, until either has had enough.
+pub async fn input(mut from: Incoming, mut to: UnixStream) {
+    while let Some(bytes) = from.recv().await {
+        if to.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+    let _ = to.shutdown().await;
+}

@@ -1,0 +1,108 @@
+//! Exec and attach over SPDY: a stream for each of the command's, and one for
+//! how it ended.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::timeout;
+
+use super::negotiate::Protocol;
+use super::pipe::Outgoing;
+use super::resize::Sizes;
+use super::spdy::{Session, Stream};
+use super::{Client, Run, Wanted};
+
+/// How long a client may take to open its streams.
+const STREAMS_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Serves one client to the end.
+pub async fn serve(mut session: Session, wanted: Wanted, protocol: Protocol, run: Run) {
+    let resizes = wanted.terminal && protocol.resizes;
+    let Ok(Some(streams)) = timeout(STREAMS_DEADLINE, Streams::open(&mut session, wanted, resizes)).await
+    else {
+        tracing::debug!("a streaming client did not open the streams that it asked for");
+        return session.close().await;
+    };
+    let Some((client, error, silent)) = streams.into_client(&session) else { return };
+    let running = run(client);
+    let ending = tokio::select! {
+        ending = running => ending,
+        // What the client opens beyond those streams, it gets back.
+        () = async { while session.accept().await.is_some() {} std::future::pending().await } => return,
+    };
+    let words = ending.encode(protocol.language);
+    let said = async {
+        if !words.is_empty() {
+            error.send(Bytes::from(words)).await?;
+        }
+        error.finish().await?;
+        for stream in silent {
+            stream.finish().await?;
+        }
+        Ok::<_, super::pipe::Gone>(())
+    };
+    // Clients look for the end of each stream before that of the connection.
+    if timeout(STREAMS_DEADLINE, said).await.is_ok() {
+        session.close().await;
+    }
+}
+
+#[derive(Debug, Default)]
+struct Streams {
+    error: Option<Stream>,
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    stderr: Option<Stream>,
+    resize: Option<Stream>,
+}
+
+impl Streams {
+    /// Waits for all of them, in any order; `None` if the client goes before.
+    async fn open(session: &mut Session, wanted: Wanted, resizes: bool) -> Option<Self> {
+        let mut streams = Self::default();
+        let missing = |streams: &Self| {
+            streams.error.is_none()
+                || wanted.stdin && streams.stdin.is_none()
+                || wanted.stdout && streams.stdout.is_none()
+                || wanted.stderr && streams.stderr.is_none()
+                || resizes && streams.resize.is_none()
+        };
+        while missing(&streams) {
+            let stream = session.accept().await?;
+            let (place, expected) = match stream.headers.get("streamtype").unwrap_or_default() {
+                "error" => (&mut streams.error, true),
+                "stdin" => (&mut streams.stdin, wanted.stdin),
+                "stdout" => (&mut streams.stdout, wanted.stdout),
+                "stderr" => (&mut streams.stderr, wanted.stderr),
+                "resize" => (&mut streams.resize, resizes),
+                _ => continue,
+            };
+            if expected && place.is_none() {
+                *place = Some(stream);
+            }
+        }
+        Some(streams)
+    }
+
+    /// The client's streams, the one for its end, and our halves of those on
+    /// which we say nothing. `None` unless there is an error stream.
+    fn into_client(self, session: &Session) -> Option<(Client, Outgoing, Vec<Outgoing>)> {
+        let mut silent = Vec::new();
+        let mut hear = |stream: Option<Stream>| {
+            stream.map(|stream| {
+                silent.push(stream.outgoing);
+                stream.incoming
+            })
+        };
+        let (stdin, resize) = (hear(self.stdin), hear(self.resize));
+        let say = |stream: Option<Stream>| stream.map(|stream| stream.outgoing);
+        let client = Client {
+            stdin,
+            sizes: resize.map(Sizes::new),
+            stdout: say(self.stdout),
+            stderr: say(self.stderr),
+            gone: session.gone().clone(),
+        };
+        Some((client, self.error?.outgoing, silent))
+    }
+}

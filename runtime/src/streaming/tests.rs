@@ -1,0 +1,244 @@
+//! The server as a client on the network meets it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::spdy::tests::{Heard, TestClient};
+use super::*;
+
+const SOON: Duration = Duration::from_secs(10);
+const SPDY: &str = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\n";
+const ALL: Wanted = Wanted { stdin: true, stdout: true, stderr: false, terminal: false };
+
+fn serving() -> Arc<Streaming> {
+    let streaming = Arc::new(Streaming::listen(([127, 0, 0, 1], 0).into()).unwrap());
+    drop(tokio::spawn(streaming.clone().serve()));
+    streaming
+}
+
+/// Repeats its input, and says how it ended.
+fn repeat(ending: Ending) -> Run {
+    Box::new(|client| {
+        async {
+            let Client { stdin, stdout, .. } = client;
+            let (mut stdin, stdout) = (stdin.unwrap(), stdout.unwrap());
+            while let Some(bytes) = stdin.recv().await {
+                stdout.send(bytes).await.unwrap();
+            }
+            stdout.finish().await.unwrap();
+            ending
+        }
+        .boxed()
+    })
+}
+
+/// Sends a request's head; answers with the connection and the answer's head,
+/// or the whole answer if it is no upgrade.
+async fn request(url: &str, headers: &str) -> (TcpStream, String) {
+    let (address, path) = url.strip_prefix("http://").unwrap().split_once('/').unwrap();
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let head = format!("POST /{path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    while !answer.ends_with("\r\n\r\n") {
+        answer.push(timeout(SOON, socket.read_u8()).await.unwrap().unwrap().into());
+    }
+    if !answer.starts_with("HTTP/1.1 101") {
+        timeout(SOON, socket.read_to_string(&mut answer)).await.unwrap().unwrap();
+    }
+    (socket, answer)
+}
+
+async fn spdy_exec(streaming: &Streaming, protocols: &str, ending: Ending) -> (String, String) {
+    let url = streaming.offer(Offer::Exec(ALL, repeat(ending))).unwrap();
+    let (socket, answer) = request(&url, &format!("{SPDY}{protocols}")).await;
+    let mut client = TestClient::new(socket);
+    let error = client.open(&[("streamtype", "error")]).await;
+    let stdin = client.open(&[("streamtype", "stdin")]).await;
+    let stdout = client.open(&[("streamtype", "stdout")]).await;
+    client.data(stdin, b"typed", true).await;
+    let mut heard = client.hear_all().await;
+    assert_eq!(heard.remove(&stdout).unwrap(), (b"typed".to_vec(), true));
+    assert_eq!(heard.remove(&stdin).unwrap(), (Vec::new(), true));
+    let (words, ended) = heard.remove(&error).unwrap();
+    assert!(ended);
+    (answer.to_lowercase(), String::from_utf8(words).unwrap())
+}
+
+#[tokio::test]
+async fn exec_over_spdy_in_every_version() {
+    let streaming = serving();
+    let v4 =
+        "X-Stream-Protocol-Version: v5.channel.k8s.io\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n";
+    let (answer, words) = spdy_exec(&streaming, v4, Ending::Exit(3)).await;
+    assert!(answer.contains("x-stream-protocol-version: v4.channel.k8s.io"), "{answer}");
+    assert!(answer.contains("upgrade: spdy/3.1"), "{answer}");
+    assert!(words.contains("NonZeroExitCode"), "{words}");
+    let v2 = "X-Stream-Protocol-Version: v2.channel.k8s.io\r\n";
+    assert_eq!(spdy_exec(&streaming, v2, Ending::Success).await.1, "");
+    let (answer, words) = spdy_exec(&streaming, "", Ending::Failed("no".into())).await;
+    assert!(!answer.contains("x-stream-protocol"), "{answer}");
+    assert_eq!(words, "no");
+}
+
+#[tokio::test]
+async fn wrong_tokens_and_requests_are_refused() {
+    let streaming = serving();
+    let offer = || streaming.offer(Offer::Exec(ALL, repeat(Ending::Success))).unwrap();
+    let refused = async |url: &str, headers: &str, status: &str, words: &str| {
+        let (_, answer) = request(url, headers).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        assert!(answer.contains(words), "{answer}");
+    };
+    let url = offer();
+    refused(&url[..url.len() - 1], SPDY, "404", "not known").await;
+    refused(&url.replace("exec", "attach"), SPDY, "404", "not known").await;
+    // That was its one time.
+    refused(&url, SPDY, "404", "used already").await;
+    refused(&offer(), "", "400", "upgrade").await;
+    let other = format!("{SPDY}X-Stream-Protocol-Version: v9.channel.k8s.io\r\n");
+    refused(&offer(), &other, "403", "x-accepted-stream-protocol-versions: v4.channel.k8s.io").await;
+    let websocket = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                     Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    refused(&offer(), websocket, "400", "v5.channel.k8s.io").await;
+    refused(&offer(), &format!("X: {}\r\n", "x".repeat(20_000)), "431", "").await;
+}
+
+#[tokio::test]
+async fn a_client_that_says_nothing_is_not_waited_for() {
+    let streaming = serving();
+    let mut socket = TcpStream::connect(streaming.address).await.unwrap();
+    socket.write_all(b"POST /exec/").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = timeout(SOON * 3, socket.read_to_end(&mut answer)).await.unwrap();
+}
+
+#[tokio::test]
+async fn ports_are_forwarded_in_pairs_of_streams() {
+    let streaming = serving();
+    let connect = |port| {
+        async move {
+            if port != 80 {
+                return Err(std::io::Error::other("refused"));
+            }
+            let (ours, mut pod) = UnixStream::pair()?;
+            tokio::spawn(async move {
+                let mut heard = Vec::new();
+                pod.read_to_end(&mut heard).await.unwrap();
+                pod.write_all(&heard).await.unwrap();
+            });
+            Ok(ours)
+        }
+        .boxed()
+    };
+    let url = streaming.offer(Offer::Ports(Arc::new(connect))).unwrap();
+    let (socket, _) =
+        request(&url, &format!("{SPDY}X-Stream-Protocol-Version: portforward.k8s.io\r\n")).await;
+    let mut client = TestClient::new(socket);
+    let mut pairs = Vec::new();
+    for (id, port) in [("0", "80"), ("1", "81"), ("2", "80")] {
+        let headers = |kind| [("streamtype", kind), ("port", port), ("requestid", id)];
+        let error = client.open(&headers("error")).await;
+        client.data(error, b"", true).await;
+        pairs.push((error, client.open(&headers("data")).await));
+    }
+    // Beside them, what makes no sense.
+    for headers in [&[("streamtype", "data"), ("port", "0")][..], &[("port", "80")], &[]] {
+        let number = client.open(headers).await;
+        while !matches!(client.hear().await.unwrap(), Heard::Control(spdy::tests::Control::RstStream { stream, .. }) if stream == number)
+        {
+        }
+    }
+    let bytes = vec![5; 100_000];
+    for (_, data) in [pairs[0], pairs[2]] {
+        client.data(data, &bytes, true).await;
+    }
+    let mut heard = std::collections::HashMap::<u32, (Vec<u8>, bool)>::new();
+    while heard.values().filter(|(_, ended)| *ended).count() < 4 {
+        if let Heard::Data(stream, bytes, fin) = client.hear().await.unwrap() {
+            let stream = heard.entry(stream).or_default();
+            stream.0.extend_from_slice(&bytes);
+            stream.1 = fin;
+        }
+    }
+    for (error, data) in [pairs[0], pairs[2]] {
+        assert!(heard[&data].0 == bytes);
+        assert_eq!(heard[&error].0, b"");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_goes_before_its_streams_are_open_leaves_nothing() {
+    let streaming = serving();
+    let held = Arc::new(());
+    let weak = Arc::downgrade(&held);
+    let run: Run = Box::new(|_| {
+        drop(held);
+        async { Ending::Success }.boxed()
+    });
+    let url = streaming.offer(Offer::Exec(ALL, run)).unwrap();
+    let (socket, _) = request(&url, SPDY).await;
+    let mut client = TestClient::new(socket);
+    client.open(&[("streamtype", "error")]).await;
+    drop(client);
+    timeout(SOON, async {
+        while weak.strong_count() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn spdy_goes_through_a_websocket() {
+    use tokio_tungstenite::WebSocketStream;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+    let streaming = serving();
+    let connect = |_| {
+        async {
+            let (ours, mut pod) = UnixStream::pair()?;
+            tokio::spawn(async move { pod.write_all(b"welcome").await });
+            Ok(ours)
+        }
+        .boxed()
+    };
+    let url = streaming.offer(Offer::Ports(Arc::new(connect))).unwrap();
+    let headers = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                   Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                   Sec-WebSocket-Protocol: SPDY/3.1+portforward.k8s.io\r\n";
+    let (socket, answer) = request(&url, headers).await;
+    assert!(answer.contains("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="), "{answer}");
+    let socket = WebSocketStream::from_raw_socket(socket, Role::Client, None).await;
+    let mut client = TestClient::new(tunnel::Tunnel::new(socket));
+    let error = client.open(&[("streamtype", "error"), ("port", "80")]).await;
+    let data = client.open(&[("streamtype", "data"), ("port", "80")]).await;
+    client.data(data, b"", true).await;
+    assert_eq!(client.hear().await, Some(Heard::Data(data, b"welcome".to_vec(), false)));
+    assert_eq!(client.hear().await, Some(Heard::Data(data, Vec::new(), true)));
+    assert_eq!(client.hear().await, Some(Heard::Data(error, Vec::new(), true)));
+}
+
+#[tokio::test]
+async fn a_piece_is_never_longer_than_it_may_be() {
+    let (socket, mut guest) = UnixStream::pair().unwrap();
+    guest.write_all(&vec![1; 100_000]).await.unwrap();
+    drop(guest);
+    let mut total = 0;
+    loop {
+        let piece: Bytes = pump::read(&socket).await.unwrap().freeze();
+        assert!(piece.len() <= pipe::PIECE);
+        total += piece.len();
+        if piece.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(total, 100_000);
+}

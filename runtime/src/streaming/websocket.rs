@@ -1,0 +1,176 @@
+//! Exec and attach over a WebSocket: the first byte of each message says which
+//! channel it is for.
+//!
+//! A WebSocket's halves do not close one by one, so version 5 has a channel for
+//! it: 255, with the number of the channel that its sender is done with.
+
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::stream::{SplitSink, SplitStream};
+use futures::{SinkExt, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::negotiate::Protocol;
+use super::peer::Peer;
+use super::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, PIECE};
+use super::resize::Sizes;
+use super::{Client, Run, Wanted};
+
+const STDIN: u8 = 0;
+const STDOUT: u8 = 1;
+const STDERR: u8 = 2;
+const ERROR: u8 = 3;
+const RESIZE: u8 = 4;
+const CLOSE: u8 = 255;
+
+/// How long a client may take to take the last bytes, and again to close.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Serves one client to the end.
+pub async fn serve<S>(socket: WebSocketStream<S>, peer: Peer, wanted: Wanted, protocol: Protocol, run: Run)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sink, stream) = socket.split();
+    let (commands, queue) = mpsc::channel(OUTGOING);
+    let gone = CancellationToken::new();
+    let (stdin, resize, channels) = Channels::new(wanted, protocol);
+    let (read, written) = (gone.clone(), gone.clone());
+    let reader = AbortOnDropHandle::new(tokio::spawn(async move {
+        channels.read(stream, &peer).await;
+        read.cancel();
+    }));
+    let writer = AbortOnDropHandle::new(tokio::spawn(async move {
+        if let Err(error) = write(sink, queue).await {
+            tracing::debug!(%error, "streaming client");
+            written.cancel();
+        }
+    }));
+    let channel = |number: u8| Outgoing::new(number.into(), commands.clone());
+    let (stdout, stderr) = (wanted.stdout.then(|| channel(STDOUT)), wanted.stderr.then(|| channel(STDERR)));
+    // Some clients wait for a word before they send theirs.
+    if let Some(first) = stdout.as_ref().or(stderr.as_ref()) {
+        let _ = first.send(Bytes::new()).await;
+    }
+    let client = Client { stdin, sizes: resize.map(Sizes::new), stdout, stderr, gone };
+    let words = run(client).await.encode(protocol.language);
+    let flushed = async {
+        let _ = commands.send(Command::Data(ERROR.into(), words.into())).await;
+        let _ = commands.send(Command::Close).await;
+        let _ = writer.await;
+    };
+    // As with SPDY: what the client still sends is read and dropped, so that
+    // closing does not take back what it has not read.
+    if timeout(CLOSE_DEADLINE, flushed).await.is_ok() {
+        let _ = timeout(CLOSE_DEADLINE, reader).await;
+    }
+}
+
+/// The channels on which the client may speak.
+struct Channels {
+    stdin: Option<mpsc::Sender<Bytes>>,
+    resize: Option<mpsc::Sender<Bytes>>,
+    closes: bool,
+}
+
+impl Channels {
+    fn new(wanted: Wanted, protocol: Protocol) -> (Option<Incoming>, Option<Incoming>, Self) {
+        let open = |wanted: bool| wanted.then(|| mpsc::channel(INCOMING)).unzip();
+        let (stdin_sender, stdin) = open(wanted.stdin);
+        let (resize_sender, resize) = open(wanted.terminal && protocol.resizes);
+        (stdin, resize, Self { stdin: stdin_sender, resize: resize_sender, closes: protocol.closes })
+    }
+
+    /// Leads messages to their channels until the client has gone.
+    async fn read<S>(mut self, mut stream: SplitStream<WebSocketStream<S>>, peer: &Peer)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        loop {
+            let message = match stream.next().await {
+                Some(Ok(Message::Binary(bytes))) => bytes,
+                Some(Ok(Message::Text(text))) => text.into(),
+                Some(Ok(Message::Close(_))) | None => return,
+                // Pings are answered by the WebSocket itself.
+                Some(Ok(_)) => continue,
+                Some(Err(error)) => return tracing::debug!(%error, "streaming client"),
+            };
+            if !self.lead(message, peer).await {
+                return;
+            }
+        }
+    }
+
+    /// False if the client goes before there is room for what it said.
+    async fn lead(&mut self, mut message: Bytes, peer: &Peer) -> bool {
+        let Some(&channel) = message.first() else { return true };
+        let mut rest = message.split_off(1);
+        let queue = match channel {
+            STDIN => &self.stdin,
+            RESIZE => &self.resize,
+            CLOSE if self.closes => {
+                match rest.first() {
+                    Some(&STDIN) => self.stdin = None,
+                    Some(&RESIZE) => self.resize = None,
+                    _ => {}
+                }
+                return true;
+            }
+            _ => return true,
+        };
+        let Some(queue) = queue else { return true };
+        while !rest.is_empty() {
+            let piece = rest.split_to(rest.len().min(PIECE));
+            if !peer.enqueue(queue, piece).await {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// Writes what it is told until it is told to close.
+async fn write<S>(
+    mut sink: SplitSink<WebSocketStream<S>, Message>,
+    mut commands: mpsc::Receiver<Command>,
+) -> Result<(), Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Data(channel, bytes) => {
+                let mut message = BytesMut::with_capacity(bytes.len().saturating_add(1));
+                message.put_u8(u8::try_from(channel).unwrap_or(ERROR));
+                message.put_slice(&bytes);
+                sink.feed(Message::Binary(message.freeze())).await?;
+                if commands.is_empty() {
+                    sink.flush().await?;
+                }
+            }
+            Command::Close => {
+                let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+                return sink.send(Message::Close(Some(normal))).await;
+            }
+            // A channel's end is the connection's.
+            Command::Finish(_) | Command::Reset(_) | Command::Control(_) => {
+                if commands.is_empty() {
+                    sink.flush().await?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
