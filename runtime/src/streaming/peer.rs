@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 
 /// How often to look.
@@ -32,12 +32,11 @@ impl Peer {
 
     fn has_gone(&self) -> bool {
         let Some(socket) = &self.0 else { return false };
-        // nix has no name for it: the peer has closed, whatever can still be read.
-        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
-        let ended = closed | PollFlags::POLLHUP | PollFlags::POLLERR;
-        let mut polled = [PollFd::new(socket.as_fd(), closed)];
-        poll(&mut polled, PollTimeout::ZERO).is_ok()
-            && polled.iter().any(|fd| fd.revents().is_some_and(|events| events.intersects(ended)))
+        // The peer has closed, whatever can still be read.
+        let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
+        poll(&mut polled, Some(&Timespec::default())).is_ok()
+            && polled.iter().any(|fd| fd.revents().intersects(ended))
     }
 
     /// Puts `bytes` into `queue` once there is room; false if the client goes
