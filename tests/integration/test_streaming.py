@@ -165,7 +165,7 @@ class Exec(StreamingTest):
         _, container = self.running()
         cases = {
             "reads": ["-i", container, "sh", "-c", "cat; sleep 7001"],
-            "writes": [container, "sh", "-c", "while echo x; do sleep 0.2; done; sleep 7002"],
+            "writes": [container, "sh", "-c", "while cat /proc/uptime; do sleep 0.2; done; sleep 7002"],
         }
         for name, arguments in cases.items():
             client = self.start("exec", *arguments)

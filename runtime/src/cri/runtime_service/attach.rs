@@ -48,20 +48,20 @@ async fn run(agent: &Agent, container: &Container, client: Client) -> Ending {
         (config.stdin_once, config.tty)
     };
     let output = async {
-        let (stdout, stderr) = tokio::join!(
+        // The first that is late ends both.
+        let shown = tokio::try_join!(
             show(stdout.map(|to| (container.output.stdout.subscribe(), to))),
             show(stderr.map(|to| (container.output.stderr.subscribe(), to))),
         );
-        // Without either, the container's end is what is left to wait for.
-        if stdout == Shown::NotWanted && stderr == Shown::NotWanted {
-            container.wait_exited().await;
-        }
-        match (stdout, stderr) {
-            (Shown::Late, _) | (_, Shown::Late) => {
-                Ending::Failed("attach: detached, because the output was not taken in time".into())
+        match shown {
+            // Without either, the container's end is what is left to wait for.
+            Ok((Shown::NotWanted, Shown::NotWanted)) => container.wait_exited().await,
+            Ok(_) => {}
+            Err(Late) => {
+                return Ending::Failed("attach: detached, because the output was not taken in time".into());
             }
-            _ => Ending::Success,
         }
+        Ending::Success
     };
     let typed = async {
         match stdin {
@@ -90,19 +90,20 @@ enum Shown {
     NotWanted,
     /// To its end.
     Whole,
-    /// Until the client had fallen too far behind.
-    Late,
 }
 
-async fn show(stream: Option<(Subscription, Outgoing)>) -> Shown {
-    let Some((mut from, to)) = stream else { return Shown::NotWanted };
+/// The client had fallen too far behind.
+struct Late;
+
+async fn show(stream: Option<(Subscription, Outgoing)>) -> Result<Shown, Late> {
+    let Some((mut from, to)) = stream else { return Ok(Shown::NotWanted) };
     while let Some(bytes) = from.next().await {
         if to.send(bytes).await.is_err() {
-            return Shown::Whole;
+            return Ok(Shown::Whole);
         }
     }
     let _ = to.finish().await;
-    if from.was_dropped() { Shown::Late } else { Shown::Whole }
+    if from.was_dropped() { Err(Late) } else { Ok(Shown::Whole) }
 }
 
 /// Passes on what the client types, for as long as the container takes it. With
