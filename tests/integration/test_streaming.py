@@ -279,12 +279,14 @@ class PortForward(StreamingTest):
         pod, sandbox = self.pod()
         self.node.crictl("pull", self.node.image("nginx"))
         self.container(pod, sandbox, "web", image="nginx", command=None)
+        # crictl ends a forward when a connection is refused.
+        address = self.node.crictl_json("inspectp", pod)["status"]["network"]["ip"]
+        wait_until(lambda: self.page(address, 80), 120, "wait for nginx")
         for transport in TRANSPORTS:
             with self.subTest(transport):
                 _, port = self.forward(pod, 80, transport)
-                wait_until(lambda: self.page(port), 120, "wait for nginx")
                 pages = []
-                threads = [threading.Thread(target=lambda: pages.append(self.page(port))) for _ in range(8)]
+                threads = [threading.Thread(target=lambda: pages.append(self.page("127.0.0.1", port))) for _ in range(8)]
                 for thread in threads:
                     thread.start()
                 for thread in threads:
@@ -292,9 +294,9 @@ class PortForward(StreamingTest):
                 self.assertEqual(len(pages), 8)
                 self.assertTrue(all(page == pages[0] and page for page in pages), pages)
 
-    def page(self, port):
+    def page(self, address, port):
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as page:
+            with urllib.request.urlopen(f"http://{address}:{port}/", timeout=60) as page:
                 return page.read()
         except OSError:
             return None
