@@ -45,4 +45,10 @@ pub mod paths {
     pub const USER_NAMESPACE: &str = "/run/husk/sandbox/userns";
     /// The IPC namespace of a pod with a user namespace.
     pub const IPC_NAMESPACE: &str = "/run/husk/sandbox/ipcns";
+    /// The volumes that come from the host, each under its name.
+    pub const SHARED: &str = "/run/husk/shared";
+    /// The volumes that are copied into the pod, each under its name.
+    pub const LIVE: &str = "/run/husk/live";
+    /// Tag of the file system device that has them.
+    pub const SHARED_TAG: &str = "husk";
 }

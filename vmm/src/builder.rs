@@ -24,6 +24,7 @@ use crate::devices::serial::{I8042_PORTS, ResetLine, SERIAL_PORTS, SerialPort};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, Disk, IoPool};
 use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::rng::Rng;
@@ -107,6 +108,7 @@ pub fn build(
     devices.add_vsock(config, &mut fds)?;
     devices.add_rng()?;
     let balloon = devices.add_balloon(config)?;
+    let fs = devices.add_fs(config)?;
     let Devices { pio, mmio, disks, transports, subscribers, parameters, .. } = devices;
 
     let cmdline = format!("{CMDLINE}{parameters} {}", config.cmdline);
@@ -127,7 +129,7 @@ pub fn build(
         .map(|(fd, index)| Vcpu::start(index, fd, Arc::clone(&surroundings)))
         .collect::<Result<_, _>>()
         .map_err(at("start vCPUs"))?;
-    let machine = Machine { hypervisor, memory, disks, balloon, transports, vcpus, surroundings };
+    let machine = Machine { hypervisor, memory, disks, balloon, fs, transports, vcpus, surroundings };
     Ok((machine, subscribers))
 }
 
@@ -255,6 +257,14 @@ impl<'a> Devices<'a> {
         }
         let balloon = Balloon::new().map_err(at("create the balloon"))?;
         self.add(balloon).map(Some)
+    }
+
+    /// It gets an event loop of its own together with its server.
+    fn add_fs(&mut self, config: &VmConfig) -> Result<Option<Arc<Mutex<Fs>>>, BuildError> {
+        let Some(tag) = &config.fs else { return Ok(None) };
+        let fs = Arc::new(Mutex::new(Fs::new(tag).map_err(at("create the file system device"))?));
+        self.add_transport(Arc::clone(&fs) as Arc<Mutex<dyn VirtioDevice>>)?;
+        Ok(Some(fs))
     }
 
     /// Puts a device on the bus and into the event loop.

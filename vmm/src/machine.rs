@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use event_manager::MutEventSubscriber;
-use husk_vmm_api::Inspection;
+use husk_vmm_api::{FsState, Inspection};
 use vm_memory::GuestMemoryMmap;
 
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, Disk};
+use crate::devices::virtio::fs::{self, Fs};
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::hypervisor::Hypervisor;
 use crate::lock;
@@ -29,6 +30,12 @@ pub enum MachineError {
     /// The machine was booted without one.
     #[error("the machine has no balloon")]
     NoBalloon,
+    /// The machine was booted without one.
+    #[error("the machine has no file system device")]
+    NoFs,
+    /// The file system device refused.
+    #[error(transparent)]
+    Fs(#[from] fs::FsError),
     /// The slot refused.
     #[error(transparent)]
     Block(#[from] crate::devices::virtio::block::BlockError),
@@ -47,6 +54,8 @@ pub struct Machine {
     pub disks: HashMap<String, Arc<Mutex<Block>>>,
     /// The balloon, if there is one.
     pub balloon: Option<Arc<Mutex<Balloon>>>,
+    /// The file system device, if there is one.
+    pub fs: Option<Arc<Mutex<Fs>>>,
     /// All virtio devices, in the order of their addresses.
     pub transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// Running vCPUs.
@@ -85,6 +94,23 @@ impl Machine {
         let balloon = self.balloon.as_ref().ok_or(MachineError::NoBalloon)?;
         lock(balloon).set_size_mib(size_mib);
         Ok(())
+    }
+
+    /// Gives the file system device its server.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn attach_fs(&self, server: OwnedFd) -> Result<(), MachineError> {
+        let device = self.fs.as_ref().ok_or(MachineError::NoFs)?;
+        lock(device).attach(server)?;
+        fs::start(device).map_err(fs::FsError::from)?;
+        Ok(())
+    }
+
+    /// How the file system device is.
+    #[must_use]
+    pub fn fs_state(&self) -> FsState {
+        self.fs.as_ref().map_or(FsState::None, |device| lock(device).state())
     }
 
     /// What the balloon holds, MiB.

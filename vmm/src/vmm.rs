@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
-use husk_vmm_api::{Exit, ExitReason, Info, Request, Response, VmConfig};
+use husk_vmm_api::{Exit, ExitReason, FsState, Info, Request, Response, VmConfig};
 
 use crate::builder::{self, Descriptors};
 use crate::control::{ClientId, ControlServer};
@@ -143,6 +143,9 @@ impl Vmm {
             Request::DetachDisk { slot } => self.with_machine("detach a disk", |machine| {
                 machine.detach_disk(&slot).map_err(|error| error.to_string())
             }),
+            Request::AttachFs { server } => self.with_machine("attach a file server", |machine| {
+                machine.attach_fs(fds.take(server)?).map_err(|error| error.to_string())
+            }),
             Request::SetBalloon { size_mib } => self.with_machine("set the balloon", |machine| {
                 machine.set_balloon(size_mib).map_err(|error| error.to_string())
             }),
@@ -210,6 +213,7 @@ impl Vmm {
             }),
             guest_resident_bytes: machine.map_or(0, Machine::resident_bytes),
             balloon_mib: machine.map_or(0, Machine::balloon_mib),
+            fs: machine.map_or(FsState::None, Machine::fs_state),
         }
     }
 }

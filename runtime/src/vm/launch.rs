@@ -252,6 +252,7 @@ fn machine_config(
         slots: Slots::names(plan.handler.image_slots),
         nets,
         vsock: Some(VsockConfig { cid: GUEST_CID, listener, path: vsock_path.display().to_string() }),
+        fs: Some(husk_proto::agent::paths::SHARED_TAG.into()),
         balloon: true,
     };
     Ok((config, fds))

@@ -23,6 +23,14 @@ pub const MAX_PACKET: usize = 128 * 1024;
 /// Most descriptors in one packet; the kernel's own limit is 253.
 pub const MAX_FDS: usize = 64;
 
+/// Largest FUSE message between the VMM and a file server, bytes: 128 KiB of
+/// data, and room for its headers.
+pub const MAX_FUSE_MESSAGE: usize = (128 << 10) + (4 << 10);
+
+/// The first packet from a file server, to whoever started it: it is ready. All
+/// others are FUSE messages.
+pub const FILE_SERVER_READY: &[u8] = b"READY";
+
 /// Most bytes of the guest's console that are kept and returned.
 pub const CONSOLE_TAIL: usize = 16 * 1024;
 
@@ -59,6 +67,12 @@ pub enum Request {
     DetachDisk {
         /// Serial number of the slot.
         slot: String,
+    },
+    /// Gives the file system device its server, once: a connected
+    /// `SOCK_SEQPACKET` socket on which each packet is one FUSE message.
+    AttachFs {
+        /// The VMM's end of it.
+        server: FdIndex,
     },
     /// Asks the guest for memory back; it gets what it gives.
     SetBalloon {
@@ -122,6 +136,10 @@ pub struct VmConfig {
     pub nets: Vec<NetConfig>,
     /// The vsock device, if there is to be one.
     pub vsock: Option<VsockConfig>,
+    /// Tag of the file system device, if there is to be one. It starts without
+    /// a server, see [`Request::AttachFs`].
+    #[serde(default)]
+    pub fs: Option<String>,
     /// A balloon with free page reporting.
     pub balloon: bool,
 }
@@ -177,6 +195,24 @@ pub struct Info {
     pub guest_resident_bytes: u64,
     /// What the balloon holds now, MiB.
     pub balloon_mib: u32,
+    /// How its file system device is.
+    #[serde(default)]
+    pub fs: FsState,
+}
+
+/// Whether the requests to a file system device are answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsState {
+    /// The machine has no such device.
+    #[default]
+    None,
+    /// It has no server yet.
+    Waiting,
+    /// It has one.
+    Serving,
+    /// It had one.
+    Gone,
 }
 
 /// What a machine is at, at about one moment.

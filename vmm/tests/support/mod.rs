@@ -130,6 +130,7 @@ impl Vmm {
             slots: Vec::new(),
             nets: Vec::new(),
             vsock: None,
+            fs: None,
             balloon: false,
         };
         Self { process, directory, config }

@@ -80,6 +80,7 @@ fn boot(control: &OwnedFd, guest: &Guest, vsock: &Path) -> anyhow::Result<()> {
         slots: Vec::new(),
         nets: Vec::new(),
         vsock: Some(VsockConfig { cid: 3, listener: 2, path: vsock.display().to_string() }),
+        fs: None,
         balloon: false,
     };
     let fds = [kernel.as_fd(), rootfs.as_fd(), listener.as_fd()];

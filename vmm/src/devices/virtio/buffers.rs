@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// Most pieces of guest memory in one system call: what it takes (`IOV_MAX`),
 /// without one for a buffer of the device's own.
@@ -28,7 +28,7 @@ pub enum BadChain {
 }
 
 /// The readable or the writable bytes of a descriptor chain, in order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Buffers<'m> {
     slices: Vec<VolatileSlice<'m>>,
     len: usize,
@@ -71,18 +71,36 @@ impl<'m> Buffers<'m> {
             if descriptors > MAX_SEGMENTS {
                 return Err(BadChain::TooManySegments);
             }
-            if descriptor.is_write_only() != writable {
-                continue;
-            }
-            let len = descriptor.len() as usize;
-            for slice in GuestMemoryBackend::get_slices(memory, descriptor.addr(), len) {
-                if buffers.slices.len() == MAX_SEGMENTS {
-                    return Err(BadChain::TooManySegments);
-                }
-                buffers.push(slice.map_err(|_| BadChain::OutsideMemory)?);
+            if descriptor.is_write_only() == writable {
+                buffers.extend(memory, descriptor.addr(), descriptor.len() as usize)?;
             }
         }
         Ok(buffers)
+    }
+
+    /// The bytes of these ranges, for a device that has kept them of a chain.
+    ///
+    /// # Errors
+    /// A range is not in guest memory, or there are too many.
+    pub fn of_ranges(
+        memory: &'m GuestMemoryMmap,
+        ranges: &[(GuestAddress, usize)],
+    ) -> Result<Self, BadChain> {
+        let mut buffers = Self { slices: Vec::with_capacity(ranges.len().min(MAX_SEGMENTS)), len: 0 };
+        for &(address, len) in ranges {
+            buffers.extend(memory, address, len)?;
+        }
+        Ok(buffers)
+    }
+
+    fn extend(&mut self, memory: &'m GuestMemoryMmap, at: GuestAddress, len: usize) -> Result<(), BadChain> {
+        for slice in GuestMemoryBackend::get_slices(memory, at, len) {
+            if self.slices.len() == MAX_SEGMENTS {
+                return Err(BadChain::TooManySegments);
+            }
+            self.push(slice.map_err(|_| BadChain::OutsideMemory)?);
+        }
+        Ok(())
     }
 
     fn push(&mut self, slice: VolatileSlice<'m>) {
@@ -158,6 +176,13 @@ pub struct IoVecs<'m> {
 }
 
 impl<'m> IoVecs<'m> {
+    /// Begins with a buffer of the device's own, in front of the guest's.
+    #[must_use]
+    pub fn with_head(head: &'m mut [u8]) -> Self {
+        let head = libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() };
+        Self { vecs: vec![head], memory: PhantomData }
+    }
+
     /// Adds `len` bytes of `buffers` from `offset` on, or what there is of them,
     /// up to [`MAX_SEGMENTS`] in all. Returns how many bytes were added.
     pub fn extend(&mut self, buffers: &Buffers<'m>, offset: usize, len: usize) -> usize {
@@ -259,7 +284,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use virtio_queue::QueueT;
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::Bytes;
 
     use super::*;
     use crate::devices::virtio::test_utils::{DriverQueue, Part, memory};

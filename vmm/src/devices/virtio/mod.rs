@@ -5,6 +5,7 @@ pub mod block;
 pub mod buffers;
 pub mod config;
 pub mod device;
+pub mod fs;
 pub mod interrupt;
 pub mod mmio;
 pub mod net;

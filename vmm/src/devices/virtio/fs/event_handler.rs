@@ -1,0 +1,67 @@
+//! The device on an event loop: one of its own, on a thread that exists only
+//! in machines with volumes, because moving file data takes time.
+
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::{io, thread};
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::epoll::EventSet;
+
+use super::device::Fs;
+use crate::devices::virtio::watch::{self, FIRST_TOKEN};
+
+const SOCKET: u32 = FIRST_TOKEN;
+
+/// Bytes of stack of the thread. Only what is touched costs memory.
+const STACK: usize = 128 * 1024;
+
+/// Serves a device that has just been given its server, until the process ends.
+///
+/// # Errors
+/// No thread or event loop can be made.
+pub fn start(device: &Arc<Mutex<Fs>>) -> io::Result<()> {
+    let mut events = EventManager::new().map_err(|error| io::Error::other(format!("{error:?}")))?;
+    events.add_subscriber(Arc::clone(device));
+    thread::Builder::new().name("husk-fs".into()).stack_size(STACK).spawn(move || {
+        loop {
+            match events.run() {
+                Ok(_) => {}
+                Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {}
+                Err(error) => {
+                    eprintln!("husk-vmm: wait for events of the file system device: {error:?}");
+                    return;
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+impl MutEventSubscriber for Fs {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.watch.init(ops);
+        if let Some(socket) = self.socket() {
+            watch::add(ops, Events::with_data_raw(socket.as_raw_fd(), SOCKET, EventSet::IN));
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        self.watch.sync(ops);
+        self.watch.take(events);
+        let stalled_before = self.stalled;
+        let done = self.serve();
+        if let Some(lost) = self.lost.take() {
+            watch::remove(ops, Events::empty_raw(lost.as_raw_fd()));
+        }
+        if let Some(socket) = self.socket()
+            && self.stalled != stalled_before
+        {
+            let events = if self.stalled { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+            watch::modify(ops, Events::with_data_raw(socket.as_raw_fd(), SOCKET, events));
+        }
+        if !done {
+            self.watch.wake();
+        }
+    }
+}

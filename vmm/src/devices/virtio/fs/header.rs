@@ -1,0 +1,68 @@
+//! The headers of FUSE messages (Linux `include/uapi/linux/fuse.h`), which is
+//! all that the device reads of them.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Bytes of [`InHeader`].
+pub const IN_HEADER: usize = size_of::<InHeader>();
+/// Bytes of [`OutHeader`].
+pub const OUT_HEADER: usize = size_of::<OutHeader>();
+
+/// `struct fuse_in_header`: before every request.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct InHeader {
+    /// Bytes of the request, this header included.
+    pub len: u32,
+    /// What is asked.
+    pub opcode: u32,
+    /// Names the request in its answer.
+    pub unique: u64,
+    rest: [u64; 3],
+}
+
+/// `struct fuse_out_header`: before every answer.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct OutHeader {
+    /// Bytes of the answer, this header included.
+    pub len: u32,
+    /// 0, or an errno, negated.
+    pub error: i32,
+    /// Of the request.
+    pub unique: u64,
+}
+
+impl InHeader {
+    /// Whether the server answers such a request at all.
+    #[must_use]
+    pub const fn has_answer(&self) -> bool {
+        const FORGET: u32 = 2;
+        const INTERRUPT: u32 = 36;
+        const BATCH_FORGET: u32 = 42;
+        !matches!(self.opcode, FORGET | INTERRUPT | BATCH_FORGET)
+    }
+
+    /// Whether it begins a session, `FUSE_INIT`.
+    #[must_use]
+    pub const fn is_init(&self) -> bool {
+        const INIT: u32 = 26;
+        self.opcode == INIT
+    }
+
+    /// Whether it is about another request, which it calls by the guest's name
+    /// for it (`FUSE_INTERRUPT`).
+    #[must_use]
+    pub const fn is_interrupt(&self) -> bool {
+        const INTERRUPT: u32 = 36;
+        self.opcode == INTERRUPT
+    }
+}
+
+impl OutHeader {
+    /// An answer that is an error.
+    #[must_use]
+    pub const fn error(unique: u64, errno: i32) -> Self {
+        Self { len: OUT_HEADER as u32, error: -errno, unique }
+    }
+}

@@ -1,0 +1,70 @@
+//! Requests that wait for the server's answer.
+
+use std::collections::HashMap;
+
+use vm_memory::GuestAddress;
+
+/// Most of them. A driver has no more than it has descriptors; this is for one
+/// that makes the same chain available again and again.
+pub const MAX_IN_FLIGHT: usize = 256;
+
+/// A request that was sent.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// The queue that it came from.
+    pub queue: usize,
+    /// Its descriptor chain.
+    pub head: u16,
+    /// What the guest calls it.
+    pub unique: u64,
+    /// Where its answer goes; checked to lie in guest memory.
+    pub output: Vec<(GuestAddress, usize)>,
+}
+
+/// All of them, by the number that the server knows each by. Numbers are not
+/// used again, so a late answer to a request of before a reset finds nothing.
+#[derive(Debug, Default)]
+pub struct InFlight {
+    pending: HashMap<u64, Pending>,
+    last: u64,
+}
+
+impl InFlight {
+    /// The number of the next request.
+    #[must_use]
+    pub const fn next_number(&self) -> u64 {
+        self.last.wrapping_add(1)
+    }
+
+    /// Notes a request that was sent under [`Self::next_number`].
+    pub fn add(&mut self, pending: Pending) {
+        self.last = self.next_number();
+        self.pending.insert(self.last, pending);
+    }
+
+    /// Uses a number up for a request without answer.
+    pub const fn skip_number(&mut self) {
+        self.last = self.next_number();
+    }
+
+    /// The request that is called so, if it waits.
+    pub fn get(&self, number: u64) -> Option<&Pending> {
+        self.pending.get(&number)
+    }
+
+    /// It has its answer.
+    pub fn take(&mut self, number: u64) -> Option<Pending> {
+        self.pending.remove(&number)
+    }
+
+    /// None of them will have an answer any more.
+    pub fn take_all(&mut self) -> Vec<Pending> {
+        self.pending.drain().map(|(_, pending)| pending).collect()
+    }
+
+    /// No more can be sent now.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.pending.len() >= MAX_IN_FLIGHT
+    }
+}

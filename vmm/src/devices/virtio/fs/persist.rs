@@ -1,0 +1,57 @@
+//! What a saved file system device is.
+
+use serde::{Deserialize, Serialize};
+
+use super::device::{Fs, FsError};
+
+/// Version of [`State`].
+pub const VERSION: u32 = 1;
+
+/// A saved device. Its server is not saved: a restored one waits for another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What the guest knows it by.
+    pub tag: String,
+    /// The guest had begun a session with its server.
+    pub session: bool,
+}
+
+/// A saved device cannot be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Another version of this program made it.
+    #[error("the file system device was saved as version {0}, this program knows {VERSION}")]
+    Version(u32),
+    /// The guest holds names of files that no other server knows.
+    #[error(
+        "the guest had its file system device mounted when it was saved: save it before its first volume"
+    )]
+    Session,
+    /// It cannot be made.
+    #[error(transparent)]
+    Fs(#[from] FsError),
+}
+
+impl Fs {
+    /// Saves what is the device's own.
+    #[must_use]
+    pub fn save(&self) -> State {
+        State { version: VERSION, tag: self.tag().to_owned(), session: self.session() }
+    }
+
+    /// Restores it, without a server.
+    ///
+    /// # Errors
+    /// See [`RestoreError`].
+    pub fn restore(state: &State) -> Result<Self, RestoreError> {
+        if state.version != VERSION {
+            return Err(RestoreError::Version(state.version));
+        }
+        if state.session {
+            return Err(RestoreError::Session);
+        }
+        Ok(Self::new(&state.tag)?)
+    }
+}
