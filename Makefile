@@ -25,8 +25,10 @@ guest-image: ## the guest's kernel and root file system, in target/guest
 build: guest-image ## everything, as it is installed, in target/dist
 	cargo build --release --package husk-runtime
 	cargo rustc --release --package husk-vmm --bin husk-vmm -- -C target-feature=+crt-static
+	cargo rustc --release --package husk-fs --bin husk-fs -- -C target-feature=+crt-static
 	install -D -t $(dist)/bin $(target)/release/huskd $(target)/release/husk
-	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm $(target)/agent/husk-agent
+	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm $(target)/release/husk-fs \
+		$(target)/agent/husk-agent
 	install -D -m 644 -t $(dist)/share/husk target/guest/vmlinux target/guest/rootfs.erofs
 
 .PHONY: demo
@@ -64,7 +66,7 @@ kvm-shell: deps ## a shell in the KVM host that the tests run in
 install: ## target/dist, the configuration and the systemd unit below PREFIX
 	@test -x $(dist)/bin/huskd || { echo 'nothing is built: run `make build` first' >&2; exit 1; }
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(dist)/bin/huskd $(dist)/bin/husk
-	install -D -t $(DESTDIR)$(PREFIX)/libexec/husk $(dist)/libexec/husk/husk-vmm \
+	install -D -t $(DESTDIR)$(PREFIX)/libexec/husk $(dist)/libexec/husk/husk-vmm $(dist)/libexec/husk/husk-fs \
 		$(dist)/libexec/husk/husk-agent
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/husk $(dist)/share/husk/vmlinux $(dist)/share/husk/rootfs.erofs
 	install -d $(DESTDIR)/etc/husk $(DESTDIR)$(PREFIX)/lib/systemd/system

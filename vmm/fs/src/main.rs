@@ -1,0 +1,60 @@
+//! `husk-fs`: one process that serves one pod's volumes.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use husk_fs::{Passthrough, jail, server};
+
+const USAGE: &str = "usage: husk-fs --id <sandbox id> --root <directory>
+It is started by huskd; its standard input is a connected SOCK_SEQPACKET unix
+socket. One packet says that it is ready; from then on each packet is one
+FUSE message.";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("husk-fs: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let Some(arguments) = Arguments::parse(std::env::args().skip(1))? else {
+        println!("{USAGE}");
+        return Ok(());
+    };
+    let socket = rustix::io::dup(std::io::stdin()).context("take the socket")?;
+    let open_files = jail::enter(&arguments.root)?;
+    let files = Passthrough::new("/".as_ref(), open_files).context("open the root")?;
+    rustix::io::write(&socket, husk_vmm_api::FILE_SERVER_READY).context("say that all is ready")?;
+    server::serve(socket, files).context("serve")
+}
+
+/// Two arguments need no parser that takes longer than they do.
+struct Arguments {
+    root: PathBuf,
+}
+
+impl Arguments {
+    /// `None` when help is asked for.
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Self>> {
+        let mut root = None;
+        while let Some(word) = words.next() {
+            if word == "--help" || word == "-h" {
+                return Ok(None);
+            }
+            let value = words.next().with_context(|| format!("{word} needs a value\n{USAGE}"))?;
+            match word.as_str() {
+                // For whoever looks at a list of processes.
+                "--id" => {}
+                "--root" => root = Some(value.into()),
+                _ => bail!("unknown argument {word}\n{USAGE}"),
+            }
+        }
+        let root = root.with_context(|| format!("--root is missing\n{USAGE}"))?;
+        Ok(Some(Self { root }))
+    }
+}

@@ -1,0 +1,94 @@
+//! Listing directories.
+
+use std::mem::MaybeUninit;
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, RawDir, SeekFrom};
+use zerocopy::IntoBytes;
+
+use super::nodes::path;
+use super::{MAX_DATA, Passthrough};
+use crate::Errno;
+use crate::abi::{Dirent, EntryOut, OpenOut, ReadIn};
+use crate::message::{Answer, Request};
+
+/// Bytes of entries that are read at a time.
+const CHUNK: usize = 16 << 10;
+
+impl Passthrough {
+    pub(super) fn opendir(&self, request: &mut Request<'_>, answer: &mut Answer<'_>) -> Result<(), Errno> {
+        let node = self.nodes.get(request.header.node)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(CWD, path(&node.fd()), flags, Mode::empty())?;
+        let handle = self.handles.add(directory, false)?;
+        answer.put(&OpenOut { handle, ..OpenOut::default() });
+        Ok(())
+    }
+
+    /// Entries from an offset on, as many as fit. With `plus` each comes with
+    /// what a lookup would tell.
+    pub(super) fn readdir(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer<'_>,
+        plus: bool,
+    ) -> Result<(), Errno> {
+        let read: ReadIn = request.take()?;
+        let node = self.nodes.get(request.header.node)?;
+        let handle = self.handles.get(read.handle)?;
+        let room = read.size.min(MAX_DATA) as usize;
+        let mut chunk = [MaybeUninit::uninit(); CHUNK];
+
+        let _position = super::nodes::lock(&handle.position);
+        rustix::fs::seek(&handle.file, SeekFrom::Start(read.offset))?;
+        let mut entries = RawDir::new(&handle.file, &mut chunk);
+        while let Some(entry) = entries.next() {
+            let entry = match entry {
+                Ok(entry) => entry,
+                // What there is counts; the error comes again with the rest.
+                Err(_) if !answer.is_empty() => break,
+                Err(errno) => return Err(errno),
+            };
+            let name = entry.file_name();
+            let size = size_of::<Dirent>() + name.count_bytes();
+            let size = if plus { size + size_of::<EntryOut>() } else { size };
+            if answer.len() + size.next_multiple_of(8) > room {
+                break;
+            }
+            let own = matches!(name.to_bytes(), b"." | b"..");
+            let mut dirent = Dirent {
+                ino: entry.ino(),
+                offset: entry.next_entry_cookie(),
+                namelen: name.count_bytes() as u32,
+                kind: kind(entry.file_type()),
+            };
+            if plus {
+                // Node 0 stands for an entry that nothing more is known of.
+                let mut known = EntryOut::default();
+                if !own && let Ok((child, stat)) = self.find(&node, name) {
+                    known = Self::entry(&child, &stat);
+                    dirent.ino = known.attr.ino;
+                }
+                answer.put_bytes(known.as_bytes());
+            }
+            answer.put(&dirent);
+            answer.put_bytes(name.to_bytes());
+            answer.align();
+        }
+        Ok(())
+    }
+}
+
+/// `d_type` of readdir(3).
+fn kind(kind: FileType) -> u32 {
+    let kind = match kind {
+        FileType::RegularFile => libc::DT_REG,
+        FileType::Directory => libc::DT_DIR,
+        FileType::Symlink => libc::DT_LNK,
+        FileType::Fifo => libc::DT_FIFO,
+        FileType::Socket => libc::DT_SOCK,
+        FileType::CharacterDevice => libc::DT_CHR,
+        FileType::BlockDevice => libc::DT_BLK,
+        FileType::Unknown => libc::DT_UNKNOWN,
+    };
+    kind.into()
+}
