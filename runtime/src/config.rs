@@ -95,6 +95,8 @@ pub struct Handler {
     pub runc: PathBuf,
     /// The `husk-vmm` program.
     pub vmm: PathBuf,
+    /// The `husk-fs` program.
+    pub file_server: PathBuf,
     /// The guest's kernel, an uncompressed `vmlinux`.
     pub kernel: PathBuf,
     /// The guest's root filesystem, an EROFS image.
@@ -192,6 +194,7 @@ impl Default for Handler {
             agent: installed("libexec/husk/husk-agent"),
             runc: "runc".into(),
             vmm: installed("libexec/husk/husk-vmm"),
+            file_server: installed("libexec/husk/husk-fs"),
             kernel: installed("share/husk/vmlinux"),
             rootfs: installed("share/husk/rootfs.erofs"),
             vcpus: 1,

@@ -38,7 +38,7 @@ class BadRequests(PodTest):
         for settings, word in (
             ({"linux": {"security_context": {"capabilities": {"add_capabilities": ["FLY"]}}}}, "FLY"),
             ({"log_path": "../../escape.log"}, "log_path"),
-            ({"mounts": [{"host_path": "/", "container_path": "/host"}]}, "mounts"),
+            ({"mounts": [{"host_path": "data", "container_path": "/data"}]}, "host_path"),
             ({"command": ["/no/such/program"]}, "/no/such/program"),
             ({"linux": {"security_context": {"run_as_username": "nobody-here"}}}, "nobody-here"),
         ):

@@ -19,7 +19,7 @@ use crate::container::Container;
 use crate::mode;
 use crate::process::{Process, Role};
 use crate::stdio::Stdio;
-use crate::{id, resources, runc, spec, user};
+use crate::{id, resources, runc, shared, spec, user};
 
 /// How long a container may take to end once it is killed. Only a process
 /// that waits for a disk takes longer than an instant.
@@ -38,6 +38,9 @@ pub async fn create(
     let cgroup = spec::choose_cgroup(&mut config, &id).invalid("spec_json")?;
     sandbox::check_created(&agent)?;
 
+    if shared::is_used_by(&config) {
+        agent.shared.mount().await.stage("mount the volumes")?;
+    }
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
     let root = agent.mapped_root.get().copied();
@@ -193,6 +196,7 @@ pub async fn remove(
     container.cgroup.kill();
     runc::delete(&agent.reaper, &container.id, container.bundle.path()).await.stage("runc delete")?;
     container.bundle.remove().await.stage("remove the root filesystem")?;
+    agent.shared.forget_unused().await;
     removal.finish();
     Ok(RemoveContainerResponse {})
 }

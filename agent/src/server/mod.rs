@@ -15,12 +15,14 @@ use crate::container::Containers;
 use crate::disks::Disks;
 use crate::images::Images;
 use crate::reaper::Reaper;
+use crate::shared::Shared;
 
 mod container;
 mod error;
 mod process;
 mod sandbox;
 mod stats;
+mod volume;
 
 pub use error::{Error, Stage};
 
@@ -38,6 +40,9 @@ pub struct Agent {
     reaper: Reaper,
     disks: Disks,
     images: Arc<Images>,
+    shared: Shared,
+    /// Held while a volume that is copied into the pod changes.
+    live: tokio::sync::Mutex<()>,
     /// Set when `CreateSandbox` begins, to true when it has succeeded.
     sandbox: OnceLock<OnceLock<()>>,
     /// Whether the pod has a pid namespace that containers share.
@@ -56,6 +61,8 @@ impl Agent {
             reaper,
             disks: Disks::default(),
             images: Arc::default(),
+            shared: Shared::default(),
+            live: tokio::sync::Mutex::default(),
             sandbox: OnceLock::new(),
             pid_namespace: tokio::sync::Mutex::default(),
             mapped_root: OnceLock::new(),
@@ -152,6 +159,10 @@ impl Service for Endpoint {
         request: Request<ResizeTerminalRequest>,
     ) -> Answer<ResizeTerminalResponse> {
         Ok(Response::new(process::resize(&self.0, &request.into_inner())?))
+    }
+
+    async fn write_volume(&self, request: Request<WriteVolumeRequest>) -> Answer<WriteVolumeResponse> {
+        to_the_end(volume::write(self.0.clone(), request.into_inner())).await
     }
 
     async fn container_stats(

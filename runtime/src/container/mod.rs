@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use crate::id::{ContainerId, SandboxId};
 use crate::sandbox::{lock, read_json, write_json};
+use crate::storage::volumes::Volume;
 
 pub mod fanout;
 pub mod log;
@@ -33,6 +35,9 @@ pub struct Record {
     pub image_slot: String,
     /// The file behind that device.
     pub image_rootfs: PathBuf,
+    /// What it has of the host's files.
+    #[serde(default)]
+    pub volumes: Vec<Volume>,
     /// Where its log goes; empty for nowhere.
     pub log_path: PathBuf,
     /// The signal that asks it to stop.
@@ -142,6 +147,7 @@ pub struct Container {
     pub output: fanout::Output,
     /// The way to its input, once somebody attached has used it.
     pub stdin: tokio::sync::Mutex<Option<tokio::net::UnixStream>>,
+    attendants: Mutex<JoinSet<()>>,
 }
 
 impl Container {
@@ -177,6 +183,7 @@ impl Container {
             log: Mutex::default(),
             output: fanout::Output::default(),
             stdin: tokio::sync::Mutex::default(),
+            attendants: Mutex::default(),
         }
     }
 
@@ -245,6 +252,16 @@ impl Container {
         *lock(&self.log) = file;
     }
 
+    /// Runs `work` for as long as the container is known.
+    pub fn attend(&self, work: impl Future<Output = ()> + Send + 'static) {
+        lock(&self.attendants).spawn(work);
+    }
+
+    /// Ends all such work.
+    pub fn dismiss(&self) {
+        lock(&self.attendants).abort_all();
+    }
+
     /// Removes the record from disk, for good: an end that is told later does
     /// not bring it back.
     ///
@@ -286,6 +303,7 @@ mod tests {
             image_ref: String::new(),
             image_slot: String::new(),
             image_rootfs: PathBuf::new(),
+            volumes: Vec::new(),
             log_path: PathBuf::new(),
             stop_signal: 15,
             guest_pid: 1,

@@ -58,6 +58,9 @@ pub enum Error {
     /// The sandbox disk.
     #[error(transparent)]
     Scratch(#[from] storage::Error),
+    /// Volumes.
+    #[error(transparent)]
+    Volume(#[from] storage::volumes::Error),
     /// A file of huskd's own.
     #[error("{stage}: {path}: {cause}")]
     File {
@@ -82,6 +85,8 @@ impl Error {
             Self::InvalidArgument(_) | Self::Spec(spec::Error::Invalid(_) | spec::Error::Oci(_)) => {
                 Code::InvalidArgument
             }
+            Self::Volume(storage::volumes::Error::Invalid { .. }) => Code::InvalidArgument,
+            Self::Volume(storage::volumes::Error::Unsupported { .. }) => Code::Unimplemented,
             Self::Unimplemented(_) | Self::Spec(spec::Error::Unsupported(_)) => Code::Unimplemented,
             Self::FailedPrecondition(_) => Code::FailedPrecondition,
             Self::DeadlineExceeded(_) | Self::Vm(vm::Error::Silent { .. }) => Code::DeadlineExceeded,
@@ -99,6 +104,7 @@ impl Error {
             | Self::Vm(vm::Error::File { cause, .. })
             | Self::Host(host::Error::File { cause, .. })
             | Self::Scratch(storage::Error::File { cause, .. })
+            | Self::Volume(storage::volumes::Error::File { cause, .. })
                 if cause.kind() == io::ErrorKind::StorageFull =>
             {
                 Code::ResourceExhausted

@@ -12,6 +12,7 @@ use crate::container::{Exit, State, supervise};
 use crate::cri::error::Error;
 use crate::host;
 use crate::node::Node;
+use crate::storage::volumes::Shared;
 use crate::vm::{self, Machine};
 
 /// Most time that containers get to end once they have been killed.
@@ -44,6 +45,7 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
     }
     let had_machine = sandbox.set_machine(None).is_some();
     for container in sandbox.containers() {
+        container.dismiss();
         let exit = Exit::machine_gone(if problem.is_empty() { "the pod was stopped" } else { problem });
         sandbox.events.container_ended(sandbox, &container, exit);
     }
@@ -69,6 +71,8 @@ pub async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
     machine?;
     ended(sandbox, "");
     network?;
+    // The machine's file server goes with the machine.
+    Shared::of(&node.config.run_dir, &sandbox.id).close()?;
     if let Some(cgroup) = cgroup {
         vm::remove_cgroup(&cgroup).await.map_err(|cause| Error::File {
             stage: "remove control group",

@@ -14,6 +14,7 @@ use crate::config::Kind;
 use crate::container::Container;
 use crate::events::Events;
 use crate::id::SandboxId;
+use crate::storage::volumes::Volume;
 use crate::vm::Machine;
 
 pub mod cpus;
@@ -185,6 +186,11 @@ impl Sandbox {
     /// Takes one away.
     pub fn drop_container(&self, container: &Container) {
         lock(&self.containers).retain(|other| other.id != container.id);
+    }
+
+    /// What its containers have of the host's files.
+    pub fn volumes(&self) -> Vec<Volume> {
+        self.containers().iter().flat_map(|container| container.record().volumes.clone()).collect()
     }
 
     /// Its folder under the state directory.

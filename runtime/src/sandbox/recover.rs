@@ -12,6 +12,7 @@ use crate::cri::error::Error;
 use crate::cri::names;
 use crate::host;
 use crate::node::Node;
+use crate::storage::volumes::{Shared, live};
 use crate::vm::{self, Slots};
 
 /// Brings records and reality together. A sandbox that gives trouble is logged
@@ -92,7 +93,8 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
                             .await?
                     }
                     State::Created | State::Running => {
-                        supervise::follow(sandbox, &machine, &container).await?
+                        supervise::follow(sandbox, &machine, &container).await?;
+                        live::follow(&machine, &container);
                     }
                     State::Exited(_) => {}
                 }
@@ -162,6 +164,15 @@ async fn end_strays(node: &Arc<Node>) {
             };
             if let Err(error) = ended {
                 tracing::warn!(path = %path.display(), %error, "end stray machine");
+            }
+        }
+    }
+    let shared: Vec<_> = known.iter().map(|sandbox| Shared::of(&node.config.run_dir, &sandbox.id)).collect();
+    for stray in Shared::all(&node.config.run_dir) {
+        if !shared.iter().any(|shared| shared.path() == stray.path()) {
+            tracing::info!(path = %stray.path().display(), "unmount volumes that no record speaks of");
+            if let Err(error) = stray.close() {
+                tracing::warn!(path = %stray.path().display(), %error, "unmount stray volumes");
             }
         }
     }

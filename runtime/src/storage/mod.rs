@@ -4,6 +4,8 @@
 //! The filesystem is made once and copied, holes and all: a copy writes a few
 //! hundred KiB. It has no journal, because nothing on it outlives its machine.
 
+pub mod volumes;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;

@@ -53,6 +53,14 @@ impl Control {
         self.done("detach disk", Request::DetachDisk { slot }, Vec::new()).await
     }
 
+    /// Gives the file system device its server, by the VMM's end of a socket.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub async fn attach_fs(&self, socket: OwnedFd) -> Result<(), Error> {
+        self.done("attach file server", Request::AttachFs { server: 0 }, vec![socket]).await
+    }
+
     /// How the machine is.
     ///
     /// # Errors

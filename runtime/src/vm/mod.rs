@@ -12,6 +12,7 @@ use crate::id::SandboxId;
 
 pub mod cgroup;
 mod control;
+pub mod file_server;
 pub mod launch;
 mod slots;
 

@@ -28,6 +28,7 @@ pub fn check(report: &mut Report, config: &Config) {
             continue;
         }
         report.add(format!("{name}: vmm"), file(&handler.vmm, "make install"));
+        report.add(format!("{name}: file server"), file(&handler.file_server, "make install"));
         report.add(format!("{name}: kernel"), file(&handler.kernel, "make guest-image install"));
         report.add(format!("{name}: rootfs"), file(&handler.rootfs, "make guest-image install"));
     }

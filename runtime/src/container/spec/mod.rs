@@ -17,7 +17,9 @@ use oci_spec::runtime::{
 };
 
 use crate::id::ContainerId;
+use crate::storage::volumes::Volume;
 
+mod devices;
 mod host;
 mod mounts;
 mod process;
@@ -55,6 +57,8 @@ pub struct Input<'a> {
     pub sandbox: &'a cri::PodSandboxConfig,
     /// What the image says.
     pub image: &'a ImageConfig,
+    /// The host's files that it shall have.
+    pub volumes: &'a [Volume],
     /// Process id in the guest of the container whose pid namespace is to be
     /// shared, when the client names one.
     pub target_pid: Option<u32>,
@@ -77,7 +81,7 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
         .version("1.0.2")
         .root(RootBuilder::default().path("rootfs").readonly(security.readonly_rootfs).build()?)
         .process(process::build(input, &security)?)
-        .mounts(mounts::build(&security, mapped)?)
+        .mounts(mounts::build(&security, mapped, input.volumes)?)
         .annotations(annotations(input))
         .linux(linux(input, &security, mapped)?);
     let mut spec = spec.build()?;
@@ -97,11 +101,8 @@ fn security(config: &cri::ContainerConfig) -> cri::LinuxContainerSecurityContext
 /// What would otherwise be dropped in silence.
 fn refuse_unsupported(input: &Input<'_>) -> Result<(), Error> {
     let (config, on_host) = (input.config, input.host.is_some());
-    if !config.mounts.is_empty() && !on_host {
-        return Err(Error::Unsupported("`mounts` (volumes from the host)"));
-    }
-    if (!config.devices.is_empty() && !on_host) || !config.cdi_devices.is_empty() {
-        return Err(Error::Unsupported("`devices` (devices of the host)"));
+    if !config.cdi_devices.is_empty() {
+        return Err(Error::Unsupported("`cdi_devices` (devices of the host)"));
     }
     if config.windows.is_some() {
         return Err(Error::Invalid("`windows`: this runtime has Linux containers".into()));
@@ -189,10 +190,13 @@ fn linux(
     security: &cri::LinuxContainerSecurityContext,
     mapped: bool,
 ) -> Result<Linux, Error> {
+    // The host's own devices are for [`host::adapt`].
+    let devices = if input.host.is_some() { &[][..] } else { &input.config.devices };
     let mut linux = LinuxBuilder::default()
         .cgroups_path(format!("/{}", input.id))
         .namespaces(namespaces(input, security, mapped)?)
-        .resources(resources::build(input.config, security.privileged)?);
+        .resources(resources::build(input.config, devices, security.privileged)?)
+        .devices(devices::build(devices)?);
     if !security.privileged {
         linux = linux
             .masked_paths(or_default(&security.masked_paths, MASKED_PATHS))

@@ -1,10 +1,11 @@
-//! The filesystems that every container has, volumes aside.
+//! The filesystems that every container has, and its volumes.
 
 use husk_proto::agent::paths;
 use husk_proto::cri::{self, NamespaceMode};
 use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
+use crate::storage::volumes::Volume;
 
 /// `mapped` says that the container is in a user namespace. The machine's
 /// network does not belong to that, so `/sys`, which shows it, can only be
@@ -12,6 +13,7 @@ use super::Error;
 pub(super) fn build(
     security: &cri::LinuxContainerSecurityContext,
     mapped: bool,
+    volumes: &[Volume],
 ) -> Result<Vec<Mount>, Error> {
     // A privileged container may write the kernel's files: its own machine's.
     let access = if security.privileged { "rw" } else { "ro" };
@@ -36,7 +38,7 @@ pub(super) fn build(
     } else {
         mount("/dev/shm", "bind", paths::SHM, &["rbind", "nosuid", "noexec", "nodev", "rw"])?
     };
-    Ok(vec![
+    let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
         mount(
@@ -52,5 +54,18 @@ pub(super) fn build(
         mount("/etc/hosts", "bind", paths::HOSTS, &["rbind", "rprivate", files])?,
         mount("/etc/hostname", "bind", paths::HOSTNAME, &["rbind", "rprivate", files])?,
         mount("/etc/resolv.conf", "bind", paths::RESOLV_CONF, &["rbind", "rprivate", files])?,
-    ])
+    ];
+    // A volume in the place of one of these is what the client wants there.
+    mounts.retain(|own| volumes.iter().all(|volume| volume.container_path != *own.destination()));
+    let mut volumes: Vec<_> = volumes.iter().collect();
+    // What lies below another comes after it; the client's order, else.
+    volumes.sort_by_key(|volume| volume.container_path.components().count());
+    for volume in volumes {
+        let folder = if volume.live { paths::LIVE } else { paths::SHARED };
+        let source = format!("{folder}/{}", volume.name);
+        let access = if volume.read_only_inside { "ro" } else { "rw" };
+        let target = volume.container_path.to_string_lossy();
+        mounts.push(mount(&target, "bind", &source, &["rbind", "rprivate", access])?);
+    }
+    Ok(mounts)
 }

@@ -10,12 +10,18 @@ use oci_spec::runtime::{
 
 use super::Error;
 
-pub(super) fn build(config: &cri::ContainerConfig, privileged: bool) -> Result<LinuxResources, Error> {
+pub(super) fn build(
+    config: &cri::ContainerConfig,
+    devices: &[cri::Device],
+    privileged: bool,
+) -> Result<LinuxResources, Error> {
     let asked = config.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
-    let limits = limits(&asked)?;
-    let devices = if privileged { vec![allow_all()?] } else { vec![deny_all()?] };
-    let mut limits = limits;
-    limits.set_devices(Some(devices));
+    let mut rules = if privileged { vec![allow_all()?] } else { vec![deny_all()?] };
+    for device in devices {
+        rules.push(super::devices::rule(device)?);
+    }
+    let mut limits = limits(&asked)?;
+    limits.set_devices(Some(rules));
     Ok(limits)
 }
 

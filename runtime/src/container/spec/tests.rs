@@ -19,7 +19,15 @@ fn image() -> ImageConfig {
 
 fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
     let (id, sandbox, image) = (ContainerId::from("c1"), cri::PodSandboxConfig::default(), image());
-    build(&Input { id: &id, config, sandbox: &sandbox, image: &image, target_pid: None, host: None })
+    build(&Input {
+        id: &id,
+        config,
+        sandbox: &sandbox,
+        image: &image,
+        volumes: &[],
+        target_pid: None,
+        host: None,
+    })
 }
 
 fn with_security(security: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
@@ -94,6 +102,7 @@ fn a_user_comes_from_the_client_or_else_the_image() {
             config: &config,
             sandbox: &sandbox,
             image: &image,
+            volumes: &[],
             target_pid: None,
             host: None,
         })

@@ -1,5 +1,5 @@
-//! CreateContainer: the image's disk into the machine, the OCI configuration,
-//! `runc create` by the agent, the log.
+//! CreateContainer: the image's disk and the volumes into the machine, the OCI
+//! configuration, `runc create` by the agent, the log.
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +17,8 @@ use crate::id::ContainerId;
 use crate::image::Image;
 use crate::node::Node;
 use crate::sandbox::{Phase, Sandbox, cpus};
-use crate::vm::{self, Claim, Machine};
+use crate::storage::volumes::{self, Prepared, Shared, Volume};
+use crate::vm::{self, Claim, Machine, file_server};
 
 /// Makes a container, or leaves nothing behind.
 pub(super) async fn create_container(
@@ -40,11 +41,17 @@ pub(super) async fn create_container(
     let log_path = log_path(&pod, &config)?;
     let image_config = image.config.config().clone().unwrap_or_default();
     let host = host_places(node, &sandbox)?;
+    // On the host its mounts are as they are.
+    let mounts = if host.is_some() { &[][..] } else { &config.mounts };
+    let in_use = sandbox.volumes();
+    let prepared = volumes::prepare(mounts, &in_use)?;
+    let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
     let input = spec::Input {
         id: &id,
         config: &config,
         sandbox: &pod,
         image: &image_config,
+        volumes: &volumes,
         target_pid: target_pid(&sandbox, &config),
         host: host.as_ref(),
     };
@@ -61,6 +68,7 @@ pub(super) async fn create_container(
         image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.to_string()),
         image_slot: claim.slot().to_owned(),
         image_rootfs: image.rootfs.clone(),
+        volumes,
         log_path,
         stop_signal,
         guest_pid: 0,
@@ -86,6 +94,7 @@ pub(super) async fn create_container(
         }
         // From here on others may use the disk too.
         drop(slots);
+        mount_volumes(node, &sandbox, &machine, &prepared, &in_use).await?;
         make(&sandbox, &machine, &container, &spec, user).await
     };
     if let Err(error) = made.await {
@@ -116,6 +125,38 @@ fn privileged_only_in_privileged(
         ));
     }
     Ok(())
+}
+
+/// The first volume of a pod starts its file server.
+async fn mount_volumes(
+    node: &Node,
+    sandbox: &Sandbox,
+    machine: &Machine,
+    prepared: &[Prepared],
+    in_use: &[Volume],
+) -> Result<(), Error> {
+    for one in prepared.iter().filter(|one| one.volume.live) {
+        volumes::live::send(machine, &one.volume).await?;
+    }
+    let vm::Keeper::Vmm(control) = &machine.keeper else { return Ok(()) };
+    if prepared.iter().all(|one| one.volume.live) {
+        return Ok(());
+    }
+    let record = sandbox.record().clone();
+    let (_, handler) = node.config.handler(&record.handler).ok_or_else(|| {
+        Error::FailedPrecondition(format!("the configuration has no handler `{}` any more", record.handler))
+    })?;
+    let shared = Shared::of(&node.config.run_dir, &sandbox.id);
+    shared.open()?;
+    shared.bind(prepared, in_use)?;
+    let plan = file_server::Plan {
+        id: &sandbox.id,
+        program: &handler.file_server,
+        root: shared.path(),
+        run_dir: &vm::run_dir(&node.config.run_dir, &sandbox.id),
+        cgroup: record.cgroup,
+    };
+    Ok(file_server::ensure(control, plan).await?)
 }
 
 /// The agent makes the container, and its output is followed from the first
@@ -162,6 +203,7 @@ async fn make(
         path: container.id.as_str().into(),
         cause,
     })?;
+    volumes::live::follow(machine, container);
     container.update(|record| {
         record.guest_pid = made.pid;
         record.user = made.identity.map(|identity| cri::LinuxContainerUser {

@@ -37,7 +37,7 @@ pub(super) fn status(node: &Node, request: &StatusRequest) -> StatusResponse {
         RuntimeHandler {
             name: name.to_owned(),
             features: Some(RuntimeHandlerFeatures {
-                recursive_read_only_mounts: false,
+                recursive_read_only_mounts: in_machines,
                 user_namespaces: in_machines,
             }),
         }
@@ -75,7 +75,7 @@ fn runtime_problem(node: &Node) -> Option<String> {
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Some(format!("/dev/kvm: {error}: run `husk check`"));
     }
-    [&handler.vmm, &handler.kernel, &handler.rootfs].into_iter().find_map(missing)
+    [&handler.vmm, &handler.file_server, &handler.kernel, &handler.rootfs].into_iter().find_map(missing)
 }
 
 fn verbose(node: &Node) -> HashMap<String, String> {

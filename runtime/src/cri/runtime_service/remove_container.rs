@@ -12,6 +12,7 @@ use crate::cri::error::Error;
 use crate::node::Node;
 use crate::sandbox::registry::LookupError;
 use crate::sandbox::{Sandbox, cpus};
+use crate::storage::volumes::Shared;
 
 /// Most time from the removal of a container in its machine to the news of its
 /// end.
@@ -37,6 +38,20 @@ pub(super) async fn remove_container(
     Ok(RemoveContainerResponse {})
 }
 
+/// Unmounts what no other container of the pod uses.
+fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
+    let others = sandbox.containers();
+    let others = others.iter().filter(|other| other.id != container.id);
+    let in_use: Vec<_> = others.flat_map(|other| other.record().volumes.clone()).collect();
+    let shared = Shared::of(&node.config.run_dir, &sandbox.id);
+    for volume in &container.record().volumes {
+        if !in_use.iter().any(|other| other.name == volume.name) {
+            shared.release(&volume.name)?;
+        }
+    }
+    Ok(())
+}
+
 /// Removes a container in whatever state it is, half-made ones included. Can be
 /// repeated.
 ///
@@ -59,6 +74,8 @@ pub async fn take_apart(
             machine.keeper.detach_image(slot).await?;
         }
     }
+    container.dismiss();
+    release_volumes(node, sandbox, container)?;
     container.forget()?;
     node.registry.remove_container(container);
     if let Err(error) = cpus::pin(sandbox) {

@@ -21,7 +21,15 @@ fn built(config: cri::ContainerConfig, sandbox: &cri::PodSandboxConfig) -> Resul
         HostPod { directory: "/run/husk/sandboxes/p1".into(), cgroup: "/sys/fs/cgroup/kube/husk-p1".into() };
     let config = cri::ContainerConfig { command: vec!["true".into()], ..config };
     let (id, image) = (ContainerId::from("c1"), ImageConfig::default());
-    build(&Input { id: &id, config: &config, sandbox, image: &image, target_pid: None, host: Some(&pod) })
+    build(&Input {
+        id: &id,
+        config: &config,
+        sandbox,
+        image: &image,
+        volumes: &[],
+        target_pid: None,
+        host: Some(&pod),
+    })
 }
 
 fn source_at(spec: &Spec, destination: &str) -> PathBuf {

@@ -1,0 +1,244 @@
+//! Volumes: directories and files of the host in a pod's containers.
+//!
+//! Each pod has one directory on the host ([`Shared`]) that its file server
+//! serves to its machine. A volume is mounted below it under a name of its
+//! own, and the container's OCI configuration mounts that name of the guest's
+//! side of it. Two containers with the same volume use the same mount.
+//!
+//! What is mounted is in the container's record before it is mounted; what no
+//! record of the pod speaks of any more is unmounted. Nothing here ever
+//! removes a directory with what is in it: below are other people's files.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+use husk_proto::cri;
+use serde::{Deserialize, Serialize};
+
+pub mod live;
+mod shared;
+#[cfg(test)]
+mod tests;
+
+pub use shared::Shared;
+
+/// A container cannot have a volume.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request makes no sense.
+    #[error("mount of `{path}`: {problem}")]
+    Invalid {
+        /// Where it should be in the container.
+        path: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// It makes sense, and a pod in a virtual machine cannot have it.
+    #[error("mount of `{path}`: {problem}")]
+    Unsupported {
+        /// Where it should be in the container.
+        path: String,
+        /// What, and what to do instead.
+        problem: String,
+    },
+    /// A file or mount of the host.
+    #[error("volume: {stage} {path}: {cause}")]
+    File {
+        /// What was being done.
+        stage: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why it failed.
+        cause: std::io::Error,
+    },
+}
+
+/// A volume of a container, as it is recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its name in the shared directory.
+    pub name: String,
+    /// Which file or directory of the host it is.
+    pub source: Source,
+    /// How it is mounted on the host.
+    pub mode: Mode,
+    /// Where it is in the container.
+    pub container_path: PathBuf,
+    /// It is copied into the guest, see [`live`], and not mounted on the host.
+    #[serde(default)]
+    pub live: bool,
+    /// It is mounted read-only in the container too. Not so when the host has
+    /// mounts below it that may be written: to the guest all is one.
+    pub read_only_inside: bool,
+}
+
+/// Which file or directory: its path, and what was found there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Without links.
+    pub path: PathBuf,
+    device: u64,
+    inode: u64,
+    mount: u64,
+}
+
+/// How a volume is mounted on the host: the guest can do no more than this.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mode {
+    /// Nothing can be written, other than to mounts below.
+    pub read_only: bool,
+    /// Nor to those.
+    pub recursive: bool,
+    /// What the host mounts below later appears in the container.
+    pub follow: bool,
+}
+
+/// A volume with its file held open, so that what is mounted is what was
+/// looked at.
+#[derive(Debug)]
+pub struct Prepared {
+    /// What goes into the record.
+    pub volume: Volume,
+    file: OwnedFd,
+}
+
+impl Prepared {
+    fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Looks at what a container wants mounted, and makes directories that are not
+/// there. `in_use` are the volumes that the pod's containers have.
+///
+/// # Errors
+/// The first mount that cannot be.
+pub fn prepare(mounts: &[cri::Mount], in_use: &[Volume]) -> Result<Vec<Prepared>, Error> {
+    let mut known = in_use.to_vec();
+    let mut prepared = Vec::with_capacity(mounts.len());
+    for mount in mounts {
+        let one = prepare_one(mount, &known)?;
+        known.push(one.volume.clone());
+        prepared.push(one);
+    }
+    Ok(prepared)
+}
+
+fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> {
+    let path = || mount.container_path.clone();
+    let invalid = |problem: &str| Error::Invalid { path: path(), problem: problem.into() };
+    let unsupported = |problem: &str| Error::Unsupported { path: path(), problem: problem.into() };
+
+    let container_path = clean(&mount.container_path).ok_or_else(|| invalid("the path must be absolute"))?;
+    let mode = mode(mount)?;
+    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
+        return Err(unsupported("mapped user and group ids are not supported yet"));
+    }
+    if !mount.mount_options.is_empty() {
+        return Err(unsupported("`mount_options` are not supported yet"));
+    }
+    if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
+        return Err(unsupported("image volumes are not supported yet"));
+    }
+    if !Path::new(&mount.host_path).is_absolute() {
+        return Err(invalid("host_path must be absolute"));
+    }
+    let (source, kind, file) = open(Path::new(&mount.host_path))?;
+    if !kind.is_dir() && !kind.is_file() {
+        let what = match kind {
+            kind if kind.is_socket() => "a socket",
+            kind if kind.is_fifo() => "a pipe",
+            _ => "a device",
+        };
+        return Err(unsupported(&format!(
+            "`{}` is {what}, and nobody outside of the pod's virtual machine can be reached through it: use a \
+             runtime handler of host containers",
+            source.path.display()
+        )));
+    }
+    let read_only_inside = mode.read_only && (mode.recursive || !shared::has_mounts_below(&source.path)?);
+    let live = mode.read_only && kind.is_dir() && live::is_live(&source.path);
+    let same = known.iter().find(|other| other.source == source && other.mode == mode && other.live == live);
+    let name = same.map_or_else(|| free_name(known), |other| other.name.clone());
+    let volume = Volume { name, source, mode, container_path, live, read_only_inside };
+    Ok(Prepared { volume, file })
+}
+
+fn mode(mount: &cri::Mount) -> Result<Mode, Error> {
+    let path = || mount.container_path.clone();
+    let propagation = cri::MountPropagation::try_from(mount.propagation).map_err(|_| Error::Invalid {
+        path: path(),
+        problem: format!("unknown propagation {}", mount.propagation),
+    })?;
+    let follow = match propagation {
+        cri::MountPropagation::PropagationPrivate => false,
+        cri::MountPropagation::PropagationHostToContainer => true,
+        cri::MountPropagation::PropagationBidirectional => {
+            return Err(Error::Unsupported {
+                path: path(),
+                problem: "a mount that is made in a virtual machine cannot appear on the host: use \
+                          HostToContainer, or a runtime handler of host containers"
+                    .into(),
+            });
+        }
+    };
+    if mount.recursive_read_only && (!mount.readonly || follow) {
+        return Err(Error::Invalid {
+            path: path(),
+            problem: "recursive_read_only needs readonly, and private propagation".into(),
+        });
+    }
+    Ok(Mode { read_only: mount.readonly, recursive: mount.recursive_read_only, follow })
+}
+
+/// The path without `.` and `..`; `None` if it is not absolute.
+fn clean(path: &str) -> Option<PathBuf> {
+    let mut clean = PathBuf::new();
+    for part in Path::new(path).components() {
+        match part {
+            Component::RootDir => clean.push("/"),
+            Component::ParentDir => {
+                clean.pop();
+            }
+            Component::Normal(name) => clean.push(name),
+            Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    clean.is_absolute().then_some(clean)
+}
+
+/// Finds the file or directory, through links, as the host means it. One that
+/// is not there becomes a directory, as other runtimes have it.
+fn open(path: &Path) -> Result<(Source, std::fs::FileType, OwnedFd), Error> {
+    let file = |stage| {
+        let path = path.to_owned();
+        move |cause| Error::File { stage, path, cause }
+    };
+    let resolved = match path.canonicalize() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            std::fs::create_dir_all(path).map_err(file("make directory"))?;
+            path.canonicalize()
+        }
+        found => found,
+    };
+    let resolved = resolved.map_err(file("find"))?;
+    let held = shared::open_path(&resolved).map_err(file("open"))?;
+    let held = std::fs::File::from(held);
+    let metadata = held.metadata().map_err(file("look at"))?;
+    let held = OwnedFd::from(held);
+    let mount = shared::mount_id(held.as_fd()).map_err(file("look at"))?;
+    let source = Source { path: resolved, device: metadata.dev(), inode: metadata.ino(), mount };
+    Ok((source, metadata.file_type(), held))
+}
+
+fn free_name(known: &[Volume]) -> String {
+    let mut number = 0u32;
+    loop {
+        let name = format!("v{number}");
+        if known.iter().all(|volume| volume.name != name) {
+            return name;
+        }
+        number += 1;
+    }
+}

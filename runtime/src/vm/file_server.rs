@@ -1,0 +1,118 @@
+//! Starts `husk-fs`, which serves a pod's volumes, and tells the VMM of it.
+//!
+//! A pod has one from its first volume on, until its machine ends: the server
+//! ends with the socket between the two. Like the VMM it outlives huskd.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use husk_vmm_api::{FILE_SERVER_READY, FsState};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socketpair, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use super::{Control, Error, cgroup};
+use crate::id::SandboxId;
+
+/// Bytes that may be on their way in one direction.
+const SOCKET_BUFFER: usize = 1 << 20;
+
+/// Most seconds until it is ready.
+const START_SECONDS: i64 = 30;
+
+/// What a file server is made of.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// Whose it is.
+    pub id: &'a SandboxId,
+    /// The `husk-fs` program.
+    pub program: &'a Path,
+    /// The directory it serves.
+    pub root: &'a Path,
+    /// Where its log goes.
+    pub run_dir: &'a Path,
+    /// The pod's control group.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// Sees to it that the machine has a file server.
+///
+/// # Errors
+/// With the stage in it.
+pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
+    const STAGE: &str = "start file server";
+    let problem = |cause: &str| Error::Control { stage: STAGE, cause: cause.into() };
+    match control.info().await?.fs {
+        FsState::Serving => return Ok(()),
+        FsState::Waiting => {}
+        FsState::None => return Err(problem("the machine has no file system device")),
+        FsState::Gone => return Err(problem("it has died, and the pod's files with it: restart the pod")),
+    }
+    let program = plan.program.to_owned();
+    let log = plan.run_dir.join("fs.log");
+    let started = start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
+    let log_path = log.clone();
+    let socket = tokio::task::spawn_blocking(move || wait_ready(started, &log_path))
+        .await
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+        .map_err(|cause| Error::File { stage: STAGE, path: log, cause })?;
+    control.attach_fs(socket).await
+}
+
+/// Starts it; answers the VMM's end of the socket.
+fn start(plan: &Plan<'_>, log: &Path) -> io::Result<OwnedFd> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    for socket in [&ours, &theirs] {
+        // Without the privilege, as much as anybody may have.
+        if setsockopt(socket, sockopt::SndBufForce, &SOCKET_BUFFER).is_err() {
+            setsockopt(socket, sockopt::SndBuf, &SOCKET_BUFFER)?;
+        }
+    }
+    let mut command = Command::new(plan.program);
+    command
+        .args(["--id", plan.id.as_str(), "--root"])
+        .arg(plan.root)
+        .env_clear()
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(File::create(log)?);
+    // SAFETY: setsid is safe between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            Ok(())
+        });
+    }
+    let mut child = command.spawn()?;
+    // It must not end up outside of the pod's control group: the pod's end
+    // counts on it.
+    if let Some(path) = &plan.cgroup
+        && let Err(error) = cgroup::enter(path, child.id())
+    {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    std::thread::Builder::new().name("reap-fs".into()).stack_size(16 * 1024).spawn(move || {
+        let _ = child.wait();
+    })?;
+    Ok(ours)
+}
+
+/// Waits for its first word. Without one it ends by itself, because the socket
+/// is closed here.
+fn wait_ready(socket: OwnedFd, log: &Path) -> io::Result<OwnedFd> {
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(START_SECONDS))?;
+    let mut word = [0; 16];
+    let raw = std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd());
+    let len = recv(raw, &mut word, MsgFlags::empty())?;
+    if word.get(..len) != Some(FILE_SERVER_READY) {
+        let said = std::fs::read_to_string(log).unwrap_or_default();
+        return Err(io::Error::other(format!("it ended at once: {}", said.trim())));
+    }
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(0))?;
+    Ok(socket)
+}

@@ -1,0 +1,276 @@
+"""Volumes: directories and files of the host in containers, as a client and as the host see them."""
+
+import hashlib
+import shutil
+import stat
+from pathlib import Path
+
+from pods import PodTest, leftovers, os, processes, signal, subprocess, time, wait_until
+
+
+class Volumes(PodTest):
+    def setUp(self):
+        super().setUp()
+        self.folder = self.node.state / "data"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        self.mounts_before = leftovers.mounts()
+
+    def tearDown(self):
+        super().tearDown()
+        self.assertEqual(leftovers.mounts() - self.mounts_before, set())
+        self.assertEqual(processes("husk-fs"), [])
+        self.assertFalse((self.node.root / "run/volumes").exists())
+
+    def mount(self, container_path="/data", host_path=None, **settings):
+        return {"container_path": container_path, "host_path": str(host_path or self.folder), **settings}
+
+    def tools(self):
+        """A mount with a program for the guest in it, which so runs from a volume."""
+        folder = self.node.state / "tools"
+        if not folder.exists():
+            folder.mkdir()
+            source = Path(__file__).with_name("volume_tool.c")
+            subprocess.run(["cc", "-O", "-static", "-o", folder / "volume-tool", source], check=True)
+        return self.mount("/tools", folder, readonly=True)
+
+    def sh(self, container, script):
+        return self.node.crictl("exec", "-s", container, "sh", "-c", script)
+
+    def with_volume(self, *mounts, **settings):
+        pod, sandbox = self.pod()
+        return pod, sandbox, self.container(pod, sandbox, mounts=list(mounts) or [self.mount()], **settings)
+
+    # --- What a file is ------------------------------------------------------------------------------
+
+    def test_a_directory_is_the_same_on_both_sides(self):
+        (self.folder / "from-host").write_text("of the host\n")
+        os.chown(self.folder / "from-host", 1234, 5678)
+        pod, sandbox, container = self.with_volume()
+        self.assertEqual(self.sh(container, "cat /data/from-host; stat -c %u:%g:%a /data/from-host"), "of the host\n1234:5678:644")
+
+        self.sh(container, "cd /data && umask 027 && echo hi >file && chown 33:44 file && chmod 4750 file && mkdir dir && ln -s /etc/passwd dir/link && mkfifo pipe")
+        found = (self.folder / "file").stat()
+        self.assertEqual((found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)), (33, 44, 0o4750))
+        self.assertEqual(stat.S_IMODE((self.folder / "dir").stat().st_mode), 0o750)
+        self.assertEqual(os.readlink(self.folder / "dir/link"), "/etc/passwd")
+        self.assertTrue(stat.S_ISFIFO((self.folder / "pipe").lstat().st_mode))
+
+        self.sh(container, "cd /data && ln file twin && mv twin dir/twin && echo more >>dir/twin && rm file pipe")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["dir", "from-host"])
+        self.assertEqual((self.folder / "dir/twin").read_text(), "hi\nmore\n")
+        # A link leads to what the container has there, not the host.
+        self.assertIn("root:", self.sh(container, "head -n 1 /data/dir/link"))
+        self.sh(container, "rm -r /data/dir")
+        self.assertEqual(os.listdir(self.folder), ["from-host"])
+        time.sleep(1)
+        (self.folder / "from-host").write_text("changed\n")
+        (self.folder / "later").write_text("new\n")
+        time.sleep(1.2)
+        self.assertEqual(self.sh(container, "cat /data/from-host /data/later"), "changed\nnew")
+
+    def test_files_belong_to_the_user_who_makes_them(self):
+        self.folder.chmod(0o777)
+        user = {"security_context": {"run_as_user": {"value": 1000}, "run_as_group": {"value": 2000}}}
+        _, _, container = self.with_volume(linux=user)
+        self.sh(container, "cd /data && touch file && mkdir dir && ln -s x link")
+        for name in ("file", "dir", "link"):
+            found = (self.folder / name).lstat()
+            self.assertEqual((found.st_uid, found.st_gid), (1000, 2000), name)
+        (self.folder / "secret").write_text("root's own")
+        (self.folder / "secret").chmod(0o600)
+        self.assertIn("Permission denied", self.fails("exec", "-s", container, "cat", "/data/secret"))
+
+    def test_a_large_file_arrives_whole_both_ways(self):
+        data = os.urandom(1 << 20) * 24
+        (self.folder / "down").write_bytes(data)
+        _, _, container = self.with_volume()
+        digest = hashlib.sha256(data).hexdigest()
+        self.assertIn(digest, self.sh(container, "sha256sum /data/down"))
+        self.sh(container, "cp /data/down /data/up && sync")
+        self.assertEqual(hashlib.sha256((self.folder / "up").read_bytes()).hexdigest(), digest)
+
+    def test_many_files(self):
+        _, _, container = self.with_volume()
+        self.sh(container, "cd /data && mkdir many && cd many && for i in $(seq 300); do echo $i >f$i; done")
+        self.assertEqual(len(os.listdir(self.folder / "many")), 300)
+        self.assertEqual(self.sh(container, "ls /data/many | wc -l; cat /data/many/* | sort -n | tail -n 1; rm -r /data/many").split(), ["300", "300"])
+        self.assertEqual(os.listdir(self.folder), [])
+
+    # --- What is mounted, and how --------------------------------------------------------------------
+
+    def test_a_single_file_and_a_directory_below_another(self):
+        (self.folder / "hosts").write_text("10.0.0.1 elsewhere\n")
+        (self.folder / "sub").mkdir()
+        _, _, container = self.with_volume(
+            self.mount("/data/below", self.folder / "sub"),
+            self.mount("/data"),
+            self.mount("/etc/hosts", self.folder / "hosts"),
+        )
+        self.assertEqual(self.sh(container, "cat /etc/hosts"), "10.0.0.1 elsewhere")
+        self.sh(container, "echo 10.0.0.2 added >>/etc/hosts; touch /data/below/file")
+        self.assertIn("added", (self.folder / "hosts").read_text())
+        self.assertEqual(os.listdir(self.folder / "sub"), ["file"])
+
+    def test_what_is_read_only_is_so_on_the_host(self):
+        (self.folder / "file").write_text("safe")
+        (self.folder / "below").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(self.folder / "below")], check=True)
+        self.addCleanup(subprocess.run, ["umount", str(self.folder / "below")], check=True)
+        self.mounts_before = leftovers.mounts()
+        _, _, container = self.with_volume(
+            self.mount("/plain", readonly=True),
+            self.mount("/recursive", readonly=True, recursive_read_only=True),
+            self.mount("/writable"),
+        )
+        for path in ("/plain/file", "/plain/new", "/recursive/file", "/recursive/below/new"):
+            self.assertIn("Read-only", self.fails("exec", "-s", container, "sh", "-c", f"echo x >{path}"), path)
+        # Mounts below are not meant, unless it is said.
+        self.sh(container, "echo x >/plain/below/new && echo y >/writable/file")
+        self.assertEqual((self.folder / "below/new").read_text(), "x\n")
+        self.assertEqual((self.folder / "file").read_text(), "y\n")
+
+    def test_mounts_of_the_host_appear_where_they_are_asked_for(self):
+        _, _, container = self.with_volume(
+            self.mount("/follows", propagation=1), self.mount("/private"),
+        )
+        (self.folder / "later").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(self.folder / "later")], check=True)
+        self.addCleanup(subprocess.run, ["umount", str(self.folder / "later")], check=True)
+        self.mounts_before = leftovers.mounts()
+        (self.folder / "later/seen").write_text("")
+        time.sleep(1.2)
+        self.assertEqual(self.sh(container, "ls /follows/later; ls /private/later"), "seen")
+
+    def test_what_cannot_be_mounted_is_refused(self):
+        pod, sandbox = self.pod()
+        for mount, word in (
+            (self.mount(propagation=2), "HostToContainer"),
+            (self.mount(host_path="/dev/null"), "device"),
+            (self.mount(host_path=self.node.root / "husk.sock"), "socket"),
+            (self.mount(recursive_read_only=True), "readonly"),
+            (self.mount(container_path="data"), "absolute"),
+        ):
+            config = self.node.container_file("bad", "busybox", command=["true"], mounts=[mount])
+            self.assertIn(word, self.fails("create", pod, config, sandbox))
+        self.assertEqual(processes("husk-fs"), [])
+
+    def test_devices_are_the_machines_own(self):
+        pod, sandbox = self.pod()
+        devices = [{"host_path": "/dev/fuse", "container_path": "/dev/fuse", "permissions": "rwm"}]
+        container = self.container(pod, sandbox, devices=devices)
+        self.assertEqual(self.sh(container, "stat -c %t:%T /dev/fuse && exec 3<>/dev/fuse"), "a:e5")
+        config = self.node.container_file("bad", "busybox", devices=[{"host_path": "/dev/kvm", "container_path": "/dev/kvm", "permissions": "rw"}])
+        self.assertIn("/dev/kvm", self.fails("create", pod, config, sandbox))
+
+    def test_a_directory_that_is_not_there_is_made(self):
+        _, _, container = self.with_volume(self.mount(host_path=self.folder / "new/and/deep"))
+        self.sh(container, "touch /data/file")
+        self.assertEqual(os.listdir(self.folder / "new/and/deep"), ["file"])
+
+    def test_a_configmap_that_changes_is_seen_at_once(self):
+        """As the kubelet writes it: a folder for each version, and one link that is renamed."""
+
+        def write(version, keys):
+            (self.folder / f"..{version}").mkdir()
+            for key in keys:
+                (self.folder / f"..{version}" / key).write_text(f"{version}\n")
+            os.symlink(f"..{version}", self.folder / "..data_tmp")
+            os.rename(self.folder / "..data_tmp", self.folder / "..data")
+            for key in keys:
+                if not os.path.lexists(self.folder / key):
+                    os.symlink(f"..data/{key}", self.folder / key)
+
+        write("one", ["key"])
+        pod, sandbox, container = self.with_volume(self.mount(readonly=True), self.tools())
+        self.assertEqual(os.listdir(self.node.root / "run/volumes" / pod[:13]), ["v1"], "this one is copied")
+        self.assertEqual(self.sh(container, "cat /data/key; readlink /data/..data"), "one\n..one")
+        self.assertIn("Read-only", self.fails("exec", "-s", container, "sh", "-c", "echo x >/data/new"))
+        self.sh(container, "(/tools/volume-tool watch /data >/tmp/events 2>&1 &)")
+        wait_until(lambda: "watching" in self.sh(container, "cat /tmp/events"), 20, "watch the volume")
+        write("two", ["key", "second"])
+        shutil.rmtree(self.folder / "..one")
+        wait_until(lambda: "..data" in self.sh(container, "cat /tmp/events"), 20, "an event of inotify")
+        self.assertEqual(self.sh(container, "cat /data/key /data/second; ls -a /data").split(), ["two", "two", ".", "..", "..data", "..two", "key", "second"])
+        # A change while nobody watches is made up for.
+        self.node.daemon.send_signal(signal.SIGKILL)
+        self.node.daemon.wait()
+        write("three", ["key"])
+        self.node.start_daemon()
+        wait_until(lambda: self.sh(container, "cat /data/key") == "three", 30, "see the third version")
+
+    # --- Several containers, and time ----------------------------------------------------------------
+
+    def test_containers_share_files_sockets_and_locks(self):
+        pod, sandbox, one = self.with_volume(self.mount(), self.tools())
+        two = self.container(pod, sandbox, name="two", mounts=[self.mount("/other"), self.tools()])
+        self.sh(one, "echo hello >/data/file")
+        self.assertEqual(self.sh(two, "cat /other/file"), "hello")
+        self.sh(one, "mkfifo /data/pipe; (cat /data/pipe >/data/heard 2>/dev/null &)")
+        self.sh(two, "echo through >/other/pipe")
+        wait_until(lambda: (self.folder / "heard").read_text() == "through\n", 20, "hear of the pipe")
+        self.sh(two, "/tools/volume-tool try /other/lock")
+        self.sh(one, "(/tools/volume-tool hold /data/lock >/dev/null 2>&1 &) ; sleep 1")
+        self.fails("exec", "-s", two, "/tools/volume-tool", "try", "/other/lock")
+        self.node.crictl("rm", "-f", one)
+        self.assertEqual(self.sh(two, "cat /other/file"), "hello")
+
+    def test_a_volume_is_let_go_with_its_last_container(self):
+        disk = self.folder / "disk"
+        place = self.folder / "place"
+        place.mkdir()
+        disk.touch()
+        os.truncate(disk, 16 << 20)
+        subprocess.run(["mke2fs", "-q", "-F", str(disk)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(disk), str(place)], check=True)
+        loop = subprocess.run(["losetup", "-n", "-O", "NAME", "-j", str(disk)], capture_output=True, text=True).stdout.strip()
+        self.addCleanup(subprocess.run, ["umount", str(place)], capture_output=True)
+        self.mounts_before = leftovers.mounts()
+        pod, sandbox = self.pod()
+        for _ in range(2):
+            container = self.container(pod, sandbox, mounts=[self.mount(host_path=place)])
+            self.sh(container, "mkdir -p /data/a/b && echo x >/data/a/b/c && ls -lR /data")
+            self.node.crictl("rm", "-f", container)
+        subprocess.run(["umount", str(place)], check=True)
+        self.mounts_before.discard(str(place))
+        # The device is free only when nobody holds a file of it any more.
+        wait_until(lambda: not os.path.exists(f"/sys/block/{os.path.basename(loop)}/loop"), 20, f"release {loop}")
+
+    def test_volumes_survive_the_daemon(self):
+        pod, sandbox, container = self.with_volume()
+        self.sh(container, "(while sleep 0.2; do date >>/data/log; done >/dev/null 2>&1 &)")
+        self.node.daemon.send_signal(signal.SIGKILL)
+        self.node.daemon.wait()
+        size = (self.folder / "log").stat().st_size if (self.folder / "log").exists() else 0
+        wait_until(lambda: (self.folder / "log").stat().st_size > size, 30, "go on writing")
+        self.node.start_daemon()
+        self.sh(container, "echo after >/data/file")
+        self.assertEqual((self.folder / "file").read_text(), "after\n")
+        second = self.container(pod, sandbox, name="second", mounts=[self.mount()])
+        self.assertEqual(self.sh(second, "cat /data/file"), "after")
+        self.assertEqual(len(processes("husk-fs")), 1)
+
+    def test_a_file_server_that_dies_fails_its_files_and_nothing_else(self):
+        pod, sandbox, container = self.with_volume()
+        (server,) = processes("husk-fs")
+        os.kill(int(server.split()[1]), signal.SIGKILL)
+        said = self.fails("exec", "-s", container, "sh", "-c", "echo x >/data/file")
+        self.assertIn("Input/output error", said)
+        self.assertEqual(self.sh(container, "echo alive"), "alive")
+        config = self.node.container_file("late", "busybox", command=["true"], mounts=[self.mount()])
+        self.assertIn("restart the pod", self.fails("create", pod, config, sandbox))
+
+    def test_a_file_server_has_its_volumes_and_no_more(self):
+        self.with_volume()
+        (server,) = processes("husk-fs")
+        pid = server.split()[1]
+        self.assertEqual(os.listdir(f"/proc/{pid}/root"), ["v0"])
+        with open(f"/proc/{pid}/status") as status:
+            fields = dict(line.rstrip("\n").split(":\t", 1) for line in status)
+        chown, dac, fowner, fsetid, setgid, setuid, mknod, setfcap = 0, 1, 3, 4, 6, 7, 27, 31
+        may = sum(1 << bit for bit in (chown, dac, fowner, fsetid, setgid, setuid, mknod, setfcap))
+        self.assertEqual((int(fields["CapPrm"], 16), int(fields["CapBnd"], 16), fields["NoNewPrivs"]), (may, may, "1"))
+        with self.assertRaises(OSError):
+            with open(f"/proc/{pid}/root/file", "w"):
+                pass
+
