@@ -123,9 +123,9 @@ fn a_user_comes_from_the_client_or_else_the_image() {
 
 #[test]
 fn what_is_not_there_yet_is_refused_by_name() {
-    let mounts = vec![cri::Mount { container_path: "/x".into(), ..Default::default() }];
-    let error = built(&cri::ContainerConfig { mounts, ..Default::default() }).unwrap_err();
-    assert!(error.to_string().contains("mounts"), "{error}");
+    let cdi_devices = vec![cri::CdiDevice { name: "vendor.com/gpu=0".into() }];
+    let error = built(&cri::ContainerConfig { cdi_devices, ..Default::default() }).unwrap_err();
+    assert!(error.to_string().contains("cdi_devices"), "{error}");
 }
 
 #[test]
