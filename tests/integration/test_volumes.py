@@ -239,11 +239,15 @@ class Volumes(PodTest):
     def test_volumes_survive_the_daemon(self):
         pod, sandbox, container = self.with_volume()
         self.sh(container, "(while sleep 0.2; do date >>/data/log; done >/dev/null 2>&1 &)")
+        log = self.folder / "log"
+        wait_until(log.exists, 30, "begin to write")
         self.node.daemon.send_signal(signal.SIGKILL)
         self.node.daemon.wait()
-        size = (self.folder / "log").stat().st_size if (self.folder / "log").exists() else 0
-        wait_until(lambda: (self.folder / "log").stat().st_size > size, 30, "go on writing")
-        self.node.start_daemon()
+        size = log.stat().st_size
+        try:
+            wait_until(lambda: log.stat().st_size > size, 30, "go on writing")
+        finally:
+            self.node.start_daemon()
         self.sh(container, "echo after >/data/file")
         self.assertEqual((self.folder / "file").read_text(), "after\n")
         second = self.container(pod, sandbox, name="second", mounts=[self.mount()])

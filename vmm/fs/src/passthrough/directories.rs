@@ -11,8 +11,10 @@ use crate::Errno;
 use crate::abi::{Dirent, EntryOut, OpenOut, ReadIn};
 use crate::message::{Answer, Request};
 
-/// Bytes of entries that are read at a time.
+/// Most bytes of entries that are read at a time.
 const CHUNK: usize = 16 << 10;
+/// Bytes of the longest entry (getdents64(2)).
+const LONGEST: usize = 280;
 
 impl Passthrough {
     pub(super) fn opendir(&self, request: &mut Request<'_>, answer: &mut Answer<'_>) -> Result<(), Errno> {
@@ -26,6 +28,11 @@ impl Passthrough {
 
     /// Entries from an offset on, as many as fit. With `plus` each comes with
     /// what a lookup would tell.
+    ///
+    /// Who deletes what he reads, as `rm -r` does, must not miss an entry. A
+    /// filesystem may count its entries for an offset (tmpfs before Linux 6.6
+    /// does), so a directory that is read on is not sought; and no more is read
+    /// than the answer has room for.
     pub(super) fn readdir(
         &self,
         request: &mut Request<'_>,
@@ -36,24 +43,35 @@ impl Passthrough {
         let node = self.nodes.get(request.header.node)?;
         let handle = self.handles.get(read.handle)?;
         let room = read.size.min(MAX_DATA) as usize;
+        // The shortest entry, of 24 bytes, becomes one of 32, or of 160.
+        let fitting = if plus { room / 7 } else { room / 4 * 3 };
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
+        let chunk = chunk.get_mut(..fitting.clamp(LONGEST, CHUNK)).unwrap_or_default();
 
-        let _position = super::nodes::lock(&handle.position);
-        rustix::fs::seek(&handle.file, SeekFrom::Start(read.offset))?;
-        let mut entries = RawDir::new(&handle.file, &mut chunk);
+        let mut position = super::nodes::lock(&handle.position);
+        if position.take() != Some(read.offset) {
+            rustix::fs::seek(&handle.file, SeekFrom::Start(read.offset))?;
+        }
+        let mut next = Some(read.offset);
+        let mut entries = RawDir::new(&handle.file, chunk);
         while let Some(entry) = entries.next() {
             let entry = match entry {
                 Ok(entry) => entry,
                 // What there is counts; the error comes again with the rest.
-                Err(_) if !answer.is_empty() => break,
+                Err(_) if !answer.is_empty() => {
+                    next = None;
+                    break;
+                }
                 Err(errno) => return Err(errno),
             };
             let name = entry.file_name();
             let size = size_of::<Dirent>() + name.count_bytes();
             let size = if plus { size + size_of::<EntryOut>() } else { size };
             if answer.len() + size.next_multiple_of(8) > room {
+                next = None;
                 break;
             }
+            next = Some(entry.next_entry_cookie());
             let own = matches!(name.to_bytes(), b"." | b"..");
             let mut dirent = Dirent {
                 ino: entry.ino(),
@@ -73,7 +91,11 @@ impl Passthrough {
             answer.put(&dirent);
             answer.put_bytes(name.to_bytes());
             answer.align();
+            if entries.is_buffer_empty() {
+                break;
+            }
         }
+        *position = next;
         Ok(())
     }
 }

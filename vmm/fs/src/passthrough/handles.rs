@@ -14,8 +14,9 @@ pub struct Handle {
     pub file: OwnedFd,
     /// It may be written.
     pub writable: bool,
-    /// Held while a directory's position is used.
-    pub position: Mutex<()>,
+    /// Where the next read of a directory goes on by itself; `None` if it has
+    /// to be sought. Held while the directory is read.
+    pub position: Mutex<Option<u64>>,
 }
 
 /// All of them, by the numbers that the guest has.
@@ -39,7 +40,7 @@ impl Handles {
             return Err(Errno::NFILE);
         }
         *last += 1;
-        handles.insert(*last, Arc::new(Handle { file, writable, position: Mutex::default() }));
+        handles.insert(*last, Arc::new(Handle { file, writable, position: Mutex::new(Some(0)) }));
         Ok(*last)
     }
 
