@@ -7,12 +7,8 @@ use serde::{Deserialize, Serialize};
 
 fn random() -> String {
     let mut bytes = [0u8; 32];
-    let mut filled = 0;
-    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        // Requests of up to 256 bytes are never cut short once the pool is up;
-        // a signal can still come between.
-        filled += rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
-    }
+    // A signal can come between.
+    while crate::random::fill(&mut bytes).is_err() {}
     bytes.iter().fold(String::with_capacity(64), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text

@@ -50,11 +50,7 @@ impl<T> Tokens<T> {
     /// See [`Error`].
     pub fn give(&self, what: T) -> Result<String, Error> {
         let mut secret = [0u8; SECRET];
-        let mut filled = 0;
-        while let Some(rest) = secret.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            filled += rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty())
-                .map_err(|_| Error::NoRandomness)?;
-        }
+        crate::random::fill(&mut secret).map_err(|_| Error::NoRandomness)?;
         let token = URL_SAFE_NO_PAD.encode(secret);
         let mut waiting = lock(&self.0);
         let now = Instant::now();

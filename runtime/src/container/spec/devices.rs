@@ -22,9 +22,15 @@ const DEVICES: [(&str, i64, i64); 9] = [
     ("/dev/fuse", 10, 229),
 ];
 
-/// The devices as runc makes them.
-pub(super) fn build(devices: &[cri::Device]) -> Result<Vec<LinuxDevice>, Error> {
-    devices.iter().map(node).collect()
+/// The devices as runc makes them, with the rules that let them be used.
+pub(super) fn asked(asked: &[cri::Device]) -> Result<(Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>), Error> {
+    let (mut devices, mut rules) = (Vec::new(), Vec::new());
+    for wanted in asked {
+        let device = node(wanted)?;
+        rules.push(rule(&device, wanted)?);
+        devices.push(device);
+    }
+    Ok((devices, rules))
 }
 
 fn node(device: &cri::Device) -> Result<LinuxDevice, Error> {
@@ -34,18 +40,17 @@ fn node(device: &cri::Device) -> Result<LinuxDevice, Error> {
     Ok(node.file_mode(0o666_u32).uid(0_u32).gid(0_u32).build()?)
 }
 
-/// The rule that lets the container use one.
-pub(super) fn rule(device: &cri::Device) -> Result<LinuxDeviceCgroup, Error> {
-    let (major, minor) = known(device)?;
-    let access = &device.permissions;
+/// The rule that lets the container use a device as far as is asked.
+pub(super) fn rule(device: &LinuxDevice, asked: &cri::Device) -> Result<LinuxDeviceCgroup, Error> {
+    let access = &asked.permissions;
     if access.is_empty() || !access.chars().all(|letter| "rwm".contains(letter)) {
         return Err(Error::Invalid(format!(
             "permissions `{access}` of device `{}` must be some of r, w and m",
-            device.host_path
+            asked.host_path
         )));
     }
-    let rule = LinuxDeviceCgroupBuilder::default().allow(true).typ(LinuxDeviceType::C);
-    Ok(rule.major(major).minor(minor).access(access).build()?)
+    let rule = LinuxDeviceCgroupBuilder::default().allow(true).typ(device.typ());
+    Ok(rule.major(device.major()).minor(device.minor()).access(access).build()?)
 }
 
 fn known(device: &cri::Device) -> Result<(i64, i64), Error> {
@@ -72,7 +77,8 @@ mod tests {
             container_path: String::new(),
             permissions: permissions.into(),
         };
-        Ok((node(&device)?, rule(&device)?))
+        let (mut devices, mut rules) = super::asked(&[device])?;
+        Ok((devices.remove(0), rules.remove(0)))
     }
 
     #[test]

@@ -192,11 +192,12 @@ fn linux(
 ) -> Result<Linux, Error> {
     // The host's own devices are for [`host::adapt`].
     let devices = if input.host.is_some() { &[][..] } else { &input.config.devices };
+    let (devices, rules) = devices::asked(devices)?;
     let mut linux = LinuxBuilder::default()
         .cgroups_path(format!("/{}", input.id))
         .namespaces(namespaces(input, security, mapped)?)
-        .resources(resources::build(input.config, devices, security.privileged)?)
-        .devices(devices::build(devices)?);
+        .resources(resources::build(input.config, rules, security.privileged)?)
+        .devices(devices);
     if !security.privileged {
         linux = linux
             .masked_paths(or_default(&security.masked_paths, MASKED_PATHS))

@@ -12,14 +12,12 @@ use super::Error;
 
 pub(super) fn build(
     config: &cri::ContainerConfig,
-    devices: &[cri::Device],
+    devices: Vec<LinuxDeviceCgroup>,
     privileged: bool,
 ) -> Result<LinuxResources, Error> {
     let asked = config.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
     let mut rules = if privileged { vec![allow_all()?] } else { vec![deny_all()?] };
-    for device in devices {
-        rules.push(super::devices::rule(device)?);
-    }
+    rules.extend(devices);
     let mut limits = limits(&asked)?;
     limits.set_devices(Some(rules));
     Ok(limits)

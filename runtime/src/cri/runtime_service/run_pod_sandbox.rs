@@ -333,8 +333,10 @@ fn guest_route(route: crate::network::Route) -> agent::Route {
 
 fn seed() -> Vec<u8> {
     let mut seed = vec![0u8; SEED];
-    let filled = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
-    seed.truncate(filled);
+    // The guest has an entropy device, too.
+    if crate::random::fill(&mut seed).is_err() {
+        seed.clear();
+    }
     seed
 }
 

@@ -17,6 +17,7 @@ use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, Unmoun
 
 use super::{Error, Prepared, Volume};
 use crate::id::SandboxId;
+use crate::mountinfo;
 
 /// Where all of them are, below the run directory. Not beside a machine's
 /// sockets, whose folder is removed with all that is in it.
@@ -234,29 +235,7 @@ fn mount_points() -> Result<Vec<PathBuf>, Error> {
     let text =
         std::fs::read(MOUNTS).map_err(|cause| Error::File { stage: "read", path: MOUNTS.into(), cause })?;
     let lines = text.split(|byte| *byte == b'\n');
-    Ok(lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(unescape).collect())
-}
-
-/// A path as mountinfo has it: blanks and backslashes are octal.
-pub(super) fn unescape(field: &[u8]) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let mut path = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, others)) = rest.split_first() {
-        let digits = others.get(..3).filter(|_| *first == b'\\');
-        let byte = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match byte {
-            Some(byte) => {
-                path.push(byte);
-                rest = others.get(3..).unwrap_or_default();
-            }
-            None => {
-                path.push(*first);
-                rest = others;
-            }
-        }
-    }
-    std::ffi::OsString::from_vec(path).into()
+    Ok(lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(mountinfo::unescape).collect())
 }
 
 fn is_mount_point(path: &Path) -> Result<bool, Error> {

@@ -79,12 +79,6 @@ fn paths_in_containers_lose_their_dots() {
 }
 
 #[test]
-fn paths_of_mountinfo_are_read_with_their_blanks() {
-    assert_eq!(shared::unescape(b"/a\\040b\\134c"), Path::new("/a b\\c"));
-    assert_eq!(shared::unescape(b"/odd\\9\\04"), Path::new("/odd\\9\\04"));
-}
-
-#[test]
 fn a_mount_point_with_something_in_it_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let shared = Shared::at(folder.path().join("shared"));

@@ -306,13 +306,18 @@ async fn each_half_of_a_stream_ends_alone() {
     timeout(SOON, closing).await.unwrap().unwrap();
 }
 
-#[tokio::test]
-async fn closing_waits_for_the_client_to_hear_everything() {
+/// As [`session`], with the kernel's buffers between the two.
+async fn session_over_tcp() -> (TestClient<TcpStream>, Session) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut client = TestClient::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+    let client = TestClient::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
     let (socket, _) = listener.accept().await.unwrap();
     let peer = Peer::of(&socket);
-    let mut session = Session::start(socket, peer);
+    (client, Session::start(socket, peer))
+}
+
+#[tokio::test]
+async fn closing_waits_for_the_client_to_hear_everything() {
+    let (mut client, mut session) = session_over_tcp().await;
     let number = client.open(&[("streamtype", "stdout")]).await;
     let stream = session.accept().await.unwrap();
     // Bytes that nobody reads: a careless close would answer them with a reset.
@@ -351,11 +356,7 @@ async fn a_client_that_reads_nothing_holds_the_verb_up() {
 
 #[tokio::test]
 async fn a_verb_that_takes_nothing_holds_the_client_up() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut client = TestClient::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
-    let (socket, _) = listener.accept().await.unwrap();
-    let peer = Peer::of(&socket);
-    let mut session = Session::start(socket, peer);
+    let (mut client, mut session) = session_over_tcp().await;
     let number = client.open(&[("streamtype", "stdin")]).await;
     let stream = session.accept().await.unwrap();
     let mut sent = 0;
@@ -369,11 +370,7 @@ async fn a_verb_that_takes_nothing_holds_the_client_up() {
 
 #[tokio::test]
 async fn a_client_that_goes_while_nobody_takes_what_it_said_is_noticed() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut client = TestClient::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
-    let (socket, _) = listener.accept().await.unwrap();
-    let peer = Peer::of(&socket);
-    let mut session = Session::start(socket, peer);
+    let (mut client, mut session) = session_over_tcp().await;
     let number = client.open(&[("streamtype", "stdin")]).await;
     let _stream = session.accept().await.unwrap();
     for _ in 0..=INCOMING {

@@ -95,8 +95,8 @@ async fn version_4_does_not_know_the_word() {
     assert!(String::from_utf8_lossy(&hear_all(&mut socket).await[3]).contains("Success"));
 }
 
-#[tokio::test]
-async fn a_client_that_breaks_off_is_noticed() {
+/// A command that waits until its client has gone, and says so.
+async fn start_until_gone() -> (WebSocketStream<DuplexStream>, tokio::sync::oneshot::Receiver<()>) {
     let (sender, noticed) = tokio::sync::oneshot::channel();
     let socket = start(V5, async |client: Client| {
         client.gone.cancelled().await;
@@ -104,19 +104,19 @@ async fn a_client_that_breaks_off_is_noticed() {
         Ending::Failed("gone".into())
     })
     .await;
+    (socket, noticed)
+}
+
+#[tokio::test]
+async fn a_client_that_breaks_off_is_noticed() {
+    let (socket, noticed) = start_until_gone().await;
     drop(socket);
     timeout(SOON, noticed).await.unwrap().unwrap();
 }
 
 #[tokio::test]
 async fn a_message_beyond_all_measure_ends_the_connection() {
-    let (sender, noticed) = tokio::sync::oneshot::channel();
-    let socket = start(V5, async |client: Client| {
-        client.gone.cancelled().await;
-        let _ = sender.send(());
-        Ending::Failed("gone".into())
-    })
-    .await;
+    let (socket, noticed) = start_until_gone().await;
     // The head of a masked binary frame of 2^40 bytes.
     let mut raw = socket.into_inner();
     raw.write_all(&[0x82, 0xff, 0, 0, 1, 0, 0, 0, 0, 0, 1, 2, 3, 4]).await.unwrap();

@@ -8,6 +8,7 @@ use husk_proto::cri::{self, MountPropagation};
 use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
+use crate::mountinfo;
 
 /// Adds them to the mounts that every container has, in place of those at the
 /// same destination. Answers the propagation that the root filesystem needs.
@@ -112,35 +113,12 @@ fn check_propagation(source: &Path, wanted: &str, table: &str) -> Result<(), Str
 fn mount_of<'a>(path: &Path, table: &'a str) -> Option<(PathBuf, Vec<&'a str>)> {
     let mounts = table.lines().filter_map(|line| {
         let mut fields = line.split(' ').skip(4);
-        let place = PathBuf::from(unescaped(fields.next()?));
+        let place = mountinfo::unescape(fields.next()?.as_bytes());
         let tags = fields.skip(1).take_while(|field| *field != "-").collect();
         path.starts_with(&place).then_some((place, tags))
     });
     // Of mounts on top of each other the last one counts.
     mounts.max_by_key(|(place, _)| place.components().count())
-}
-
-/// A path as the kernel writes it, with `\040` for a space.
-fn unescaped(text: &str) -> String {
-    let mut plain = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|_| byte == b'\\').and_then(|digits| {
-            let digits = std::str::from_utf8(digits).ok()?;
-            u8::from_str_radix(digits, 8).ok()
-        });
-        match octal {
-            Some(escaped) => {
-                plain.push(escaped);
-                rest = after.get(3..).unwrap_or_default();
-            }
-            None => {
-                plain.push(byte);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&plain).into_owned()
 }
 
 #[cfg(test)]

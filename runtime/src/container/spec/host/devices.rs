@@ -6,11 +6,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use husk_proto::cri;
-use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
-};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::Error;
+use crate::container::spec::devices::rule;
 
 /// Filesystems of their own below `/dev`, or not of devices.
 const NOT_DEVICES: &[&str] = &["fd", "hugepages", "mqueue", "net", "pts", "shm"];
@@ -47,10 +46,6 @@ pub(super) fn asked(asked: &[cri::Device]) -> Result<(Vec<LinuxDevice>, Vec<Linu
     let (mut devices, mut rules) = (Vec::new(), Vec::new());
     for wanted in asked {
         let invalid = |reason: &str| Error::Invalid(format!("device {}: {reason}", wanted.host_path));
-        let permissions = wanted.permissions.as_str();
-        if permissions.is_empty() || !permissions.chars().all(|letter| "rwm".contains(letter)) {
-            return Err(invalid("permissions must be some of `r`, `w` and `m`"));
-        }
         let host = Path::new(&wanted.host_path);
         let container = match wanted.container_path.as_str() {
             "" => host.to_owned(),
@@ -66,15 +61,7 @@ pub(super) fn asked(asked: &[cri::Device]) -> Result<(Vec<LinuxDevice>, Vec<Linu
             return Err(invalid("is no device"));
         }
         for device in found {
-            rules.push(
-                LinuxDeviceCgroupBuilder::default()
-                    .allow(true)
-                    .typ(device.typ())
-                    .major(device.major())
-                    .minor(device.minor())
-                    .access(permissions)
-                    .build()?,
-            );
+            rules.push(rule(&device, wanted)?);
             devices.push(device);
         }
         if devices.len() > MAX {

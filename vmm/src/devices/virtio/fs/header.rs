@@ -3,6 +3,12 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+/// Opcodes (`enum fuse_opcode`).
+const FORGET: u32 = 2;
+const INIT: u32 = 26;
+const INTERRUPT: u32 = 36;
+const BATCH_FORGET: u32 = 42;
+
 /// Bytes of [`InHeader`].
 pub const IN_HEADER: usize = size_of::<InHeader>();
 /// Bytes of [`OutHeader`].
@@ -37,16 +43,12 @@ impl InHeader {
     /// Whether the server answers such a request at all.
     #[must_use]
     pub const fn has_answer(&self) -> bool {
-        const FORGET: u32 = 2;
-        const INTERRUPT: u32 = 36;
-        const BATCH_FORGET: u32 = 42;
         !matches!(self.opcode, FORGET | INTERRUPT | BATCH_FORGET)
     }
 
     /// Whether it begins a session, `FUSE_INIT`.
     #[must_use]
     pub const fn is_init(&self) -> bool {
-        const INIT: u32 = 26;
         self.opcode == INIT
     }
 
@@ -54,7 +56,6 @@ impl InHeader {
     /// for it (`FUSE_INTERRUPT`).
     #[must_use]
     pub const fn is_interrupt(&self) -> bool {
-        const INTERRUPT: u32 = 36;
         self.opcode == INTERRUPT
     }
 }
