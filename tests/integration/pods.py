@@ -89,6 +89,10 @@ class PodTest(unittest.TestCase):
 
         return wait_until(exited, seconds, f"wait for {container[:13]} to exit")
 
+    def kill_daemon(self):
+        self.node.daemon.send_signal(signal.SIGKILL)
+        self.node.daemon.wait()
+
     def fails(self, *arguments):
         """What crictl says when it fails, as it must."""
         done = self.node.crictl(*arguments, check=False)

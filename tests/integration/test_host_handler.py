@@ -188,10 +188,6 @@ class TheHostsOwn(HostTest):
 
 
 class Death(HostTest):
-    def kill_daemon(self):
-        self.node.daemon.send_signal(signal.SIGKILL)
-        self.node.daemon.wait()
-
     def test_pods_live_on_when_the_daemon_dies(self):
         pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
         before = self.supervisors()

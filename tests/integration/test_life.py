@@ -1,6 +1,6 @@
 """The life of pods and containers, as a client sees it."""
 
-from pods import PodTest, can_connect, processes, signal, subprocess, time, wait_until
+from pods import PodTest, can_connect, processes, subprocess, time, wait_until
 
 
 class Life(PodTest):
@@ -115,10 +115,6 @@ class Life(PodTest):
 
 class Daemon(PodTest):
     """The daemon may die at any instruction; pods live on."""
-
-    def kill_daemon(self):
-        self.node.daemon.send_signal(signal.SIGKILL)
-        self.node.daemon.wait()
 
     def test_pods_live_on_when_the_daemon_dies(self):
         pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])

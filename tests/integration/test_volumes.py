@@ -193,8 +193,7 @@ class Volumes(PodTest):
         wait_until(lambda: "..data" in self.sh(container, "cat /tmp/events"), 20, "an event of inotify")
         self.assertEqual(self.sh(container, "cat /data/key /data/second; ls -a /data").split(), ["two", "two", ".", "..", "..data", "..two", "key", "second"])
         # A change while nobody watches is made up for.
-        self.node.daemon.send_signal(signal.SIGKILL)
-        self.node.daemon.wait()
+        self.kill_daemon()
         write("three", ["key"])
         self.node.start_daemon()
         wait_until(lambda: self.sh(container, "cat /data/key") == "three", 30, "see the third version")
@@ -241,8 +240,7 @@ class Volumes(PodTest):
         self.sh(container, "(while sleep 0.2; do date >>/data/log; done >/dev/null 2>&1 &)")
         log = self.folder / "log"
         wait_until(log.exists, 30, "begin to write")
-        self.node.daemon.send_signal(signal.SIGKILL)
-        self.node.daemon.wait()
+        self.kill_daemon()
         size = log.stat().st_size
         try:
             wait_until(lambda: log.stat().st_size > size, 30, "go on writing")
