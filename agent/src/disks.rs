@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn disks_are_found_by_their_serial_number() {
         let directory = tempfile::tempdir().unwrap();
-        for (name, serial) in [("vda", Some("root")), ("vdb", Some("slot0\n")), ("loop0", None)] {
+        for (name, serial) in [("vda", Some("scratch")), ("vdb", Some("slot0\n")), ("loop0", None)] {
             let device = directory.path().join(name);
             fs::create_dir(&device).unwrap();
             if let Some(serial) = serial {

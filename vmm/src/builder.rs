@@ -27,11 +27,13 @@ use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::exit::ExitSignal;
 use crate::hypervisor::Hypervisor;
 use crate::machine::{Machine, Subscriber};
+use crate::memory::Range;
 use crate::vcpu::{Surroundings, Vcpu};
 use crate::{kernel, memory};
 
@@ -41,9 +43,10 @@ use crate::{kernel, memory};
 /// through the keyboard controller, see [`husk_vmm_api::SHUTDOWN_MARKER`].
 /// `panic=-1`: a panic resets at once. `swiotlb=noforce`: devices reach all of
 /// memory, a guest with more than 4 GiB needs no 64 MiB of bounce buffers. The
-/// rest names the root disk and init.
+/// rest names the root and init: the files of the root are used where they lie in
+/// persistent memory (DAX).
 const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 swiotlb=noforce \
-                       root=/dev/vda rootfstype=erofs ro init=/sbin/init";
+                       root=/dev/pmem0 rootfstype=erofs rootflags=dax ro init=/sbin/init";
 
 /// A machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -96,13 +99,18 @@ pub fn build(
 ) -> Result<(Machine, Vec<Subscriber>), BuildError> {
     check(config, &hypervisor)?;
 
-    let memory = memory::allocate(config.memory_mib).map_err(at("allocate guest memory"))?;
+    const MEMORY: &str = "allocate guest memory";
+    let root = File::from(fds.take(config.root).map_err(at(MEMORY))?);
+    let root_range = memory::persistent(config.memory_mib, &root).map_err(at(MEMORY))?;
+    let ram = memory::ram(config.memory_mib);
+    let memory = memory::allocate(config.memory_mib, Some((&root, root_range))).map_err(at(MEMORY))?;
     let kernel = File::from(fds.take(config.kernel).map_err(at("load the kernel"))?);
     let entry = kernel::load(&kernel, &memory).map_err(at("load the kernel"))?;
-    hypervisor.set_memory(&memory).map_err(at("allocate guest memory"))?;
+    hypervisor.set_memory(&memory).map_err(at(MEMORY))?;
 
     let mut devices = Devices::new(&hypervisor, &memory).map_err(at("create devices"))?;
     devices.add_legacy(exit, console)?;
+    devices.add_root(root_range)?;
     devices.add_disks(config, &mut fds)?;
     devices.add_nets(config, &mut fds)?;
     devices.add_vsock(config, &mut fds)?;
@@ -112,7 +120,7 @@ pub fn build(
     let Devices { pio, mmio, disks, transports, subscribers, parameters, .. } = devices;
 
     let cmdline = format!("{CMDLINE}{parameters} {}", config.cmdline);
-    boot::write(&memory, cmdline.trim_end()).map_err(at("write boot information"))?;
+    boot::write(&memory, &ram, cmdline.trim_end()).map_err(at("write boot information"))?;
     mptable::write(&memory, config.vcpus).map_err(at("write boot information"))?;
     let vcpus = create_vcpus(&hypervisor, &memory, config.vcpus, entry)?;
 
@@ -129,7 +137,7 @@ pub fn build(
         .map(|(fd, index)| Vcpu::start(index, fd, Arc::clone(&surroundings)))
         .collect::<Result<_, _>>()
         .map_err(at("start vCPUs"))?;
-    let machine = Machine { hypervisor, memory, disks, balloon, fs, transports, vcpus, surroundings };
+    let machine = Machine { hypervisor, memory, ram, disks, balloon, fs, transports, vcpus, surroundings };
     Ok((machine, subscribers))
 }
 
@@ -204,6 +212,11 @@ impl<'a> Devices<'a> {
         self.pio.insert(SERIAL_PORT.into(), SERIAL_PORTS, serial).map_err(at(STAGE))?;
         let reset = Arc::new(Mutex::new(ResetLine::new(Arc::clone(exit), console.clone())));
         self.pio.insert(I8042_PORT.into(), I8042_PORTS, reset).map_err(at(STAGE))
+    }
+
+    fn add_root(&mut self, range: Range) -> Result<(), BuildError> {
+        self.add(Pmem::new(range).map_err(at("create the root device"))?)?;
+        Ok(())
     }
 
     fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), BuildError> {

@@ -10,13 +10,12 @@
 //! rename a new file over it, and not write into it.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout::{HIGH_MEMORY, IDENTITY_MAPPED};
-use crate::memory::PAGE;
+use crate::memory::{self, PAGE};
 
 const HEADER_LENGTH: usize = 64;
 const PROGRAM_HEADER_LENGTH: usize = 56;
@@ -162,29 +161,10 @@ fn copy(
 }
 
 fn map(file: &File, offset: u64, memory: &GuestMemoryMmap, start: u64, end: u64) -> Result<(), KernelError> {
-    let length = (end - start) as usize;
-    // One slice: the whole range lies within one region of memory.
-    let slice = GuestMemoryBackend::get_slice(memory, GuestAddress(start), length)
-        .map_err(|error| KernelError::Place(error.to_string()))?;
     let offset =
         i64::try_from(offset).map_err(|_| KernelError::Damaged("a segment lies outside of the file"))?;
-    // SAFETY: the range is page-aligned and lies within guest memory, which
-    // this process owns and which nothing but raw and volatile accesses reach;
-    // replacing its pages by private ones of the file keeps it valid.
-    let mapped = unsafe {
-        libc::mmap(
-            slice.ptr_guard_mut().as_ptr().cast(),
-            length,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-            file.as_raw_fd(),
-            offset,
-        )
-    };
-    if mapped == libc::MAP_FAILED {
-        return Err(KernelError::Place(std::io::Error::last_os_error().to_string()));
-    }
-    Ok(())
+    memory::map_file(memory, GuestAddress(start), file, offset, end - start)
+        .map_err(|error| KernelError::Place(error.to_string()))
 }
 
 /// Little-endian fields; the callers' offsets are constants within the length.
@@ -238,7 +218,7 @@ mod tests {
     }
 
     fn check(offset: u64, address: u64, file_size: u64) {
-        let memory = memory::allocate(64).unwrap();
+        let memory = memory::allocate(64, None).unwrap();
         let (file, content) = elf(offset, address, file_size, file_size + 3 * PAGE);
         assert_eq!(load(&file, &memory).unwrap(), address);
         let mut got = vec![0u8; (file_size + 3 * PAGE) as usize];
@@ -259,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_guest_does_not_write_into_the_file() {
-        let memory = memory::allocate(64).unwrap();
+        let memory = memory::allocate(64, None).unwrap();
         let (file, content) = elf(PAGE, BASE, 2 * PAGE, 2 * PAGE);
         load(&file, &memory).unwrap();
         memory.write_slice(&[0xff; 4096], GuestAddress(BASE)).unwrap();
@@ -270,7 +250,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let memory = memory::allocate(32).unwrap();
+        let memory = memory::allocate(32, None).unwrap();
         let (file, _) = elf(PAGE, BASE, PAGE, 64 << 20);
         assert!(matches!(load(&file, &memory), Err(KernelError::NoMemory { .. })));
         let (file, _) = elf(PAGE, 0x1000, PAGE, PAGE);
@@ -284,7 +264,7 @@ mod tests {
 
     #[test]
     fn other_files_are_refused() {
-        let memory = memory::allocate(32).unwrap();
+        let memory = memory::allocate(32, None).unwrap();
         let mut text = tempfile::tempfile().unwrap();
         assert!(matches!(load(&text, &memory), Err(KernelError::NotElf)));
         text.write_all(&[b'x'; 200]).unwrap();
@@ -294,7 +274,7 @@ mod tests {
     proptest! {
         #[test]
         fn damaged_headers_never_panic(position in 16usize..120, value: u64) {
-            let memory = memory::allocate(32).unwrap();
+            let memory = memory::allocate(32, None).unwrap();
             let (file, _) = elf(PAGE, BASE, PAGE, PAGE);
             file.write_all_at(&value.to_le_bytes(), position as u64).unwrap();
             let _ = load(&file, &memory);

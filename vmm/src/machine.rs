@@ -15,7 +15,7 @@ use crate::devices::virtio::fs::{self, Fs};
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::hypervisor::Hypervisor;
 use crate::lock;
-use crate::memory;
+use crate::memory::{self, Range};
 use crate::vcpu::{Surroundings, Vcpu};
 
 /// Something that the event loop calls.
@@ -48,8 +48,10 @@ pub enum MachineError {
 pub struct Machine {
     /// The VM.
     pub hypervisor: Hypervisor,
-    /// Its memory.
+    /// Its memory, that of the root included.
     pub memory: GuestMemoryMmap,
+    /// The ranges of it that are the guest's RAM.
+    pub ram: Vec<Range>,
     /// Block devices by serial number.
     pub disks: HashMap<String, Arc<Mutex<Block>>>,
     /// The balloon, if there is one.
@@ -137,6 +139,6 @@ impl Machine {
     /// Bytes of guest memory that the host holds now.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
-        memory::resident_bytes(&self.memory)
+        memory::resident_bytes(&self.memory, &self.ram)
     }
 }

@@ -1,7 +1,12 @@
-//! Guest memory: anonymous, private, and touched only when the guest does.
+//! Guest memory: private, and touched only when the guest does. What is RAM to
+//! the guest is anonymous; what is persistent memory is a file of the host.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
 
 use vm_memory::mmap::FromRangesError;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout::{GAP_END, GAP_START};
 
@@ -10,6 +15,8 @@ pub const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
 /// Pages per `mincore` call.
 const CHUNK: usize = 4096;
+/// Linux adds persistent memory in pieces of this size.
+const PERSISTENT_ALIGNMENT: u64 = 2 * MIB;
 
 /// Guest memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -20,45 +27,124 @@ pub enum MemoryError {
     /// The host has not got that much address space.
     #[error("map {0} MiB of guest memory: {1}")]
     Map(u32, FromRangesError),
+    /// The file behind persistent memory.
+    #[error("map the root file system: {0}")]
+    Root(io::Error),
 }
 
-/// The address ranges of `size` bytes of memory, with the hole for devices
-/// left out.
+/// A range of guest-physical memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Its first address.
+    pub start: GuestAddress,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Range {
+    /// The address behind the last.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.start.0 + self.size
+    }
+}
+
+/// The ranges of a machine's `mib` MiB, with the hole for devices left out.
 #[must_use]
-pub fn ranges(size: u64) -> Vec<(GuestAddress, usize)> {
+pub fn ram(mib: u32) -> Vec<Range> {
+    let size = u64::from(mib) * MIB;
     let low = size.min(GAP_START);
-    let mut ranges = vec![(GuestAddress(0), low as usize)];
+    let mut ranges = vec![Range { start: GuestAddress(0), size: low }];
     if size > low {
-        ranges.push((GuestAddress(GAP_END), (size - low) as usize));
+        ranges.push(Range { start: GuestAddress(GAP_END), size: size - low });
     }
     ranges
 }
 
-/// Maps `mib` MiB. No page is touched, so none is used yet.
+/// Where a file becomes persistent memory of a machine with `mib` MiB: behind
+/// all of its RAM.
+///
+/// # Errors
+/// The file cannot be looked at, or is empty.
+pub fn persistent(mib: u32, file: &File) -> Result<Range, MemoryError> {
+    let size = file.metadata().map_err(MemoryError::Root)?.len();
+    if size == 0 {
+        return Err(MemoryError::Root(io::Error::other("the file is empty")));
+    }
+    let end = ram(mib).last().map_or(0, Range::end);
+    let start = end.max(GAP_END).next_multiple_of(1 << 30);
+    Ok(Range { start: GuestAddress(start), size: size.next_multiple_of(PERSISTENT_ALIGNMENT) })
+}
+
+/// Maps `mib` MiB, and a file in its range of [`persistent`] memory. No page is
+/// touched, so none is used yet.
+///
+/// The guest may write to the pages of the file, and then has its own copy.
 ///
 /// # Errors
 /// [`MemoryError`].
-pub fn allocate(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
+pub fn allocate(mib: u32, root: Option<(&File, Range)>) -> Result<GuestMemoryMmap, MemoryError> {
     if mib < 16 {
         return Err(MemoryError::TooSmall(mib));
     }
-    GuestMemoryMmap::from_ranges(&ranges(u64::from(mib) * MIB)).map_err(|error| MemoryError::Map(mib, error))
+    let ranges: Vec<_> = ram(mib)
+        .into_iter()
+        .chain(root.map(|(_, range)| range))
+        .map(|range| (range.start, range.size as usize))
+        .collect();
+    let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|error| MemoryError::Map(mib, error))?;
+    if let Some((file, range)) = root {
+        let size = file.metadata().map_err(MemoryError::Root)?.len();
+        map_file(&memory, range.start, file, 0, size.min(range.size)).map_err(MemoryError::Root)?;
+    }
+    Ok(memory)
 }
 
-/// Bytes of guest memory that are in the host's memory now. Pages of the
+/// Puts `size` bytes of a file, from `offset` on, in the place of the pages at
+/// `start`: privately, so that the guest's writes stay its own. What is behind
+/// the file's end in the last page reads as zeroes.
+///
+/// # Errors
+/// The range is not in one piece of memory, or the file cannot be mapped.
+pub fn map_file(
+    memory: &GuestMemoryMmap,
+    start: GuestAddress,
+    file: &File,
+    offset: i64,
+    size: u64,
+) -> io::Result<()> {
+    let slice = GuestMemoryBackend::get_slice(memory, start, size as usize).map_err(io::Error::other)?;
+    // SAFETY: the range is page-aligned and lies within guest memory, which
+    // this process owns and which nothing but raw and volatile accesses reach;
+    // replacing its pages by private ones of the file keeps it valid.
+    let mapped = unsafe {
+        libc::mmap(
+            slice.ptr_guard_mut().as_ptr().cast(),
+            size as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            offset,
+        )
+    };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Bytes of these ranges that are in the host's memory now. Pages of the
 /// kernel's file count when the host's page cache has them.
 #[must_use]
-pub fn resident_bytes(memory: &GuestMemoryMmap) -> u64 {
+pub fn resident_bytes(memory: &GuestMemoryMmap, ranges: &[Range]) -> u64 {
     let mut pages = 0u64;
     let mut map = vec![0u8; CHUNK];
-    for region in memory.iter() {
-        let length = region.len() as usize;
-        for offset in (0..length).step_by(CHUNK * PAGE as usize) {
-            let part = (length - offset).min(CHUNK * PAGE as usize);
-            let start = region.as_ptr().wrapping_add(offset);
-            // SAFETY: the range lies within a mapping that `memory` owns, and
+    for range in ranges {
+        for offset in (0..range.size).step_by(CHUNK * PAGE as usize) {
+            let part = (range.size - offset).min(CHUNK as u64 * PAGE) as usize;
+            let start = GuestAddress(range.start.0 + offset);
+            let Ok(slice) = GuestMemoryBackend::get_slice(memory, start, part) else { continue };
+            // SAFETY: the slice lies within a mapping that `memory` owns, and
             // `map` has one byte for each of its pages.
-            let result = unsafe { libc::mincore(start.cast(), part, map.as_mut_ptr()) };
+            let result =
+                unsafe { libc::mincore(slice.ptr_guard().as_ptr().cast_mut().cast(), part, map.as_mut_ptr()) };
             if result == 0 {
                 let count = part.div_ceil(PAGE as usize);
                 pages += map.iter().take(count).filter(|page| *page & 1 != 0).count() as u64;
@@ -72,29 +158,63 @@ pub fn resident_bytes(memory: &GuestMemoryMmap) -> u64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
     use vm_memory::Bytes;
 
     use super::*;
 
+    const fn range(start: u64, size: u64) -> Range {
+        Range { start: GuestAddress(start), size }
+    }
+
     #[test]
     fn memory_beyond_three_gib_is_above_the_hole() {
-        assert_eq!(ranges(3 << 30), [(GuestAddress(0), 3 << 30)]);
-        assert_eq!(ranges((3 << 30) + 4096), [(GuestAddress(0), 3 << 30), (GuestAddress(1 << 32), 4096)]);
+        assert_eq!(ram(3 << 10), [range(0, 3 << 30)]);
+        assert_eq!(ram((3 << 10) + 1), [range(0, 3 << 30), range(1 << 32, MIB)]);
     }
 
     #[test]
     fn only_touched_memory_is_resident() {
-        let memory = allocate(64).unwrap();
-        let before = resident_bytes(&memory);
+        let memory = allocate(64, None).unwrap();
+        let before = resident_bytes(&memory, &ram(64));
         for page in 0..10 {
             memory.write_obj(1u8, GuestAddress(page * (2 << 20))).unwrap();
         }
-        let after = resident_bytes(&memory);
+        let after = resident_bytes(&memory, &ram(64));
         assert!(after - before >= 10 * PAGE, "{before} then {after}");
     }
 
     #[test]
     fn a_machine_without_memory_is_refused() {
-        assert!(matches!(allocate(15), Err(MemoryError::TooSmall(15))));
+        assert!(matches!(allocate(15, None), Err(MemoryError::TooSmall(15))));
+    }
+
+    #[test]
+    fn persistent_memory_is_the_file_and_what_is_written_to_it_stays_here() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 5000]).unwrap();
+        for (mib, start) in [(64, 4 << 30), (3072, 4 << 30), (4096, 6 << 30)] {
+            assert_eq!(persistent(mib, &file).unwrap(), range(start, 2 * MIB));
+        }
+        let persistent_range = persistent(64, &file).unwrap();
+        let memory = allocate(64, Some((&file, persistent_range))).unwrap();
+        let last = GuestAddress(persistent_range.start.0 + 4999);
+        assert_eq!(memory.read_obj::<u8>(last).unwrap(), 7);
+        // Behind the file's end there is memory to the end of the range.
+        for behind in [last.0 + 1, persistent_range.end() - 1] {
+            assert_eq!(memory.read_obj::<u8>(GuestAddress(behind)).unwrap(), 0);
+        }
+        memory.write_obj(8u8, last).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 4999).unwrap();
+        assert_eq!(byte, [7]);
+    }
+
+    #[test]
+    fn an_empty_root_is_refused() {
+        let empty = tempfile::tempfile().unwrap();
+        assert!(matches!(persistent(64, &empty), Err(MemoryError::Root(_))));
     }
 }

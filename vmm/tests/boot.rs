@@ -87,8 +87,8 @@ fn the_guest_reads_and_writes_its_disks() {
     let add = DiskConfig { serial: "data-0".into(), file: 2, read_only: false };
     let exit = Vmm::boot("disks", |config| config.disks.push(add), &[&file]).wait();
     assert_eq!(exit.reason, ExitReason::Shutdown, "{}", exit.console);
-    assert!(exit.console.contains("root is rootfs ro 1"), "{}", exit.console);
-    assert!(exit.console.contains("vdb is data-0, 32768 sectors"), "{}", exit.console);
+    assert!(exit.console.contains("root is /dev/root ro,"), "{}", exit.console);
+    assert!(exit.console.contains("vda is data-0, 32768 sectors"), "{}", exit.console);
     assert!(exit.console.contains("written by the host"), "{}", exit.console);
     let mut sector = [0; 20];
     file.read_exact_at(&mut sector, 5 * 512).unwrap();

@@ -27,7 +27,7 @@ fn encoded<T: Serialize>(state: &T) -> Vec<u8> {
 #[test]
 fn a_restored_vcpu_has_the_registers_of_the_saved_one() {
     let (hypervisor, vcpus) = machine(2);
-    let memory = memory::allocate(16).unwrap();
+    let memory = memory::allocate(16, None).unwrap();
     hypervisor.set_memory(&memory).unwrap();
     let template = cpuid::Template::new(hypervisor.kvm(), 2).unwrap();
     for (index, vcpu) in (0..).zip(&vcpus) {

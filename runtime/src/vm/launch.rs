@@ -245,10 +245,8 @@ fn machine_config(
         memory_mib: plan.memory_mib,
         kernel,
         cmdline: plan.handler.kernel_cmdline.clone(),
-        disks: vec![
-            DiskConfig { serial: "root".into(), file: root, read_only: true },
-            DiskConfig { serial: SCRATCH_SERIAL.into(), file: scratch, read_only: false },
-        ],
+        root,
+        disks: vec![DiskConfig { serial: SCRATCH_SERIAL.into(), file: scratch, read_only: false }],
         slots: Slots::names(plan.handler.image_slots),
         nets,
         vsock: Some(VsockConfig { cid: GUEST_CID, listener, path: vsock_path.display().to_string() }),

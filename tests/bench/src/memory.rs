@@ -5,9 +5,10 @@ use std::io;
 
 use serde::Serialize;
 
-/// A virtual machine's memory is at least this large; nothing else that a VMM
-/// maps readable and writable in one piece is.
-const SMALLEST_GUEST: u64 = 48 << 20;
+/// A virtual machine's memory is at least this large, and so is the root file
+/// system that is mapped into it; nothing else that a VMM maps readable and
+/// writable in one piece is.
+const SMALLEST_GUEST: u64 = 9 << 20;
 
 /// Bytes of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

@@ -128,7 +128,11 @@ pub struct VmConfig {
     pub kernel: FdIndex,
     /// Added to the kernel's command line.
     pub cmdline: String,
-    /// Disks in the order in which the guest counts them; the first is its root.
+    /// Image of the root file system (EROFS). It is mapped into the machine as
+    /// persistent memory, and all machines share its pages; it must not be
+    /// written to, only replaced by renaming.
+    pub root: FdIndex,
+    /// Disks in the order in which the guest counts them.
     pub disks: Vec<DiskConfig>,
     /// Serial numbers of block devices that start empty, after `disks`.
     pub slots: Vec<String>,

@@ -33,22 +33,22 @@ panic) exit 3 ;;
 idle) say "guest is up"; while :; do sleep 1000; done ;;
 size) say "cpus $(nproc) memory $(awk '/MemTotal/ { print $2 }' /proc/meminfo)"; finish ;;
 disks)
-    say "root is $(cat /sys/block/vda/serial) ro $(cat /sys/block/vda/ro)"
-    say "vdb is $(cat /sys/block/vdb/serial), $(cat /sys/block/vdb/size) sectors"
-    dd if=/dev/vdb bs=512 count=1 skip=3 2>/dev/null | tr -d '\0' > /dev/console
+    say "root is $(awk '$2 == "/" { print $1, $4 }' /proc/mounts)"
+    say "vda is $(cat /sys/block/vda/serial), $(cat /sys/block/vda/size) sectors"
+    dd if=/dev/vda bs=512 count=1 skip=3 2>/dev/null | tr -d '\0' > /dev/console
     echo
-    echo "written by the guest" | dd of=/dev/vdb bs=512 seek=5 conv=fsync 2>/dev/null
-    dd if=/dev/zero of=/dev/vdb bs=64k seek=1 count=100 conv=fsync 2>/dev/null
-    md5sum /dev/vdb > /dev/console
+    echo "written by the guest" | dd of=/dev/vda bs=512 seek=5 conv=fsync 2>/dev/null
+    dd if=/dev/zero of=/dev/vda bs=64k seek=1 count=100 conv=fsync 2>/dev/null
+    md5sum /dev/vda > /dev/console
     finish ;;
 slots)
-    say "slot is $(cat /sys/block/vdb/serial), $(cat /sys/block/vdb/size) sectors"
+    say "slot is $(cat /sys/block/vda/serial), $(cat /sys/block/vda/size) sectors"
     say "ready for a disk"
-    waitfor '[ "$(cat /sys/block/vdb/size)" != 0 ]'
-    say "got $(cat /sys/block/vdb/size) sectors: $(head -c 512 /dev/vdb | tr -d '\0')"
-    echo no > /dev/vdb && sync -f /dev/vdb
+    waitfor '[ "$(cat /sys/block/vda/size)" != 0 ]'
+    say "got $(cat /sys/block/vda/size) sectors: $(head -c 512 /dev/vda | tr -d '\0')"
+    echo no > /dev/vda && sync -f /dev/vda
     say "ready to lose it"
-    waitfor '[ "$(cat /sys/block/vdb/size)" = 0 ]'
+    waitfor '[ "$(cat /sys/block/vda/size)" = 0 ]'
     say "lost it"
     finish ;;
 *) say "unknown test: $TEST" ;;
@@ -78,7 +78,7 @@ pub fn rootfs(directory: &Path) -> File {
     fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let image = directory.join("rootfs.erofs");
     let output =
-        Command::new("mkfs.erofs").arg(&image).arg(&tree).output().expect("erofs-utils is installed");
+        Command::new("mkfs.erofs").arg("-Enoinline_data").arg(&image).arg(&tree).output().expect("erofs-utils is installed");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     File::open(image).unwrap()
 }
@@ -126,7 +126,8 @@ impl Vmm {
             memory_mib: 128,
             kernel: 0,
             cmdline: String::new(),
-            disks: vec![DiskConfig { serial: "rootfs".into(), file: 1, read_only: true }],
+            root: 1,
+            disks: Vec::new(),
             slots: Vec::new(),
             nets: Vec::new(),
             vsock: None,

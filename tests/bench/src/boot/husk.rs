@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use husk_vmm_api::{DiskConfig, Request, Response, VmConfig, VsockConfig, socket};
+use husk_vmm_api::{Request, Response, VmConfig, VsockConfig, socket};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket as new_socket,
 };
@@ -76,7 +76,8 @@ fn boot(control: &OwnedFd, guest: &Guest, vsock: &Path) -> anyhow::Result<()> {
         memory_mib: guest.memory_mib,
         kernel: 0,
         cmdline: String::new(),
-        disks: vec![DiskConfig { serial: "root".into(), file: 1, read_only: true }],
+        root: 1,
+        disks: Vec::new(),
         slots: Vec::new(),
         nets: Vec::new(),
         vsock: Some(VsockConfig { cid: 3, listener: 2, path: vsock.display().to_string() }),

@@ -2,12 +2,13 @@
 //! `Documentation/arch/x86/boot.rst`, "64-bit boot protocol").
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
 use super::layout::{
     BOOT_PARAMS, CMDLINE, CMDLINE_MAX, HIGH_MEMORY, LOW_MEMORY_END, MP_TABLE, PD, PDPT, PML4,
 };
+use crate::memory::Range;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -32,22 +33,27 @@ pub enum BootError {
     CmdlineTooLong(usize),
 }
 
-/// Writes the command line, `boot_params` and the page tables.
+/// Writes the command line, `boot_params` and the page tables. Of `memory`, the
+/// kernel is told of the `ram`.
 ///
 /// # Errors
 /// [`BootError`].
-pub fn write(memory: &GuestMemoryMmap, cmdline: &str) -> Result<(), BootError> {
+pub fn write(memory: &GuestMemoryMmap, ram: &[Range], cmdline: &str) -> Result<(), BootError> {
     if cmdline.len() >= CMDLINE_MAX {
         return Err(BootError::CmdlineTooLong(cmdline.len()));
     }
     memory.write_slice(cmdline.as_bytes(), CMDLINE)?;
     memory.write_obj(0u8, GuestAddress(CMDLINE.0 + cmdline.len() as u64))?;
-    write_boot_params(memory, cmdline.len())?;
+    write_boot_params(memory, ram, cmdline.len())?;
     write_page_tables(memory)?;
     Ok(())
 }
 
-fn write_boot_params(memory: &GuestMemoryMmap, cmdline_length: usize) -> Result<(), BootError> {
+fn write_boot_params(
+    memory: &GuestMemoryMmap,
+    ram: &[Range],
+    cmdline_length: usize,
+) -> Result<(), BootError> {
     let mut params = boot_params::default();
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.boot_flag = BOOT_FLAG;
@@ -55,7 +61,7 @@ fn write_boot_params(memory: &GuestMemoryMmap, cmdline_length: usize) -> Result<
     params.hdr.cmd_line_ptr = CMDLINE.0 as u32;
     params.hdr.cmdline_size = cmdline_length as u32;
     params.hdr.kernel_alignment = 0x0100_0000;
-    let map = memory_map(memory);
+    let map = memory_map(ram);
     params.e820_entries = map.len() as u8;
     for (entry, slot) in map.into_iter().zip(params.e820_table.iter_mut()) {
         *slot = entry;
@@ -70,14 +76,13 @@ fn write_boot_params(memory: &GuestMemoryMmap, cmdline_length: usize) -> Result<
 }
 
 /// The e820 map: low memory up to the MP table, and all memory from 1 MiB on.
-fn memory_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
+fn memory_map(ram: &[Range]) -> Vec<boot_e820_entry> {
     let entry = |start: u64, end: u64, kind| boot_e820_entry { addr: start, size: end - start, r#type: kind };
     let mut map = vec![entry(0, MP_TABLE.0, E820_RAM), entry(MP_TABLE.0, LOW_MEMORY_END, E820_RESERVED)];
-    for region in memory.iter() {
-        let start = region.start_addr().0.max(HIGH_MEMORY);
-        let end = region.start_addr().0 + region.len();
-        if end > start {
-            map.push(entry(start, end, E820_RAM));
+    for range in ram {
+        let start = range.start.0.max(HIGH_MEMORY);
+        if range.end() > start {
+            map.push(entry(start, range.end(), E820_RAM));
         }
     }
     map
@@ -101,9 +106,8 @@ mod tests {
 
     #[test]
     fn the_memory_map_covers_what_there_is_and_leaves_the_holes_out() {
-        let memory = memory::allocate(4096).unwrap();
         let map: Vec<_> =
-            memory_map(&memory).into_iter().map(|e| ({ e.addr }, { e.size }, { e.r#type })).collect();
+            memory_map(&memory::ram(4096)).into_iter().map(|e| ({ e.addr }, { e.size }, { e.r#type })).collect();
         assert_eq!(
             map,
             [
@@ -117,8 +121,8 @@ mod tests {
 
     #[test]
     fn the_kernel_finds_its_command_line_through_the_boot_parameters() {
-        let memory = memory::allocate(16).unwrap();
-        write(&memory, "quiet init=/sbin/init").unwrap();
+        let memory = memory::allocate(16, None).unwrap();
+        write(&memory, &memory::ram(16), "quiet init=/sbin/init").unwrap();
         // Offsets are those of boot.rst: cmd_line_ptr 0x228, boot_flag 0x1fe.
         let pointer: u32 = memory.read_obj(GuestAddress(BOOT_PARAMS.0 + 0x228)).unwrap();
         let mut line = [0u8; 22];
@@ -130,16 +134,16 @@ mod tests {
 
     #[test]
     fn the_last_page_table_entry_maps_the_end_of_the_first_gib() {
-        let memory = memory::allocate(16).unwrap();
-        write(&memory, "").unwrap();
+        let memory = memory::allocate(16, None).unwrap();
+        write(&memory, &memory::ram(16), "").unwrap();
         let last: u64 = memory.read_obj(GuestAddress(PD.0 + 511 * 8)).unwrap();
         assert_eq!(last & !0xfff, 0x3fe0_0000);
     }
 
     #[test]
     fn a_command_line_that_is_too_long_is_refused() {
-        let memory = memory::allocate(16).unwrap();
-        assert!(matches!(write(&memory, &"x".repeat(2048)), Err(BootError::CmdlineTooLong(2048))));
-        write(&memory, &"x".repeat(2047)).unwrap();
+        let memory = memory::allocate(16, None).unwrap();
+        assert!(matches!(write(&memory, &memory::ram(16), &"x".repeat(2048)), Err(BootError::CmdlineTooLong(2048))));
+        write(&memory, &memory::ram(16), &"x".repeat(2047)).unwrap();
     }
 }

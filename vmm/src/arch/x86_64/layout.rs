@@ -12,6 +12,7 @@
 //! 0xfee0_0000  local APICs
 //! 0xfffb_d000  three pages that KVM wants on Intel for real mode
 //! 0x1_0000_0000  the rest of memory
+//!    ..        persistent memory, from the next full GiB
 //! ```
 
 use vm_memory::GuestAddress;

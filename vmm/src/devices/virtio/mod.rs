@@ -9,6 +9,7 @@ pub mod fs;
 pub mod interrupt;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod rings;
 pub mod rng;
 #[cfg(test)]

@@ -1,0 +1,117 @@
+//! The device, seen by its driver.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, SubscriberOps};
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::Pmem;
+use super::device::{DONE, FAILED};
+use super::persist::{RestoreError, State};
+use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::test_utils::{DriverQueue, Part, activation, memory};
+use crate::memory::Range;
+
+const REQUEST: u64 = 0x10_0000;
+const ANSWER: u64 = 0x10_1000;
+const RANGE: Range = Range { start: GuestAddress(4 << 30), size: 6 << 20 };
+
+struct Guest {
+    events: EventManager<Arc<Mutex<Pmem>>>,
+    memory: GuestMemoryMmap,
+    queue: DriverQueue,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let memory = memory();
+        let device = Arc::new(Mutex::new(Pmem::new(RANGE).unwrap()));
+        let mut events = EventManager::new().unwrap();
+        events.add_subscriber(device.clone());
+        let queue = DriverQueue::new(&memory, 0, 64);
+        device.lock().unwrap().activate(activation(&memory, &[&queue], u64::MAX)).unwrap();
+        let mut guest = Self { events, memory, queue };
+        guest.run();
+        guest
+    }
+
+    fn run(&mut self) {
+        let start = Instant::now();
+        while self.events.run_with_timeout(0).unwrap() > 0 {
+            assert!(start.elapsed() < Duration::from_secs(10), "the event loop spins");
+        }
+    }
+
+    /// The length of the answer, and the answer.
+    fn ask(&mut self, parts: &[Part]) -> (u32, [u8; 4]) {
+        self.memory.write_obj([7u8; 4], GuestAddress(ANSWER)).unwrap();
+        self.queue.add(parts);
+        self.queue.kick();
+        self.run();
+        let (_, written) = self.queue.used().expect("an answer");
+        (written, self.memory.read_obj(GuestAddress(ANSWER)).unwrap())
+    }
+}
+
+#[test]
+fn a_flush_is_done_and_nothing_else_is() {
+    let mut guest = Guest::new();
+    for (request, answer) in [(0u32, DONE), (1, FAILED), (u32::MAX, FAILED)] {
+        guest.memory.write_obj(request.to_le(), GuestAddress(REQUEST)).unwrap();
+        let parts = [Part::readable(REQUEST, 4), Part::writable(ANSWER, 4)];
+        assert_eq!(guest.ask(&parts), (4, answer), "{request}");
+    }
+}
+
+#[test]
+fn a_malformed_request_ends_too() {
+    let mut guest = Guest::new();
+    guest.memory.write_obj(0u32, GuestAddress(REQUEST)).unwrap();
+    assert_eq!(guest.ask(&[Part::readable(REQUEST, 3), Part::writable(ANSWER, 4)]), (4, FAILED));
+    assert_eq!(guest.ask(&[Part::writable(ANSWER, 4)]), (4, FAILED));
+    assert_eq!(guest.ask(&[Part::readable(REQUEST, 4)]), (0, [7; 4]));
+    assert_eq!(guest.ask(&[Part::readable(REQUEST, 4), Part::writable(1 << 40, 4)]), (0, [7; 4]));
+}
+
+#[test]
+fn the_driver_is_told_where_the_range_is() {
+    let device = Pmem::new(RANGE).unwrap();
+    let mut config = [0xff; 20];
+    device.read_config(0, &mut config);
+    assert_eq!(config[..8], (4u64 << 30).to_le_bytes());
+    assert_eq!(config[8..16], (6u64 << 20).to_le_bytes());
+    assert_eq!(config[16..], [0; 4]);
+}
+
+#[test]
+fn a_saved_device_is_restored() {
+    let saved = serde_json::to_string(&Pmem::new(RANGE).unwrap().save()).unwrap();
+    let state: State = serde_json::from_str(&saved).unwrap();
+    assert_eq!(Pmem::restore(&state).unwrap().save(), state);
+    assert_eq!((state.start, state.size), (RANGE.start.0, RANGE.size));
+    let error = Pmem::restore(&State { version: 2, ..state }).err().unwrap();
+    assert!(matches!(error, RestoreError::Version(2)), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn no_ring_is_too_strange(
+        descriptors in prop::collection::vec((any::<u64>(), any::<u32>(), 0..8_u16, 0..20_u16), 16),
+        heads in prop::collection::vec(0..70_u16, 0..12),
+        index in prop_oneof![5 => Just(None), 1 => any::<u16>().prop_map(Some)],
+    ) {
+        let mut guest = Guest::new();
+        for (number, (address, len, flags, next)) in (0..).zip(descriptors) {
+            guest.queue.raw_descriptor(number, REQUEST + address % (64 << 20), len, flags, next);
+        }
+        heads.into_iter().for_each(|head| guest.queue.publish(head));
+        if let Some(index) = index {
+            guest.queue.set_available_index(index);
+        }
+        guest.queue.kick();
+        guest.run();
+    }
+}
