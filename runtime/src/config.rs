@@ -115,6 +115,9 @@ pub struct Handler {
     pub agent_timeout_seconds: u64,
     /// Added to the guest kernel's command line.
     pub kernel_cmdline: String,
+    /// Machines are clones of one that has booted, see
+    /// [`crate::vm::template`]; otherwise each boots.
+    pub template: bool,
 }
 
 impl Default for Config {
@@ -204,6 +207,7 @@ impl Default for Handler {
             boot_timeout_seconds: 60,
             agent_timeout_seconds: 60,
             kernel_cmdline: String::new(),
+            template: true,
         }
     }
 }

@@ -40,11 +40,20 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let node = Arc::new(Node::open(config)?);
     sandbox::recover::recover(&node).await.context("recover what an earlier huskd left")?;
     // The first pod shall not wait for what every pod needs.
-    for handler in node.config.handlers.values().filter(|handler| handler.kind() == Kind::Vm) {
+    let handlers = || node.config.handlers.values().filter(|one| one.kind() == Kind::Vm && one.enabled);
+    for handler in handlers() {
         if let Err(error) = node.scratch.prepared(handler.disk_mib).await {
             tracing::warn!(%error, "pods will fail until this is mended");
         }
     }
+    node.templates.recover().await;
+    let (templates, handlers) = (node.templates.clone(), handlers().cloned().collect::<Vec<_>>());
+    let preparing = tokio::spawn(async move {
+        for handler in handlers {
+            templates.prepare(&handler).await;
+        }
+    });
+    let templates = node.templates.clone();
     let streaming = tokio::spawn(node.streaming.clone().serve());
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let served = cri::serve::serve(node, async move {
@@ -55,6 +64,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         tracing::info!("stopping; pods live on");
     })
     .await;
+    preparing.abort();
+    templates.end_making().await;
     streaming.abort();
     served
 }

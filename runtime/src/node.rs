@@ -10,6 +10,7 @@ use crate::network::{Network, NetworkConfig};
 use crate::sandbox::registry::Registry;
 use crate::storage::Scratch;
 use crate::streaming::Streaming;
+use crate::vm::template::Templates;
 
 /// One node's parts. Each looks after itself; the verbs in `cri` bring them
 /// together.
@@ -24,7 +25,9 @@ pub struct Node {
     /// Sandboxes and containers.
     pub registry: Registry,
     /// Sandbox disks.
-    pub scratch: Scratch,
+    pub scratch: Arc<Scratch>,
+    /// Machines from which those of pods are cloned.
+    pub templates: Arc<Templates>,
     /// Where what happens to pods and containers is told.
     pub events: Events,
     /// Exec, attach and port-forward.
@@ -65,7 +68,8 @@ impl Node {
             cache_dir: network_dir,
             plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
         });
-        let scratch = Scratch::new(scratch_dir);
+        let scratch = Arc::new(Scratch::new(scratch_dir));
+        let templates = Arc::new(Templates::new(&config.state_dir, &config.run_dir, scratch.clone()));
         let address = config.streaming.address;
         let streaming = Streaming::listen(address).with_context(|| {
             format!("listen on {address} for exec, attach and port-forward (`address` of [streaming])")
@@ -76,6 +80,7 @@ impl Node {
             network,
             registry: Registry::default(),
             scratch,
+            templates,
             streaming,
             events: Events::default(),
             config,

@@ -9,6 +9,7 @@ use event_manager::MutEventSubscriber;
 use husk_vmm_api::{FsState, Inspection};
 use vm_memory::GuestMemoryMmap;
 
+use crate::devices::serial::SerialPort;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, Disk};
 use crate::devices::virtio::fs::{self, Fs};
@@ -16,6 +17,7 @@ use crate::devices::virtio::mmio::MmioTransport;
 use crate::hypervisor::Hypervisor;
 use crate::lock;
 use crate::memory::{self, Range};
+use crate::snapshot::machine::Device;
 use crate::vcpu::{Surroundings, Vcpu};
 
 /// Something that the event loop calls.
@@ -58,7 +60,13 @@ pub struct Machine {
     pub balloon: Option<Arc<Mutex<Balloon>>>,
     /// The file system device, if there is one.
     pub fs: Option<Arc<Mutex<Fs>>>,
+    /// The serial port.
+    pub serial: Arc<Mutex<SerialPort>>,
+    /// What the kernel was told.
+    pub cmdline: String,
     /// All virtio devices, in the order of their addresses.
+    pub devices: Vec<Device>,
+    /// Their transports, in the same order.
     pub transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// Running vCPUs.
     pub vcpus: Vec<Vcpu>,
@@ -128,6 +136,16 @@ impl Machine {
             vcpus: self.vcpus.iter().map(Vcpu::report).collect(),
             devices: self.transports.iter().map(|transport| lock(transport).report()).collect(),
         }
+    }
+
+    /// Open connections of its vsock device.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        let vsocks = self.devices.iter().filter_map(|device| match device {
+            Device::Vsock(vsock) => Some(lock(vsock).connections()),
+            _ => None,
+        });
+        vsocks.sum()
     }
 
     /// When the guest was entered for the first time.

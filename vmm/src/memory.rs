@@ -4,9 +4,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use vm_memory::mmap::FromRangesError;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout::{GAP_END, GAP_START};
 
@@ -130,6 +131,54 @@ pub fn map_file(
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Puts the pages of a file that [`write`] wrote in the place of the RAM.
+///
+/// # Errors
+/// The file is not as large as the RAM, or cannot be mapped.
+pub fn map_saved(memory: &GuestMemoryMmap, ram: &[Range], file: &File) -> io::Result<()> {
+    let size: u64 = ram.iter().map(|range| range.size).sum();
+    let found = file.metadata()?.len();
+    if found != size {
+        return Err(io::Error::other(format!("the saved memory has {found} bytes, the machine {size}")));
+    }
+    let mut offset = 0u64;
+    for range in ram {
+        map_file(memory, range.start, file, offset.cast_signed(), range.size)?;
+        offset += range.size;
+    }
+    Ok(())
+}
+
+/// Writes the RAM to a new file, one range after the other, with holes for
+/// pages of zeroes.
+///
+/// # Errors
+/// The file's.
+pub fn write(memory: &GuestMemoryMmap, ram: &[Range], file: &File) -> io::Result<()> {
+    const ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
+    file.set_len(ram.iter().map(|range| range.size).sum())?;
+    let mut chunk = vec![0; CHUNK * PAGE as usize / 16];
+    let mut at = 0;
+    for range in ram {
+        let mut done = 0;
+        while done < range.size {
+            let length = (range.size - done).min(chunk.len() as u64) as usize;
+            let part = chunk.get_mut(..length).unwrap_or_default();
+            memory.read_slice(part, GuestAddress(range.start.0 + done)).map_err(io::Error::other)?;
+            let pages: Vec<_> = part.chunks(ZEROES.len()).collect();
+            for run in pages.chunk_by(|one, other| (**one == ZEROES) == (**other == ZEROES)) {
+                let bytes = run.concat();
+                if run.first().is_some_and(|page| **page != ZEROES) {
+                    file.write_all_at(&bytes, at)?;
+                }
+                at += bytes.len() as u64;
+            }
+            done += length as u64;
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of these ranges that are in the host's memory now. Pages of the
 /// kernel's file count when the host's page cache has them.
 #[must_use]
@@ -143,8 +192,9 @@ pub fn resident_bytes(memory: &GuestMemoryMmap, ranges: &[Range]) -> u64 {
             let Ok(slice) = GuestMemoryBackend::get_slice(memory, start, part) else { continue };
             // SAFETY: the slice lies within a mapping that `memory` owns, and
             // `map` has one byte for each of its pages.
-            let result =
-                unsafe { libc::mincore(slice.ptr_guard().as_ptr().cast_mut().cast(), part, map.as_mut_ptr()) };
+            let result = unsafe {
+                libc::mincore(slice.ptr_guard().as_ptr().cast_mut().cast(), part, map.as_mut_ptr())
+            };
             if result == 0 {
                 let count = part.div_ceil(PAGE as usize);
                 pages += map.iter().take(count).filter(|page| *page & 1 != 0).count() as u64;
@@ -159,9 +209,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::io::Write;
-    use std::os::unix::fs::FileExt;
-
-    use vm_memory::Bytes;
 
     use super::*;
 
@@ -210,6 +257,32 @@ mod tests {
         let mut byte = [0];
         file.read_exact_at(&mut byte, 4999).unwrap();
         assert_eq!(byte, [7]);
+    }
+
+    #[test]
+    fn saved_memory_comes_back_and_its_file_stays() {
+        let machine = allocate(16, None).unwrap();
+        for (address, value) in [(0u64, 1u8), (5 * PAGE + 7, 2), ((16 << 20) - 1, 3)] {
+            machine.write_obj(value, GuestAddress(address)).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        write(&machine, &ram(16), &file).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 16 << 20);
+        // Three pages, and what the file system needs for itself.
+        assert!(std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512 < 1 << 20);
+
+        let clones: Vec<_> = (0..2).map(|_| allocate(16, None).unwrap()).collect();
+        for clone in &clones {
+            map_saved(clone, &ram(16), &file).unwrap();
+            assert_eq!(clone.read_obj::<u8>(GuestAddress(5 * PAGE + 7)).unwrap(), 2);
+            clone.write_obj(9u8, GuestAddress(0)).unwrap();
+        }
+        let mut saved = vec![0; 16 << 20];
+        file.read_exact_at(&mut saved, 0).unwrap();
+        let mut expected = vec![0; 16 << 20];
+        machine.read_slice(&mut expected, GuestAddress(0)).unwrap();
+        assert!(saved == expected, "a clone wrote into the template");
+        assert!(map_saved(&allocate(17, None).unwrap(), &ram(17), &file).is_err());
     }
 
     #[test]

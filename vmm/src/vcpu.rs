@@ -130,6 +130,11 @@ fn run(mut fd: VcpuFd, surroundings: &Surroundings, orders: &Orders) -> VcpuFd {
                 let _ = wanted.try_send(snapshot::vcpu::report(&fd).unwrap_or(VcpuReport::Gone));
             }
             if orders.stop.load(Ordering::SeqCst) {
+                // KVM takes the answer to what the guest last asked of a device
+                // when it is entered again, and is told here to go no further.
+                fd.set_kvm_immediate_exit(1);
+                let _ = fd.run();
+                fd.set_kvm_immediate_exit(0);
                 break;
             }
         }

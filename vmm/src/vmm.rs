@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
-use husk_vmm_api::{Exit, ExitReason, FsState, Info, Request, Response, VmConfig};
+use husk_vmm_api::{Exit, ExitReason, FdIndex, FsState, Info, Request, Response, VmConfig};
 
 use crate::builder::{self, Descriptors};
 use crate::control::{ClientId, ControlServer};
@@ -16,7 +16,7 @@ use crate::exit::{self, ExitSignal};
 use crate::hypervisor::{Hypervisor, HypervisorError};
 use crate::lock;
 use crate::machine::{Machine, Subscriber};
-use crate::vcpu;
+use crate::{snapshot, vcpu};
 
 /// How long a process without a machine waits for somebody to ask for one.
 const BOOT_WAIT: Duration = Duration::from_secs(60);
@@ -149,6 +149,14 @@ impl Vmm {
             Request::SetBalloon { size_mib } => self.with_machine("set the balloon", |machine| {
                 machine.set_balloon(size_mib).map_err(|error| error.to_string())
             }),
+            Request::Save { state, memory } => {
+                let saved = self.save(state, memory, fds);
+                self.exit.raise(
+                    if saved.is_ok() { ExitReason::Saved } else { ExitReason::VmmError },
+                    saved.as_ref().err().map_or(String::new(), |(stage, cause)| format!("{stage}: {cause}")),
+                );
+                saved
+            }
             Request::Info => return Some(Response::Info(self.info())),
             Request::Console => return Some(Response::Console { text: self.console.text() }),
             Request::Inspect => {
@@ -193,6 +201,22 @@ impl Vmm {
         Ok(())
     }
 
+    /// Writes the machine down; it is gone afterwards.
+    fn save(
+        &mut self,
+        state: FdIndex,
+        memory: FdIndex,
+        mut fds: Descriptors,
+    ) -> Result<(), (&'static str, String)> {
+        const STAGE: &str = "save";
+        let state = File::from(fds.take(state).map_err(|error| (STAGE, error))?);
+        let memory = File::from(fds.take(memory).map_err(|error| (STAGE, error))?);
+        let machine = self.machine.take().ok_or((STAGE, "no machine was booted yet".into()))?;
+        let saved = snapshot::machine::save(machine, &memory)
+            .map_err(|error| (error.stage, error.cause.to_string()))?;
+        snapshot::format::write(&state, &saved).map_err(|error| (STAGE, error.to_string()))
+    }
+
     fn with_machine(
         &self,
         stage: &'static str,
@@ -214,6 +238,7 @@ impl Vmm {
             guest_resident_bytes: machine.map_or(0, Machine::resident_bytes),
             balloon_mib: machine.map_or(0, Machine::balloon_mib),
             fs: machine.map_or(FsState::None, Machine::fs_state),
+            connections: machine.map_or(0, Machine::connections),
         }
     }
 }

@@ -29,6 +29,15 @@ pub mod plugin;
 pub mod record;
 pub mod result;
 pub mod tap;
+/// A tap in a network namespace of its own that nothing else is in, for a
+/// machine that is no pod. Both end with the tap's last descriptor.
+///
+/// # Errors
+/// The kernel's.
+pub async fn unconnected_tap() -> Result<OwnedFd, Error> {
+    Ok(netns::run_in_new(guest::main_tap).await??)
+}
+
 #[cfg(test)]
 mod tests;
 

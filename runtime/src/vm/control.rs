@@ -1,5 +1,6 @@
 //! The control socket of one `husk-vmm`, see `husk_vmm_api`.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,6 +15,9 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{CONTROL_TIMEOUT, Error, Exit, Info, Request, Response};
+
+/// Most time that writing a machine down may take.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where one VMM listens. Each request has a connection of its own, so a VMM
 /// that hangs holds up nobody else, and nothing is kept open between requests.
@@ -35,6 +39,18 @@ impl Control {
     /// What the VMM says.
     pub async fn boot(&self, config: husk_vmm_api::VmConfig, fds: Vec<OwnedFd>) -> Result<(), Error> {
         self.done("boot", Request::Boot(Box::new(config)), fds).await
+    }
+
+    /// Saves the machine into two new files, and ends it.
+    ///
+    /// # Errors
+    /// What the VMM says; the machine is gone then as well.
+    pub async fn save(&self, state: File, memory: File) -> Result<(), Error> {
+        let request = Request::Save { state: 0, memory: 1 };
+        match self.ask("save", request, vec![state.into(), memory.into()], Some(SAVE_TIMEOUT)).await? {
+            Some(Response::Ok) => Ok(()),
+            other => Err(unexpected("save", other)),
+        }
     }
 
     /// Puts a disk into a slot.

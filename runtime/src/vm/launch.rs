@@ -10,11 +10,12 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use husk_vmm_api::{DiskConfig, NetConfig, VmConfig, VsockConfig};
+use husk_vmm_api::{DiskConfig, NetConfig, TemplateConfig, VmConfig, VsockConfig};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 
+use super::template::Template;
 use super::{Control, Error, Keeper, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
 use crate::agent::Agent;
 use crate::config::Handler;
@@ -35,6 +36,10 @@ pub struct Nic {
     /// Hardware address that its driver finds.
     pub mac: [u8; 6],
 }
+
+/// Hardware address of a machine's main interface until the agent gives it the
+/// pod's own: locally administered, and never on a wire.
+pub const MAIN_MAC: [u8; 6] = [0x02, 0x48, 0x75, 0x73, 0x6b, 0x00];
 
 /// The largest packet that a network interface takes, bytes: the agent sets
 /// what the pod's network takes.
@@ -68,9 +73,11 @@ pub struct Launched {
     pub machine: Arc<Machine>,
     /// Process id of its VMM.
     pub vmm_pid: u32,
+    /// It is a clone of a template.
+    pub cloned: bool,
     /// From the start of the process to the first entry into the guest.
     pub vmm: Duration,
-    /// From there to the agent's first word.
+    /// From there to the agent's first word; a clone's agent has spoken before.
     pub kernel: Duration,
     /// From there to an open connection.
     pub agent: Duration,
@@ -82,11 +89,12 @@ pub fn cgroup_for(parent: &str, id: &SandboxId) -> Option<PathBuf> {
     cgroup::path(parent, id)
 }
 
-/// Starts a machine and returns when its agent can be talked to.
+/// Starts a machine, from a template if there is one, and returns when its
+/// agent can be talked to.
 ///
 /// # Errors
 /// With the stage in it; whatever was started is left to [`super::destroy`].
-pub async fn launch(plan: Plan<'_>) -> Result<Launched, Error> {
+pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launched, Error> {
     let started = Instant::now();
     let file = |stage, path: &Path| {
         let path = path.to_owned();
@@ -113,21 +121,24 @@ pub async fn launch(plan: Plan<'_>) -> Result<Launched, Error> {
         cgroup::enter(cgroup, pid).map_err(file("make control group", cgroup))?;
     }
 
-    let (config, fds) = machine_config(&plan, vsock, &vsock_path)?;
+    let cloned = template.is_some();
+    let (config, fds) = machine_config(plan, template, vsock, &vsock_path)?;
     let control = Control::new(control_path);
     control.boot(config, fds).await?;
     let booted = Instant::now();
 
-    let limit = Duration::from_secs(plan.handler.boot_timeout_seconds);
-    tokio::select! {
-        spoken = agent_ready(&ready) => spoken.map_err(file("wait for agent", &ready_path))?,
-        exit = control.wait() => return Err(match exit.or_else(|| super::last_words(&plan.run_dir)) {
-            Some(exit) => exit.into(),
-            None => Error::Control { stage: "guest boot", cause: format!("the VMM died: see {}", log_path.display()) },
-        }),
-        () = tokio::time::sleep(limit) => {
-            control.log_inspection().await;
-            return Err(Error::Silent { seconds: limit.as_secs(), console: control.console().await });
+    if !cloned {
+        let limit = Duration::from_secs(plan.handler.boot_timeout_seconds);
+        tokio::select! {
+            spoken = agent_ready(&ready) => spoken.map_err(file("wait for agent", &ready_path))?,
+            exit = control.wait() => return Err(match exit.or_else(|| super::last_words(&plan.run_dir)) {
+                Some(exit) => exit.into(),
+                None => Error::Control { stage: "guest boot", cause: format!("the VMM died: see {}", log_path.display()) },
+            }),
+            () = tokio::time::sleep(limit) => {
+                control.log_inspection().await;
+                return Err(Error::Silent { seconds: limit.as_secs(), console: control.console().await });
+            }
         }
     }
     let spoke = Instant::now();
@@ -141,6 +152,7 @@ pub async fn launch(plan: Plan<'_>) -> Result<Launched, Error> {
     Ok(Launched {
         machine: Arc::new(machine),
         vmm_pid: pid,
+        cloned,
         vmm: booted - started,
         kernel: spoke - booted,
         agent: spoke.elapsed(),
@@ -212,6 +224,7 @@ fn above(fd: RawFd) -> io::Result<RawFd> {
 
 fn machine_config(
     plan: &Plan<'_>,
+    template: Option<Template>,
     vsock: StdUnixListener,
     vsock_path: &Path,
 ) -> Result<(VmConfig, Vec<OwnedFd>), Error> {
@@ -240,6 +253,10 @@ fn machine_config(
         nets.push(NetConfig { tap: pass(tap), mac: nic.mac, mtu: MAX_MTU });
     }
     let listener = pass(vsock.into());
+    let template = template.map(|template| TemplateConfig {
+        state: pass(template.state.into()),
+        memory: pass(template.memory.into()),
+    });
     let config = VmConfig {
         vcpus: plan.vcpus,
         memory_mib: plan.memory_mib,
@@ -252,6 +269,7 @@ fn machine_config(
         vsock: Some(VsockConfig { cid: GUEST_CID, listener, path: vsock_path.display().to_string() }),
         fs: Some(husk_proto::agent::paths::SHARED_TAG.into()),
         balloon: true,
+        template,
     };
     Ok((config, fds))
 }

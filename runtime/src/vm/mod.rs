@@ -15,6 +15,7 @@ mod control;
 pub mod file_server;
 pub mod launch;
 mod slots;
+pub mod template;
 
 pub use cgroup::{Memory, Usage, kill as kill_cgroup, remove as remove_cgroup, set_list, usage};
 pub use control::Control;

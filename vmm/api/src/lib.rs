@@ -79,6 +79,13 @@ pub enum Request {
         /// Size the balloon shall have, MiB.
         size_mib: u32,
     },
+    /// Saves the machine for clones of it, see [`VmConfig::template`], and ends it.
+    Save {
+        /// A new file for the state of processors and devices.
+        state: FdIndex,
+        /// A new file for the guest's memory.
+        memory: FdIndex,
+    },
     /// How the machine is.
     Info,
     /// The last bytes of the guest's console, at most [`CONSOLE_TAIL`].
@@ -146,6 +153,20 @@ pub struct VmConfig {
     pub fs: Option<String>,
     /// A balloon with free page reporting.
     pub balloon: bool,
+    /// The machine goes on where this one was saved, instead of booting. All
+    /// else must be as it was there.
+    #[serde(default)]
+    pub template: Option<TemplateConfig>,
+}
+
+/// The files of [`Request::Save`]. Clones share the memory's pages for as long
+/// as they do not write to them; it must not be written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateConfig {
+    /// The state of processors and devices.
+    pub state: FdIndex,
+    /// The guest's memory.
+    pub memory: FdIndex,
 }
 
 /// A virtio block device.
@@ -202,6 +223,9 @@ pub struct Info {
     /// How its file system device is.
     #[serde(default)]
     pub fs: FsState,
+    /// Open connections of its vsock device.
+    #[serde(default)]
+    pub connections: usize,
 }
 
 /// Whether the requests to a file system device are answered.
@@ -309,6 +333,8 @@ pub enum ExitReason {
     TripleFault,
     /// [`Request::Kill`].
     Killed,
+    /// [`Request::Save`].
+    Saved,
     /// The VMM itself could not go on; `detail` says why.
     VmmError,
 }
@@ -324,6 +350,7 @@ impl ExitReason {
             Self::Panic => 11,
             Self::TripleFault => 12,
             Self::Killed => 13,
+            Self::Saved => 14,
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! file      = header, payload                      format.rs
-//! payload   = machine state, in bitcode
+//! payload   = machine state, in bitcode             machine.rs
 //!   vm      = interrupt controllers, clock         vm.rs
 //!   vcpus   = registers, local APIC, ...           vcpu.rs
 //!   devices = each device's own State, and its transport's
@@ -11,5 +11,6 @@
 //! Memory is apart: it is a file of its own, which clones map privately.
 
 pub mod format;
+pub mod machine;
 pub mod vcpu;
 pub mod vm;

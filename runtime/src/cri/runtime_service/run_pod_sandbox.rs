@@ -16,12 +16,8 @@ use crate::id::SandboxId;
 use crate::network::{Attachment, PodRef, PortMapping, Protocol};
 use crate::node::Node;
 use crate::sandbox::{BootTimes, Phase, Record, Sandbox, Size, lifecycle};
-use crate::vm::launch::Nic;
+use crate::vm::launch::{MAIN_MAC, Nic};
 use crate::vm::{self, launch};
-
-/// Hardware address of a machine's main interface until the agent gives it the
-/// pod's own: locally administered, and never on a wire.
-const MAIN_MAC: [u8; 6] = [0x02, 0x48, 0x75, 0x73, 0x6b, 0x00];
 
 /// Fresh bytes for the guest's random number generator.
 const SEED: usize = 64;
@@ -117,7 +113,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         let Ok(tap) = main_tap.await else { return std::future::pending().await };
         let nic =
             Nic { tap: tap.try_clone().map_err(|error| Error::Internal(error.to_string()))?, mac: MAIN_MAC };
-        Ok((launch::launch(plan(vec![nic])).await?, tap))
+        Ok((node.templates.launch(&plan(vec![nic])).await?, tap))
     };
     let ((network, network_time), (mut launched, main_tap)) = tokio::try_join!(attach, boot)?;
 
@@ -133,7 +129,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
             let tap = interface.tap.take().or_else(|| main_tap.take())?;
             Some(Nic { tap, mac: interface.mac })
         });
-        launched = launch::launch(plan(nics.collect())).await?;
+        launched = node.templates.launch(&plan(nics.collect())).await?;
     } else if let Some(main) = guest_interfaces.first_mut() {
         main.device_mac = mac_text(MAIN_MAC);
     }
@@ -182,6 +178,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         agent_ready_ms = boot.agent,
         sandbox_configured_ms = boot.configure,
         total_ms = boot.total,
+        cloned = launched.cloned,
         "pod ready"
     );
     Ok(())

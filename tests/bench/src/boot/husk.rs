@@ -83,6 +83,7 @@ fn boot(control: &OwnedFd, guest: &Guest, vsock: &Path) -> anyhow::Result<()> {
         vsock: Some(VsockConfig { cid: 3, listener: 2, path: vsock.display().to_string() }),
         fs: None,
         balloon: false,
+        template: None,
     };
     let fds = [kernel.as_fd(), rootfs.as_fd(), listener.as_fd()];
     socket::send(control.as_fd(), &Request::Boot(Box::new(config)), &fds).context("ask for the boot")?;

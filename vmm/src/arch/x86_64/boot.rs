@@ -106,8 +106,10 @@ mod tests {
 
     #[test]
     fn the_memory_map_covers_what_there_is_and_leaves_the_holes_out() {
-        let map: Vec<_> =
-            memory_map(&memory::ram(4096)).into_iter().map(|e| ({ e.addr }, { e.size }, { e.r#type })).collect();
+        let map: Vec<_> = memory_map(&memory::ram(4096))
+            .into_iter()
+            .map(|e| ({ e.addr }, { e.size }, { e.r#type }))
+            .collect();
         assert_eq!(
             map,
             [
@@ -143,7 +145,10 @@ mod tests {
     #[test]
     fn a_command_line_that_is_too_long_is_refused() {
         let memory = memory::allocate(16, None).unwrap();
-        assert!(matches!(write(&memory, &memory::ram(16), &"x".repeat(2048)), Err(BootError::CmdlineTooLong(2048))));
+        assert!(matches!(
+            write(&memory, &memory::ram(16), &"x".repeat(2048)),
+            Err(BootError::CmdlineTooLong(2048))
+        ));
         write(&memory, &memory::ram(16), &"x".repeat(2047)).unwrap();
     }
 }

@@ -76,6 +76,10 @@ pub struct Block {
     /// in this one.
     epoch: u64,
     flight: Arc<Flight>,
+    /// Requests that were taken off the queue and not given back.
+    open: usize,
+    /// No more requests are taken: the machine is about to be saved.
+    resting: bool,
 }
 
 impl Block {
@@ -112,6 +116,8 @@ impl Block {
                 activation: None,
                 epoch: 0,
                 flight: Arc::default(),
+                open: 0,
+                resting: false,
             })
         })
     }
@@ -166,6 +172,12 @@ impl Block {
         String::from_utf8_lossy(&self.serial).trim_end_matches('\0').to_owned()
     }
 
+    /// Its disk was read-only from the start.
+    #[must_use]
+    pub const fn read_only(&self) -> bool {
+        matches!(self.kind, Kind::Fixed { read_only: true })
+    }
+
     pub(super) const fn serial_bytes(&self) -> &[u8; SERIAL_LENGTH] {
         &self.serial
     }
@@ -178,9 +190,19 @@ impl Block {
         self.disk.as_deref()
     }
 
+    /// Takes no more requests, for good. True when all that were taken are
+    /// answered, so that the device can be saved.
+    pub const fn rest(&mut self) -> bool {
+        self.resting = true;
+        self.open == 0
+    }
+
     /// Takes the next request off the queue. Malformed chains are given back
     /// on the way.
     pub(super) fn next_job(&mut self) -> Option<Job> {
+        if self.resting {
+            return None;
+        }
         let (activation, _) = self.activation.as_mut()?;
         let queue = activation.queues.first_mut()?;
         // No more malformed chains than the queue has in one go: a guest that
@@ -199,6 +221,7 @@ impl Block {
                 {
                     let _ = notification.write(1);
                 }
+                self.open += 1;
                 return Some(Job {
                     request,
                     disk: self.disk.clone(),
@@ -215,6 +238,7 @@ impl Block {
 
     /// Gives the chain of a request back to the driver.
     pub(super) fn complete(&mut self, done: &Done) {
+        self.open = self.open.saturating_sub(1);
         if done.epoch != self.epoch {
             return;
         }

@@ -89,6 +89,12 @@ impl Vsock {
         }
     }
 
+    /// Open connections.
+    #[must_use]
+    pub const fn connections(&self) -> usize {
+        self.muxer.connections()
+    }
+
     /// A driver is there.
     pub(super) const fn is_active(&self) -> bool {
         self.activation.is_some()

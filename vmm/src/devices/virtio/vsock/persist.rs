@@ -9,16 +9,18 @@ use serde::{Deserialize, Serialize};
 use super::device::Vsock;
 
 /// Version of [`State`].
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A saved device. Connections are not saved: their host sides are processes
-/// that know nothing of it. The guest is told so when it runs again.
+/// that know nothing of it. A guest that had some is told so when it runs again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// [`VERSION`].
     pub version: u32,
     /// Context id of the guest.
     pub cid: u32,
+    /// It had connections.
+    pub connected: bool,
 }
 
 /// A saved device cannot be restored.
@@ -36,12 +38,15 @@ impl Vsock {
     /// Saves what is the device's own.
     #[must_use]
     pub fn save(&self) -> State {
-        // It was made from a u32.
-        State { version: VERSION, cid: u32::try_from(self.muxer.guest_cid()).unwrap_or_default() }
+        State {
+            version: VERSION,
+            // It was made from a u32.
+            cid: u32::try_from(self.muxer.guest_cid()).unwrap_or_default(),
+            connected: self.muxer.connections() > 0,
+        }
     }
 
-    /// Restores it, behind another listener. A clone may get a `cid` of its own
-    /// in the state: the guest reads it again.
+    /// Restores it, behind another listener.
     ///
     /// # Errors
     /// See [`RestoreError`].
@@ -50,7 +55,7 @@ impl Vsock {
             return Err(RestoreError::Version(state.version));
         }
         let mut vsock = Self::new(state.cid, listener, path)?;
-        vsock.owes_reset_event = true;
+        vsock.owes_reset_event = state.connected;
         Ok(vsock)
     }
 }

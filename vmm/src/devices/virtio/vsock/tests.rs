@@ -497,6 +497,20 @@ fn the_number_of_connections_is_bounded() {
 }
 
 #[test]
+fn a_device_without_connections_tells_the_guest_nothing() {
+    let state = Guest::new().lock().save();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v");
+    let restored = Vsock::restore(&state, UnixListener::bind(&path).unwrap(), path).unwrap();
+    let mut clone = Guest::with_device(restored, dir);
+    clone.post(16);
+    clone.event.add(&[Part::writable(0x10_0000, 4)]);
+    clone.event.kick();
+    clone.run();
+    assert_eq!(clone.event.used(), None);
+}
+
+#[test]
 fn a_restored_device_tells_the_guest_that_its_connections_are_gone() {
     let mut guest = Guest::new();
     let (host, client) = guest.open(1);
@@ -505,7 +519,7 @@ fn a_restored_device_tells_the_guest_that_its_connections_are_gone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v");
     let restored = Vsock::restore(&state, UnixListener::bind(&path).unwrap(), path).unwrap();
-    assert_eq!(restored.save(), state);
+    assert_eq!(restored.save(), State { connected: false, ..state.clone() });
     let mut clone = Guest::with_device(restored, dir);
     clone.post(16);
     clone.event.add(&[Part::writable(0x10_0000, 4)]);
@@ -518,8 +532,8 @@ fn a_restored_device_tells_the_guest_that_its_connections_are_gone() {
     clone.expect(Op::Reset);
     drop(client);
 
-    let newer = State { version: 2, ..state };
+    let newer = State { version: 3, ..state };
     let listener = UnixListener::bind(clone.dir.path().join("w")).unwrap();
     let error = Vsock::restore(&newer, listener, clone.path()).err().unwrap();
-    assert!(matches!(error, RestoreError::Version(2)), "{error}");
+    assert!(matches!(error, RestoreError::Version(3)), "{error}");
 }

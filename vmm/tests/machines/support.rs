@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use husk_vmm_api::{DiskConfig, Exit, Request, Response, VmConfig, socket};
+use husk_vmm_api::{Exit, Request, Response, VmConfig, socket};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, setsockopt,
     socket as new_socket, sockopt,
@@ -51,6 +51,13 @@ slots)
     waitfor '[ "$(cat /sys/block/vda/size)" = 0 ]'
     say "lost it"
     finish ;;
+count)
+    number=0
+    while :; do
+        number=$((number + 1))
+        say "$number: $(dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | tr -d '\0'), $(date +%s)"
+        sleep 0.05
+    done ;;
 *) say "unknown test: $TEST" ;;
 esac
 "#;
@@ -69,7 +76,8 @@ pub fn rootfs(directory: &Path) -> File {
     }
     fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("busybox-static is installed");
     for applet in [
-        "sh", "mount", "cat", "sleep", "reboot", "nproc", "awk", "dd", "tr", "md5sum", "head", "sync", "echo",
+        "sh", "mount", "cat", "sleep", "reboot", "nproc", "awk", "dd", "tr", "md5sum", "head", "sync",
+        "echo", "date",
     ] {
         symlink("busybox", tree.join("bin").join(applet)).unwrap();
     }
@@ -77,8 +85,12 @@ pub fn rootfs(directory: &Path) -> File {
     fs::write(&init, INIT).unwrap();
     fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let image = directory.join("rootfs.erofs");
-    let output =
-        Command::new("mkfs.erofs").arg("-Enoinline_data").arg(&image).arg(&tree).output().expect("erofs-utils is installed");
+    let output = Command::new("mkfs.erofs")
+        .arg("-Enoinline_data")
+        .arg(&image)
+        .arg(&tree)
+        .output()
+        .expect("erofs-utils is installed");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     File::open(image).unwrap()
 }
@@ -133,6 +145,7 @@ impl Vmm {
             vsock: None,
             fs: None,
             balloon: false,
+            template: None,
         };
         Self { process, directory, config }
     }
@@ -142,12 +155,26 @@ impl Vmm {
         let mut vmm = Self::start();
         vmm.config.cmdline = format!("TEST={test}");
         change(&mut vmm.config);
-        let (kernel, rootfs) = (kernel(), rootfs(vmm.directory.path()));
+        vmm.ask_to_boot(files).unwrap();
+        vmm
+    }
+
+    /// Starts the process, and a machine; `Err` with the answer when there is none.
+    pub fn boot_as(config: VmConfig, files: &[&File]) -> Result<Self, Response> {
+        let mut vmm = Self::start();
+        vmm.config = config;
+        vmm.ask_to_boot(files)?;
+        Ok(vmm)
+    }
+
+    fn ask_to_boot(&self, files: &[&File]) -> Result<(), Response> {
+        let (kernel, rootfs) = (kernel(), rootfs(self.directory.path()));
         let mut fds = vec![kernel.as_fd(), rootfs.as_fd()];
         fds.extend(files.iter().map(|file| file.as_fd()));
-        let request = Request::Boot(Box::new(vmm.config.clone()));
-        assert_eq!(vmm.ask(&request, &fds), Response::Ok);
-        vmm
+        match self.ask(&Request::Boot(Box::new(self.config.clone())), &fds) {
+            Response::Ok => Ok(()),
+            other => Err(other),
+        }
     }
 
     pub fn pid(&self) -> u32 {
@@ -227,7 +254,8 @@ impl Drop for Vmm {
         if std::thread::panicking()
             && let Ok(None) = self.process.try_wait()
         {
-            eprintln!("--- console\n{}\n---", self.console());
+            let console = self.try_ask(&Request::Console);
+            eprintln!("--- console\n{console:?}\n---");
         }
         let _ = self.process.kill();
         let _ = self.process.wait();

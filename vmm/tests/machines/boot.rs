@@ -1,7 +1,4 @@
-//! Boots real guests and watches them from outside. Needs KVM, busybox-static,
-//! erofs-utils, and a guest kernel named by `HUSK_TEST_KERNEL`.
-
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+//! How machines begin, what they do, and how they end.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -10,14 +7,12 @@ use std::time::{Duration, Instant};
 
 use husk_vmm_api::{DiskConfig, ExitReason, Request, Response, socket};
 
-mod support;
-
-use support::{PATIENCE, Vmm, disk};
+use crate::support::{PATIENCE, Vmm, disk};
 
 #[test]
 fn a_guest_that_ends_in_good_order() {
     let exit = Vmm::boot("shutdown", |_| (), &[]).wait();
-    assert_eq!(exit.reason, ExitReason::Shutdown);
+    assert_eq!(exit.reason, ExitReason::Shutdown, "{}", exit.console);
     assert!(exit.console.contains("husk: shutdown"));
 }
 

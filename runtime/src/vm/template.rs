@@ -1,0 +1,416 @@
+//! Templates: a machine that has booted until its agent waits, saved once for
+//! its shape, so that the machines of pods begin there.
+//!
+//! ```text
+//! <state>/templates/<boot>-<shape>/state    processors and devices
+//! <state>/templates/<boot>-<shape>/memory   guest memory, mapped privately by all clones
+//! ```
+//!
+//! `boot` is that of the host: a template does not outlive the kernel under
+//! which it was made. `shape` is a hash of all that must be the same: kernel,
+//! root file system and VMM, processors, memory, disks. The template is saved
+//! before it is a pod; a clone gets its clock, its random numbers, its addresses
+//! and its name from the agent's `CreateSandbox`, as a machine that booted does.
+//!
+//! The first machine of a shape waits for its template. What has none, because
+//! it has several network interfaces or cannot be saved, boots.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use husk_proto::agent::ContainerStatsRequest;
+use sha2::{Digest, Sha256};
+use tokio::sync::Mutex;
+
+use super::launch::{self, Launched, MAIN_MAC, Nic, Plan};
+use super::{Control, Error, Keeper};
+use crate::config::Handler;
+use crate::id::SandboxId;
+use crate::network;
+use crate::storage::Scratch;
+
+/// Most templates on disk; the one that was made first goes.
+const MAX: usize = 8;
+/// Most time until the guest has heard that huskd has hung up.
+const HANG_UP: Duration = Duration::from_secs(5);
+
+/// The templates of a node.
+#[derive(Debug)]
+pub struct Templates {
+    /// Where they are.
+    dir: PathBuf,
+    /// Where the sockets of machines are that shall become one.
+    run_dir: PathBuf,
+    scratch: Arc<Scratch>,
+    /// Shapes of which none can be saved. Held while one is made: one at a time.
+    unfit: Arc<Mutex<HashSet<String>>>,
+}
+
+/// The open files of one.
+#[derive(Debug)]
+pub struct Template {
+    /// Processors and devices.
+    pub state: File,
+    /// Guest memory.
+    pub memory: File,
+}
+
+/// Why there is no template.
+enum Failure {
+    /// The machine did not come up, as the pod's own would not.
+    Boot(Error),
+    /// It cannot be saved.
+    Save(Error),
+}
+
+impl Templates {
+    /// Keeps templates below `state_dir`.
+    #[must_use]
+    pub fn new(state_dir: &Path, run_dir: &Path, scratch: Arc<Scratch>) -> Self {
+        Self {
+            dir: state_dir.join("templates"),
+            run_dir: run_dir.join("templates"),
+            scratch,
+            unfit: Arc::default(),
+        }
+    }
+
+    /// Removes what an earlier huskd was in the midst of making, and what an
+    /// earlier boot of the host has left.
+    pub async fn recover(&self) {
+        self.end_making().await;
+        let this_boot = host_boot();
+        for folder in entries(&self.dir) {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !name.starts_with(&this_boot) || name.ends_with(".new") {
+                remove(&folder);
+            }
+        }
+    }
+
+    /// Ends machines that shall become a template: huskd is about to go, or has
+    /// just come.
+    pub async fn end_making(&self) {
+        for folder in entries(&self.run_dir) {
+            if let Err(error) = super::destroy(&folder).await {
+                tracing::warn!(path = %folder.display(), %error, "end the machine of a template");
+            }
+        }
+    }
+
+    /// Makes the template of machines as a handler's pods have them that ask
+    /// for nothing, so that the first pod need not wait.
+    pub async fn prepare(&self, handler: &Handler) {
+        let shape = Shape::new(handler, handler.vcpus, handler.memory_mib);
+        if let Err(error) = self.of(&shape).await {
+            tracing::warn!(%error, "pods will fail until this is mended");
+        }
+    }
+
+    /// Starts a machine: as a clone if it can be one.
+    ///
+    /// # Errors
+    /// As [`launch::launch`].
+    pub async fn launch(&self, plan: &Plan<'_>) -> Result<Launched, Error> {
+        let shape = Shape::new(plan.handler, plan.vcpus, plan.memory_mib);
+        // One interface is what a template has.
+        let template = if plan.nics.len() == 1 { self.of(&shape).await? } else { None };
+        if let Some(template) = template {
+            match launch::launch(plan, Some(template)).await {
+                Ok(launched) => return Ok(launched),
+                Err(error) => {
+                    tracing::warn!(sandbox = %plan.id, %error, "clone a machine; booting one instead");
+                    remove(&self.dir.join(&shape.name));
+                    super::destroy(&plan.run_dir).await?;
+                }
+            }
+        }
+        launch::launch(plan, None).await
+    }
+
+    /// The template of a shape, made if it is not there; `None` when there
+    /// cannot be one.
+    async fn of(&self, shape: &Shape) -> Result<Option<Template>, Error> {
+        if !shape.handler.template {
+            return Ok(None);
+        }
+        if let Some(template) = self.open(shape) {
+            return Ok(Some(template));
+        }
+        let mut unfit = self.unfit.clone().lock_owned().await;
+        if let Some(template) = self.open(shape) {
+            return Ok(Some(template));
+        }
+        if unfit.contains(&shape.name) {
+            return Ok(None);
+        }
+        // Whoever waits may go; the machine must not stay.
+        let (shape_to_make, place) = (shape.clone(), self.place(shape));
+        let scratch = self.scratch.clone();
+        let making = tokio::spawn(async move {
+            let made = make(&shape_to_make, &place, &scratch).await;
+            match &made {
+                Err(Failure::Save(error)) => {
+                    tracing::warn!(template = shape_to_make.name, %error, "no template; machines will boot");
+                    unfit.insert(shape_to_make.name);
+                }
+                Err(Failure::Boot(_)) | Ok(()) => {}
+            }
+            made
+        });
+        match making.await {
+            Ok(Ok(())) => {
+                self.keep_few();
+                Ok(self.open(shape))
+            }
+            Ok(Err(Failure::Boot(error))) => Err(error),
+            Ok(Err(Failure::Save(_))) | Err(_) => Ok(None),
+        }
+    }
+
+    fn open(&self, shape: &Shape) -> Option<Template> {
+        let folder = self.dir.join(&shape.name);
+        let state = File::open(folder.join("state")).ok()?;
+        let memory = File::open(folder.join("memory")).ok()?;
+        Some(Template { state, memory })
+    }
+
+    fn place(&self, shape: &Shape) -> Place {
+        Place { folder: self.dir.join(&shape.name), run_dir: self.run_dir.join(&shape.name) }
+    }
+
+    /// Clones keep what they have mapped, so a template can go at any time.
+    fn keep_few(&self) {
+        let made = |folder: &PathBuf| fs::metadata(folder).and_then(|metadata| metadata.modified()).ok();
+        let mut all = entries(&self.dir);
+        all.sort_by_key(made);
+        for folder in all.iter().take(all.len().saturating_sub(MAX)) {
+            remove(folder);
+        }
+    }
+}
+
+/// What must be the same in a machine and its template.
+#[derive(Clone, Debug)]
+struct Shape {
+    name: String,
+    handler: Handler,
+    vcpus: u8,
+    memory_mib: u32,
+}
+
+impl Shape {
+    fn new(handler: &Handler, vcpus: u8, memory_mib: u32) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(env!("CARGO_PKG_VERSION"));
+        for file in [&handler.vmm, &handler.kernel, &handler.rootfs] {
+            // A file that is not there has no template either.
+            let identity = fs::metadata(file).map_or([0; 5], |file| {
+                [
+                    file.dev(),
+                    file.ino(),
+                    file.size(),
+                    file.mtime().cast_unsigned(),
+                    file.mtime_nsec().cast_unsigned(),
+                ]
+            });
+            hash.update(format!("{} {identity:?}\n", file.display()));
+        }
+        let Handler { disk_mib, image_slots, kernel_cmdline, .. } = handler;
+        hash.update(format!("{vcpus} {memory_mib} {disk_mib} {image_slots} {kernel_cmdline}"));
+        let digest: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        Self { name: format!("{}-{digest}", host_boot()), handler: handler.clone(), vcpus, memory_mib }
+    }
+}
+
+/// Names this boot of the host.
+fn host_boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.chars().take(8).collect()
+}
+
+/// Where a template is made.
+struct Place {
+    folder: PathBuf,
+    run_dir: PathBuf,
+}
+
+/// Boots a machine and saves it. Nothing stays but the template, all at once.
+async fn make(shape: &Shape, place: &Place, scratch: &Scratch) -> Result<(), Failure> {
+    let started = Instant::now();
+    let work = place.folder.with_extension("new");
+    remove(&work);
+    super::destroy(&place.run_dir).await.map_err(Failure::Boot)?;
+    let made = make_in(shape, place, &work, scratch).await;
+    if let Err(error) = super::destroy(&place.run_dir).await {
+        tracing::warn!(template = shape.name, %error, "end the machine of a template");
+    }
+    let made = made.and_then(|()| {
+        fs::rename(&work, &place.folder).map_err(|cause| Failure::Save(file("publish", &place.folder, cause)))
+    });
+    if made.is_err() {
+        remove(&work);
+    } else {
+        let took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(template = shape.name, took_ms, memory_mib = shape.memory_mib, "template saved");
+    }
+    made
+}
+
+async fn make_in(shape: &Shape, place: &Place, work: &Path, scratch: &Scratch) -> Result<(), Failure> {
+    let failed = |what: &Path| {
+        let what = what.to_owned();
+        move |cause: io::Error| file("make", &what, cause)
+    };
+    fs::create_dir_all(work).map_err(failed(work)).map_err(Failure::Save)?;
+    let disk = work.join("disk");
+    scratch
+        .create(&disk, shape.handler.disk_mib)
+        .await
+        .map_err(|error| Failure::Boot(file("make", &disk, io::Error::other(error))))?;
+    let tap = network::unconnected_tap()
+        .await
+        .map_err(|error| Failure::Boot(file("make a tap for", work, io::Error::other(error))))?;
+    let id = SandboxId::from(format!("template-{}", shape.name).as_str());
+    let plan = Plan {
+        id: &id,
+        handler: &shape.handler,
+        vcpus: shape.vcpus,
+        memory_mib: shape.memory_mib,
+        run_dir: place.run_dir.clone(),
+        scratch: disk.clone(),
+        nics: vec![Nic { tap, mac: MAIN_MAC }],
+        cgroup: None,
+    };
+    let machine = launch::launch(&plan, None).await.map_err(Failure::Boot)?.machine;
+    // Any answer will do: it shows that the agent has set itself up.
+    let asked = machine
+        .agent
+        .call("try the agent", async |mut agent| {
+            agent.container_stats(ContainerStatsRequest::default()).await
+        })
+        .await;
+    if let Err(error) = asked
+        && error.status.code() == tonic::Code::DeadlineExceeded
+    {
+        return Err(Failure::Boot(Error::Agent(error.to_string())));
+    }
+    let Keeper::Vmm(control) = &machine.keeper else { return Ok(()) };
+    let control = control.clone();
+    drop(machine);
+    hang_up(&control).await.map_err(Failure::Save)?;
+
+    let create = |name: &str| {
+        let path = work.join(name);
+        File::create_new(&path).map_err(failed(&path)).map_err(Failure::Save)
+    };
+    control.save(create("state")?, create("memory")?).await.map_err(Failure::Save)?;
+    fs::remove_file(&disk).map_err(failed(&disk)).map_err(Failure::Save)
+}
+
+/// Waits until the guest has no connection open: it could not go on with it.
+async fn hang_up(control: &Control) -> Result<(), Error> {
+    let begun = Instant::now();
+    while control.info().await?.connections > 0 {
+        if begun.elapsed() > HANG_UP {
+            return Err(Error::Agent("it does not close its connections".into()));
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+fn file(stage: &'static str, path: &Path, cause: io::Error) -> Error {
+    Error::File { stage, path: path.into(), cause }
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+}
+
+fn remove(folder: &Path) {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %folder.display(), %error, "remove a template");
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn handler(folder: &Path) -> Handler {
+        for name in ["vmm", "kernel", "rootfs"] {
+            fs::write(folder.join(name), name).unwrap();
+        }
+        let place = |name| folder.join(name);
+        Handler { vmm: place("vmm"), kernel: place("kernel"), rootfs: place("rootfs"), ..Handler::default() }
+    }
+
+    fn templates(folder: &Path) -> Templates {
+        let scratch = Arc::new(Scratch::new(folder.join("scratch")));
+        Templates::new(&folder.join("state"), &folder.join("run"), scratch)
+    }
+
+    #[test]
+    fn a_shape_is_all_that_a_clone_shares() {
+        let folder = tempfile::tempdir().unwrap();
+        let handler = handler(folder.path());
+        let name = |handler: &Handler, vcpus, memory| Shape::new(handler, vcpus, memory).name;
+        let one = name(&handler, 1, 256);
+        assert_eq!(one, name(&handler, 1, 256));
+        let mut all = HashSet::from([one, name(&handler, 2, 256), name(&handler, 1, 512)]);
+        all.insert(name(&Handler { disk_mib: 99, ..handler.clone() }, 1, 256));
+        all.insert(name(&Handler { image_slots: 2, ..handler.clone() }, 1, 256));
+        all.insert(name(&Handler { kernel_cmdline: "x".into(), ..handler.clone() }, 1, 256));
+        fs::write(&handler.kernel, "another one").unwrap();
+        all.insert(name(&handler, 1, 256));
+        assert_eq!(all.len(), 7);
+    }
+
+    #[tokio::test]
+    async fn what_was_left_half_made_or_by_another_boot_goes() {
+        let folder = tempfile::tempdir().unwrap();
+        let templates = templates(folder.path());
+        let good = Shape::new(&handler(folder.path()), 1, 256);
+        let half = format!("{}.new", good.name);
+        for name in [&good.name, &half, "00000000-1", "something"] {
+            fs::create_dir_all(templates.dir.join(name)).unwrap();
+            fs::write(templates.dir.join(name).join("state"), "").unwrap();
+            fs::write(templates.dir.join(name).join("memory"), "").unwrap();
+        }
+        templates.recover().await;
+        assert_eq!(entries(&templates.dir), [templates.dir.join(&good.name)]);
+        assert!(templates.open(&good).is_some());
+    }
+
+    #[test]
+    fn the_oldest_templates_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let templates = templates(folder.path());
+        for number in 0..MAX + 2 {
+            fs::create_dir_all(templates.dir.join(number.to_string())).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        templates.keep_few();
+        assert_eq!(entries(&templates.dir).len(), MAX);
+        assert!(!templates.dir.join("0").exists() && !templates.dir.join("1").exists());
+    }
+
+    #[tokio::test]
+    async fn a_handler_without_templates_has_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let handler = Handler { template: false, ..handler(folder.path()) };
+        assert!(templates(folder.path()).of(&Shape::new(&handler, 1, 256)).await.unwrap().is_none());
+    }
+}

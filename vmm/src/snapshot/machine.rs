@@ -1,0 +1,163 @@
+//! A whole machine: saved in good order, for clones that go on from there.
+
+use std::error::Error;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::{vcpu, vm};
+use crate::devices::serial::SerialPortState;
+use crate::devices::virtio::balloon::{self, Balloon};
+use crate::devices::virtio::block::{Block, BlockState};
+use crate::devices::virtio::fs::{self, Fs};
+use crate::devices::virtio::mmio::TransportState;
+use crate::devices::virtio::net::{self, Net};
+use crate::devices::virtio::pmem::{self, Pmem};
+use crate::devices::virtio::rng::{self, Rng};
+use crate::devices::virtio::vsock::{self, Vsock};
+use crate::lock;
+use crate::machine::Machine;
+use crate::memory;
+
+/// Version of [`MachineState`].
+const VERSION: u16 = 1;
+/// Most time until all disks have answered the requests that they work on.
+const DISKS_WAIT: Duration = Duration::from_secs(10);
+
+/// A saved machine. Its memory is in a file of its own.
+#[derive(Serialize, Deserialize)]
+pub struct MachineState {
+    version: u16,
+    /// What the kernel was told; it names all devices and their places.
+    pub cmdline: String,
+    /// Interrupt controllers and clock.
+    pub vm: vm::VmState,
+    /// Its processors.
+    pub vcpus: Vec<vcpu::VcpuState>,
+    /// Its serial port.
+    pub serial: SerialPortState,
+    /// Its virtio devices, in the order of their addresses.
+    pub devices: Vec<DeviceState>,
+}
+
+/// A saved virtio device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// What is its own.
+    pub own: Own,
+    /// Its registers and virtqueues.
+    pub transport: TransportState,
+}
+
+/// What is a device's own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum Own {
+    Pmem(pmem::persist::State),
+    Block(BlockState),
+    Net(net::persist::State),
+    Vsock(vsock::persist::State),
+    Rng(rng::persist::State),
+    Balloon(balloon::persist::State),
+    Fs(fs::persist::State),
+}
+
+/// A virtio device of a running machine.
+#[allow(missing_docs)]
+pub enum Device {
+    Pmem(Arc<Mutex<Pmem>>),
+    Block(Arc<Mutex<Block>>),
+    Net(Arc<Mutex<Net>>),
+    Vsock(Arc<Mutex<Vsock>>),
+    Rng(Arc<Mutex<Rng>>),
+    Balloon(Arc<Mutex<Balloon>>),
+    Fs(Arc<Mutex<Fs>>),
+}
+
+impl Device {
+    fn save(&self) -> Own {
+        match self {
+            Self::Pmem(device) => Own::Pmem(lock(device).save()),
+            Self::Block(device) => Own::Block(lock(device).save()),
+            Self::Net(device) => Own::Net(lock(device).save()),
+            Self::Vsock(device) => Own::Vsock(lock(device).save()),
+            Self::Rng(device) => Own::Rng(lock(device).save()),
+            Self::Balloon(device) => Own::Balloon(lock(device).save()),
+            Self::Fs(device) => Own::Fs(lock(device).save()),
+        }
+    }
+}
+
+/// A machine could not be saved.
+#[derive(Debug, thiserror::Error)]
+#[error("{stage}: {cause}")]
+pub struct SaveError {
+    /// What was being done, "stop vCPUs".
+    pub stage: &'static str,
+    /// What went wrong.
+    #[source]
+    pub cause: Box<dyn Error + Send + Sync>,
+}
+
+/// Names the stage in which an error arose.
+fn at<E: Into<Box<dyn Error + Send + Sync>>>(stage: &'static str) -> impl Fn(E) -> SaveError {
+    move |cause| SaveError { stage, cause: cause.into() }
+}
+
+/// Saves the machine and ends it. To be called on the event loop's thread, so
+/// that no device but the disks is at work; when the processors have stopped and
+/// the disks have come to rest, nothing changes any more.
+///
+/// # Errors
+/// [`SaveError`]; the machine cannot go on either.
+pub fn save(machine: Machine, file: &std::fs::File) -> Result<MachineState, SaveError> {
+    const STOP: &str = "stop vCPUs";
+    let Machine { hypervisor, memory, ram, cmdline, serial, devices, transports, vcpus, .. } = machine;
+    let stopped: Option<Vec<_>> = vcpus.into_iter().map(crate::vcpu::Vcpu::stop).collect();
+    let stopped = stopped.ok_or_else(|| at(STOP)("one of them does not leave the guest"))?;
+
+    let asked = Instant::now();
+    let disks = || {
+        devices.iter().filter_map(|device| if let Device::Block(disk) = device { Some(disk) } else { None })
+    };
+    while disks().map(|disk| lock(disk).rest()).filter(|rests| !rests).count() > 0 {
+        if asked.elapsed() > DISKS_WAIT {
+            return Err(at("let the disks come to rest")("a disk does not answer"));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+
+    let save_vcpu = |fd| vcpu::save(hypervisor.kvm(), fd).map_err(at("save vCPUs"));
+    let state = MachineState {
+        version: VERSION,
+        cmdline,
+        vm: vm::save(hypervisor.vm()).map_err(at("save the VM"))?,
+        vcpus: stopped.iter().map(save_vcpu).collect::<Result<_, _>>()?,
+        serial: lock(&serial).save(),
+        devices: devices
+            .iter()
+            .zip(&transports)
+            .map(|(device, transport)| DeviceState { own: device.save(), transport: lock(transport).save() })
+            .collect(),
+    };
+    memory::write(&memory, &ram, file).map_err(at("write guest memory"))?;
+    Ok(state)
+}
+
+impl MachineState {
+    /// Refuses what this program cannot read, or what is another machine.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn check(&self, vcpus: u8) -> Result<(), String> {
+        if self.version != VERSION {
+            return Err(format!("machine state of version {} is not supported", self.version));
+        }
+        if self.vcpus.len() != usize::from(vcpus) {
+            return Err(format!("it was saved with {} vCPUs instead of {vcpus}", self.vcpus.len()));
+        }
+        Ok(())
+    }
+}
