@@ -15,8 +15,9 @@ use crate::container::ProcessRef;
 use crate::port;
 use crate::server::Agent;
 
-/// How long a connection may take to say which stream it is for.
-const GREETING_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a connection may take to say which stream it is for: as long as huskd
+/// waits for the answer.
+const GREETING_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Connections that have not said it yet; more wait in the backlog.
 const MAX_GREETERS: usize = 64;

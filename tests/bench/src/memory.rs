@@ -5,10 +5,12 @@ use std::io;
 
 use serde::Serialize;
 
-/// A virtual machine's memory is at least this large, and so is the root file
-/// system that is mapped into it; nothing else that a VMM maps readable and
-/// writable in one piece is.
-const SMALLEST_GUEST: u64 = 9 << 20;
+/// A virtual machine's memory is at least this large; nothing else that a VMM
+/// maps readable and writable in one piece is.
+const SMALLEST_GUEST: u64 = 48 << 20;
+
+/// How the name of a root file system ends that is mapped into a machine.
+const ROOT_IMAGE: &str = ".erofs";
 
 /// Bytes of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -51,18 +53,22 @@ struct Mapping {
     start: u64,
     end: u64,
     writable: bool,
+    root_image: bool,
     memory: Memory,
 }
 
-/// Guest memory is what lies in one piece of at least [`SMALLEST_GUEST`]: a
-/// kernel that is mapped from its file into the middle of it belongs to it.
+/// Guest memory is what lies in one piece of at least [`SMALLEST_GUEST`], and the
+/// machine's root image: a kernel that is mapped from its file into the middle
+/// of a piece belongs to it.
 fn split(smaps: &str) -> Split {
     let mut all = Split::default();
     let mut piece: Vec<Mapping> = Vec::new();
     let mut finish = |piece: &mut Vec<Mapping>| {
         let length: u64 = piece.iter().map(|mapping| mapping.end - mapping.start).sum();
-        let whose = if length >= SMALLEST_GUEST { &mut all.guest } else { &mut all.own };
-        piece.drain(..).for_each(|mapping| *whose += mapping.memory);
+        for mapping in piece.drain(..) {
+            let of_guest = length >= SMALLEST_GUEST || mapping.root_image;
+            *(if of_guest { &mut all.guest } else { &mut all.own }) += mapping.memory;
+        }
     };
     for mapping in mappings(smaps) {
         let continues = piece.last().is_some_and(|last| last.end == mapping.start && last.writable);
@@ -82,7 +88,8 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
         let Some(first) = words.next() else { continue };
         let second = words.next().unwrap_or_default();
         if let Some((start, end)) = range(first) {
-            mappings.push(Mapping { start, end, writable: second.contains("rw"), ..Default::default() });
+            let (writable, root_image) = (second.contains("rw"), line.ends_with(ROOT_IMAGE));
+            mappings.push(Mapping { start, end, writable, root_image, ..Default::default() });
         } else if let Some(mapping) = mappings.last_mut() {
             let bytes = second.parse::<u64>().unwrap_or(0) * 1024;
             match first {
@@ -138,6 +145,9 @@ Pss:               20000 kB
 7f0010000000-7f0010021000 rw-p 00000000 00:00 0 [heap]
 Rss:                   4 kB
 Pss:                   4 kB
+7f0018000000-7f0019000000 rw-p 00000000 fe:00 3 /usr/share/husk/rootfs.erofs
+Rss:                 500 kB
+Pss:                  50 kB
 7f0020000000-7f0020021000 rw-p 00000000 00:00 0
 Rss:                  60 kB
 Pss:                  60 kB
@@ -151,7 +161,7 @@ VmFlags: mr mw me
     fn the_guest_is_told_from_its_vmm() {
         let smaps = SMAPS.replace("7f0010000000-7f0010021000", "7f0011000000-7f0011021000");
         let split = split(&smaps);
-        assert_eq!(split.guest, Memory { resident: 23_040 << 10, proportional: 20_340 << 10 });
+        assert_eq!(split.guest, Memory { resident: 23_540 << 10, proportional: 20_390 << 10 });
         assert_eq!(split.own, Memory { resident: 864 << 10, proportional: 464 << 10 });
     }
 
