@@ -43,6 +43,8 @@ pub mod paths {
     /// The pod's user namespace, if it has one; the pid namespace above and the
     /// IPC namespace below belong to it then.
     pub const USER_NAMESPACE: &str = "/run/husk/sandbox/userns";
+    /// Programs of hooks.
+    pub const HOOKS: &str = "/run/husk/hooks";
     /// The IPC namespace of a pod with a user namespace.
     pub const IPC_NAMESPACE: &str = "/run/husk/sandbox/ipcns";
     /// The volumes that come from the host, each under its name.

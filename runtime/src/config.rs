@@ -118,6 +118,60 @@ pub struct Handler {
     /// Machines are clones of one that has booted, see
     /// [`crate::vm::template`]; otherwise each boots.
     pub template: bool,
+    /// Hooks of every container.
+    pub hooks: Hooks,
+}
+
+/// `[handlers.NAME.hooks]`: hooks of the OCI runtime-spec, which run where the
+/// container is. For a guest their programs are files of the host, linked
+/// statically; those of `start_container` are always the container's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Hooks {
+    /// Before the container's namespaces are set up; deprecated by the spec.
+    pub prestart: Vec<Hook>,
+    /// The same, in the machine's namespaces.
+    pub create_runtime: Vec<Hook>,
+    /// The same, in the container's namespaces.
+    pub create_container: Vec<Hook>,
+    /// Before the container's program, inside the container.
+    pub start_container: Vec<Hook>,
+    /// After it has started.
+    pub poststart: Vec<Hook>,
+    /// After the container has been deleted.
+    pub poststop: Vec<Hook>,
+}
+
+impl Hooks {
+    /// Every one of them.
+    fn all(&self) -> impl Iterator<Item = &Hook> {
+        let lists = [
+            &self.prestart,
+            &self.create_runtime,
+            &self.create_container,
+            &self.start_container,
+            &self.poststart,
+            &self.poststop,
+        ];
+        lists.into_iter().flatten()
+    }
+}
+
+/// One hook.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hook {
+    /// The program.
+    pub path: PathBuf,
+    /// Its arguments, its own name first.
+    #[serde(default)]
+    pub args: Vec<String>,
+    /// Its variables, `NAME=value`.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Most seconds that it may take.
+    #[serde(default)]
+    pub timeout_seconds: Option<u32>,
 }
 
 impl Default for Config {
@@ -208,6 +262,7 @@ impl Default for Handler {
             agent_timeout_seconds: 60,
             kernel_cmdline: String::new(),
             template: true,
+            hooks: Hooks::default(),
         }
     }
 }
@@ -299,6 +354,9 @@ impl Config {
             if !(1..=12).contains(&handler.image_slots) {
                 return Err(format!("handlers.{name}.image_slots must be 1 to 12"));
             }
+            if let Some(path) = handler.hooks.all().map(|hook| &hook.path).find(|path| !path.is_absolute()) {
+                return Err(format!("handlers.{name}.hooks: path `{}` is not absolute", path.display()));
+            }
             if handler.disk_mib < 16 {
                 return Err(format!("handlers.{name}.disk_mib must be 16 or more"));
             }
@@ -367,6 +425,8 @@ mod tests {
             ("[handlers.kata-runtime]\nmemory_mib = 1", "memory_mib"),
             ("default_handler = 'none'", "none"),
             ("[streaming]\naddress = '0.0.0.0:1'", "streaming.address"),
+            ("[[handlers.kata-runtime.hooks.poststop]]\npath = 'relative'", "relative"),
+            ("[[handlers.kata-runtime.hooks.sometime]]\npath = '/x'", "sometime"),
         ] {
             let message = load(text).unwrap_err().to_string();
             assert!(message.contains(name), "{message}");

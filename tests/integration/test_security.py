@@ -175,6 +175,15 @@ class Security(PodTest):
         self.assertEqual(self.does(container, "sh", "-c", "cat /proc/$(pidof sleep)/oom_score_adj"), "500")
         group = pathlib.Path(self.node.crictl_json("inspectp", pod)["info"]["cgroup"])
         self.assertEqual((group / "cpuset.cpus").read_text().strip(), "0")
+        self.node.crictl("rm", "-f", container)
+        all_cpus = (group.parent / "cpuset.cpus.effective").read_text()
+        self.assertEqual((group / "cpuset.cpus.effective").read_text(), all_cpus)
+        for resources, word in (
+            ({"oom_score_adj": 2000}, "oom_score_adj"),
+            ({"hugepage_limits": [{"page_size": "64KB", "limit": 1}]}, "64KB"),
+            ({"cpuset_cpus": "5000"}, "cpuset.cpus"),
+        ):
+            self.assertIn(word, self.refused(pod, sandbox, linux={"resources": resources}))
 
     def test_what_the_guest_does_not_have_is_refused_by_name(self):
         pod, sandbox = self.pod()

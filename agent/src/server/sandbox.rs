@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use husk_proto::agent::{
-    CreateSandboxRequest, CreateSandboxResponse, RemoveContainerRequest, ShutdownResponse, UserNamespace,
+    CreateSandboxRequest, CreateSandboxResponse, GuestFile, RemoveContainerRequest, ShutdownResponse,
+    UserNamespace,
 };
 use husk_proto::agent::{Dns, paths};
 use nix::mount::MsFlags;
@@ -46,6 +49,9 @@ pub async fn create(
         if request.dns.is_none() {
             resolv_conf = fs::read_to_string("/etc/resolv.conf").unwrap_or(resolv_conf);
         }
+    }
+    for hook in &request.hooks {
+        id::check("hooks.name", &hook.name)?;
     }
     if let Some(wanted) = &request.user_namespace {
         userns::check(wanted).invalid("user_namespace")?;
@@ -118,7 +124,8 @@ async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result
     netlink::configure(&request.interfaces, &request.routes).await.map_err(|error| match error {
         netlink::Error::Invalid(what) => Error::Invalid(format!("network: {what}")),
         other => Error::Failed { stage: "network", cause: other.to_string() },
-    })
+    })?;
+    write_hooks(&request.hooks).stage("write hooks")
 }
 
 /// Refuses what needs a pod while the machine is none.
@@ -127,6 +134,20 @@ pub fn check_created(agent: &Agent) -> Result<(), Error> {
         Some(()) => Ok(()),
         None => Err(Error::Precondition("the sandbox was not created".into())),
     }
+}
+
+/// Puts the programs of hooks where the containers' configurations name them.
+fn write_hooks(hooks: &[GuestFile]) -> io::Result<()> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
+    fs::create_dir_all(paths::HOOKS)?;
+    for hook in hooks {
+        let path = Path::new(paths::HOOKS).join(&hook.name);
+        fs::write(&path, &hook.content)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
 }
 
 /// Gives the pod a user namespace, and lets its users do what they could with

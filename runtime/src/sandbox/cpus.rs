@@ -37,11 +37,14 @@ pub fn pin(sandbox: &Sandbox) -> Result<(), Error> {
                     .into(),
             ));
         };
-        let path = cgroup.join(file);
-        if let Err(cause) = vm::set_list(&path, &list)
+        if let Err(cause) = vm::set_list(cgroup, file, &list)
             && !list.is_empty()
         {
-            return Err(Error::File { stage: "pin the pod to CPUs of the host", path, cause });
+            return Err(Error::File {
+                stage: "pin the pod to CPUs of the host",
+                path: cgroup.join(file),
+                cause,
+            });
         }
     }
     Ok(())

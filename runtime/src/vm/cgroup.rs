@@ -106,16 +106,24 @@ fn keyed(text: &str, key: &str) -> u64 {
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Writes a list of CPUs or memory nodes, if it is another than the one there;
-/// an empty one stands for all that the parent has.
+/// Has the group at `path` use the CPUs or memory nodes that `list` names;
+/// `file` is `cpuset.cpus` or `cpuset.mems`. An empty list stands for all that
+/// the parent has.
 ///
 /// # Errors
 /// The kernel's.
-pub fn set_list(file: &Path, list: &str) -> io::Result<()> {
-    if std::fs::read_to_string(file)?.trim() == list {
+pub fn set_list(path: &Path, file: &str, list: &str) -> io::Result<()> {
+    let own = path.join(file);
+    if std::fs::read_to_string(&own)?.trim() == list {
         return Ok(());
     }
-    std::fs::write(file, format!("{list}\n"))
+    if list.is_empty() {
+        // A list that was set cannot be emptied again while the group has
+        // processes (Linux, `kernel/cgroup/cpuset.c`, `validate_change`).
+        let parents = path.parent().unwrap_or(path).join(format!("{file}.effective"));
+        return std::fs::write(own, std::fs::read(parents)?);
+    }
+    std::fs::write(own, format!("{list}\n"))
 }
 
 /// Removes the groups below first; their files are no obstacle.

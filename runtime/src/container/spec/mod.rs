@@ -16,11 +16,13 @@ use oci_spec::runtime::{
     SpecBuilder,
 };
 
+use crate::config::Hooks;
 use crate::id::ContainerId;
 use crate::storage::volumes::Volume;
 
 mod devices;
 mod host;
+pub mod hooks;
 mod mounts;
 mod process;
 mod resources;
@@ -59,6 +61,8 @@ pub struct Input<'a> {
     pub image: &'a ImageConfig,
     /// The host's files that it shall have.
     pub volumes: &'a [Volume],
+    /// What its handler's configuration adds.
+    pub hooks: &'a Hooks,
     /// Process id in the guest of the container whose pid namespace is to be
     /// shared, when the client names one.
     pub target_pid: Option<u32>,
@@ -85,6 +89,7 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
         .annotations(annotations(input))
         .linux(linux(input, &security, mapped)?);
     let mut spec = spec.build()?;
+    spec.set_hooks(hooks::of_container(input.hooks, input.host.is_some())?);
     // The machine has the pod's host name already, and the builder a default.
     spec.set_hostname(None);
     if let Some(pod) = input.host {

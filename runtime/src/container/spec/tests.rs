@@ -24,6 +24,7 @@ fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
         config,
         sandbox: &sandbox,
         image: &image,
+        hooks: &Hooks::default(),
         volumes: &[],
         target_pid: None,
         host: None,
@@ -102,6 +103,7 @@ fn a_user_comes_from_the_client_or_else_the_image() {
             config: &config,
             sandbox: &sandbox,
             image: &image,
+            hooks: &Hooks::default(),
             volumes: &[],
             target_pid: None,
             host: None,
@@ -166,5 +168,72 @@ proptest! {
         let security = cri::LinuxContainerSecurityContext { namespace_options: Some(options), ..Default::default() };
         let linux = cri::LinuxContainerConfig { resources: Some(resources), security_context: Some(security) };
         let _ = built(&cri::ContainerConfig { linux: Some(linux), ..Default::default() });
+    }
+
+    /// Whatever a client writes into a security context, the answer is an
+    /// error or a configuration that keeps what must hold for every container.
+    #[test]
+    fn any_security_context_stays_in_the_machine(
+        privileged in any::<bool>(), modes in prop::array::uniform3(-1..5i32), userns in prop::option::of((-1..5i32, 0..3usize)),
+        names in prop::collection::vec("(CAP_)?[a-zA-Z_]{0,12}|ALL|SYS_ADMIN", 0..4), name in "\\PC{0,12}",
+        uid in prop::option::of(any::<i64>()), gid in prop::option::of(any::<i64>()),
+        paths in prop::collection::vec("\\PC{0,12}", 0..3), unified in "\\PC{0,12}",
+        profile in prop::option::of((-1..4i32, "[a-z/.]{0,10}")), value in prop::collection::vec(any::<u8>(), 0..8),
+    ) {
+        let ids = |count| vec![cri::IdMapping { host_id: 1000, container_id: 0, length: 65536 }; count];
+        let options = cri::NamespaceOption {
+            network: modes[0],
+            pid: modes[1],
+            ipc: modes[2],
+            userns_options: userns.map(|(mode, count)| cri::UserNamespace { mode, uids: ids(count), gids: ids(count) }),
+            ..Default::default()
+        };
+        let security = cri::LinuxContainerSecurityContext {
+            privileged,
+            namespace_options: Some(options.clone()),
+            capabilities: Some(cri::Capability {
+                add_capabilities: names.clone(),
+                drop_capabilities: names.clone(),
+                add_ambient_capabilities: names,
+            }),
+            run_as_user: uid.map(|value| cri::Int64Value { value }),
+            run_as_group: gid.map(|value| cri::Int64Value { value }),
+            run_as_username: name,
+            masked_paths: paths.clone(),
+            readonly_paths: paths,
+            seccomp: profile
+                .map(|(profile_type, localhost_ref)| cri::SecurityProfile { profile_type, localhost_ref }),
+            ..Default::default()
+        };
+        let resources = cri::LinuxContainerResources { unified: [(unified.clone(), unified)].into(), ..Default::default() };
+        let linux = cri::LinuxContainerConfig { resources: Some(resources), security_context: Some(security.clone()) };
+        let envs = vec![cri::KeyValue { key: "K".into(), value }];
+        let config = cri::ContainerConfig { linux: Some(linux), envs, ..Default::default() };
+        let sandbox_security =
+            cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() };
+        let sandbox = cri::PodSandboxConfig {
+            linux: Some(cri::LinuxPodSandboxConfig { security_context: Some(sandbox_security), ..Default::default() }),
+            ..Default::default()
+        };
+        let (id, image) = (ContainerId::from("c"), image());
+        let input = Input {
+            id: &id, config: &config, sandbox: &sandbox, image: &image, hooks: &Hooks::default(), volumes: &[], target_pid: Some(7), host: None,
+        };
+        let _ = user(&input);
+        let Ok(spec) = build(&input) else { return Ok(()) };
+        prop_assert!(!modes.contains(&(NamespaceMode::Node as i32)));
+        let linux = spec.linux().as_ref().unwrap();
+        for namespace in linux.namespaces().as_ref().unwrap() {
+            let path = namespace.path().clone().unwrap_or_default();
+            prop_assert!(
+                path.as_os_str().is_empty() || path.starts_with("/run/husk/sandbox") || path.starts_with("/proc/7/ns"),
+                "{path:?}"
+            );
+        }
+        if !privileged {
+            prop_assert!(!linux.masked_paths().as_ref().unwrap().is_empty());
+            let devices = linux.resources().as_ref().unwrap().devices().clone().unwrap();
+            prop_assert!(devices.iter().all(|rule| !rule.allow() || rule.major().is_some()), "{devices:?}");
+        }
     }
 }

@@ -46,7 +46,10 @@ pub(super) async fn create_container(
     let in_use = sandbox.volumes();
     let prepared = volumes::prepare(mounts, &in_use)?;
     let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
+    let hooks = node.config.handler(&sandbox.record().handler).map(|(_, handler)| handler.hooks.clone());
+    let hooks = hooks.unwrap_or_default();
     let input = spec::Input {
+        hooks: &hooks,
         id: &id,
         config: &config,
         sandbox: &pod,

@@ -148,6 +148,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         entropy: seed(),
         shm_size: 0,
         user_namespace: spec::user_namespace(config)?,
+        hooks: spec::hooks::programs(&handler.hooks)?,
     };
     let machine = launched.machine;
     machine.agent.call("configure sandbox", async |mut agent| agent.create_sandbox(request).await).await?;
