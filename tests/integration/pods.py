@@ -15,12 +15,14 @@ class PodTest(unittest.TestCase):
     """Tests on a node of their own, which is empty again after each of them."""
 
     settings = ""
+    handler_settings = ""
     handler = "kata-runtime"
 
     @classmethod
     def setUpClass(cls):
         cls.node = Node("test")
         cls.node.extra_configuration = cls.settings
+        cls.node.handler_settings = cls.handler_settings
         cls.addClassCleanup(cls.node.stop)
         cls.node.start()
         cls.node.crictl("pull", cls.node.image("busybox"))

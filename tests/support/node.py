@@ -63,6 +63,7 @@ class Node:
         self.crictl_program = shutil.which("crictl")
         # Added to the daemon's configuration file, TOML.
         self.extra_configuration = ""
+        self.handler_settings = ""
         self.processes = []
         self.daemon = None
 
@@ -155,6 +156,7 @@ class Node:
             f"[network]\nconf_dir = '{self.cni}'\nbin_dirs = ['{self.plugins}']\n"
             # Software emulation is 15 to 30 times slower than hardware.
             "[handlers.kata-runtime]\nboot_timeout_seconds = 180\nagent_timeout_seconds = 180\n"
+            f"{self.handler_settings}\n"
             "[handlers.runc]\nagent_timeout_seconds = 180\n"
             f"{self.extra_configuration}\n"
         )

@@ -354,7 +354,8 @@ mod tests {
             fs::write(folder.join(name), name).unwrap();
         }
         let place = |name| folder.join(name);
-        Handler { vmm: place("vmm"), kernel: place("kernel"), rootfs: place("rootfs"), ..Handler::default() }
+        let (vmm, kernel, rootfs) = (place("vmm"), place("kernel"), place("rootfs"));
+        Handler { vmm, kernel, rootfs, template: true, ..Handler::default() }
     }
 
     fn templates(folder: &Path) -> Templates {

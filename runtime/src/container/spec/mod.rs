@@ -21,8 +21,8 @@ use crate::id::ContainerId;
 use crate::storage::volumes::Volume;
 
 mod devices;
-mod host;
 pub mod hooks;
+mod host;
 mod mounts;
 mod process;
 mod resources;

@@ -26,6 +26,7 @@ fn built(config: cri::ContainerConfig, sandbox: &cri::PodSandboxConfig) -> Resul
         config: &config,
         sandbox,
         image: &image,
+        hooks: &crate::config::Hooks::default(),
         volumes: &[],
         target_pid: None,
         host: Some(&pod),

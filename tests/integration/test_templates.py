@@ -1,0 +1,64 @@
+"""Machines that are clones: what each has for itself, and what a template that is gone or damaged costs."""
+
+from pods import PodTest, processes, time, wait_until
+
+
+class Templates(PodTest):
+    handler_settings = "template = true"
+
+    def pods_said(self):
+        """Whether each pod was a clone, in the order of their starts."""
+        return ["cloned=true" in line for line in self.node.log_tail("huskd", 10_000) if "pod ready" in line]
+
+    def states(self):
+        return [path for path in (self.node.state / "templates").glob("*/state") if path.parent.suffix != ".new"]
+
+    def test_clones_have_a_clock_and_random_numbers_of_their_own(self):
+        seen = []
+        for _ in range(2):
+            pod, container = self.running()
+            run = lambda *words, of=container: self.node.crictl("exec", "-s", of, *words)  # noqa: E731
+            before = time.time()
+            now = int(run("date", "+%s"))
+            self.assertTrue(before - 3 <= now <= time.time() + 3, f"{now} at {before}")
+            # What the kernel made since, and the first numbers of its generator.
+            seen += [run("cat", "/proc/sys/kernel/random/boot_id"), run("sh", "-c", "head -c 16 /dev/urandom | md5sum")]
+        self.assertEqual(len(set(seen)), 4, seen)
+        self.assertEqual(self.pods_said()[-2:], [True, True])
+
+    def test_another_size_has_another_template(self):
+        self.pod()
+        before = len(self.states())
+        resources = {"memory_limit_in_bytes": 64 << 20}
+        pod, _ = self.pod(linux={"resources": resources})
+        self.assertEqual(len(self.states()), before + 1)
+        self.assertEqual(self.pods_said()[-2:], [True, True])
+
+    def test_a_damaged_template_costs_no_pod(self):
+        self.pod()
+        for state in self.states():
+            state.write_bytes(b"HUSKSNAP, and then nonsense")
+        self.running()
+        self.assertEqual(self.pods_said()[-2:], [True, False])
+        self.assertIn("clone a machine; booting one instead", "\n".join(self.node.log_tail("huskd", 50)))
+        # It is made anew.
+        self.pod()
+        self.assertTrue(self.pods_said()[-1])
+
+    def test_a_daemon_that_dies_while_it_makes_one_leaves_nothing(self):
+        self.pod()
+        for pod in self.node.crictl("pods", "-q").split():
+            self.node.crictl("rmp", "-f", pod)
+        self.kill_daemon()
+        for state in self.states():
+            state.unlink()
+        self.node.start_daemon()
+        wait_until(lambda: processes("husk-vmm"), 60, "wait for the machine of a template")
+        self.kill_daemon()
+        self.assertTrue(processes("husk-vmm"), "it ended with its daemon: this test shows nothing")
+        self.node.start_daemon()
+        wait_until(self.states, 120, "wait for the template")
+        wait_until(lambda: not processes("husk-vmm"), 20, "wait for the end of the template's machine")
+        self.assertEqual(list((self.node.root / "run/templates").iterdir()), [])
+        self.pod()
+        self.assertTrue(self.pods_said()[-1])
