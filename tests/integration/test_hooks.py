@@ -3,13 +3,13 @@
 from pods import PodTest
 
 # The state that runc sends names the bundle.
-SCRIPT = 'read state; bundle=${state#*\\"bundle\\":\\"}; bundle=${bundle%%\\"*}; echo \\"$WORD\\" > $bundle/rootfs/hooked'
+SCRIPT = """read state; bundle=${state#*'"bundle":"'}; bundle=${bundle%%'"'*}; echo "$WORD" > $bundle/rootfs/hooked"""
 
 
 class Hooks(PodTest):
-    settings = (
+    handler_settings = (
         "[[handlers.kata-runtime.hooks.create_runtime]]\n"
-        f"path = '/usr/bin/busybox'\nargs = ['sh', '-c', \"{SCRIPT}\"]\nenv = ['WORD=before the start']\n"
+        f"path = '/usr/bin/busybox'\nargs = ['sh', '-c', '''{SCRIPT}''']\nenv = ['WORD=before the start']\n"
         "[[handlers.kata-runtime.hooks.start_container]]\n"
         "path = '/usr/bin/busybox'\nargs = ['sh', '-c', 'read state; echo inside > /inside']\n"
     )
