@@ -251,6 +251,8 @@ async fn make(shape: &Shape, place: &Place, scratch: &Scratch) -> Result<(), Fai
         tracing::warn!(template = shape.name, %error, "end the machine of a template");
     }
     let made = made.and_then(|()| {
+        // What is there was not whole, or it would have been opened.
+        remove(&place.folder);
         fs::rename(&work, &place.folder).map_err(|cause| Failure::Save(file("publish", &place.folder, cause)))
     });
     if made.is_err() {
