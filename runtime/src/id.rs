@@ -9,7 +9,13 @@ fn random() -> String {
     let mut bytes = [0u8; 32];
     // A signal can come between.
     while crate::random::fill(&mut bytes).is_err() {}
-    bytes.iter().fold(String::with_capacity(64), |mut text, byte| {
+    hex(&bytes)
+}
+
+/// Bytes in hexadecimal.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
     })

@@ -1,6 +1,5 @@
 //! Builds a machine from a request to boot, stage by stage.
 
-use std::error::Error;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
@@ -16,6 +15,7 @@ use crate::exit::ExitSignal;
 use crate::hypervisor::Hypervisor;
 use crate::machine::{Machine, Subscriber};
 use crate::snapshot::machine::MachineState;
+use crate::stage::{StageError, at};
 use crate::vcpu::{Surroundings, Vcpu};
 use crate::{kernel, memory, snapshot};
 
@@ -36,22 +36,6 @@ const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 swi
 
 /// The stage of everything that is about a template.
 const TEMPLATE: &str = "restore the template";
-
-/// A machine could not be built.
-#[derive(Debug, thiserror::Error)]
-#[error("{stage}: {cause}")]
-pub struct BuildError {
-    /// What was being done, "load the kernel".
-    pub stage: &'static str,
-    /// What went wrong.
-    #[source]
-    pub cause: Box<dyn Error + Send + Sync>,
-}
-
-/// Names the stage in which an error arose.
-fn at<E: Into<Box<dyn Error + Send + Sync>>>(stage: &'static str) -> impl Fn(E) -> BuildError {
-    move |cause| BuildError { stage, cause: cause.into() }
-}
 
 /// The descriptors that came with a request; each may be named once.
 pub struct Descriptors(Vec<Option<OwnedFd>>);
@@ -78,14 +62,14 @@ impl Descriptors {
 /// to watch.
 ///
 /// # Errors
-/// [`BuildError`]; nothing runs then.
+/// [`StageError`]; nothing runs then.
 pub fn build(
     hypervisor: Hypervisor,
     config: &VmConfig,
     mut fds: Descriptors,
     exit: &Arc<ExitSignal>,
     console: &Console,
-) -> Result<(Machine, Vec<Subscriber>), BuildError> {
+) -> Result<(Machine, Vec<Subscriber>), StageError> {
     check(config, &hypervisor)?;
 
     const MEMORY: &str = "allocate guest memory";
@@ -126,9 +110,9 @@ pub fn build(
     devices.add_nets(config, &mut fds)?;
     devices.add_vsock(config, &mut fds)?;
     devices.add_rng()?;
-    let balloon = devices.add_balloon(config)?;
-    let fs = devices.add_fs(config)?;
-    let Devices { pio, mmio, disks, devices, transports, subscribers, parameters, .. } = devices;
+    devices.add_balloon(config)?;
+    devices.add_fs(config)?;
+    let Devices { pio, mmio, devices, transports, subscribers, parameters, .. } = devices;
 
     let cmdline = format!("{CMDLINE}{parameters} {}", config.cmdline).trim_end().to_owned();
     if let Some(entry) = entry {
@@ -152,24 +136,12 @@ pub fn build(
         .map(|(fd, index)| Vcpu::start(index, fd, Arc::clone(&surroundings)))
         .collect::<Result<_, _>>()
         .map_err(at("start vCPUs"))?;
-    let machine = Machine {
-        hypervisor,
-        memory,
-        ram,
-        disks,
-        balloon,
-        fs,
-        serial,
-        cmdline,
-        devices,
-        transports,
-        vcpus,
-        surroundings,
-    };
+    let machine =
+        Machine { hypervisor, memory, ram, serial, cmdline, devices, transports, vcpus, surroundings };
     Ok((machine, subscribers))
 }
 
-fn check(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), BuildError> {
+fn check(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), StageError> {
     let invalid = |cause: String| Err(at("check the configuration")(cause));
     let most = usize::from(MAX_VCPUS).min(hypervisor.max_vcpus());
     if config.vcpus == 0 || usize::from(config.vcpus) > most {
@@ -187,7 +159,7 @@ fn read_template(
     config: &VmConfig,
     template: TemplateConfig,
     fds: &mut Descriptors,
-) -> Result<(MachineState, File), BuildError> {
+) -> Result<(MachineState, File), StageError> {
     let state = File::from(fds.take(template.state).map_err(at(TEMPLATE))?);
     let memory = File::from(fds.take(template.memory).map_err(at(TEMPLATE))?);
     let state: MachineState = snapshot::format::read(&state).map_err(at(TEMPLATE))?;
@@ -195,7 +167,7 @@ fn read_template(
     Ok((state, memory))
 }
 
-fn create_vcpus(hypervisor: &Hypervisor, count: u8) -> Result<Vec<VcpuFd>, BuildError> {
+fn create_vcpus(hypervisor: &Hypervisor, count: u8) -> Result<Vec<VcpuFd>, StageError> {
     (0..count).map(|index| hypervisor.create_vcpu(index).map_err(at("create vCPUs"))).collect()
 }
 
@@ -205,7 +177,7 @@ fn set_up_vcpus(
     memory: &GuestMemoryMmap,
     vcpus: &[VcpuFd],
     entry: u64,
-) -> Result<(), BuildError> {
+) -> Result<(), StageError> {
     const STAGE: &str = "set up vCPUs";
     let count = vcpus.len() as u8;
     let template = cpuid::Template::new(hypervisor.kvm(), count).map_err(at(STAGE))?;

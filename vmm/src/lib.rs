@@ -18,6 +18,7 @@ pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod snapshot;
+pub mod stage;
 pub mod vcpu;
 pub mod vmm;
 

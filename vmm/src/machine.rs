@@ -1,6 +1,5 @@
 //! A running machine, and what can be asked of it.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -54,12 +53,6 @@ pub struct Machine {
     pub memory: GuestMemoryMmap,
     /// The ranges of it that are the guest's RAM.
     pub ram: Vec<Range>,
-    /// Block devices by serial number.
-    pub disks: HashMap<String, Arc<Mutex<Block>>>,
-    /// The balloon, if there is one.
-    pub balloon: Option<Arc<Mutex<Balloon>>>,
-    /// The file system device, if there is one.
-    pub fs: Option<Arc<Mutex<Fs>>>,
     /// The serial port.
     pub serial: Arc<Mutex<SerialPort>>,
     /// What the kernel was told.
@@ -93,7 +86,11 @@ impl Machine {
     }
 
     fn slot(&self, serial: &str) -> Result<&Mutex<Block>, MachineError> {
-        self.disks.get(serial).map(|block| &**block).ok_or_else(|| MachineError::NoSlot(serial.to_owned()))
+        self.find(|device| match device {
+            Device::Block(block) if lock(block).serial() == serial => Some(&**block),
+            _ => None,
+        })
+        .ok_or_else(|| MachineError::NoSlot(serial.to_owned()))
     }
 
     /// Asks the guest for memory.
@@ -101,8 +98,7 @@ impl Machine {
     /// # Errors
     /// [`MachineError::NoBalloon`].
     pub fn set_balloon(&self, size_mib: u32) -> Result<(), MachineError> {
-        let balloon = self.balloon.as_ref().ok_or(MachineError::NoBalloon)?;
-        lock(balloon).set_size_mib(size_mib);
+        lock(self.balloon().ok_or(MachineError::NoBalloon)?).set_size_mib(size_mib);
         Ok(())
     }
 
@@ -111,7 +107,7 @@ impl Machine {
     /// # Errors
     /// [`MachineError`].
     pub fn attach_fs(&self, server: OwnedFd) -> Result<(), MachineError> {
-        let device = self.fs.as_ref().ok_or(MachineError::NoFs)?;
+        let device = self.fs().ok_or(MachineError::NoFs)?;
         lock(device).attach(server)?;
         fs::start(device).map_err(fs::FsError::from)?;
         Ok(())
@@ -120,13 +116,13 @@ impl Machine {
     /// How the file system device is.
     #[must_use]
     pub fn fs_state(&self) -> FsState {
-        self.fs.as_ref().map_or(FsState::None, |device| lock(device).state())
+        self.fs().map_or(FsState::None, |device| lock(device).state())
     }
 
     /// What the balloon holds, MiB.
     #[must_use]
     pub fn balloon_mib(&self) -> u32 {
-        self.balloon.as_ref().map_or(0, |balloon| lock(balloon).actual_mib())
+        self.balloon().map_or(0, |balloon| lock(balloon).actual_mib())
     }
 
     /// What processors and devices are at.
@@ -141,11 +137,21 @@ impl Machine {
     /// Open connections of its vsock device.
     #[must_use]
     pub fn connections(&self) -> usize {
-        let vsocks = self.devices.iter().filter_map(|device| match device {
-            Device::Vsock(vsock) => Some(lock(vsock).connections()),
-            _ => None,
-        });
-        vsocks.sum()
+        let vsock = self.find(|device| if let Device::Vsock(vsock) = device { Some(vsock) } else { None });
+        vsock.map_or(0, |vsock| lock(vsock).connections())
+    }
+
+    fn balloon(&self) -> Option<&Mutex<Balloon>> {
+        self.find(|device| if let Device::Balloon(balloon) = device { Some(&**balloon) } else { None })
+    }
+
+    fn fs(&self) -> Option<&Arc<Mutex<Fs>>> {
+        self.find(|device| if let Device::Fs(fs) = device { Some(fs) } else { None })
+    }
+
+    /// The first device that `pick` takes; a machine has few.
+    fn find<'a, T>(&'a self, pick: impl FnMut(&'a Device) -> Option<T>) -> Option<T> {
+        self.devices.iter().find_map(pick)
     }
 
     /// When the guest was entered for the first time.

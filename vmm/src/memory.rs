@@ -16,6 +16,8 @@ pub const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
 /// Pages per `mincore` call.
 const CHUNK: usize = 4096;
+/// Bytes that are looked at in one go when memory is written to a file.
+const WRITTEN_AT_ONCE: usize = 1 << 20;
 /// Linux adds persistent memory in pieces of this size.
 const PERSISTENT_ALIGNMENT: u64 = 2 * MIB;
 
@@ -157,7 +159,7 @@ pub fn map_saved(memory: &GuestMemoryMmap, ram: &[Range], file: &File) -> io::Re
 pub fn write(memory: &GuestMemoryMmap, ram: &[Range], file: &File) -> io::Result<()> {
     const ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
     file.set_len(ram.iter().map(|range| range.size).sum())?;
-    let mut chunk = vec![0; CHUNK * PAGE as usize / 16];
+    let mut chunk = vec![0; WRITTEN_AT_ONCE];
     let mut at = 0;
     for range in ram {
         let mut done = 0;
@@ -166,12 +168,14 @@ pub fn write(memory: &GuestMemoryMmap, ram: &[Range], file: &File) -> io::Result
             let part = chunk.get_mut(..length).unwrap_or_default();
             memory.read_slice(part, GuestAddress(range.start.0 + done)).map_err(io::Error::other)?;
             let pages: Vec<_> = part.chunks(ZEROES.len()).collect();
+            let mut rest = &*part;
             for run in pages.chunk_by(|one, other| (**one == ZEROES) == (**other == ZEROES)) {
-                let bytes = run.concat();
+                let (bytes, others) = rest.split_at(run.iter().map(|page| page.len()).sum());
                 if run.first().is_some_and(|page| **page != ZEROES) {
-                    file.write_all_at(&bytes, at)?;
+                    file.write_all_at(bytes, at)?;
                 }
                 at += bytes.len() as u64;
+                rest = others;
             }
             done += length as u64;
         }

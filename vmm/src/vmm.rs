@@ -16,22 +16,11 @@ use crate::exit::{self, ExitSignal};
 use crate::hypervisor::{Hypervisor, HypervisorError};
 use crate::lock;
 use crate::machine::{Machine, Subscriber};
+use crate::stage::{StageError, at};
 use crate::{snapshot, vcpu};
 
 /// How long a process without a machine waits for somebody to ask for one.
 const BOOT_WAIT: Duration = Duration::from_secs(60);
-
-/// The process could not be set up.
-#[derive(Debug, thiserror::Error)]
-#[error("{what}: {cause}")]
-pub struct SetupError {
-    what: &'static str,
-    cause: Box<dyn std::error::Error + Send + Sync>,
-}
-
-fn setup<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl Fn(E) -> SetupError {
-    move |cause| SetupError { what, cause: cause.into() }
-}
 
 /// See the [module](self).
 pub struct Vmm {
@@ -53,16 +42,16 @@ impl Vmm {
     /// machine's end in `exit_file`. `started` is when the process began.
     ///
     /// # Errors
-    /// [`SetupError`].
-    pub fn new(control: OwnedFd, exit_file: File, started: Instant) -> Result<Self, SetupError> {
+    /// [`StageError`].
+    pub fn new(control: OwnedFd, exit_file: File, started: Instant) -> Result<Self, StageError> {
         let console = Console::default();
-        exit::end_on_panic(exit_file.try_clone().map_err(setup("keep the exit file"))?, console.clone());
-        vcpu::install_kick_handler().map_err(setup("handle signals"))?;
-        let exit = Arc::new(ExitSignal::new().map_err(setup("make an eventfd"))?);
-        let control = Arc::new(Mutex::new(ControlServer::new(control).map_err(setup("listen"))?));
-        let mut events = EventManager::new().map_err(setup("make an event loop"))?;
+        exit::end_on_panic(exit_file.try_clone().map_err(at("keep the exit file"))?, console.clone());
+        vcpu::install_kick_handler().map_err(at("handle signals"))?;
+        let exit = Arc::new(ExitSignal::new().map_err(at("make an eventfd"))?);
+        let control = Arc::new(Mutex::new(ControlServer::new(control).map_err(at("listen"))?));
+        let mut events = EventManager::new().map_err(at("make an event loop"))?;
         events.add_subscriber(Arc::clone(&control) as Subscriber);
-        let waker = exit.waker().map_err(setup("make an eventfd"))?;
+        let waker = exit.waker().map_err(at("make an eventfd"))?;
         events.add_subscriber(Arc::new(Mutex::new(waker)) as Subscriber);
         Ok(Self {
             started,
@@ -149,14 +138,7 @@ impl Vmm {
             Request::SetBalloon { size_mib } => self.with_machine("set the balloon", |machine| {
                 machine.set_balloon(size_mib).map_err(|error| error.to_string())
             }),
-            Request::Save { state, memory } => {
-                let saved = self.save(state, memory, fds);
-                self.exit.raise(
-                    if saved.is_ok() { ExitReason::Saved } else { ExitReason::VmmError },
-                    saved.as_ref().err().map_or(String::new(), |(stage, cause)| format!("{stage}: {cause}")),
-                );
-                saved
-            }
+            Request::Save { state, memory } => self.save(state, memory, fds),
             Request::Info => return Some(Response::Info(self.info())),
             Request::Console => return Some(Response::Console { text: self.console.text() }),
             Request::Inspect => {
@@ -213,8 +195,12 @@ impl Vmm {
         let memory = File::from(fds.take(memory).map_err(|error| (STAGE, error))?);
         let machine = self.machine.take().ok_or((STAGE, "no machine was booted yet".into()))?;
         let saved = snapshot::machine::save(machine, &memory)
-            .map_err(|error| (error.stage, error.cause.to_string()))?;
-        snapshot::format::write(&state, &saved).map_err(|error| (STAGE, error.to_string()))
+            .and_then(|saved| snapshot::format::write(&state, &saved).map_err(at(STAGE)));
+        match &saved {
+            Ok(()) => self.exit.raise(ExitReason::Saved, ""),
+            Err(error) => self.exit.raise(ExitReason::VmmError, error.to_string()),
+        }
+        saved.map_err(|error| (error.stage, error.cause.to_string()))
     }
 
     fn with_machine(

@@ -432,14 +432,5 @@ fn link_target(entry: &Entry) -> Result<&OsStr, Failure> {
     Ok(OsStr::from_bytes(target))
 }
 
-/// Bytes in hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 #[cfg(test)]
 mod tests;

@@ -14,9 +14,10 @@ use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest}
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
-use super::layer::{Failure, Packing, Unpacker, hex};
+use super::layer::{Failure, Packing, Unpacker};
 use super::store::{Record, file};
 use super::{Error, ImageStore, erofs, reference};
+use crate::id::hex;
 use crate::sandbox::lock;
 
 mod source;

@@ -30,7 +30,7 @@ use tokio::sync::Mutex;
 use super::launch::{self, Launched, MAIN_MAC, Nic, Plan};
 use super::{Control, Error, Keeper};
 use crate::config::Handler;
-use crate::id::SandboxId;
+use crate::id::{SandboxId, hex};
 use crate::network;
 use crate::storage::Scratch;
 
@@ -106,6 +106,9 @@ impl Templates {
     /// Makes the template of machines as a handler's pods have them that ask
     /// for nothing, so that the first pod need not wait.
     pub async fn prepare(&self, handler: &Handler) {
+        if !handler.template {
+            return;
+        }
         let shape = Shape::new(handler, handler.vcpus, handler.memory_mib);
         if let Err(error) = self.of(&shape).await {
             tracing::warn!(%error, "pods will fail until this is mended");
@@ -117,10 +120,12 @@ impl Templates {
     /// # Errors
     /// As [`launch::launch`].
     pub async fn launch(&self, plan: &Plan<'_>) -> Result<Launched, Error> {
-        let shape = Shape::new(plan.handler, plan.vcpus, plan.memory_mib);
         // One interface is what a template has.
-        let template = if plan.nics.len() == 1 { self.of(&shape).await? } else { None };
-        if let Some(template) = template {
+        if !plan.handler.template || plan.nics.len() != 1 {
+            return launch::launch(plan, None).await;
+        }
+        let shape = Shape::new(plan.handler, plan.vcpus, plan.memory_mib);
+        if let Some(template) = self.of(&shape).await? {
             match launch::launch(plan, Some(template)).await {
                 Ok(launched) => return Ok(launched),
                 Err(error) => {
@@ -136,9 +141,6 @@ impl Templates {
     /// The template of a shape, made if it is not there; `None` when there
     /// cannot be one.
     async fn of(&self, shape: &Shape) -> Result<Option<Template>, Error> {
-        if !shape.handler.template {
-            return Ok(None);
-        }
         if let Some(template) = self.open(shape) {
             return Ok(Some(template));
         }
@@ -223,7 +225,7 @@ impl Shape {
         }
         let Handler { disk_mib, image_slots, kernel_cmdline, .. } = handler;
         hash.update(format!("{vcpus} {memory_mib} {disk_mib} {image_slots} {kernel_cmdline}"));
-        let digest: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let digest = hex(&hash.finalize()[..8]);
         Self { name: format!("{}-{digest}", host_boot()), handler: handler.clone(), vcpus, memory_mib }
     }
 }
@@ -408,12 +410,5 @@ mod tests {
         templates.keep_few();
         assert_eq!(entries(&templates.dir).len(), MAX);
         assert!(!templates.dir.join("0").exists() && !templates.dir.join("1").exists());
-    }
-
-    #[tokio::test]
-    async fn a_handler_without_templates_has_none() {
-        let folder = tempfile::tempdir().unwrap();
-        let handler = Handler { template: false, ..handler(folder.path()) };
-        assert!(templates(folder.path()).of(&Shape::new(&handler, 1, 256)).await.unwrap().is_none());
     }
 }

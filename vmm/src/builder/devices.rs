@@ -1,7 +1,6 @@
 //! The devices of a machine: fresh ones for a machine that boots, or those of a
 //! machine that was saved.
 
-use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -11,7 +10,7 @@ use husk_vmm_api::VmConfig;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{BuildError, Descriptors, TEMPLATE, at};
+use super::{Descriptors, TEMPLATE};
 use crate::arch::x86_64::layout::{
     FIRST_VIRTIO_IRQ, I8042_PORT, MAX_VIRTIO_DEVICES, SERIAL_IRQ, SERIAL_PORT, VIRTIO_MMIO, VIRTIO_MMIO_SIZE,
 };
@@ -33,6 +32,7 @@ use crate::lock;
 use crate::machine::Subscriber;
 use crate::memory::Range;
 use crate::snapshot::machine::{Device, DeviceState, Own};
+use crate::stage::{StageError, at};
 
 /// The devices of a machine that is being built.
 pub(super) struct Devices<'a> {
@@ -43,7 +43,6 @@ pub(super) struct Devices<'a> {
     pool: IoPool,
     pub(super) pio: Bus,
     pub(super) mmio: Bus,
-    pub(super) disks: HashMap<String, Arc<Mutex<Block>>>,
     pub(super) devices: Vec<Device>,
     pub(super) transports: Vec<Arc<Mutex<MmioTransport>>>,
     pub(super) subscribers: Vec<Subscriber>,
@@ -64,7 +63,6 @@ impl<'a> Devices<'a> {
             pool: IoPool::new()?,
             pio: Bus::default(),
             mmio: Bus::default(),
-            disks: HashMap::new(),
             devices: Vec::new(),
             transports: Vec::new(),
             subscribers: Vec::new(),
@@ -78,7 +76,7 @@ impl<'a> Devices<'a> {
         exit: &Arc<ExitSignal>,
         console: &Console,
         saved: Option<SerialPortState>,
-    ) -> Result<Arc<Mutex<SerialPort>>, BuildError> {
+    ) -> Result<Arc<Mutex<SerialPort>>, StageError> {
         const STAGE: &str = "create the serial port";
         let line = eventfd().map_err(at(STAGE))?;
         self.hypervisor.connect_interrupt(&line, SERIAL_IRQ).map_err(at(STAGE))?;
@@ -93,21 +91,21 @@ impl<'a> Devices<'a> {
         Ok(serial)
     }
 
-    pub(super) fn add_root(&mut self, range: Range) -> Result<(), BuildError> {
+    pub(super) fn add_root(&mut self, range: Range) -> Result<(), StageError> {
         const STAGE: &str = "create the root device";
-        let fresh = || Pmem::new(range).map_err(at(STAGE));
         let (device, transport) = match self.next_saved()? {
-            None => (fresh()?, None),
-            Some(DeviceState { own: Own::Pmem(state), transport }) if state == fresh()?.save() => {
-                (Pmem::restore(&state).map_err(at(STAGE))?, Some(transport))
+            None => (Pmem::new(range).map_err(at(STAGE))?, None),
+            Some(DeviceState { own: Own::Pmem(state), transport })
+                if (state.start, state.size) == (range.start.0, range.size) =>
+            {
+                (Pmem::restore(&state).map_err(at(TEMPLATE))?, Some(transport))
             }
             Some(_) => return Err(another("the root file system")),
         };
-        self.add(device, Device::Pmem, transport)?;
-        Ok(())
+        self.add(device, Device::Pmem, transport)
     }
 
-    pub(super) fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), BuildError> {
+    pub(super) fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StageError> {
         const STAGE: &str = "create disks";
         for disk in &config.disks {
             let file = fds.take(disk.file).map_err(at(STAGE))?;
@@ -121,7 +119,7 @@ impl<'a> Devices<'a> {
     }
 
     /// The pool's threads serve it, not the event loop.
-    fn add_disk(&mut self, serial: &str, disk: Option<Disk>) -> Result<(), BuildError> {
+    fn add_disk(&mut self, serial: &str, disk: Option<Disk>) -> Result<(), StageError> {
         const STAGE: &str = "create disks";
         let pool = self.pool.clone();
         let read_only = disk.as_ref().is_some_and(Disk::read_only);
@@ -136,14 +134,15 @@ impl<'a> Devices<'a> {
         if lock(&block).serial() != serial || lock(&block).read_only() != read_only {
             return Err(another("a disk"));
         }
-        if self.disks.insert(serial.to_owned(), Arc::clone(&block)).is_some() {
+        let used = |device: &Device| matches!(device, Device::Block(other) if lock(other).serial() == serial);
+        if self.devices.iter().any(used) {
             return Err(at(STAGE)(format!("the serial number {serial:?} is used twice")));
         }
         self.devices.push(Device::Block(Arc::clone(&block)));
         self.add_transport(block, transport)
     }
 
-    pub(super) fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), BuildError> {
+    pub(super) fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StageError> {
         const STAGE: &str = "create network interfaces";
         for net in &config.nets {
             let tap = fds.take(net.tap).map_err(at(STAGE))?;
@@ -161,7 +160,7 @@ impl<'a> Devices<'a> {
         Ok(())
     }
 
-    pub(super) fn add_vsock(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), BuildError> {
+    pub(super) fn add_vsock(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StageError> {
         const STAGE: &str = "create the vsock device";
         let Some(vsock) = &config.vsock else { return Ok(()) };
         let listener = UnixListener::from(fds.take(vsock.listener).map_err(at(STAGE))?);
@@ -173,11 +172,10 @@ impl<'a> Devices<'a> {
             }
             Some(_) => return Err(another("a vsock device")),
         };
-        self.add(device, Device::Vsock, transport)?;
-        Ok(())
+        self.add(device, Device::Vsock, transport)
     }
 
-    pub(super) fn add_rng(&mut self) -> Result<(), BuildError> {
+    pub(super) fn add_rng(&mut self) -> Result<(), StageError> {
         let (device, transport) = match self.next_saved()? {
             None => (Rng::new().map_err(at("create the entropy device"))?, None),
             Some(DeviceState { own: Own::Rng(state), transport }) => {
@@ -185,16 +183,12 @@ impl<'a> Devices<'a> {
             }
             Some(_) => return Err(another("an entropy device")),
         };
-        self.add(device, Device::Rng, transport)?;
-        Ok(())
+        self.add(device, Device::Rng, transport)
     }
 
-    pub(super) fn add_balloon(
-        &mut self,
-        config: &VmConfig,
-    ) -> Result<Option<Arc<Mutex<Balloon>>>, BuildError> {
+    pub(super) fn add_balloon(&mut self, config: &VmConfig) -> Result<(), StageError> {
         if !config.balloon {
-            return Ok(None);
+            return Ok(());
         }
         let (device, transport) = match self.next_saved()? {
             None => (Balloon::new().map_err(at("create the balloon"))?, None),
@@ -203,12 +197,12 @@ impl<'a> Devices<'a> {
             }
             Some(_) => return Err(another("a balloon")),
         };
-        self.add(device, Device::Balloon, transport).map(Some)
+        self.add(device, Device::Balloon, transport)
     }
 
     /// It gets an event loop of its own together with its server.
-    pub(super) fn add_fs(&mut self, config: &VmConfig) -> Result<Option<Arc<Mutex<Fs>>>, BuildError> {
-        let Some(tag) = &config.fs else { return Ok(None) };
+    pub(super) fn add_fs(&mut self, config: &VmConfig) -> Result<(), StageError> {
+        let Some(tag) = &config.fs else { return Ok(()) };
         let (device, transport) = match self.next_saved()? {
             None => (Fs::new(tag).map_err(at("create the file system device"))?, None),
             Some(DeviceState { own: Own::Fs(state), transport }) if state.tag == *tag => {
@@ -218,12 +212,11 @@ impl<'a> Devices<'a> {
         };
         let fs = Arc::new(Mutex::new(device));
         self.devices.push(Device::Fs(Arc::clone(&fs)));
-        self.add_transport(Arc::clone(&fs) as Arc<Mutex<dyn VirtioDevice>>, transport)?;
-        Ok(Some(fs))
+        self.add_transport(fs, transport)
     }
 
     /// The next device of a machine that was saved; `None` for one that boots.
-    fn next_saved(&mut self) -> Result<Option<DeviceState>, BuildError> {
+    fn next_saved(&mut self) -> Result<Option<DeviceState>, StageError> {
         let Some(saved) = &mut self.saved else { return Ok(None) };
         saved.next().map(Some).ok_or_else(|| another("one device more"))
     }
@@ -234,19 +227,18 @@ impl<'a> Devices<'a> {
         device: D,
         kind: fn(Arc<Mutex<D>>) -> Device,
         transport: Option<TransportState>,
-    ) -> Result<Arc<Mutex<D>>, BuildError> {
+    ) -> Result<(), StageError> {
         let device = Arc::new(Mutex::new(device));
         self.subscribers.push(Arc::clone(&device) as Subscriber);
         self.devices.push(kind(Arc::clone(&device)));
-        self.add_transport(Arc::clone(&device) as Arc<Mutex<dyn VirtioDevice>>, transport)?;
-        Ok(device)
+        self.add_transport(device, transport)
     }
 
     fn add_transport(
         &mut self,
         device: Arc<Mutex<dyn VirtioDevice>>,
         saved: Option<TransportState>,
-    ) -> Result<(), BuildError> {
+    ) -> Result<(), StageError> {
         const STAGE: &str = "connect a virtio device";
         let index = self.transports.len();
         if index >= MAX_VIRTIO_DEVICES {
@@ -272,7 +264,7 @@ impl<'a> Devices<'a> {
 }
 
 /// The request has another device in this place than the template.
-fn another(what: &str) -> BuildError {
+fn another(what: &str) -> StageError {
     at(TEMPLATE)(format!("it was saved with another device in the place of {what}"))
 }
 

@@ -1,6 +1,5 @@
 //! A whole machine: saved in good order, for clones that go on from there.
 
-use std::error::Error;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ use crate::devices::virtio::vsock::{self, Vsock};
 use crate::lock;
 use crate::machine::Machine;
 use crate::memory;
+use crate::stage::{StageError, at};
 
 /// Version of [`MachineState`].
 const VERSION: u16 = 1;
@@ -90,29 +90,13 @@ impl Device {
     }
 }
 
-/// A machine could not be saved.
-#[derive(Debug, thiserror::Error)]
-#[error("{stage}: {cause}")]
-pub struct SaveError {
-    /// What was being done, "stop vCPUs".
-    pub stage: &'static str,
-    /// What went wrong.
-    #[source]
-    pub cause: Box<dyn Error + Send + Sync>,
-}
-
-/// Names the stage in which an error arose.
-fn at<E: Into<Box<dyn Error + Send + Sync>>>(stage: &'static str) -> impl Fn(E) -> SaveError {
-    move |cause| SaveError { stage, cause: cause.into() }
-}
-
 /// Saves the machine and ends it. To be called on the event loop's thread, so
 /// that no device but the disks is at work; when the processors have stopped and
 /// the disks have come to rest, nothing changes any more.
 ///
 /// # Errors
-/// [`SaveError`]; the machine cannot go on either.
-pub fn save(machine: Machine, file: &std::fs::File) -> Result<MachineState, SaveError> {
+/// [`StageError`]; the machine cannot go on either.
+pub fn save(machine: Machine, file: &std::fs::File) -> Result<MachineState, StageError> {
     const STOP: &str = "stop vCPUs";
     let Machine { hypervisor, memory, ram, cmdline, serial, devices, transports, vcpus, .. } = machine;
     let stopped: Option<Vec<_>> = vcpus.into_iter().map(crate::vcpu::Vcpu::stop).collect();

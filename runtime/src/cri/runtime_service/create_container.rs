@@ -8,7 +8,7 @@ use husk_proto::agent;
 use husk_proto::cri::{self, ContainerEventType, CreateContainerRequest, CreateContainerResponse};
 
 use super::remove_container;
-use crate::config::Kind;
+use crate::config::{Hooks, Kind};
 use crate::container::log::LogFile;
 use crate::container::{Container, Record, State, now, spec, supervise};
 use crate::cri::error::Error;
@@ -46,10 +46,10 @@ pub(super) async fn create_container(
     let in_use = sandbox.volumes();
     let prepared = volumes::prepare(mounts, &in_use)?;
     let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
-    let hooks = node.config.handler(&sandbox.record().handler).map(|(_, handler)| handler.hooks.clone());
-    let hooks = hooks.unwrap_or_default();
+    let no_hooks = Hooks::default();
+    let handler = node.config.handler(&sandbox.record().handler);
     let input = spec::Input {
-        hooks: &hooks,
+        hooks: handler.map_or(&no_hooks, |(_, handler)| &handler.hooks),
         id: &id,
         config: &config,
         sandbox: &pod,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest, Sha256};
 
-use super::hex;
+use crate::id::hex;
 
 /// What an archive's reader reads from.
 pub(super) struct Guarded<'a, R> {

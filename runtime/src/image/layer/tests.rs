@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use tar::{Builder, Header};
 
 use super::*;
+use crate::id::hex;
 
 /// A tar archive whose paths are whatever the test wants.
 struct Archive(Builder<Vec<u8>>);

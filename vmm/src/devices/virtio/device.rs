@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
-use virtio_queue::Queue;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::Interrupt;
+use super::watch::QueueWatch;
 
 /// What a device works with once its driver has set `DRIVER_OK`.
 pub struct Activation {
@@ -22,6 +24,28 @@ pub struct Activation {
     pub interrupt: Arc<Interrupt>,
     /// The features that the driver accepted.
     pub features: u64,
+}
+
+impl Activation {
+    /// What the devices on the event loop begin with: there are `queues`, they
+    /// use event indices when the driver does, and the loop watches them.
+    ///
+    /// # Errors
+    /// Names `device`.
+    pub fn begin(
+        &mut self,
+        device: &'static str,
+        queues: usize,
+        watch: &mut QueueWatch,
+    ) -> Result<(), ActivateError> {
+        if self.queues.len() != queues {
+            let cause = format!("there are {} queues instead of {queues}", self.queues.len());
+            return Err(ActivateError { device, cause });
+        }
+        let event_idx = self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        self.queues.iter_mut().for_each(|queue| queue.set_event_idx(event_idx));
+        watch.activate(&self.queue_events).map_err(|error| ActivateError { device, cause: error.to_string() })
+    }
 }
 
 /// A device could not start to work.

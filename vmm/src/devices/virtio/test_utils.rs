@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use proptest::prelude::*;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -186,6 +187,39 @@ impl DriverQueue {
     /// Notifies the device.
     pub fn kick(&self) {
         self.event.write(1).unwrap();
+    }
+}
+
+/// What no honest driver writes into a queue.
+#[derive(Clone, Debug)]
+pub struct StrangeRing {
+    /// Address, length, flags and next of descriptor 0, 1, ...
+    descriptors: Vec<(u64, u32, u16, u16)>,
+    heads: Vec<u16>,
+    index: Option<u16>,
+}
+
+/// Rings of any content. Heads are below `heads`, which is more than the queue has descriptors.
+pub fn strange_rings(heads: u16) -> impl Strategy<Value = StrangeRing> {
+    (
+        prop::collection::vec((any::<u64>(), any::<u32>(), 0..8_u16, 0..20_u16), 16),
+        prop::collection::vec(0..heads, 0..12),
+        prop_oneof![5 => Just(None), 1 => any::<u16>().prop_map(Some)],
+    )
+        .prop_map(|(descriptors, heads, index)| StrangeRing { descriptors, heads, index })
+}
+
+impl StrangeRing {
+    /// Writes it into `queue`, with buffers from `base` on, and notifies the device.
+    pub fn write(&self, queue: &mut DriverQueue, base: u64) {
+        for (number, &(address, len, flags, next)) in (0..).zip(&self.descriptors) {
+            queue.raw_descriptor(number, base + address % MEMORY_SIZE as u64, len, flags, next);
+        }
+        self.heads.iter().for_each(|&head| queue.publish(head));
+        if let Some(index) = self.index {
+            queue.set_available_index(index);
+        }
+        queue.kick();
     }
 }
 

@@ -175,15 +175,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let fail = |cause: String| ActivateError { device: "balloon", cause };
-        if activation.queues.len() != QUEUE_SIZES.len() {
-            return Err(fail(format!("there are {} queues instead of 3", activation.queues.len())));
-        }
-        let event_idx = activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        for queue in &mut activation.queues {
-            queue.set_event_idx(event_idx);
-        }
-        self.watch.activate(&activation.queue_events).map_err(|error| fail(error.to_string()))?;
+        activation.begin("balloon", QUEUE_SIZES.len(), &mut self.watch)?;
         self.activation = Some(activation);
         Ok(())
     }

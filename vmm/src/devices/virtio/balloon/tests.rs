@@ -12,7 +12,7 @@ use super::Balloon;
 use super::persist::{RestoreError, State};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::interrupt::{CONFIG_CHANGE, Interrupt};
-use crate::devices::virtio::test_utils::{DriverQueue, MEMORY_SIZE, Part, activation, memory};
+use crate::devices::virtio::test_utils::{DriverQueue, MEMORY_SIZE, Part, activation, memory, strange_rings};
 use crate::memory::{PAGE, Range, resident_bytes};
 
 const REQUEST: u64 = 0x10_0000;
@@ -204,25 +204,14 @@ fn a_saved_balloon_is_restored() {
 proptest! {
     #[test]
     fn no_ring_is_too_strange(
-        descriptors in prop::collection::vec((any::<u64>(), any::<u32>(), 0..8_u16, 0..20_u16), 16),
-        heads in prop::collection::vec(0..70_u16, 0..12),
-        index in prop_oneof![5 => Just(None), 1 => any::<u16>().prop_map(Some)],
+        ring in strange_rings(70),
         numbers in prop::collection::vec(any::<u32>(), 64),
     ) {
         let mut guest = Guest::new();
         let bytes: Vec<u8> = numbers.into_iter().flat_map(u32::to_le_bytes).collect();
         guest.memory.write_slice(&bytes, GuestAddress(DATA)).unwrap();
-        for (number, (address, len, flags, next)) in (0..).zip(descriptors) {
-            for queue in [&mut guest.inflate, &mut guest.deflate, &mut guest.report] {
-                queue.raw_descriptor(number, DATA + address % (64 << 20), len, flags, next);
-            }
-        }
         for queue in [&mut guest.inflate, &mut guest.deflate, &mut guest.report] {
-            heads.iter().for_each(|&head| queue.publish(head));
-            if let Some(index) = index {
-                queue.set_available_index(index);
-            }
-            queue.kick();
+            ring.write(queue, DATA);
         }
         guest.run();
     }

@@ -434,13 +434,7 @@ impl VirtioDevice for Fs {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let fail = |cause: String| ActivateError { device: "fs", cause };
-        if activation.queues.len() != QUEUE_SIZES.len() {
-            return Err(fail(format!("there are {} queues instead of 2", activation.queues.len())));
-        }
-        let event_idx = activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        activation.queues.iter_mut().for_each(|queue| queue.set_event_idx(event_idx));
-        self.watch.activate(&activation.queue_events).map_err(|error| fail(error.to_string()))?;
+        activation.begin("fs", QUEUE_SIZES.len(), &mut self.watch)?;
         self.activation = Some(activation);
         Ok(())
     }

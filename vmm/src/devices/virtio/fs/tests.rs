@@ -17,7 +17,7 @@ use super::header::{IN_HEADER, InHeader, OUT_HEADER, OutHeader};
 use super::in_flight::MAX_IN_FLIGHT;
 use super::persist::{RestoreError, State};
 use crate::devices::virtio::device::VirtioDevice;
-use crate::devices::virtio::test_utils::{DriverQueue, Part, activation, memory};
+use crate::devices::virtio::test_utils::{DriverQueue, Part, activation, memory, strange_rings};
 
 const INPUT: u64 = 0x10_0000;
 const OUTPUT: u64 = 0x100_0000;
@@ -287,21 +287,10 @@ fn tags_are_checked_and_a_device_has_one_server() {
 proptest! {
     #[test]
     fn no_ring_is_too_strange(
-        descriptors in prop::collection::vec((any::<u64>(), any::<u32>(), 0..8_u16, 0..20_u16), 16),
-        heads in prop::collection::vec(0..140_u16, 0..12),
-        index in prop_oneof![5 => Just(None), 1 => any::<u16>().prop_map(Some)],
+        ring in strange_rings(140),
     ) {
         let mut guest = Guest::new();
-        for queue in &mut guest.queues {
-            for (number, (address, len, flags, next)) in (0..).zip(&descriptors) {
-                queue.raw_descriptor(number, INPUT + address % (64 << 20), *len, *flags, *next);
-            }
-            heads.iter().for_each(|head| queue.publish(*head));
-            if let Some(index) = index {
-                queue.set_available_index(index);
-            }
-            queue.kick();
-        }
+        guest.queues.iter_mut().for_each(|queue| ring.write(queue, INPUT));
         guest.run();
     }
 

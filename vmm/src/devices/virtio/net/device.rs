@@ -118,10 +118,6 @@ impl VirtioDevice for Net {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let fail = |cause: String| ActivateError { device: "net", cause };
-        if activation.queues.len() != QUEUE_SIZES.len() {
-            return Err(fail(format!("there are {} queues instead of 2", activation.queues.len())));
-        }
         let accepted = |bit: u32| activation.features & (1 << bit) != 0;
         let large = [
             VIRTIO_NET_F_GUEST_TSO4,
@@ -133,14 +129,11 @@ impl VirtioDevice for Net {
         .any(accepted);
         let longest = if large { MAX_PACKET } else { HEADER_LEN + 18 + usize::from(self.mtu) };
         let receiver = Receiver::new(accepted(VIRTIO_NET_F_MRG_RXBUF), longest);
-        let event_idx = accepted(VIRTIO_RING_F_EVENT_IDX);
-        for queue in &mut activation.queues {
-            queue.set_event_idx(event_idx);
-        }
-        self.tap
-            .accept(activation.features)
-            .map_err(|error| fail(format!("set the tap's offloads: {error}")))?;
-        self.watch.activate(&activation.queue_events).map_err(|error| fail(error.to_string()))?;
+        self.tap.accept(activation.features).map_err(|error| ActivateError {
+            device: "net",
+            cause: format!("set the tap's offloads: {error}"),
+        })?;
+        activation.begin("net", QUEUE_SIZES.len(), &mut self.watch)?;
         self.active = Some(Active { activation, receiver });
         Ok(())
     }

@@ -116,12 +116,7 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let fail = |cause: String| ActivateError { device: "rng", cause };
-        let [queue] = activation.queues.as_mut_slice() else {
-            return Err(fail(format!("there are {} queues instead of 1", activation.queues.len())));
-        };
-        queue.set_event_idx(activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        self.watch.activate(&activation.queue_events).map_err(|error| fail(error.to_string()))?;
+        activation.begin("rng", QUEUE_SIZES.len(), &mut self.watch)?;
         self.activation = Some(activation);
         Ok(())
     }

@@ -12,7 +12,7 @@ use super::Rng;
 use super::device::{BUDGET, MAX_REQUEST};
 use super::persist::{RestoreError, State};
 use crate::devices::virtio::device::VirtioDevice;
-use crate::devices::virtio::test_utils::{DriverQueue, Part, activation, memory};
+use crate::devices::virtio::test_utils::{DriverQueue, Part, activation, memory, strange_rings};
 
 const BUFFER: u64 = 0x10_0000;
 
@@ -123,19 +123,10 @@ fn a_saved_device_is_restored() {
 proptest! {
     #[test]
     fn no_ring_is_too_strange(
-        descriptors in prop::collection::vec((any::<u64>(), any::<u32>(), 0..8_u16, 0..20_u16), 16),
-        heads in prop::collection::vec(0..70_u16, 0..12),
-        index in prop_oneof![5 => Just(None), 1 => any::<u16>().prop_map(Some)],
+        ring in strange_rings(70),
     ) {
         let mut guest = Guest::new();
-        for (number, (address, len, flags, next)) in (0..).zip(descriptors) {
-            guest.queue.raw_descriptor(number, BUFFER + address % (64 << 20), len, flags, next);
-        }
-        heads.into_iter().for_each(|head| guest.queue.publish(head));
-        if let Some(index) = index {
-            guest.queue.set_available_index(index);
-        }
-        guest.queue.kick();
+        ring.write(&mut guest.queue, BUFFER);
         guest.run();
     }
 }
