@@ -16,6 +16,9 @@ use crate::vm::Control;
 /// Most time until the guest has accepted a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How soon a guest that refused, or was too slow to answer, is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
 /// A connection to one agent.
 #[derive(Clone, Debug)]
 pub struct Agent {
@@ -34,10 +37,10 @@ impl Agent {
         let path = vsock.clone();
         // The name is for the protocol's sake; the connector knows where to go.
         let channel = Endpoint::from_static("http://agent")
-            .connect_timeout(CONNECT_TIMEOUT)
+            .connect_timeout(timeout)
             .connect_with_connector(tower::service_fn(move |_| {
                 let path = path.clone();
-                async move { connect_port(&path, GRPC_PORT).await.map(TokioIo::new) }
+                async move { connect_patiently(&path, GRPC_PORT).await.map(TokioIo::new) }
             }))
             .await
             .map_err(|error| chain(&error))?;
@@ -122,6 +125,23 @@ pub struct Error {
     pub stage: &'static str,
     /// Its answer.
     pub status: Box<tonic::Status>,
+}
+
+/// As [`connect_port`], for a port that the agent is known to listen on: a
+/// guest that is slow to answer is asked again, for as long as the caller waits.
+async fn connect_patiently(vsock: &Path, port: u32) -> io::Result<UnixStream> {
+    loop {
+        match connect_port(vsock, port).await {
+            // The operating system's own refusal is that of a VMM that has gone.
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && error.raw_os_error().is_none() =>
+            {
+                tracing::debug!(vsock = %vsock.display(), "the guest has not answered yet");
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            done => return done,
+        }
+    }
 }
 
 pub(crate) async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStream> {

@@ -45,6 +45,9 @@ pub const MAIN_MAC: [u8; 6] = [0x02, 0x48, 0x75, 0x73, 0x6b, 0x00];
 /// what the pod's network takes.
 const MAX_MTU: u16 = 65_521;
 
+/// What the VMM says of itself, in the machine's folder.
+const LOG: &str = "vmm.log";
+
 /// What a machine is made of.
 #[derive(Debug)]
 pub struct Plan<'a> {
@@ -110,7 +113,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let vsock = StdUnixListener::bind(&vsock_path).map_err(file("make vsock socket", &vsock_path))?;
     let ready = UnixListener::bind(&ready_path).map_err(file("make vsock socket", &ready_path))?;
     let exit = File::create(&exit_path).map_err(file("make exit record", &exit_path))?;
-    let log_path = plan.run_dir.join("vmm.log");
+    let log_path = plan.run_dir.join(LOG);
     let log = File::create(&log_path).map_err(file("make VMM log", &log_path))?;
 
     let pid =
@@ -127,26 +130,18 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     control.boot(config, fds).await?;
     let booted = Instant::now();
 
+    let ends = Ends { control: &control, run_dir: &plan.run_dir };
     if !cloned {
         let limit = Duration::from_secs(plan.handler.boot_timeout_seconds);
-        tokio::select! {
-            spoken = agent_ready(&ready) => spoken.map_err(file("wait for agent", &ready_path))?,
-            exit = control.wait() => return Err(match exit.or_else(|| super::last_words(&plan.run_dir)) {
-                Some(exit) => exit.into(),
-                None => Error::Control { stage: "guest boot", cause: format!("the VMM died: see {}", log_path.display()) },
-            }),
-            () = tokio::time::sleep(limit) => {
-                control.log_inspection().await;
-                return Err(Error::Silent { seconds: limit.as_secs(), console: control.console().await });
-            }
-        }
+        let spoken = async { agent_ready(&ready).await.map_err(file("wait for agent", &ready_path)) };
+        ends.before(limit, spoken).await?;
     }
     let spoke = Instant::now();
     let _ = std::fs::remove_file(&ready_path);
 
     let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
-    let agent =
-        Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent)?.in_machine(control.clone());
+    let connected = async { Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent) };
+    let agent = ends.before(agent_timeout, connected).await?.in_machine(control.clone());
     let machine =
         Machine { keeper: Keeper::Vmm(control), agent, slots: Slots::new(plan.handler.image_slots) };
     Ok(Launched {
@@ -157,6 +152,38 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
         kernel: spoke - booted,
         agent: spoke.elapsed(),
     })
+}
+
+/// A machine may end, or hang, at any time while it comes up.
+struct Ends<'a> {
+    control: &'a Control,
+    run_dir: &'a Path,
+}
+
+impl Ends<'_> {
+    /// Waits for a step of the machine's coming up, and says it if the machine
+    /// ends before, or is still not there when the time is up.
+    async fn before<T>(
+        &self,
+        limit: Duration,
+        step: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        tokio::select! {
+            done = step => done,
+            exit = self.control.wait() => Err(match exit.or_else(|| super::last_words(self.run_dir)) {
+                Some(exit) => exit.into(),
+                None => {
+                    let log = self.run_dir.join(LOG);
+                    let cause = format!("the VMM died: see {}", log.display());
+                    Error::Control { stage: "guest boot", cause }
+                }
+            }),
+            () = tokio::time::sleep(limit) => {
+                self.control.log_inspection().await;
+                Err(Error::Silent { seconds: limit.as_secs(), console: self.control.console().await })
+            }
+        }
+    }
 }
 
 /// The first word comes on a connection of the agent's own making.

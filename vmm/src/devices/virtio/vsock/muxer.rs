@@ -8,6 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -35,8 +36,7 @@ pub const MAX_RESETS: usize = 256;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Ports that stand for host clients; the guest's own ports do not matter here.
-const FIRST_HOST_PORT: u32 = 1 << 30;
-const LAST_HOST_PORT: u32 = (1 << 31) - 1;
+pub const HOST_PORTS: RangeInclusive<u32> = 1 << 30..=(1 << 31) - 1;
 
 /// Token of the listener in the event loop.
 pub const LISTENER: u32 = FIRST_TOKEN;
@@ -110,7 +110,7 @@ impl Muxer {
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            next_host_port: FIRST_HOST_PORT,
+            next_host_port: *HOST_PORTS.start(),
             ticking: false,
             changes: Vec::new(),
         })
@@ -120,6 +120,17 @@ impl Muxer {
     #[must_use]
     pub const fn guest_cid(&self) -> u64 {
         self.guest_cid
+    }
+
+    /// The port of the next connection from the host, if it is free.
+    #[must_use]
+    pub const fn next_host_port(&self) -> u32 {
+        self.next_host_port
+    }
+
+    /// Goes on with that port, one of [`HOST_PORTS`].
+    pub const fn set_next_host_port(&mut self, port: u32) {
+        self.next_host_port = port;
     }
 
     /// Path of the listener.
@@ -249,7 +260,7 @@ impl Muxer {
     fn free_host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_host_port;
-            self.next_host_port = if host == LAST_HOST_PORT { FIRST_HOST_PORT } else { host + 1 };
+            self.next_host_port = if host == *HOST_PORTS.end() { *HOST_PORTS.start() } else { host + 1 };
             if !self.by_ports.contains_key(&Ports { host, guest }) {
                 return host;
             }

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::device::Vsock;
+use super::muxer::HOST_PORTS;
 
 /// Version of [`State`].
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// A saved device. Connections are not saved: their host sides are processes
 /// that know nothing of it. A guest that had some is told so when it runs again.
@@ -21,6 +22,9 @@ pub struct State {
     pub cid: u32,
     /// It had connections.
     pub connected: bool,
+    /// The host's port of the next connection from there. The guest may still
+    /// be closing connections of earlier ports.
+    pub next_host_port: u32,
 }
 
 /// A saved device cannot be restored.
@@ -29,6 +33,9 @@ pub enum RestoreError {
     /// Another version of this program made it.
     #[error("the vsock device was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
+    /// No connection of the host has that port.
+    #[error("the vsock device goes on with port {0}, which is none of the host's")]
+    Port(u32),
     /// The operating system does not play along.
     #[error("make the vsock device: {0}")]
     Io(#[from] io::Error),
@@ -43,6 +50,7 @@ impl Vsock {
             // It was made from a u32.
             cid: u32::try_from(self.muxer.guest_cid()).unwrap_or_default(),
             connected: self.muxer.connections() > 0,
+            next_host_port: self.muxer.next_host_port(),
         }
     }
 
@@ -54,7 +62,11 @@ impl Vsock {
         if state.version != VERSION {
             return Err(RestoreError::Version(state.version));
         }
+        if !HOST_PORTS.contains(&state.next_host_port) {
+            return Err(RestoreError::Port(state.next_host_port));
+        }
         let mut vsock = Self::new(state.cid, listener, path)?;
+        vsock.muxer.set_next_host_port(state.next_host_port);
         vsock.owes_reset_event = state.connected;
         Ok(vsock)
     }

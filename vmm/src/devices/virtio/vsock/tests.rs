@@ -532,8 +532,26 @@ fn a_restored_device_tells_the_guest_that_its_connections_are_gone() {
     clone.expect(Op::Reset);
     drop(client);
 
-    let newer = State { version: 3, ..state };
-    let listener = UnixListener::bind(clone.dir.path().join("w")).unwrap();
-    let error = Vsock::restore(&newer, listener, clone.path()).err().unwrap();
-    assert!(matches!(error, RestoreError::Version(3)), "{error}");
+    let refused = |name: &str, state: State| {
+        let listener = UnixListener::bind(clone.dir.path().join(name)).unwrap();
+        Vsock::restore(&state, listener, clone.path()).err().unwrap()
+    };
+    let error = refused("w", State { version: 4, ..state.clone() });
+    assert!(matches!(error, RestoreError::Version(4)), "{error}");
+    let error = refused("x", State { next_host_port: 1024, ..state });
+    assert!(matches!(error, RestoreError::Port(1024)), "{error}");
+}
+
+#[test]
+fn a_restored_device_takes_no_port_that_the_guest_may_still_be_closing() {
+    let mut guest = Guest::new();
+    let (host, client) = guest.open(1);
+    let state = guest.lock().save();
+    drop(client);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v");
+    let restored = Vsock::restore(&state, UnixListener::bind(&path).unwrap(), path).unwrap();
+    let mut clone = Guest::with_device(restored, dir);
+    clone.post(16);
+    assert_eq!(clone.open(1).0, host + 1);
 }
