@@ -23,6 +23,7 @@ class PodTest(unittest.TestCase):
         cls.node = Node("test")
         cls.node.extra_configuration = cls.settings
         cls.node.handler_settings = cls.handler_settings
+        cls.node.masquerade = False
         cls.addClassCleanup(cls.node.stop)
         cls.node.start()
         cls.node.crictl("pull", cls.node.image("busybox"))

@@ -64,6 +64,8 @@ class Node:
         # Added to the daemon's configuration file, TOML.
         self.extra_configuration = ""
         self.handler_settings = ""
+        # Whether pods can speak to what is beyond the node: iptables takes its time.
+        self.masquerade = True
         self.processes = []
         self.daemon = None
 
@@ -131,7 +133,7 @@ class Node:
                     "type": "bridge",
                     "bridge": self.bridge,
                     "isGateway": True,
-                    "ipMasq": True,
+                    "ipMasq": self.masquerade,
                     "hairpinMode": True,
                     "ipam": {
                         "type": "host-local",
