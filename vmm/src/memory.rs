@@ -167,15 +167,14 @@ pub fn write(memory: &GuestMemoryMmap, ram: &[Range], file: &File) -> io::Result
             let length = (range.size - done).min(chunk.len() as u64) as usize;
             let part = chunk.get_mut(..length).unwrap_or_default();
             memory.read_slice(part, GuestAddress(range.start.0 + done)).map_err(io::Error::other)?;
-            let pages: Vec<_> = part.chunks(ZEROES.len()).collect();
-            let mut rest = &*part;
-            for run in pages.chunk_by(|one, other| (**one == ZEROES) == (**other == ZEROES)) {
-                let (bytes, others) = rest.split_at(run.iter().map(|page| page.len()).sum());
-                if run.first().is_some_and(|page| **page != ZEROES) {
+            // Memory is a whole number of pages.
+            let (pages, _) = part.as_chunks::<{ PAGE as usize }>();
+            for run in pages.chunk_by(|one, other| (*one == ZEROES) == (*other == ZEROES)) {
+                let bytes = run.as_flattened();
+                if run.first().is_some_and(|page| *page != ZEROES) {
                     file.write_all_at(bytes, at)?;
                 }
                 at += bytes.len() as u64;
-                rest = others;
             }
             done += length as u64;
         }

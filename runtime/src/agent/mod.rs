@@ -184,3 +184,33 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_guest_that_is_slow_is_asked_again_and_a_vmm_that_has_gone_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let vmm = tokio::spawn(async move {
+            // As the VMM does for a guest that lets its time pass.
+            let (mut refused, _) = listener.accept().await.unwrap();
+            assert_eq!(read_line(&mut refused).await.unwrap(), "CONNECT 7");
+            drop(refused);
+            let (mut client, _) = listener.accept().await.unwrap();
+            assert_eq!(read_line(&mut client).await.unwrap(), "CONNECT 7");
+            client.write_all(b"OK 1\n").await.unwrap();
+        });
+        connect_patiently(&path, 7).await.unwrap();
+        vmm.await.unwrap();
+        // Nobody listens any more, but the file is there.
+        let gone = tokio::time::timeout(Duration::from_secs(10), connect_patiently(&path, 7)).await.unwrap();
+        assert_eq!(gone.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+}

@@ -106,10 +106,7 @@ impl Templates {
     /// Makes the template of machines as a handler's pods have them that ask
     /// for nothing, so that the first pod need not wait.
     pub async fn prepare(&self, handler: &Handler) {
-        if !handler.template {
-            return;
-        }
-        let shape = Shape::new(handler, handler.vcpus, handler.memory_mib);
+        let Some(shape) = Shape::new(handler, handler.vcpus, handler.memory_mib) else { return };
         if let Err(error) = self.of(&shape).await {
             tracing::warn!(%error, "pods will fail until this is mended");
         }
@@ -121,10 +118,10 @@ impl Templates {
     /// As [`launch::launch`].
     pub async fn launch(&self, plan: &Plan<'_>) -> Result<Launched, Error> {
         // One interface is what a template has.
-        if !plan.handler.template || plan.nics.len() != 1 {
+        let shape = || Shape::new(plan.handler, plan.vcpus, plan.memory_mib);
+        let Some(shape) = (plan.nics.len() == 1).then(shape).flatten() else {
             return launch::launch(plan, None).await;
-        }
-        let shape = Shape::new(plan.handler, plan.vcpus, plan.memory_mib);
+        };
         if let Some(template) = self.of(&shape).await? {
             match launch::launch(plan, Some(template)).await {
                 Ok(launched) => return Ok(launched),
@@ -207,7 +204,11 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(handler: &Handler, vcpus: u8, memory_mib: u32) -> Self {
+    /// `None` for a handler without templates.
+    fn new(handler: &Handler, vcpus: u8, memory_mib: u32) -> Option<Self> {
+        if !handler.template {
+            return None;
+        }
         let mut hash = Sha256::new();
         hash.update(env!("CARGO_PKG_VERSION"));
         for file in [&handler.vmm, &handler.kernel, &handler.rootfs] {
@@ -226,7 +227,7 @@ impl Shape {
         let Handler { disk_mib, image_slots, kernel_cmdline, .. } = handler;
         hash.update(format!("{vcpus} {memory_mib} {disk_mib} {image_slots} {kernel_cmdline}"));
         let digest = hex(&hash.finalize()[..8]);
-        Self { name: format!("{}-{digest}", host_boot()), handler: handler.clone(), vcpus, memory_mib }
+        Some(Self { name: format!("{}-{digest}", host_boot()), handler: handler.clone(), vcpus, memory_mib })
     }
 }
 
@@ -371,7 +372,7 @@ mod tests {
     fn a_shape_is_all_that_a_clone_shares() {
         let folder = tempfile::tempdir().unwrap();
         let handler = handler(folder.path());
-        let name = |handler: &Handler, vcpus, memory| Shape::new(handler, vcpus, memory).name;
+        let name = |handler: &Handler, vcpus, memory| Shape::new(handler, vcpus, memory).unwrap().name;
         let one = name(&handler, 1, 256);
         assert_eq!(one, name(&handler, 1, 256));
         let mut all = HashSet::from([one, name(&handler, 2, 256), name(&handler, 1, 512)]);
@@ -387,7 +388,7 @@ mod tests {
     async fn what_was_left_half_made_or_by_another_boot_goes() {
         let folder = tempfile::tempdir().unwrap();
         let templates = templates(folder.path());
-        let good = Shape::new(&handler(folder.path()), 1, 256);
+        let good = Shape::new(&handler(folder.path()), 1, 256).unwrap();
         let half = format!("{}.new", good.name);
         for name in [&good.name, &half, "00000000-1", "something"] {
             fs::create_dir_all(templates.dir.join(name)).unwrap();
@@ -410,5 +411,12 @@ mod tests {
         templates.keep_few();
         assert_eq!(entries(&templates.dir).len(), MAX);
         assert!(!templates.dir.join("0").exists() && !templates.dir.join("1").exists());
+    }
+
+    #[test]
+    fn a_handler_without_templates_has_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let handler = Handler { template: false, ..handler(folder.path()) };
+        assert!(Shape::new(&handler, 1, 256).is_none());
     }
 }
