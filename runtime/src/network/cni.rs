@@ -1,10 +1,16 @@
 //! A chain of CNI plugins, run forwards to connect a pod and backwards to
-//! disconnect it. See the CNI specification, section 3.
+//! disconnect it, and asked how it is in between. See the CNI specification,
+//! section 3.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::conflist::{NetworkList, del_wants_result, plugin_type};
+use super::conflist::{NetworkList, plugin_type};
 use super::plugin::{self, Plugins, Target, Verb};
+
+/// The version from which on DEL is given the result of ADD, and there is CHECK.
+const DEL_WITH_RESULT: &str = "0.4.0";
+/// The version from which on there are STATUS and GC.
+const STATUS_AND_GC: &str = "1.1.0";
 
 /// ADD failed part of the way.
 #[derive(Debug)]
@@ -52,7 +58,7 @@ pub async fn del(
     capabilities: &Map<String, Value>,
     result: Option<&Value>,
 ) -> Result<(), plugin::Error> {
-    let result = result.filter(|_| del_wants_result(&network.cni_version));
+    let result = result.filter(|_| network.speaks(DEL_WITH_RESULT));
     for config in network.plugins.iter().rev() {
         call(plugins, network, config, Verb::Del, target, capabilities, result).await?;
     }
@@ -69,7 +75,7 @@ pub async fn undo(
     capabilities: &Map<String, Value>,
     failed: &AddFailed,
 ) -> Result<(), plugin::Error> {
-    let result = failed.result.as_ref().filter(|_| del_wants_result(&network.cni_version));
+    let result = failed.result.as_ref().filter(|_| network.speaks(DEL_WITH_RESULT));
     for (at, config) in network.plugins.iter().enumerate().take(failed.at.saturating_add(1)).rev() {
         match call(plugins, network, config, Verb::Del, target, capabilities, result).await {
             Err(error) if at == failed.at => {
@@ -79,6 +85,53 @@ pub async fn undo(
         }
     }
     Ok(())
+}
+
+/// Asks every plugin whether the pod is still connected as its ADD left it
+/// (section 2, "CHECK"); nothing before CNI 0.4.0.
+pub async fn check(
+    plugins: &Plugins,
+    network: &NetworkList,
+    target: Target<'_>,
+    capabilities: &Map<String, Value>,
+    result: &Value,
+) -> Result<(), plugin::Error> {
+    if network.disable_check || !network.speaks(DEL_WITH_RESULT) {
+        return Ok(());
+    }
+    for config in &network.plugins {
+        call(plugins, network, config, Verb::Check, target, capabilities, Some(result)).await?;
+    }
+    Ok(())
+}
+
+/// Asks every plugin whether it can connect pods (section 2, "STATUS");
+/// nothing before CNI 1.1.0.
+pub async fn status(plugins: &Plugins, network: &NetworkList) -> Result<(), plugin::Error> {
+    if network.speaks(STATUS_AND_GC) {
+        for config in &network.plugins {
+            call(plugins, network, config, Verb::Status, Target::NONE, &Map::new(), None).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Has every plugin give back what it holds for any pods but these, by id and
+/// interface (section 2, "GC"); nothing before CNI 1.1.0. One that fails does
+/// not keep the others from it.
+pub async fn gc(plugins: &Plugins, network: &NetworkList, valid: &[(&str, &str)]) -> Vec<plugin::Error> {
+    if network.disable_gc || !network.speaks(STATUS_AND_GC) {
+        return Vec::new();
+    }
+    let valid: Vec<Value> =
+        valid.iter().map(|(id, interface)| json!({"containerID": id, "ifname": interface})).collect();
+    let mut failed = Vec::new();
+    for config in &network.plugins {
+        let mut config = config.clone();
+        config.insert("cni.dev/valid-attachments".into(), valid.clone().into());
+        failed.extend(call(plugins, network, &config, Verb::Gc, Target::NONE, &Map::new(), None).await.err());
+    }
+    failed
 }
 
 async fn call(
@@ -131,13 +184,12 @@ fn request(
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use serde_json::json;
-
     use super::*;
 
     #[test]
     fn a_plugin_gets_the_capabilities_that_it_asks_for_and_no_others() {
-        let network = NetworkList { name: "net".into(), cni_version: "1.0.0".into(), plugins: vec![] };
+        let network =
+            NetworkList { name: "net".into(), cni_version: "1.0.0".into(), ..NetworkList::default() };
         let Value::Object(config) = json!({
             "type": "portmap", "snat": true, "capabilities": {"portMappings": true, "mac": false},
         }) else {

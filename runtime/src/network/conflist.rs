@@ -47,7 +47,7 @@ pub enum Error {
 
 /// A named chain of plugins. Also the form in which it is recorded with a
 /// pod, so that the pod can be disconnected after the file has changed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NetworkList {
     /// Name of the network.
     pub name: String,
@@ -55,6 +55,20 @@ pub struct NetworkList {
     pub cni_version: String,
     /// The plugins' configurations as they stand in the file, in order.
     pub plugins: Vec<Map<String, Value>>,
+    /// CHECK is not to be called.
+    #[serde(default)]
+    pub disable_check: bool,
+    /// GC is not to be called.
+    #[serde(default)]
+    pub disable_gc: bool,
+}
+
+impl NetworkList {
+    /// Whether plugins speak at least this version of CNI.
+    pub(super) fn speaks(&self, version: &str) -> bool {
+        let place = |version: &str| VERSIONS.iter().position(|known| *known == version);
+        place(&self.cni_version) >= place(version)
+    }
 }
 
 /// Loads the configuration that decides in `dir`.
@@ -103,6 +117,7 @@ fn parse(bytes: &[u8], list: bool) -> Result<NetworkList, String> {
         None => return Err("the network has no name".into()),
     };
     let cni_version = version(&file)?;
+    let (disable_check, disable_gc) = (flag(&file, "disableCheck")?, flag(&file, "disableGC")?);
     let plugins = if list {
         match file.remove("plugins") {
             Some(Value::Array(plugins)) => plugins
@@ -120,7 +135,7 @@ fn parse(bytes: &[u8], list: bool) -> Result<NetworkList, String> {
     if plugins.is_empty() || plugins.len() > MAX_PLUGINS {
         return Err(format!("{} plugins, where 1 to {MAX_PLUGINS} are wanted", plugins.len()));
     }
-    let network = NetworkList { name, cni_version, plugins };
+    let network = NetworkList { name, cni_version, plugins, disable_check, disable_gc };
     for plugin in &network.plugins {
         plugin_type(plugin)?;
     }
@@ -159,15 +174,21 @@ fn version(file: &Map<String, Value>) -> Result<String, String> {
     }
 }
 
+/// A flag of the list: a boolean, or its name (section 1).
+fn flag(file: &Map<String, Value>, name: &str) -> Result<bool, String> {
+    match file.get(name) {
+        None => Ok(false),
+        Some(Value::Bool(flag)) => Ok(*flag),
+        Some(Value::String(flag)) if flag == "true" => Ok(true),
+        Some(Value::String(flag)) if flag == "false" => Ok(false),
+        Some(other) => Err(format!("{name} is {other}, which is neither true nor false")),
+    }
+}
+
 /// What CNI allows as a network name and as a container id (section 2).
 pub(super) fn is_identifier(text: &str) -> bool {
     let rest = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
     text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(rest)
-}
-
-/// True from CNI 0.4.0 on, where DEL is given the result of ADD.
-pub(super) fn del_wants_result(cni_version: &str) -> bool {
-    !matches!(cni_version, "0.1.0" | "0.2.0" | "0.3.0" | "0.3.1")
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ pub mod plugin;
 pub mod record;
 pub mod result;
 pub mod tap;
+
 /// A tap in a network namespace of its own that nothing else is in, for a
 /// machine that is no pod. Both end with the tap's last descriptor.
 ///
@@ -222,6 +223,40 @@ impl Network {
             self.plugins.find(name).map_err(|error| NotReady(error.to_string()))?;
         }
         Ok(())
+    }
+
+    /// Whether pods can be connected, as the plugins themselves see it, too.
+    ///
+    /// # Errors
+    /// The reason, and what to do about it.
+    pub async fn status(&self) -> Result<(), NotReady> {
+        self.ready()?;
+        let network = conflist::load(&self.conf_dir).map_err(|error| NotReady(error.to_string()))?;
+        cni::status(&self.plugins, &network).await.map_err(|error| NotReady(error.to_string()))
+    }
+
+    /// Whether a pod is still connected as it was when it came.
+    ///
+    /// # Errors
+    /// What the plugins miss.
+    pub async fn check(&self, sandbox_id: &str) -> Result<(), Error> {
+        match self.records.read(sandbox_id).map_err(Error::Record)? {
+            Recorded::Intent(intent, Some(result)) => {
+                let here = target(&intent, true);
+                Ok(cni::check(&self.plugins, &intent.network, here, &intent.capabilities, &result).await?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the plugins give back what they hold for pods that are not recorded.
+    /// What goes wrong is logged: the next start tries again.
+    pub async fn collect_garbage(&self) {
+        let (Ok(network), Ok(ids)) = (conflist::load(&self.conf_dir), self.records.ids()) else { return };
+        let valid: Vec<_> = ids.iter().map(|id| (id.as_str(), INTERFACE)).collect();
+        for error in cni::gc(&self.plugins, &network, &valid).await {
+            tracing::warn!(%error, "give back what pods of the past have left");
+        }
     }
 
     /// Connects a pod. The tap of its main interface is sent `early`, as soon as

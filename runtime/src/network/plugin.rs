@@ -83,6 +83,12 @@ pub enum Verb {
     Add,
     /// Disconnect it.
     Del,
+    /// Say whether it is connected as it was.
+    Check,
+    /// Say whether pods can be connected.
+    Status,
+    /// Give back what no pod has any more.
+    Gc,
 }
 
 impl std::fmt::Display for Verb {
@@ -90,6 +96,9 @@ impl std::fmt::Display for Verb {
         f.write_str(match self {
             Self::Add => "ADD",
             Self::Del => "DEL",
+            Self::Check => "CHECK",
+            Self::Status => "STATUS",
+            Self::Gc => "GC",
         })
     }
 }
@@ -105,6 +114,11 @@ pub struct Target<'a> {
     pub interface: &'a str,
     /// `CNI_ARGS`.
     pub args: &'a str,
+}
+
+impl Target<'_> {
+    /// For calls that are about no pod.
+    pub const NONE: Self = Self { sandbox_id: "", netns: None, interface: "", args: "" };
 }
 
 /// Where plugins are and how long they may take.
@@ -148,12 +162,16 @@ impl Plugins {
     ) -> Result<Value, Error> {
         let program = self.find(plugin)?;
         let path = std::env::join_paths(&self.directories).unwrap_or_else(|_| OsString::new());
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        if !matches!(verb, Verb::Status | Verb::Gc) {
+            command
+                .env("CNI_CONTAINERID", target.sandbox_id)
+                .env("CNI_NETNS", target.netns.unwrap_or(Path::new("")))
+                .env("CNI_IFNAME", target.interface)
+                .env("CNI_ARGS", target.args);
+        }
+        let child = command
             .env("CNI_COMMAND", verb.to_string())
-            .env("CNI_CONTAINERID", target.sandbox_id)
-            .env("CNI_NETNS", target.netns.unwrap_or(Path::new("")))
-            .env("CNI_IFNAME", target.interface)
-            .env("CNI_ARGS", target.args)
             .env("CNI_PATH", path)
             .current_dir("/")
             .stdin(Stdio::piped())

@@ -179,7 +179,7 @@ mod tests {
             interface: "eth0".into(),
             args: "IgnoreUnknown=1".into(),
             capabilities: Map::new(),
-            network: NetworkList { name: "n".into(), cni_version: "1.0.0".into(), plugins: vec![] },
+            network: NetworkList { name: "n".into(), cni_version: "1.0.0".into(), ..NetworkList::default() },
         }
     }
 

@@ -201,6 +201,9 @@ fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
         network.ready().unwrap();
         let attachment = attach(&network, &pod("abcdef0123456789", &[])).await.unwrap();
 
+        // What the machine needs does not count as a change.
+        network.check("abcdef0123456789").await.unwrap();
+
         assert_eq!(attachment.netns, Path::new("/run/netns/husk-abcdef0123456"));
         assert_eq!(attachment.ips, ["10.77.0.2".parse::<IpAddr>().unwrap(), "fd77::2".parse().unwrap()]);
         let interface = &attachment.interfaces[0];
@@ -352,6 +355,92 @@ fn a_failing_plugin_is_named_and_everything_before_it_undone() {
         assert!(error.contains("CNI plugin absent is not in"), "{error}");
         assert!(host.network().ready().unwrap_err().to_string().contains("absent"));
         host.assert_clean();
+    });
+}
+
+/// A plugin that writes down how it was called, and fails at one command.
+fn noting(host: &Host, name: &str, fails: &str) {
+    let notes = host.path("notes");
+    script(
+        &host.path("bin").join(name),
+        &format!(
+            "echo \"{name} $CNI_COMMAND ${{CNI_CONTAINERID-unset}} ${{CNI_IFNAME-unset}} $(cat)\" >>{}\n\
+             [ $CNI_COMMAND = ADD ] && echo '{{\"ips\": [{{\"address\": \"10.1.2.3/24\"}}]}}'\n\
+             [ $CNI_COMMAND != '{fails}' ] || {{ echo '{{\"code\": 50, \"msg\": \"not now\"}}'; exit 1; }}",
+            notes.display(),
+        ),
+    );
+}
+
+/// What such plugins were called for, and with what, since the last time.
+fn notes(host: &Host) -> Vec<(String, Value)> {
+    let text = fs::read_to_string(host.path("notes")).unwrap_or_default();
+    let _ = fs::remove_file(host.path("notes"));
+    let split = |line: &str| {
+        let (call, config) = line.split_at(line.find('{').unwrap());
+        (call.trim().to_owned(), serde_json::from_str(config).unwrap())
+    };
+    text.lines().map(split).collect()
+}
+
+#[test]
+fn plugins_are_asked_how_the_network_is_and_what_no_pod_has() {
+    Host::run(async |host| {
+        noting(&host, "one", "CHECK");
+        noting(&host, "two", "GC");
+        let list = |version: &str, more: Value| {
+            let mut list = json!({
+                "name": "test", "cniVersion": version, "plugins": [{"type": "one"}, {"type": "two"}],
+            });
+            list.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            fs::write(host.path("net.d/10-test.conflist"), list.to_string()).unwrap();
+        };
+        let calls = || notes(&host).into_iter().map(|(call, _)| call).collect::<Vec<_>>();
+
+        list("1.1.0", json!({}));
+        let network = host.network();
+        let attached = network.attach_host_pod(&pod("aa", &[])).await.unwrap();
+        drop((attached, calls()));
+
+        network.status().await.unwrap();
+        assert_eq!(calls(), ["one STATUS unset unset", "two STATUS unset unset"]);
+
+        // The first that misses something says so.
+        let error = network.check("aa").await.unwrap_err().to_string();
+        assert_eq!(error, "CNI plugin one failed to CHECK: not now (code 50)");
+        let [(call, config)] = &notes(&host)[..] else { panic!("one call") };
+        assert_eq!(call, "one CHECK aa eth0");
+        assert_eq!(config["prevResult"]["ips"][0]["address"], "10.1.2.3/24");
+
+        // One that fails does not keep the other from it.
+        network.collect_garbage().await;
+        let made = notes(&host);
+        assert_eq!(
+            made.iter().map(|(call, _)| call.as_str()).collect::<Vec<_>>(),
+            ["one GC unset unset", "two GC unset unset"]
+        );
+        let valid = json!([{"containerID": "aa", "ifname": "eth0"}]);
+        assert!(made.iter().all(|(_, config)| config["cni.dev/valid-attachments"] == valid), "{made:?}");
+
+        // What the configuration forbids, and what older plugins do not know.
+        list("1.1.0", json!({"disableGC": true}));
+        network.collect_garbage().await;
+        list("1.0.0", json!({}));
+        network.collect_garbage().await;
+        network.status().await.unwrap();
+        assert_eq!(calls(), [""; 0]);
+        network.detach("aa").await.unwrap();
+        list("1.0.0", json!({"disableCheck": "true"}));
+        drop(network.attach_host_pod(&pod("bb", &[])).await.unwrap());
+        drop(calls());
+        network.check("bb").await.unwrap();
+        assert_eq!(calls(), [""; 0]);
+        network.detach("bb").await.unwrap();
+
+        noting(&host, "two", "STATUS");
+        list("1.1.0", json!({}));
+        let error = network.status().await.unwrap_err().to_string();
+        assert_eq!(error, "CNI plugin two failed to STATUS: not now (code 50)");
     });
 }
 

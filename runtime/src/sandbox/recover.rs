@@ -42,7 +42,21 @@ pub async fn recover(node: &Arc<Node>) -> std::io::Result<()> {
         }
     }
     end_strays(node).await;
+    // Before the first new pod: its addresses are on nobody's list.
+    node.network.collect_garbage().await;
+    tokio::spawn(check_networks(node.clone()));
     Ok(())
+}
+
+/// Says which pods are no longer connected as they were. Nobody waits for it.
+async fn check_networks(node: Arc<Node>) {
+    for sandbox in node.registry.sandboxes() {
+        if sandbox.record().phase == Phase::Ready
+            && let Err(error) = node.network.check(sandbox.id.as_str()).await
+        {
+            tracing::warn!(sandbox = %sandbox.id, %error, "the pod's network is not as it was");
+        }
+    }
 }
 
 async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error> {

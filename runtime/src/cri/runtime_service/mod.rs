@@ -207,7 +207,7 @@ impl RuntimeService for Runtime {
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Answer<StatusResponse> {
-        Ok(Response::new(node_info::status(&self.node, &request.into_inner())))
+        Ok(Response::new(node_info::status(&self.node, &request.into_inner()).await))
     }
 
     async fn runtime_config(&self, _: Request<RuntimeConfigRequest>) -> Answer<RuntimeConfigResponse> {

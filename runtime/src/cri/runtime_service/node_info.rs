@@ -25,9 +25,9 @@ pub(super) fn version() -> VersionResponse {
     }
 }
 
-pub(super) fn status(node: &Node, request: &StatusRequest) -> StatusResponse {
+pub(super) async fn status(node: &Node, request: &StatusRequest) -> StatusResponse {
     let runtime = runtime_problem(node);
-    let network = node.network.ready().err().map(|reason| reason.to_string());
+    let network = node.network.status().await.err().map(|reason| reason.to_string());
     let conditions = vec![
         condition("RuntimeReady", "MachineNotReady", runtime),
         condition("NetworkReady", "NetworkPluginNotReady", network),
