@@ -12,43 +12,58 @@
 //! before it is a pod; a clone gets its clock, its random numbers, its addresses
 //! and its name from the agent's `CreateSandbox`, as a machine that booted does.
 //!
-//! The first machine of a shape waits for its template. What has none, because
-//! it has several network interfaces or cannot be saved, boots.
+//! No pod waits for one. That of the machines which most pods have is made when
+//! huskd starts; any other when a shape is asked for the second time, after the
+//! pod that asked has its machine. What has none yet boots, as does what cannot
+//! have one, because it has several network interfaces or cannot be saved.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use husk_proto::agent::ContainerStatsRequest;
 use sha2::{Digest, Sha256};
-use tokio::sync::Mutex;
+use tokio::sync::Semaphore;
 
 use super::launch::{self, Launched, MAIN_MAC, Nic, Plan};
 use super::{Control, Error, Keeper};
 use crate::config::Handler;
 use crate::id::{SandboxId, hex};
 use crate::network;
+use crate::sandbox::lock;
 use crate::storage::Scratch;
 
 /// Most templates on disk; the one that was made first goes.
 const MAX: usize = 8;
+/// Most shapes that are remembered to have been asked for.
+const MAX_SEEN: usize = 256;
 /// Most time until the guest has heard that huskd has hung up.
 const HANG_UP: Duration = Duration::from_secs(5);
 
 /// The templates of a node.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Templates {
     /// Where they are.
     dir: PathBuf,
     /// Where the sockets of machines are that shall become one.
     run_dir: PathBuf,
     scratch: Arc<Scratch>,
-    /// Shapes of which none can be saved. Held while one is made: one at a time.
-    unfit: Arc<Mutex<HashSet<String>>>,
+    known: Arc<Mutex<Known>>,
+    /// Held while one is made: one at a time.
+    making: Arc<Semaphore>,
+}
+
+/// What was found out about shapes.
+#[derive(Debug, Default)]
+struct Known {
+    /// Asked for once.
+    seen: HashSet<String>,
+    /// None can be saved.
+    unfit: HashSet<String>,
 }
 
 /// The open files of one.
@@ -76,7 +91,8 @@ impl Templates {
             dir: state_dir.join("templates"),
             run_dir: run_dir.join("templates"),
             scratch,
-            unfit: Arc::default(),
+            known: Arc::default(),
+            making: Arc::new(Semaphore::new(1)),
         }
     }
 
@@ -104,11 +120,11 @@ impl Templates {
     }
 
     /// Makes the template of machines as a handler's pods have them that ask
-    /// for nothing, so that the first pod need not wait.
+    /// for nothing.
     pub async fn prepare(&self, handler: &Handler) {
         let Some(shape) = Shape::new(handler, handler.vcpus, handler.memory_mib) else { return };
-        if let Err(error) = self.of(&shape).await {
-            tracing::warn!(%error, "pods will fail until this is mended");
+        if self.open(&shape).is_none() {
+            self.make(shape).await;
         }
     }
 
@@ -122,7 +138,7 @@ impl Templates {
         let Some(shape) = (plan.nics.len() == 1).then(shape).flatten() else {
             return launch::launch(plan, None).await;
         };
-        if let Some(template) = self.of(&shape).await? {
+        if let Some(template) = self.open(&shape) {
             match launch::launch(plan, Some(template)).await {
                 Ok(launched) => return Ok(launched),
                 Err(error) => {
@@ -132,43 +148,44 @@ impl Templates {
                 }
             }
         }
-        launch::launch(plan, None).await
+        let launched = launch::launch(plan, None).await?;
+        if self.is_wanted(&shape) {
+            let templates = self.clone();
+            tokio::spawn(async move { templates.make(shape).await });
+        }
+        Ok(launched)
     }
 
-    /// The template of a shape, made if it is not there; `None` when there
-    /// cannot be one.
-    async fn of(&self, shape: &Shape) -> Result<Option<Template>, Error> {
-        if let Some(template) = self.open(shape) {
-            return Ok(Some(template));
+    /// Whether a shape that has no template should get one: it is not the first
+    /// time that it is asked for, and nothing speaks against it.
+    fn is_wanted(&self, shape: &Shape) -> bool {
+        let mut known = lock(&self.known);
+        if known.unfit.contains(&shape.name) {
+            return false;
         }
-        let mut unfit = self.unfit.clone().lock_owned().await;
-        if let Some(template) = self.open(shape) {
-            return Ok(Some(template));
+        // Sizes may come and go without an end.
+        if known.seen.len() >= MAX_SEEN {
+            known.seen.clear();
         }
-        if unfit.contains(&shape.name) {
-            return Ok(None);
+        !known.seen.insert(shape.name.clone())
+    }
+
+    /// Makes the template of a shape, unless one is being made: it will be asked
+    /// for again.
+    async fn make(&self, shape: Shape) {
+        let Ok(_one_at_a_time) = self.making.try_acquire() else { return };
+        if self.open(&shape).is_some() {
+            return;
         }
-        // Whoever waits may go; the machine must not stay.
-        let (shape_to_make, place) = (shape.clone(), self.place(shape));
-        let scratch = self.scratch.clone();
-        let making = tokio::spawn(async move {
-            let made = make(&shape_to_make, &place, &scratch).await;
-            match &made {
-                Err(Failure::Save(error)) => {
-                    tracing::warn!(template = shape_to_make.name, %error, "no template; machines will boot");
-                    unfit.insert(shape_to_make.name);
-                }
-                Err(Failure::Boot(_)) | Ok(()) => {}
+        match make(&shape, &self.place(&shape), &self.scratch).await {
+            Ok(()) => self.keep_few(),
+            Err(Failure::Boot(error)) => {
+                tracing::warn!(template = shape.name, %error, "a machine that should become a template did not come up");
             }
-            made
-        });
-        match making.await {
-            Ok(Ok(())) => {
-                self.keep_few();
-                Ok(self.open(shape))
+            Err(Failure::Save(error)) => {
+                tracing::warn!(template = shape.name, %error, "no template; machines will boot");
+                lock(&self.known).unfit.insert(shape.name);
             }
-            Ok(Err(Failure::Boot(error))) => Err(error),
-            Ok(Err(Failure::Save(_))) | Err(_) => Ok(None),
         }
     }
 
@@ -398,6 +415,22 @@ mod tests {
         templates.recover().await;
         assert_eq!(entries(&templates.dir), [templates.dir.join(&good.name)]);
         assert!(templates.open(&good).is_some());
+    }
+
+    #[test]
+    fn a_shape_is_wanted_when_it_is_asked_for_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let templates = templates(folder.path());
+        let handler = handler(folder.path());
+        let shape = |memory| Shape::new(&handler, 1, memory);
+        assert!(!templates.is_wanted(&shape(256)) && !templates.is_wanted(&shape(512)));
+        assert!(templates.is_wanted(&shape(256)) && templates.is_wanted(&shape(256)));
+        lock(&templates.known).unfit.insert(shape(256).name);
+        assert!(!templates.is_wanted(&shape(256)) && templates.is_wanted(&shape(512)));
+        for memory in 1000..1000 + 2 * u32::try_from(MAX_SEEN).unwrap() {
+            templates.is_wanted(&shape(memory));
+        }
+        assert!(lock(&templates.known).seen.len() <= MAX_SEEN);
     }
 
     #[test]
