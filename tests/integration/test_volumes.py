@@ -142,6 +142,17 @@ class Volumes(PodTest):
         time.sleep(1.2)
         self.assertEqual(self.sh(container, "ls /follows/later; ls /private/later"), "seen")
 
+    def test_a_volume_holds_no_mount_of_the_host(self):
+        below = self.folder / "below"
+        below.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(below)], check=True)
+        _, _, container = self.with_volume()
+        self.assertEqual(leftovers.mounts() - self.mounts_before, {str(below)}, "the volume is a mount of the host, too")
+        self.sh(container, "echo x >/data/below/file")
+        # As on a host without the pod: what was mounted can go, and the directory too.
+        subprocess.run(["umount", str(below)], check=True)
+        below.rmdir()
+
     def test_what_cannot_be_mounted_is_refused(self):
         pod, sandbox = self.pod()
         for mount, word in (

@@ -1,7 +1,8 @@
 //! Starts `husk-fs`, which serves a pod's volumes, and tells the VMM of it.
 //!
 //! A pod has one from its first volume on, until its machine ends: the server
-//! ends with the socket between the two. Like the VMM it outlives huskd.
+//! ends with the socket between the two. Like the VMM it outlives huskd, which
+//! finds it again by what is written down of it.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +23,9 @@ const SOCKET_BUFFER: usize = 1 << 20;
 
 /// Most seconds until it is ready.
 const START_SECONDS: i64 = 30;
+
+/// Which process it is, in the machine's folder.
+const RECORD: &str = "fs.process";
 
 /// What a file server is made of.
 #[derive(Debug)]
@@ -53,17 +57,36 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
     }
     let program = plan.program.to_owned();
     let log = plan.run_dir.join("fs.log");
-    let started = start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
+    let record = plan.run_dir.join(RECORD);
+    let (started, process) = start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
     let log_path = log.clone();
     let socket = tokio::task::spawn_blocking(move || wait_ready(started, &log_path))
         .await
         .unwrap_or_else(|error| Err(io::Error::other(error)))
         .map_err(|cause| Error::File { stage: STAGE, path: log, cause })?;
+    std::fs::write(&record, process.to_string())
+        .map_err(|cause| Error::File { stage: STAGE, path: record, cause })?;
     control.attach_fs(socket).await
 }
 
+/// The mount namespace of a machine's file server; `None` when there is none,
+/// or it has gone, and the namespace with it.
+///
+/// # Errors
+/// The file system's.
+pub fn namespace(run_dir: &Path) -> io::Result<Option<OwnedFd>> {
+    let recorded = match std::fs::read_to_string(run_dir.join(RECORD)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        recorded => recorded?,
+    };
+    let Some(process) = Process::parse(&recorded) else { return Ok(None) };
+    let Ok(namespace) = File::open(format!("/proc/{}/ns/mnt", process.pid)) else { return Ok(None) };
+    // Whatever else has the process id by now began later.
+    Ok((Process::of(process.pid) == Some(process)).then(|| namespace.into()))
+}
+
 /// Starts it; answers the VMM's end of the socket.
-fn start(plan: &Plan<'_>, log: &Path) -> io::Result<OwnedFd> {
+fn start(plan: &Plan<'_>, log: &Path) -> io::Result<(OwnedFd, Process)> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     for socket in [&ours, &theirs] {
         // Without the privilege, as much as anybody may have.
@@ -96,10 +119,39 @@ fn start(plan: &Plan<'_>, log: &Path) -> io::Result<OwnedFd> {
         let _ = child.wait();
         return Err(error);
     }
+    let process = Process::of(child.id()).ok_or_else(|| io::Error::other("it ended at once"));
     std::thread::Builder::new().name("reap-fs".into()).stack_size(16 * 1024).spawn(move || {
         let _ = child.wait();
     })?;
-    Ok(ours)
+    Ok((ours, process?))
+}
+
+/// A process: its id, and when it began (clock ticks since the host's boot).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Process {
+    pid: u32,
+    began: u64,
+}
+
+impl Process {
+    fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, field 2, may have anything in it; the beginning is field 22.
+        let (_, fields) = stat.rsplit_once(')')?;
+        let began = fields.split_whitespace().nth(19)?.parse().ok()?;
+        Some(Self { pid, began })
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (pid, began) = text.split_once(' ')?;
+        Some(Self { pid: pid.parse().ok()?, began: began.parse().ok()? })
+    }
+}
+
+impl std::fmt::Display for Process {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.pid, self.began)
+    }
 }
 
 /// Waits for its first word. Without one it ends by itself, because the socket
@@ -115,4 +167,25 @@ fn wait_ready(socket: OwnedFd, log: &Path) -> io::Result<OwnedFd> {
     }
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(0))?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_found_again_and_no_other_is_taken_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(namespace(folder.path()).unwrap().is_none());
+        let me = Process::of(std::process::id()).unwrap();
+        let record = folder.path().join(RECORD);
+        std::fs::write(&record, me.to_string()).unwrap();
+        assert!(namespace(folder.path()).unwrap().is_some());
+        std::fs::write(&record, Process { began: me.began + 1, ..me }.to_string()).unwrap();
+        assert!(namespace(folder.path()).unwrap().is_none());
+        std::fs::write(&record, "nonsense").unwrap();
+        assert!(namespace(folder.path()).unwrap().is_none());
+    }
 }

@@ -15,8 +15,7 @@ use crate::identity::{self, CAPABILITIES};
 const OPEN_FILES: u64 = 1 << 20;
 
 /// Makes `root` all that there is: a mount namespace of its own, whose root it
-/// is, and into which mounts that huskd makes below it propagate. Leaves the
-/// process in `/proc/self/fd`, with few capabilities and no way to get more.
+/// is, and into which huskd moves the volumes. Leaves the process in `/proc/self/fd`, with few capabilities and no way to get more.
 /// Answers how many files it may have open. Before any other thread.
 ///
 /// # Errors
@@ -36,6 +35,7 @@ pub fn enter(root: &Path) -> anyhow::Result<usize> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let descriptors = rustix::fs::openat(CWD, "/proc", flags, Mode::empty()).context("open /proc/self/fd")?;
 
+    rustix::mount::mount_bind(root, root).with_context(|| format!("bind {}", root.display()))?;
     rustix::process::chdir(root).with_context(|| format!("enter {}", root.display()))?;
     rustix::process::pivot_root(".", ".").context("change the root")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).context("leave the old root")?;

@@ -1,6 +1,7 @@
 //! CreateContainer: the image's disk and the volumes into the machine, the OCI
 //! configuration, `runc create` by the agent, the log.
 
+use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -151,15 +152,19 @@ async fn mount_volumes(
     })?;
     let shared = Shared::of(&node.config.run_dir, &sandbox.id);
     shared.open()?;
-    shared.bind(prepared, in_use)?;
+    let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
     let plan = file_server::Plan {
         id: &sandbox.id,
         program: &handler.file_server,
         root: shared.path(),
-        run_dir: &vm::run_dir(&node.config.run_dir, &sandbox.id),
+        run_dir: &run_dir,
         cgroup: record.cgroup,
     };
-    Ok(file_server::ensure(control, plan).await?)
+    file_server::ensure(control, plan).await?;
+    let namespace = file_server::namespace(&run_dir)
+        .and_then(|found| found.ok_or_else(|| std::io::Error::other("the file server has ended")))
+        .map_err(|cause| Error::File { stage: "enter the file server's mounts", path: run_dir, cause })?;
+    Ok(shared.bind(namespace.as_fd(), prepared, in_use)?)
 }
 
 /// The agent makes the container, and its output is followed from the first

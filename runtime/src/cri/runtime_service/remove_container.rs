@@ -1,6 +1,7 @@
 //! RemoveContainer: kills what runs, and forgets the container. One that is not
 //! known is removed already.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::node::Node;
 use crate::sandbox::registry::LookupError;
 use crate::sandbox::{Sandbox, cpus};
 use crate::storage::volumes::Shared;
+use crate::vm::{self, file_server};
 
 /// Most time from the removal of a container in its machine to the news of its
 /// end.
@@ -44,9 +46,12 @@ fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Res
     let others = others.iter().filter(|other| other.id != container.id);
     let in_use: Vec<_> = others.flat_map(|other| other.record().volumes.clone()).collect();
     let shared = Shared::of(&node.config.run_dir, &sandbox.id);
+    let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
+    let namespace = file_server::namespace(&run_dir)
+        .map_err(|cause| Error::File { stage: "enter the file server's mounts", path: run_dir, cause })?;
     for volume in &container.record().volumes {
         if !in_use.iter().any(|other| other.name == volume.name) {
-            shared.release(&volume.name)?;
+            shared.release(namespace.as_ref().map(AsFd::as_fd), &volume.name)?;
         }
     }
     Ok(())

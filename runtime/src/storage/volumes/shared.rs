@@ -2,9 +2,10 @@
 //!
 //! A volume is a mount of its own, made away from the tree, set as it shall be
 //! and only then put in its place. So it is never writable for a moment, takes
-//! mounts from the host or does not, and gives none back. The directory's own
-//! mount is shared, so that what comes and goes in it does so in the file
-//! server's namespace too.
+//! mounts from the host or does not, and gives none back. Its place is in the
+//! file server's mount namespace alone: on the host there is an empty file or
+//! directory of its name, nothing of the volume is held there, and nothing can
+//! be left when the server has gone.
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -13,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode as Permissions, OFlags, StatxFlags};
-use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use super::{Error, Prepared, Volume};
 use crate::id::SandboxId;
@@ -48,56 +49,47 @@ impl Shared {
         &self.path
     }
 
-    /// Makes the directory a mount of its own, if it is not yet.
+    /// Makes the directory, if it is not there yet.
     ///
     /// # Errors
     /// With what could not be done.
     pub fn open(&self) -> Result<(), Error> {
-        let failed = |stage| self.failed(stage, &self.path);
-        std::fs::create_dir_all(&self.path).map_err(failed("make directory"))?;
-        if !is_mount_point(&self.path)? {
-            let tree = clone_tree(open_path(&self.path).map_err(failed("open"))?.as_fd())
-                .map_err(failed("copy the mount of"))?;
-            let private = Attributes { propagation: libc::MS_PRIVATE, ..Attributes::default() };
-            private.set(tree.as_fd(), true).map_err(failed("set up the mount of"))?;
-            put(&tree, &self.path).map_err(failed("mount"))?;
-        }
-        rustix::mount::mount_change(&self.path, MountPropagationFlags::SHARED)
-            .map_err(|errno| failed("share the mount of")(errno.into()))
+        std::fs::create_dir_all(&self.path).map_err(self.failed("make directory", &self.path))
     }
 
-    /// Mounts volumes under their names, those that are not in use yet.
+    /// Mounts volumes under their names in the file server's namespace, those
+    /// that are not in use yet.
     ///
     /// # Errors
     /// With what could not be done.
-    pub fn bind(&self, volumes: &[Prepared], in_use: &[Volume]) -> Result<(), Error> {
+    pub fn bind(
+        &self,
+        namespace: BorrowedFd<'_>,
+        volumes: &[Prepared],
+        in_use: &[Volume],
+    ) -> Result<(), Error> {
         let mut names: HashSet<&str> = in_use.iter().map(|volume| volume.name.as_str()).collect();
         for prepared in volumes {
             if !prepared.volume.live && names.insert(&prepared.volume.name) {
                 // Whatever has the name belongs to nobody.
-                self.release(&prepared.volume.name)?;
-                self.bind_one(prepared)?;
+                self.release(Some(namespace), &prepared.volume.name)?;
+                self.bind_one(namespace, prepared)?;
             }
         }
         Ok(())
     }
 
-    fn bind_one(&self, prepared: &Prepared) -> Result<(), Error> {
+    fn bind_one(&self, namespace: BorrowedFd<'_>, prepared: &Prepared) -> Result<(), Error> {
         let Volume { name, source, mode, .. } = &prepared.volume;
-        let target = self.path.join(name);
+        let point = self.path.join(name);
         let failed = |stage| self.failed(stage, &source.path);
         let stat = rustix::fs::fstat(prepared.file()).map_err(|errno| failed("look at")(errno.into()))?;
         let made = if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            std::fs::create_dir(&target)
+            std::fs::create_dir(&point)
         } else {
-            std::fs::File::create_new(&target).map(drop)
+            std::fs::File::create_new(&point).map(drop)
         };
-        match made {
-            Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(self.failed("make mount point", &target)(cause));
-            }
-            _ => {}
-        }
+        made.map_err(self.failed("make mount point", &point))?;
         let tree = clone_tree(prepared.file()).map_err(failed("copy the mount of"))?;
         let all = Attributes {
             set: libc::MOUNT_ATTR_NOSUID
@@ -110,33 +102,37 @@ impl Shared {
             let own = Attributes { set: libc::MOUNT_ATTR_RDONLY, propagation: 0 };
             own.set(tree.as_fd(), false).map_err(failed("set up the mount of"))?;
         }
-        put(&tree, &target).map_err(failed("mount"))
+        inside(namespace, || put(&tree, &place(name))).map_err(failed("mount"))
     }
 
-    /// Takes a volume's mount away. Succeeds when there is none.
+    /// Takes a volume's mount away; without a namespace there is none. Succeeds
+    /// when there is nothing.
     ///
     /// # Errors
     /// With what could not be done.
-    pub fn release(&self, name: &str) -> Result<(), Error> {
-        let path = self.path.join(name);
-        unmount(&path).map_err(self.failed("unmount", &path))?;
-        // With the mount gone this is the mount point that was made above: an
-        // empty file or directory, and only that is removed.
-        let removed = match std::fs::symlink_metadata(&path) {
-            Ok(metadata) if metadata.is_dir() => std::fs::remove_dir(&path),
-            Ok(metadata) if metadata.len() == 0 => std::fs::remove_file(&path),
+    pub fn release(&self, namespace: Option<BorrowedFd<'_>>, name: &str) -> Result<(), Error> {
+        let point = self.path.join(name);
+        if let Some(namespace) = namespace {
+            inside(namespace, || unmount(&place(name))).map_err(self.failed("unmount", &point))?;
+        }
+        // This is the mount point that was made above: an empty file or
+        // directory, and only that is removed.
+        let removed = match std::fs::symlink_metadata(&point) {
+            Ok(metadata) if metadata.is_dir() => std::fs::remove_dir(&point),
+            Ok(metadata) if metadata.len() == 0 => std::fs::remove_file(&point),
             Ok(_) => Err(io::Error::other("it is not empty, so it is no mount point")),
             Err(cause) => Err(cause),
         };
         match removed {
             Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
-                Err(self.failed("remove mount point", &path)(cause))
+                Err(self.failed("remove mount point", &point)(cause))
             }
             _ => Ok(()),
         }
     }
 
-    /// Takes all mounts away, and the directory. Succeeds when there is none.
+    /// Removes the directory of a pod whose file server has gone. Succeeds when
+    /// there is none.
     ///
     /// # Errors
     /// With what could not be done.
@@ -146,9 +142,8 @@ impl Shared {
             entries => entries.map_err(self.failed("read", &self.path))?,
         };
         for entry in entries.flatten() {
-            self.release(&entry.file_name().to_string_lossy())?;
+            self.release(None, &entry.file_name().to_string_lossy())?;
         }
-        unmount(&self.path).map_err(self.failed("unmount", &self.path))?;
         std::fs::remove_dir(&self.path).map_err(self.failed("remove directory", &self.path))?;
         // The folder of all goes with the last.
         if let Some(folder) = self.path.parent() {
@@ -182,6 +177,25 @@ fn clone_tree(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         | OpenTreeFlags::AT_EMPTY_PATH
         | OpenTreeFlags::AT_RECURSIVE;
     Ok(rustix::mount::open_tree(file, c"", flags)?)
+}
+
+/// Where a volume is for its file server, whose root is the directory.
+fn place(name: &str) -> PathBuf {
+    Path::new("/").join(name)
+}
+
+/// Does something in another mount namespace, on a thread that ends with it.
+fn inside(namespace: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    let enter = move || {
+        // A thread has the root of the process until it asks for one of its own.
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNS)?;
+        work()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("volumes".into()).spawn_scoped(scope, enter)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts panicked")))
+    })
 }
 
 fn put(tree: &OwnedFd, path: &Path) -> io::Result<()> {
@@ -236,10 +250,6 @@ fn mount_points() -> Result<Vec<PathBuf>, Error> {
         std::fs::read(MOUNTS).map_err(|cause| Error::File { stage: "read", path: MOUNTS.into(), cause })?;
     let lines = text.split(|byte| *byte == b'\n');
     Ok(lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(mountinfo::unescape).collect())
-}
-
-fn is_mount_point(path: &Path) -> Result<bool, Error> {
-    Ok(mount_points()?.iter().any(|point| point == path))
 }
 
 /// Whether something is mounted below `path`.

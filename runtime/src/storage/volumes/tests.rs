@@ -85,8 +85,8 @@ fn a_mount_point_with_something_in_it_is_left_alone() {
     shared.close().unwrap();
     std::fs::create_dir_all(shared.path().join("v0/precious")).unwrap();
     std::fs::write(shared.path().join("v1"), "precious").unwrap();
-    assert!(shared.release("v0").is_err());
-    assert!(shared.release("v1").unwrap_err().to_string().contains("not empty"));
+    assert!(shared.release(None, "v0").is_err());
+    assert!(shared.release(None, "v1").unwrap_err().to_string().contains("not empty"));
     assert!(shared.close().is_err());
     assert!(shared.path().join("v0/precious").is_dir());
 }
