@@ -147,7 +147,7 @@ class Volumes(PodTest):
         below.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "none", str(below)], check=True)
         _, _, container = self.with_volume()
-        self.assertEqual(leftovers.mounts() - self.mounts_before, {str(below)}, "the volume is a mount of the host, too")
+        self.assertEqual([path for path in leftovers.mounts() if "/run/volumes/" in path], [])
         self.sh(container, "echo x >/data/below/file")
         # As on a host without the pod: what was mounted can go, and the directory too.
         subprocess.run(["umount", str(below)], check=True)
