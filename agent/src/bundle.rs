@@ -3,11 +3,13 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use husk_proto::agent::Rootfs;
+use husk_proto::agent::{ImageVolume, Rootfs};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::MsFlags;
 
 use crate::disks::Disks;
@@ -37,6 +39,14 @@ pub enum Error {
     /// The overlay.
     #[error("root filesystem: {0}")]
     Rootfs(#[from] mounts::Error),
+    /// An image that is a volume.
+    #[error("image volume at {destination}: {cause}")]
+    Volume {
+        /// Where it should be in the container.
+        destination: String,
+        /// Why it cannot.
+        cause: images::Error,
+    },
     /// Its directories and files.
     #[error("{doing} {path}: {cause}")]
     Files {
@@ -55,7 +65,17 @@ pub struct Bundle {
     path: PathBuf,
     layer: PathBuf,
     image: Image,
+    volumes: Vec<Volume>,
     mounted: AtomicBool,
+}
+
+/// An image that is a volume of the container.
+struct Volume {
+    destination: PathBuf,
+    image: Image,
+    sub_path: PathBuf,
+    /// Where it is mounted as the pod's user namespace sees it, if there is one.
+    mapped: Option<PathBuf>,
 }
 
 impl Bundle {
@@ -68,12 +88,14 @@ impl Bundle {
         images: &Arc<Images>,
         disks: &Disks,
         mapped_root: Option<(u32, u32)>,
+        volumes: &[ImageVolume],
     ) -> Result<Self, Error> {
         let image = images.mount(disks, rootfs).await?;
-        let bundle = Self {
+        let mut bundle = Self {
             path: mode::at(BUNDLES).join(id),
             layer: layers().join(id),
             image,
+            volumes: Vec::new(),
             mounted: AtomicBool::new(true),
         };
         for directory in [bundle.rootfs(), bundle.upper(), bundle.layer.join("work")] {
@@ -101,7 +123,42 @@ impl Bundle {
             bundle.layer.join("work").display()
         );
         mounts::mount("overlay", bundle.rootfs(), "overlay", MsFlags::MS_NOATIME, &options)?;
+        for volume in volumes {
+            bundle.add_volume(volume, images, disks, mapped_root.is_some()).await?;
+        }
         Ok(bundle)
+    }
+
+    async fn add_volume(
+        &mut self,
+        volume: &ImageVolume,
+        images: &Arc<Images>,
+        disks: &Disks,
+        map_users: bool,
+    ) -> Result<(), Error> {
+        let image = images
+            .mount(disks, &volume.image.clone().unwrap_or_default())
+            .await
+            .map_err(|cause| Error::Volume { destination: volume.destination.clone(), cause })?;
+        let mapped = map_users.then(|| self.path.join(format!("volume-{}", self.volumes.len())));
+        if let Some(mapped) = &mapped {
+            fs::create_dir_all(mapped).map_err(files("make directory", mapped))?;
+            userns::mount_mapped(image.path(), mapped).map_err(files("map the users of", mapped))?;
+        }
+        let (destination, sub_path) = (volume.destination.clone().into(), volume.sub_path.clone().into());
+        self.volumes.push(Volume { destination, image, sub_path, mapped });
+        Ok(())
+    }
+
+    /// Destinations of the images that are volumes, and where they are.
+    pub fn volumes(&self) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
+        let source = |volume: &Volume| {
+            let root = volume.mapped.as_deref().unwrap_or_else(|| volume.image.path());
+            let source = beneath(root, &volume.sub_path)
+                .map_err(files("find in the image", &volume.sub_path))?;
+            Ok((volume.destination.clone(), source))
+        };
+        self.volumes.iter().map(source).collect()
     }
 
     /// The directory that runc calls the bundle.
@@ -135,6 +192,12 @@ impl Bundle {
         mounts::when_idle(|| mounts::unmount(&rootfs)).await?;
         let mapped = self.mapped();
         mounts::when_idle(|| mounts::unmount(&mapped)).await?;
+        for volume in &self.volumes {
+            if let Some(mapped) = &volume.mapped {
+                mounts::when_idle(|| mounts::unmount(mapped)).await?;
+            }
+            volume.image.release().await.map_err(images::Error::Mount)?;
+        }
         self.image.release().await.map_err(images::Error::Mount)?;
         self.mounted.store(false, Ordering::Relaxed);
         layer::remove(&self.path).map_err(files("remove", &self.path))?;
@@ -150,6 +213,7 @@ impl Drop for Bundle {
         if *self.mounted.get_mut() {
             mounts::detach(&self.rootfs());
             mounts::detach(&self.mapped());
+            self.volumes.iter().filter_map(|volume| volume.mapped.as_deref()).for_each(mounts::detach);
             for tree in [&self.path, &self.layer] {
                 if let Err(error) = layer::remove(tree) {
                     tracing::warn!("remove {}: {error}", tree.display());
@@ -159,7 +223,50 @@ impl Drop for Bundle {
     }
 }
 
+/// The file or directory of an image that never changes. Links in it are those
+/// of a root file system: they do not lead out of it.
+fn beneath(root: &Path, sub_path: &Path) -> io::Result<PathBuf> {
+    if sub_path.as_os_str().is_empty() {
+        return Ok(root.to_owned());
+    }
+    let directory = fs::File::open(root)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let found = openat2(&directory, sub_path, how)?;
+    fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
+}
+
 fn files(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |cause| Error::Files { doing, path, cause }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn links_of_an_image_do_not_lead_out_of_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let root = parent.path().join("image");
+        fs::create_dir_all(root.join("etc")).unwrap();
+        fs::write(root.join("etc/passwd"), "").unwrap();
+        fs::write(parent.path().join("secret"), "").unwrap();
+        for (link, to) in [("absolute", "/etc"), ("up", "../secret"), ("good", "etc/passwd"), ("far", "../../../../etc")] {
+            symlink(to, root.join(link)).unwrap();
+        }
+        let found = |path: &str| beneath(&root, Path::new(path)).map_err(|error| error.kind());
+        assert_eq!(found(""), Ok(root.clone()));
+        assert_eq!(found("etc"), Ok(root.join("etc")));
+        assert_eq!(found("absolute/passwd"), Ok(root.join("etc/passwd")));
+        assert_eq!(found("good"), Ok(root.join("etc/passwd")));
+        assert_eq!(found("far"), Ok(root.join("etc")));
+        assert_eq!(found("up"), Err(io::ErrorKind::NotFound));
+        assert_eq!(found("../secret"), Err(io::ErrorKind::NotFound));
+        assert_eq!(found("missing"), Err(io::ErrorKind::NotFound));
+    }
 }

@@ -1,7 +1,7 @@
 //! The OCI configuration: huskd writes it, the agent fills in what only the
 //! guest knows.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use husk_proto::agent::User;
 use oci_spec::runtime::{Process, Spec};
@@ -88,6 +88,16 @@ pub fn complete(
     // Not the agent's own, which runc's child would inherit.
     if process.oom_score_adj().is_none() {
         process.set_oom_score_adj(Some(0));
+    }
+    Ok(())
+}
+
+/// Gives the mounts of images that are volumes their sources, by destination.
+pub fn place_images(spec: &mut Spec, images: &[(PathBuf, PathBuf)]) -> Result<(), Error> {
+    for (destination, source) in images {
+        let mounts = spec.mounts_mut().iter_mut().flatten();
+        let mount = { mounts }.find(|mount| mount.destination() == destination);
+        mount.ok_or(Error::Missing("mount for an image volume"))?.set_source(Some(source.clone()));
     }
     Ok(())
 }

@@ -153,6 +153,33 @@ class Volumes(PodTest):
         subprocess.run(["umount", str(below)], check=True)
         below.rmdir()
 
+    def test_an_image_can_be_a_volume(self):
+        self.node.crictl("pull", self.node.image("nginx"))
+        image = {"image": {"image": self.node.image("nginx")}, "readonly": True}
+        pod, sandbox = self.pod()
+        container = self.container(pod, sandbox, mounts=[
+            {"container_path": "/all", **image},
+            {"container_path": "/part", "image_sub_path": "etc/nginx", **image},
+            {"container_path": "/all/tmp", "host_path": str(self.folder)},
+        ])
+        self.sh(container, "test -f /all/etc/nginx/nginx.conf && cmp /all/etc/nginx/nginx.conf /part/nginx.conf")
+        self.assertIn("Read-only", self.fails("exec", "-s", container, "touch", "/part/new"))
+        self.assertIn("denied", self.fails("exec", "-s", container, "/all/bin/sh", "-c", "true"))
+        self.sh(container, "touch /all/tmp/in-a-volume")
+        # The disk is shared with a container of that image, and outlives neither.
+        other = self.container(pod, sandbox, name="other", image="nginx")
+        self.node.crictl("rm", "-f", container)
+        self.sh(other, "test -f /etc/nginx/nginx.conf")
+
+        for mount, words in (
+            ({"image_sub_path": "no/such", **image}, "find in the image"),
+            ({"image_sub_path": "../etc", **image}, "image_sub_path"),
+            ({"host_path": str(self.folder), **image}, "host_path"),
+            ({"image": {"image": "nobody/has:this"}}, "nobody/has:this"),
+        ):
+            config = self.node.container_file("bad", "busybox", mounts=[{"container_path": "/x", **mount}])
+            self.assertIn(words, self.fails("create", pod, config, sandbox), mount)
+
     def test_what_cannot_be_mounted_is_refused(self):
         pod, sandbox = self.pod()
         for mount, word in (

@@ -33,7 +33,10 @@ pub async fn create(
     let id = request.container_id.clone();
     id::check("container_id", &id)?;
     let rootfs = request.rootfs.clone().unwrap_or_default();
-    id::check("rootfs.image_serial", &rootfs.image_serial)?;
+    let images = request.image_volumes.iter().filter_map(|volume| volume.image.as_ref());
+    for image in images.chain([&rootfs]) {
+        id::check("image_serial", &image.image_serial)?;
+    }
     let mut config = spec::parse(&request.spec_json).invalid("spec_json")?;
     let cgroup = spec::choose_cgroup(&mut config, &id).invalid("spec_json")?;
     sandbox::check_created(&agent)?;
@@ -44,7 +47,7 @@ pub async fn create(
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
     let root = agent.mapped_root.get().copied();
-    let bundle = Bundle::prepare(&id, &rootfs, &agent.images, &agent.disks, root)
+    let bundle = Bundle::prepare(&id, &rootfs, &agent.images, &agent.disks, root, &request.image_volumes)
         .await
         .stage("mount the root filesystem")?;
     let created = create_in(&agent, &request, config, cgroup, &bundle).await;
@@ -96,6 +99,8 @@ async fn create_in(
     if spec::joins(&config, &mode::at(paths::PID_NAMESPACE)) {
         sandbox::share_pid_namespace(agent).await?;
     }
+    spec::place_images(&mut config, &bundle.volumes().stage("mount an image volume")?)
+        .invalid("image_volumes")?;
     spec::complete(&mut config, &bundle.rootfs(), &identity, &asked, request.terminal)
         .invalid("spec_json")?;
     let json = serde_json::to_vec(&config).stage("write the bundle")?;

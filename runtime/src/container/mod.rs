@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 
 use crate::id::{ContainerId, SandboxId};
 use crate::sandbox::{lock, read_json, write_json};
+use crate::storage::image_volumes::ImageVolume;
 use crate::storage::volumes::Volume;
 
 pub mod fanout;
@@ -35,6 +36,9 @@ pub struct Record {
     pub image_slot: String,
     /// The file behind that device.
     pub image_rootfs: PathBuf,
+    /// The images that are volumes of it.
+    #[serde(default)]
+    pub image_volumes: Vec<ImageVolume>,
     /// What it has of the host's files.
     #[serde(default)]
     pub volumes: Vec<Volume>,
@@ -57,6 +61,14 @@ pub struct Record {
     pub start_error: String,
     /// Where it is in its life.
     pub state: State,
+}
+
+impl Record {
+    /// The disks of the images that it uses, and the files behind them.
+    pub fn disks(&self) -> impl Iterator<Item = (String, PathBuf)> {
+        let volumes = self.image_volumes.iter().map(|volume| (volume.slot.clone(), volume.rootfs.clone()));
+        std::iter::once((self.image_slot.clone(), self.image_rootfs.clone())).chain(volumes)
+    }
 }
 
 /// Where a container is in its life. It only ever moves down this list.
@@ -303,6 +315,7 @@ mod tests {
             image_ref: String::new(),
             image_slot: String::new(),
             image_rootfs: PathBuf::new(),
+            image_volumes: Vec::new(),
             volumes: Vec::new(),
             log_path: PathBuf::new(),
             stop_signal: 15,

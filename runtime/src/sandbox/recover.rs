@@ -79,10 +79,7 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
         return Ok(());
     };
     let used = sandbox.containers();
-    let used = used.iter().map(|container| {
-        let record = container.record();
-        (record.image_slot.clone(), record.image_rootfs.clone())
-    });
+    let used = used.iter().flat_map(|container| container.record().disks().collect::<Vec<_>>());
     let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
     let timeout = Duration::from_secs(handler.agent_timeout_seconds);
     let reattached = match (record.kind, &record.cgroup) {

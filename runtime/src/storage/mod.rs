@@ -4,6 +4,7 @@
 //! The filesystem is made once and copied, holes and all: a copy writes a few
 //! hundred KiB. It has no journal, because nothing on it outlives its machine.
 
+pub mod image_volumes;
 pub mod volumes;
 
 use std::fs::File;

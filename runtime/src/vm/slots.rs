@@ -99,6 +99,28 @@ impl Held<'_> {
         Some(Claim::Attach(free))
     }
 
+    /// Takes several images for one more container: all of them, or none.
+    pub fn claim_all<'a>(&mut self, images: impl Iterator<Item = &'a Path>) -> Option<Vec<Claim>> {
+        let mut claims = Vec::new();
+        for image in images {
+            match self.claim(image) {
+                Some(claim) => claims.push(claim),
+                None => {
+                    self.give_back(&claims);
+                    return None;
+                }
+            }
+        }
+        Some(claims)
+    }
+
+    /// Undoes claims of which nothing was attached.
+    pub fn give_back(&mut self, claims: &[Claim]) {
+        for claim in claims {
+            self.release(claim.slot());
+        }
+    }
+
     /// One container less; true when the disk is to be detached.
     pub fn release(&mut self, name: &str) -> bool {
         let Some(held) = self.used.get_mut(name) else { return false };

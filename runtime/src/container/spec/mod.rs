@@ -18,6 +18,7 @@ use oci_spec::runtime::{
 
 use crate::config::Hooks;
 use crate::id::ContainerId;
+use crate::storage::image_volumes::ImageVolume;
 use crate::storage::volumes::Volume;
 
 mod devices;
@@ -61,6 +62,8 @@ pub struct Input<'a> {
     pub image: &'a ImageConfig,
     /// The host's files that it shall have.
     pub volumes: &'a [Volume],
+    /// The images that are volumes of it.
+    pub image_volumes: &'a [ImageVolume],
     /// What its handler's configuration adds.
     pub hooks: &'a Hooks,
     /// Process id in the guest of the container whose pid namespace is to be
@@ -85,7 +88,7 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
         .version("1.0.2")
         .root(RootBuilder::default().path("rootfs").readonly(security.readonly_rootfs).build()?)
         .process(process::build(input, &security)?)
-        .mounts(mounts::build(&security, mapped, input.volumes)?)
+        .mounts(mounts::build(&security, mapped, input.volumes, input.image_volumes)?)
         .annotations(annotations(input))
         .linux(linux(input, &security, mapped)?);
     let mut spec = spec.build()?;

@@ -5,6 +5,7 @@ use husk_proto::cri::{self, NamespaceMode};
 use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
+use crate::storage::image_volumes::ImageVolume;
 use crate::storage::volumes::Volume;
 
 /// `mapped` says that the container is in a user namespace. The machine's
@@ -14,6 +15,7 @@ pub(super) fn build(
     security: &cri::LinuxContainerSecurityContext,
     mapped: bool,
     volumes: &[Volume],
+    images: &[ImageVolume],
 ) -> Result<Vec<Mount>, Error> {
     // A privileged container may write the kernel's files: its own machine's.
     let access = if security.privileged { "rw" } else { "ro" };
@@ -55,17 +57,24 @@ pub(super) fn build(
         mount("/etc/hostname", "bind", paths::HOSTNAME, &["rbind", "rprivate", files])?,
         mount("/etc/resolv.conf", "bind", paths::RESOLV_CONF, &["rbind", "rprivate", files])?,
     ];
-    // A volume in the place of one of these is what the client wants there.
-    mounts.retain(|own| volumes.iter().all(|volume| volume.container_path != *own.destination()));
-    let mut volumes: Vec<_> = volumes.iter().collect();
-    // What lies below another comes after it; the client's order, else.
-    volumes.sort_by_key(|volume| volume.container_path.components().count());
+    let mut added = Vec::with_capacity(volumes.len() + images.len());
     for volume in volumes {
         let folder = if volume.live { paths::LIVE } else { paths::SHARED };
         let source = format!("{folder}/{}", volume.name);
         let access = if volume.read_only_inside { "ro" } else { "rw" };
         let target = volume.container_path.to_string_lossy();
-        mounts.push(mount(&target, "bind", &source, &["rbind", "rprivate", access])?);
+        added.push(mount(&target, "bind", &source, &["rbind", "rprivate", access])?);
     }
+    for image in images {
+        let target = image.container_path.to_string_lossy();
+        // The agent knows the source. As Kubernetes says: nothing in it can be executed.
+        let options = ["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
+        added.push(mount(&target, "bind", "image", &options)?);
+    }
+    // A volume in the place of one of ours is what the client wants there.
+    mounts.retain(|own| added.iter().all(|mount| mount.destination() != own.destination()));
+    // What lies below another comes after it; the client's order, else.
+    added.sort_by_key(|mount| mount.destination().components().count());
+    mounts.extend(added);
     Ok(mounts)
 }

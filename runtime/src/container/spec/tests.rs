@@ -25,7 +25,7 @@ fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
         sandbox: &sandbox,
         image: &image,
         hooks: &Hooks::default(),
-        volumes: &[],
+        volumes: &[], image_volumes: &[],
         target_pid: None,
         host: None,
     })
@@ -104,7 +104,7 @@ fn a_user_comes_from_the_client_or_else_the_image() {
             sandbox: &sandbox,
             image: &image,
             hooks: &Hooks::default(),
-            volumes: &[],
+            volumes: &[], image_volumes: &[],
             target_pid: None,
             host: None,
         })
@@ -217,7 +217,7 @@ proptest! {
         };
         let (id, image) = (ContainerId::from("c"), image());
         let input = Input {
-            id: &id, config: &config, sandbox: &sandbox, image: &image, hooks: &Hooks::default(), volumes: &[], target_pid: Some(7), host: None,
+            id: &id, config: &config, sandbox: &sandbox, image: &image, hooks: &Hooks::default(), volumes: &[], image_volumes: &[], target_pid: Some(7), host: None,
         };
         let _ = user(&input);
         let Ok(spec) = build(&input) else { return Ok(()) };

@@ -18,6 +18,7 @@ use crate::id::ContainerId;
 use crate::image::Image;
 use crate::node::Node;
 use crate::sandbox::{Phase, Sandbox, cpus};
+use crate::storage::image_volumes::{self, ImageVolume};
 use crate::storage::volumes::{self, Prepared, Shared, Volume};
 use crate::vm::{self, Claim, Machine, file_server};
 
@@ -40,6 +41,8 @@ pub(super) async fn create_container(
     let pod = sandbox.record().config.clone();
     privileged_only_in_privileged(&pod, &config)?;
     let log_path = log_path(&pod, &config)?;
+    let mut image_volumes =
+        image_volumes::wanted(&config.mounts, |image| Ok(resolve(node, &image.image)?.rootfs))?;
     let image_config = image.config.config().clone().unwrap_or_default();
     let host = host_places(node, &sandbox)?;
     // On the host its mounts are as they are.
@@ -56,6 +59,7 @@ pub(super) async fn create_container(
         sandbox: &pod,
         image: &image_config,
         volumes: &volumes,
+        image_volumes: &image_volumes,
         target_pid: target_pid(&sandbox, &config),
         host: host.as_ref(),
     };
@@ -64,14 +68,23 @@ pub(super) async fn create_container(
     let stop_signal = super::stop_container::stop_signal(&config, image_config.stop_signal().as_deref())?;
 
     let mut slots = machine.slots.hold().await;
-    let claim = slots.claim(&image.rootfs).ok_or_else(|| vm::Error::NoSlot(sandbox.containers().len()))?;
+    let images: Vec<_> =
+        [&image.rootfs].into_iter().chain(image_volumes.iter().map(|one| &one.rootfs)).cloned().collect();
+    let claims = slots.claim_all(images.iter().map(PathBuf::as_path));
+    let claims = claims.ok_or_else(|| vm::Error::NoSlot(sandbox.containers().len()))?;
+    let mut disks = claims.iter().map(|claim| claim.slot().to_owned());
+    let image_slot = disks.next().unwrap_or_default();
+    for (volume, slot) in image_volumes.iter_mut().zip(disks) {
+        volume.slot = slot;
+    }
     let record = Record {
         id: id.clone(),
         sandbox_id: sandbox.id.clone(),
         image_id: image.id.to_string(),
         image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.to_string()),
-        image_slot: claim.slot().to_owned(),
+        image_slot,
         image_rootfs: image.rootfs.clone(),
+        image_volumes,
         volumes,
         log_path,
         stop_signal,
@@ -86,17 +99,19 @@ pub(super) async fn create_container(
     let container = match Container::create(sandbox.directory(), record) {
         Ok(container) => Arc::new(container),
         Err(error) => {
-            slots.release(claim.slot());
+            slots.give_back(&claims);
             return Err(error.into());
         }
     };
     node.registry.add_container(sandbox.clone(), container.clone());
     let made = async {
         cpus::pin(&sandbox)?;
-        if let Claim::Attach(slot) = &claim {
-            machine.keeper.attach_image(slot, &image.rootfs).await?;
+        for (claim, rootfs) in claims.iter().zip(&images) {
+            if let Claim::Attach(slot) = claim {
+                machine.keeper.attach_image(slot, rootfs).await?;
+            }
         }
-        // From here on others may use the disk too.
+        // From here on others may use the disks too.
         drop(slots);
         mount_volumes(node, &sandbox, &machine, &prepared, &in_use).await?;
         make(&sandbox, &machine, &container, &spec, user).await
@@ -188,7 +203,8 @@ async fn make(
     let request = agent::CreateContainerRequest {
         container_id: container.id.to_string(),
         spec_json: serde_json::to_vec(spec).map_err(|error| Error::Internal(error.to_string()))?,
-        rootfs: Some(rootfs_of(machine, &record)),
+        rootfs: Some(rootfs_of(machine, &record.image_slot, &record.image_rootfs)),
+        image_volumes: record.image_volumes.iter().map(|volume| image_volume_of(machine, volume)).collect(),
         user: Some(user),
         terminal: record.config.tty,
         stdin: record.config.stdin,
@@ -225,12 +241,20 @@ async fn make(
 }
 
 /// A machine has the image as a disk; on the host the agent reads the file.
-fn rootfs_of(machine: &Machine, record: &Record) -> agent::Rootfs {
+fn rootfs_of(machine: &Machine, slot: &str, rootfs: &Path) -> agent::Rootfs {
     let image_file = match machine.keeper {
         vm::Keeper::Vmm(_) => String::new(),
-        vm::Keeper::Supervisor(_) => record.image_rootfs.display().to_string(),
+        vm::Keeper::Supervisor(_) => rootfs.display().to_string(),
     };
-    agent::Rootfs { image_serial: record.image_slot.clone(), image_file }
+    agent::Rootfs { image_serial: slot.to_owned(), image_file }
+}
+
+fn image_volume_of(machine: &Machine, volume: &ImageVolume) -> agent::ImageVolume {
+    agent::ImageVolume {
+        image: Some(rootfs_of(machine, &volume.slot, &volume.rootfs)),
+        destination: volume.container_path.display().to_string(),
+        sub_path: volume.sub_path.clone(),
+    }
 }
 
 /// Where things of a host pod are.
@@ -255,8 +279,11 @@ fn image_of(node: &Node, config: &cri::ContainerConfig) -> Result<Image, Error> 
     if name.is_empty() {
         return Err(Error::InvalidArgument("container configuration names no image".into()));
     }
-    let image = node.images.resolve(name)?;
-    image.ok_or_else(|| Error::NoImage(name.to_owned()))
+    resolve(node, name)
+}
+
+fn resolve(node: &Node, name: &str) -> Result<Image, Error> {
+    node.images.resolve(name)?.ok_or_else(|| Error::NoImage(name.to_owned()))
 }
 
 /// The pod's log folder and the container's place in it, if both are given. The

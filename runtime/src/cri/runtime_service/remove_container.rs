@@ -73,9 +73,10 @@ pub async fn take_apart(
             .agent
             .call("remove container", async |mut agent| agent.remove_container(request).await)
             .await?;
-        let slot = container.record().image_slot.clone();
+        let disks: Vec<_> = container.record().disks().collect();
         let mut slots = machine.slots.hold().await;
-        if slots.release(&slot) {
+        let unused: Vec<_> = disks.into_iter().filter(|(slot, _)| slots.release(slot)).collect();
+        for (slot, _) in unused {
             machine.keeper.detach_image(slot).await?;
         }
     }

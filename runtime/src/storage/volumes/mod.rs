@@ -16,6 +16,8 @@ use std::path::{Component, Path, PathBuf};
 use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 
+use super::image_volumes::is_image;
+
 pub mod live;
 mod shared;
 #[cfg(test)]
@@ -109,7 +111,7 @@ impl Prepared {
     }
 }
 
-/// Looks at what a container wants mounted, and makes directories that are not
+/// Looks at what a container wants mounted of the host, and makes directories that are not
 /// there. `in_use` are the volumes that the pod's containers have.
 ///
 /// # Errors
@@ -117,7 +119,7 @@ impl Prepared {
 pub fn prepare(mounts: &[cri::Mount], in_use: &[Volume]) -> Result<Vec<Prepared>, Error> {
     let mut known = in_use.to_vec();
     let mut prepared = Vec::with_capacity(mounts.len());
-    for mount in mounts {
+    for mount in mounts.iter().filter(|mount| !is_image(mount)) {
         let one = prepare_one(mount, &known)?;
         known.push(one.volume.clone());
         prepared.push(one);
@@ -137,9 +139,6 @@ fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> 
     }
     if !mount.mount_options.is_empty() {
         return Err(unsupported("`mount_options` are not supported yet"));
-    }
-    if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
-        return Err(unsupported("image volumes are not supported yet"));
     }
     if !Path::new(&mount.host_path).is_absolute() {
         return Err(invalid("host_path must be absolute"));
@@ -193,7 +192,7 @@ fn mode(mount: &cri::Mount) -> Result<Mode, Error> {
 }
 
 /// The path without `.` and `..`; `None` if it is not absolute.
-fn clean(path: &str) -> Option<PathBuf> {
+pub(super) fn clean(path: &str) -> Option<PathBuf> {
     let mut clean = PathBuf::new();
     for part in Path::new(path).components() {
         match part {
