@@ -154,8 +154,8 @@ impl Bundle {
     pub fn volumes(&self) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
         let source = |volume: &Volume| {
             let root = volume.mapped.as_deref().unwrap_or_else(|| volume.image.path());
-            let source = beneath(root, &volume.sub_path)
-                .map_err(files("find in the image", &volume.sub_path))?;
+            let source =
+                beneath(root, &volume.sub_path).map_err(files("find in the image", &volume.sub_path))?;
             Ok((volume.destination.clone(), source))
         };
         self.volumes.iter().map(source).collect()
@@ -256,7 +256,9 @@ mod tests {
         fs::create_dir_all(root.join("etc")).unwrap();
         fs::write(root.join("etc/passwd"), "").unwrap();
         fs::write(parent.path().join("secret"), "").unwrap();
-        for (link, to) in [("absolute", "/etc"), ("up", "../secret"), ("good", "etc/passwd"), ("far", "../../../../etc")] {
+        for (link, to) in
+            [("absolute", "/etc"), ("up", "../secret"), ("good", "etc/passwd"), ("far", "../../../../etc")]
+        {
             symlink(to, root.join(link)).unwrap();
         }
         let found = |path: &str| beneath(&root, Path::new(path)).map_err(|error| error.kind());

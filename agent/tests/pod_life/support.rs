@@ -206,6 +206,7 @@ pub fn container(id: &str, args: &[&str]) -> CreateContainerRequest {
         terminal: false,
         stdin: false,
         stdin_once: false,
+        image_volumes: Vec::new(),
     }
 }
 

@@ -50,11 +50,12 @@ pub fn wanted(
         if mount.propagation != cri::MountPropagation::PropagationPrivate as i32 {
             return Err(refused("nothing is ever mounted in an image: its propagation must be private"));
         }
-        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() || !mount.mount_options.is_empty() {
+        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() || !mount.mount_options.is_empty()
+        {
             return Err(refused("mapped ids and `mount_options` are not supported"));
         }
-        let container_path =
-            super::volumes::clean(&mount.container_path).ok_or_else(|| refused("the path must be absolute"))?;
+        let container_path = super::volumes::clean(&mount.container_path)
+            .ok_or_else(|| refused("the path must be absolute"))?;
         let inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
         if !Path::new(&mount.image_sub_path).components().all(inside) {
             return Err(refused("`image_sub_path` must be relative, without `..`"));

@@ -58,14 +58,18 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
     let program = plan.program.to_owned();
     let log = plan.run_dir.join("fs.log");
     let record = plan.run_dir.join(RECORD);
-    let (started, process) = start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
+    let (started, process) =
+        start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
     let log_path = log.clone();
     let socket = tokio::task::spawn_blocking(move || wait_ready(started, &log_path))
         .await
         .unwrap_or_else(|error| Err(io::Error::other(error)))
         .map_err(|cause| Error::File { stage: STAGE, path: log, cause })?;
-    std::fs::write(&record, process.to_string())
-        .map_err(|cause| Error::File { stage: STAGE, path: record, cause })?;
+    std::fs::write(&record, process.to_string()).map_err(|cause| Error::File {
+        stage: STAGE,
+        path: record,
+        cause,
+    })?;
     control.attach_fs(socket).await
 }
 

@@ -422,7 +422,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let templates = templates(folder.path());
         let handler = handler(folder.path());
-        let shape = |memory| Shape::new(&handler, 1, memory);
+        let shape = |memory| Shape::new(&handler, 1, memory).unwrap();
         assert!(!templates.is_wanted(&shape(256)) && !templates.is_wanted(&shape(512)));
         assert!(templates.is_wanted(&shape(256)) && templates.is_wanted(&shape(256)));
         lock(&templates.known).unfit.insert(shape(256).name);

@@ -25,7 +25,8 @@ fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
         sandbox: &sandbox,
         image: &image,
         hooks: &Hooks::default(),
-        volumes: &[], image_volumes: &[],
+        volumes: &[],
+        image_volumes: &[],
         target_pid: None,
         host: None,
     })
@@ -104,7 +105,8 @@ fn a_user_comes_from_the_client_or_else_the_image() {
             sandbox: &sandbox,
             image: &image,
             hooks: &Hooks::default(),
-            volumes: &[], image_volumes: &[],
+            volumes: &[],
+            image_volumes: &[],
             target_pid: None,
             host: None,
         })

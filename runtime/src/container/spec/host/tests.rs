@@ -28,6 +28,7 @@ fn built(config: cri::ContainerConfig, sandbox: &cri::PodSandboxConfig) -> Resul
         image: &image,
         hooks: &crate::config::Hooks::default(),
         volumes: &[],
+        image_volumes: &[],
         target_pid: None,
         host: Some(&pod),
     })
