@@ -116,7 +116,7 @@ pub struct Handler {
     /// Added to the guest kernel's command line.
     pub kernel_cmdline: String,
     /// Machines are clones of one that has booted, see
-    /// [`crate::vm::template`]; otherwise each boots. Not yet the default.
+    /// [`crate::vm::template`]; otherwise each boots.
     pub template: bool,
     /// Hooks of every container.
     pub hooks: Hooks,
@@ -261,7 +261,7 @@ impl Default for Handler {
             boot_timeout_seconds: 60,
             agent_timeout_seconds: 60,
             kernel_cmdline: String::new(),
-            template: false,
+            template: true,
             hooks: Hooks::default(),
         }
     }

@@ -52,7 +52,7 @@ class PodTest(unittest.TestCase):
             left += [str(path) for path in (node.state / "sandboxes").iterdir()]
             left += [name for name in os.listdir("/run/netns") if name.startswith("husk")] if os.path.isdir("/run/netns") else []
             left += [str(path) for path in leases(node)]
-            left += processes("husk-vmm") + processes("husk-agent")
+            left += machines() + processes("husk-agent")
             left += sorted(leftovers.block_devices())
             return left
 
@@ -116,6 +116,19 @@ def processes(name):
     return found
 
 
+def machines():
+    """As `processes`, the machines of pods: not those that are to become templates."""
+    return [line for line in processes("husk-vmm") if "template-" not in command(line.split()[1])]
+
+
+def command(process):
+    try:
+        with open(f"/proc/{process}/cmdline") as line:
+            return line.read()
+    except OSError:
+        return ""
+
+
 def leases(node):
     """Addresses that CNI's IPAM has given out."""
     folder = node.root / "leases" / "husk"
@@ -123,6 +136,6 @@ def leases(node):
 
 
 __all__ = [
-    "Failed", "PodTest", "can_connect", "json", "leases", "leftovers", "os", "processes", "signal", "subprocess",
+    "Failed", "PodTest", "can_connect", "json", "leases", "leftovers", "machines", "os", "processes", "signal", "subprocess",
     "time", "wait_until",
 ]

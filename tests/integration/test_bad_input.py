@@ -4,7 +4,7 @@ import socket
 import stat
 import threading
 
-from pods import PodTest, json, os, processes, subprocess, time
+from pods import PodTest, json, machines, os, subprocess, time
 
 UNKNOWN = "0123456789abcdef" * 4
 
@@ -111,7 +111,7 @@ class BadSurroundings(PodTest):
 
 
 class BadKernel(PodTest):
-    settings = "[handlers.panics]\nkernel_cmdline = 'init=/no/such/init'\n[handlers.silent]\nboot_timeout_seconds = 20\nkernel_cmdline = 'init=/usr/bin/runc'\n"
+    settings = "[handlers.panics]\ntemplate = false\nkernel_cmdline = 'init=/no/such/init'\n[handlers.silent]\ntemplate = false\nboot_timeout_seconds = 20\nkernel_cmdline = 'init=/usr/bin/runc'\n"
 
     def test_a_kernel_that_panics_is_quoted(self):
         started = time.monotonic()
@@ -119,5 +119,5 @@ class BadKernel(PodTest):
         self.assertIn("panic", said.lower())
         self.assertIn("guest boot", said)
         self.assertLess(time.monotonic() - started, 120)
-        self.assertEqual((self.node.crictl("pods", "-q"), processes("husk-vmm")), ("", []))
+        self.assertEqual((self.node.crictl("pods", "-q"), machines()), ("", []))
         self.assert_nothing_left()

@@ -1,6 +1,6 @@
 """Pods of the handler `runc`: plain host containers, as a client sees them, and what is left of them."""
 
-from pods import PodTest, can_connect, leftovers, os, processes, signal, subprocess, time, wait_until
+from pods import PodTest, can_connect, leftovers, machines, os, processes, signal, subprocess, time, wait_until
 
 NODE = 2
 
@@ -17,6 +17,7 @@ def host_kernel():
 
 class HostTest(PodTest):
     handler = "runc"
+    handler_settings = "template = false"
 
     def setUp(self):
         super().setUp()
@@ -49,7 +50,7 @@ class Life(HostTest):
         with open(status["logPath"]) as lines:
             streams = sorted(line.split()[1:3] for line in lines)
         self.assertEqual(streams, [["stderr", "F"], ["stdout", "F"]])
-        self.assertEqual(processes("husk-vmm"), [])
+        self.assertEqual(machines(), [])
         self.assertEqual(self.node.crictl_json("inspectp", pod)["status"]["runtimeHandler"], "runc")
 
     def test_exec_answers_with_output_and_exit_code(self):

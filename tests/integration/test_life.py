@@ -1,6 +1,6 @@
 """The life of pods and containers, as a client sees it."""
 
-from pods import PodTest, can_connect, processes, subprocess, time, wait_until
+from pods import PodTest, can_connect, machines, subprocess, time, wait_until
 
 
 class Life(PodTest):
@@ -118,9 +118,9 @@ class Daemon(PodTest):
 
     def test_pods_live_on_when_the_daemon_dies(self):
         pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
-        before = processes("husk-vmm")
+        before = machines()
         self.kill_daemon()
-        self.assertEqual(processes("husk-vmm"), before)
+        self.assertEqual(machines(), before)
         self.node.start_daemon()
         self.assertEqual(self.node.crictl("pods", "-q", "--state", "ready"), pod)
         self.assertEqual(self.status(container)["state"], "CONTAINER_RUNNING")
@@ -132,7 +132,7 @@ class Daemon(PodTest):
 
     def test_a_machine_that_dies_takes_its_containers_with_it_and_is_told_so(self):
         pod, container = self.running()
-        machine = int(processes("husk-vmm")[0].split()[1])
+        machine = int(machines()[0].split()[1])
         subprocess.run(["kill", "-KILL", str(machine)], check=True)
         status = self.wait_exited(container, 30)
         self.assertNotEqual(status["exitCode"], 0)
@@ -141,7 +141,7 @@ class Daemon(PodTest):
 
     def test_what_died_with_the_daemon_is_given_back(self):
         pod, container = self.running()
-        machine = int(processes("husk-vmm")[0].split()[1])
+        machine = int(machines()[0].split()[1])
         self.kill_daemon()
         subprocess.run(["kill", "-KILL", str(machine)], check=True)
         self.node.start_daemon()
@@ -152,7 +152,7 @@ class Daemon(PodTest):
         config = self.node.sandbox_file("half")
         command = [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), "runp", str(config)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runp:
-            wait_until(lambda: processes("husk-vmm"), 60, "wait for the machine")
+            wait_until(lambda: machines(), 60, "wait for the machine")
             self.kill_daemon()
             runp.wait()
         self.node.start_daemon()

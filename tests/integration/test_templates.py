@@ -4,8 +4,6 @@ from pods import PodTest, processes, time, wait_until
 
 
 class Templates(PodTest):
-    handler_settings = "template = true"
-
     def setUp(self):
         super().setUp()
         self.wait_for_templates(1)

@@ -11,6 +11,8 @@ BRIDGE_OF_ALL = re.compile(r"^husk-\w+$")
 LEASE_FILES = re.compile(r"/leases/\w+(/lock|/last_reserved_ip\.\d+)?$")
 STANDING_RULES = re.compile(r"^:[A-Z]+ ACCEPT|^:CNI-HOSTPORT-\w+ |-j CNI-HOSTPORT-|^-A CNI-HOSTPORT-(MASQ|SETMARK) ")
 STANDING_MOUNTS = {"/run/netns"}
+# A machine that is to become a template belongs to no pod, and goes by itself.
+TEMPLATE = re.compile(r"husk-vmm --id template-")
 
 
 def processes():
@@ -24,7 +26,7 @@ def processes():
         except OSError:
             continue  # it ended while we looked
         # Threads of the kernel come and go as it pleases.
-        if command and parent != "2" and int(place.name) != os.getpid():
+        if command and parent != "2" and int(place.name) != os.getpid() and not TEMPLATE.search(command):
             found.add(f"{place.name} {command[:100]}")
     return found
 

@@ -15,8 +15,9 @@ use crate::identity::{self, CAPABILITIES};
 const OPEN_FILES: u64 = 1 << 20;
 
 /// Makes `root` all that there is: a mount namespace of its own, whose root it
-/// is, and into which huskd moves the volumes. Leaves the process in `/proc/self/fd`, with few capabilities and no way to get more.
-/// Answers how many files it may have open. Before any other thread.
+/// is, and into which huskd moves the volumes. Leaves the process in
+/// `/proc/self/fd`, with few capabilities and no way to get more. Answers how
+/// many files it may have open. Before any other thread.
 ///
 /// # Errors
 /// With what could not be done.
