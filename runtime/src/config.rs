@@ -24,6 +24,8 @@ pub struct Config {
     pub images: Images,
     /// Exec, attach and port-forward.
     pub streaming: Streaming,
+    /// Devices by name.
+    pub cdi: Cdi,
     /// Runtime handlers by name.
     pub handlers: BTreeMap<String, Handler>,
 }
@@ -67,6 +69,14 @@ pub struct Streaming {
     /// that the kernel chooses. Whoever can reach it still needs the secret in
     /// the URL, but is not asked for more, and nothing is encrypted.
     pub address: SocketAddr,
+}
+
+/// `[cdi]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cdi {
+    /// Where CDI files are; a device in a later directory counts more.
+    pub dirs: Vec<PathBuf>,
 }
 
 /// What a pod of a handler lives in.
@@ -143,6 +153,16 @@ pub struct Hooks {
 }
 
 impl Hooks {
+    /// Adds hooks that run after these.
+    pub fn extend(&mut self, more: Self) {
+        self.prestart.extend(more.prestart);
+        self.create_runtime.extend(more.create_runtime);
+        self.create_container.extend(more.create_container);
+        self.start_container.extend(more.start_container);
+        self.poststart.extend(more.poststart);
+        self.poststop.extend(more.poststop);
+    }
+
     /// Every one of them.
     fn all(&self) -> impl Iterator<Item = &Hook> {
         let lists = [
@@ -184,6 +204,7 @@ impl Default for Config {
             network: Network::default(),
             images: Images::default(),
             streaming: Streaming::default(),
+            cdi: Cdi::default(),
             handlers: [DEFAULT_HANDLER, HOST_HANDLER].map(built_in).into(),
         }
     }
@@ -240,6 +261,12 @@ impl Default for Images {
 impl Default for Streaming {
     fn default() -> Self {
         Self { address: (Ipv4Addr::LOCALHOST, 0).into() }
+    }
+}
+
+impl Default for Cdi {
+    fn default() -> Self {
+        Self { dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()] }
     }
 }
 

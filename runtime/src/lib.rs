@@ -6,6 +6,7 @@
 //! come back over [`streaming`].
 
 pub mod agent;
+pub mod cdi;
 pub mod config;
 pub mod container;
 pub mod cri;

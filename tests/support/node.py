@@ -155,6 +155,7 @@ class Node:
             f"socket = '{self.root}/husk.sock'\n"
             f"state_dir = '{self.state}'\n"
             f"run_dir = '{self.root}/run'\n"
+            f"[cdi]\ndirs = ['{self.root}/cdi']\n"
             f"[network]\nconf_dir = '{self.cni}'\nbin_dirs = ['{self.plugins}']\n"
             # Software emulation is 15 to 30 times slower than hardware.
             "[handlers.kata-runtime]\nboot_timeout_seconds = 180\nagent_timeout_seconds = 180\n"

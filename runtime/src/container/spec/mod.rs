@@ -109,9 +109,6 @@ fn security(config: &cri::ContainerConfig) -> cri::LinuxContainerSecurityContext
 /// What would otherwise be dropped in silence.
 fn refuse_unsupported(input: &Input<'_>) -> Result<(), Error> {
     let (config, on_host) = (input.config, input.host.is_some());
-    if !config.cdi_devices.is_empty() {
-        return Err(Error::Unsupported("`cdi_devices` (devices of the host)"));
-    }
     if config.windows.is_some() {
         return Err(Error::Invalid("`windows`: this runtime has Linux containers".into()));
     }

@@ -63,7 +63,9 @@ pub(super) fn build(
         let source = format!("{folder}/{}", volume.name);
         let access = if volume.read_only_inside { "ro" } else { "rw" };
         let target = volume.container_path.to_string_lossy();
-        added.push(mount(&target, "bind", &source, &["rbind", "rprivate", access])?);
+        let more = volume.options.iter().map(String::as_str);
+        let options: Vec<_> = ["rbind", "rprivate", access].into_iter().chain(more).collect();
+        added.push(mount(&target, "bind", &source, &options)?);
     }
     for image in images {
         let target = image.container_path.to_string_lossy();

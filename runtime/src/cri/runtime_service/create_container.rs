@@ -9,7 +9,8 @@ use husk_proto::agent;
 use husk_proto::cri::{self, ContainerEventType, CreateContainerRequest, CreateContainerResponse};
 
 use super::remove_container;
-use crate::config::{Hooks, Kind};
+use crate::cdi;
+use crate::config::Kind;
 use crate::container::log::LogFile;
 use crate::container::{Container, Record, State, now, spec, supervise};
 use crate::cri::error::Error;
@@ -27,7 +28,8 @@ pub(super) async fn create_container(
     node: &Arc<Node>,
     request: CreateContainerRequest,
 ) -> Result<CreateContainerResponse, Error> {
-    let config = request.config.ok_or_else(|| Error::InvalidArgument("no container configuration".into()))?;
+    let mut config =
+        request.config.ok_or_else(|| Error::InvalidArgument("no container configuration".into()))?;
     if config.metadata.as_ref().is_none_or(|metadata| metadata.name.is_empty()) {
         return Err(Error::InvalidArgument("container metadata needs a name".into()));
     }
@@ -41,19 +43,21 @@ pub(super) async fn create_container(
     let pod = sandbox.record().config.clone();
     privileged_only_in_privileged(&pod, &config)?;
     let log_path = log_path(&pod, &config)?;
+    let host = host_places(node, &sandbox)?;
+    let devices = cdi::apply(&mut config, &node.config.cdi.dirs, host.is_some())?;
     let mut image_volumes =
         image_volumes::wanted(&config.mounts, |image| Ok(resolve(node, &image.image)?.rootfs))?;
     let image_config = image.config.config().clone().unwrap_or_default();
-    let host = host_places(node, &sandbox)?;
     // On the host its mounts are as they are.
     let mounts = if host.is_some() { &[][..] } else { &config.mounts };
     let in_use = sandbox.volumes();
     let prepared = volumes::prepare(mounts, &in_use)?;
     let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
-    let no_hooks = Hooks::default();
     let handler = node.config.handler(&sandbox.record().handler);
+    let mut hooks = handler.map(|(_, handler)| handler.hooks.clone()).unwrap_or_default();
+    hooks.extend(devices.hooks.clone());
     let input = spec::Input {
-        hooks: handler.map_or(&no_hooks, |(_, handler)| &handler.hooks),
+        hooks: &hooks,
         id: &id,
         config: &config,
         sandbox: &pod,
@@ -63,7 +67,8 @@ pub(super) async fn create_container(
         target_pid: target_pid(&sandbox, &config),
         host: host.as_ref(),
     };
-    let spec = spec::build(&input)?;
+    let mut spec = spec::build(&input)?;
+    devices.finish(&mut spec)?;
     let user = spec::user(&input)?;
     let stop_signal = super::stop_container::stop_signal(&config, image_config.stop_signal().as_deref())?;
 

@@ -50,7 +50,11 @@ pub(super) async fn status(node: &Node, request: &StatusRequest) -> StatusRespon
         status: Some(RuntimeStatus { conditions }),
         info,
         runtime_handlers,
-        features: Some(RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() }),
+        features: Some(RuntimeFeatures {
+            supplemental_groups_policy: true,
+            mount_options: true,
+            ..Default::default()
+        }),
     }
 }
 

@@ -73,6 +73,9 @@ pub struct Volume {
     /// It is mounted read-only in the container too. Not so when the host has
     /// mounts below it that may be written: to the guest all is one.
     pub read_only_inside: bool,
+    /// What else the client wants of the mount in the container.
+    #[serde(default)]
+    pub options: Vec<String>,
 }
 
 /// Which file or directory: its path, and what was found there.
@@ -137,9 +140,7 @@ fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> 
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(unsupported("mapped user and group ids are not supported yet"));
     }
-    if !mount.mount_options.is_empty() {
-        return Err(unsupported("`mount_options` are not supported yet"));
-    }
+    let options = options(&mount.mount_options).map_err(|problem| invalid(&problem))?;
     if !Path::new(&mount.host_path).is_absolute() {
         return Err(invalid("host_path must be absolute"));
     }
@@ -160,8 +161,34 @@ fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> 
     let live = mode.read_only && kind.is_dir() && live::is_live(&source.path);
     let same = known.iter().find(|other| other.source == source && other.mode == mode && other.live == live);
     let name = same.map_or_else(|| free_name(known), |other| other.name.clone());
-    let volume = Volume { name, source, mode, container_path, live, read_only_inside };
+    let volume = Volume { name, source, mode, container_path, live, read_only_inside, options };
     Ok(Prepared { volume, file })
+}
+
+/// Options of a mount that say what can be done with its files, and change
+/// nothing else (mount(8)).
+///
+/// # Errors
+/// One that is not of this kind.
+pub fn options(asked: &[String]) -> Result<Vec<String>, String> {
+    const KNOWN: [&str; 12] = [
+        "exec",
+        "noexec",
+        "suid",
+        "nosuid",
+        "dev",
+        "nodev",
+        "atime",
+        "noatime",
+        "diratime",
+        "nodiratime",
+        "relatime",
+        "strictatime",
+    ];
+    match asked.iter().find(|option| !KNOWN.contains(&option.as_str())) {
+        Some(other) => Err(format!("mount option `{other}` is none of {}", KNOWN.join(", "))),
+        None => Ok(asked.to_vec()),
+    }
 }
 
 fn mode(mount: &cri::Mount) -> Result<Mode, Error> {

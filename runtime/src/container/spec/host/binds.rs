@@ -9,6 +9,7 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
 use crate::mountinfo;
+use crate::storage::volumes;
 
 /// Adds them to the mounts that every container has, in place of those at the
 /// same destination. Answers the propagation that the root filesystem needs.
@@ -66,11 +67,12 @@ fn bind(mount: &cri::Mount, table: &str) -> Result<(Mount, &'static str), Error>
         (true, true) if propagation == "rprivate" => "rro",
         _ => return Err(invalid("recursive_read_only needs readonly, and no propagation".into())),
     };
+    let more = volumes::options(&mount.mount_options).map_err(invalid)?;
     let bind = MountBuilder::default()
         .destination(destination)
         .typ("bind")
         .source(source)
-        .options(["rbind", propagation, access].map(str::to_owned).to_vec())
+        .options([["rbind", propagation, access].map(str::to_owned).to_vec(), more].concat())
         .build()?;
     Ok((bind, propagation))
 }
