@@ -20,11 +20,13 @@ def first_lines(text, most=300):
 
 
 class Report:
-    def __init__(self, suites):
-        self.specs = sorted(self.read(suites), key=lambda spec: spec.name)
+    def __init__(self, reports):
+        """Of what ginkgo reported, and what is to be added to the names of the specs there."""
+        specs = (spec for suites, suffix in reports for spec in self.read(suites, suffix))
+        self.specs = sorted(specs, key=lambda spec: spec.name)
 
     @staticmethod
-    def read(suites):
+    def read(suites, suffix=""):
         for suite in suites:
             for spec in suite.get("SpecReports") or []:
                 if spec["LeafNodeType"] != "It":
@@ -41,7 +43,7 @@ class Report:
                 where = f" ({place['FileName'].rsplit('/', 1)[-1]}:{place['LineNumber']})" if place.get("FileName") else ""
                 reason = first_lines(message) + where if end != PASSED else ""
                 name = " ".join(text for text in texts if text) or spec["LeafNodeType"]
-                yield Spec(name, end, spec["RunTime"] / 1e9, reason)
+                yield Spec(name + suffix, end, spec["RunTime"] / 1e9, reason)
 
     def of(self, end):
         return [spec for spec in self.specs if spec.end == end]
