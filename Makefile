@@ -55,7 +55,7 @@ bench: deps build ## start-up times and memory, to target/bench
 lint: ## formatting, clippy, licences and advisories
 	@tests/support/deps lint
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --all-features -- -D warnings
+	cargo clippy --release --workspace --all-targets --all-features -- -D warnings
 	tests/support/cargo-deny
 
 .PHONY: kvm-shell
