@@ -44,6 +44,12 @@ HANDLER ?= kata-runtime
 critest: deps build ## cri-tools' conformance suite; FOCUS=regex HANDLER=name, results in target/critest
 	tests/conformance/run --handler '$(HANDLER)' --focus '$(FOCUS)'
 
+.PHONY: posix
+posix: deps build ## pjdfstest on a volume in a pod, results in target/posix
+	@tests/support/deps posix
+	mkdir -p target/posix
+	$(kvm_host) --timeout 3600 --rwdir target/posix -- tests/posix/run --results target/posix
+
 .PHONY: bench
 bench: deps build ## start-up times and memory, to target/bench
 	cargo build --release --package husk-tests --bin husk-bench
