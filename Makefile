@@ -45,8 +45,8 @@ critest: deps build ## cri-tools' conformance suite; FOCUS=regex HANDLER=name, r
 	tests/conformance/run --handler '$(HANDLER)' --focus '$(FOCUS)'
 
 .PHONY: bench
-bench: deps build ## start-up times and memory, to target/bench
-	cargo build --release --package husk-tests --bin husk-bench
+bench: deps build ## start-up times, memory, streams and volumes, to target/bench
+	cargo rustc --release --package husk-tests --bin husk-bench -- -C target-feature=+crt-static
 	install -D -t $(dist)/bin $(target)/release/husk-bench
 	mkdir -p target/bench
 	$(kvm_host) --timeout 3000 --rwdir target/bench -- tests/bench/run
