@@ -16,10 +16,10 @@ use crate::statistics::Spread;
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Amount {
     /// How many small files.
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     pub files: u32,
     /// How large the large file is, MiB.
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
     pub file_mib: u64,
     /// How often all of it.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
