@@ -82,3 +82,34 @@ fn check_whole(log: &Log, mebibytes: u64) -> anyhow::Result<()> {
     ensure!(lines == wanted, "the log has {lines} lines of {wanted}");
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::time::Duration;
+
+    use super::*;
+
+    const PREFIX: &str = "2026-11-01T12:00:00.000000001Z stdout F ";
+
+    #[tokio::test]
+    async fn a_log_has_ended_with_its_last_line_and_is_whole_with_all_of_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log { path: folder.path().join("log"), timeout: Duration::from_millis(100) };
+        let line = |text: &str| format!("{PREFIX}{text:x<width$}\n", width = LINE - 1);
+        let all = MIB as usize / LINE;
+        let mut text = line("").repeat(all - 1);
+        std::fs::write(&log.path, &text).unwrap();
+        assert!(!ended(&log).unwrap() && check_whole(&log, 1).is_err());
+        assert!(log.wait_for(ended).await.is_err());
+
+        text += &line(LAST);
+        std::fs::write(&log.path, &text[..text.len() - 1]).unwrap();
+        assert!(!ended(&log).unwrap());
+        std::fs::write(&log.path, &text).unwrap();
+        log.wait_for(ended).await.unwrap();
+        check_whole(&log, 1).unwrap();
+        assert!(check_whole(&log, 2).is_err());
+    }
+}

@@ -147,7 +147,8 @@ pub struct Container {
 /// A container's, as CRI has it.
 pub struct Log {
     pub path: PathBuf,
-    timeout: Duration,
+    /// How long it may take to grow.
+    pub timeout: Duration,
 }
 
 impl Log {
