@@ -51,8 +51,8 @@ posix: deps build ## pjdfstest on a volume in a pod, results in target/posix
 	$(kvm_host) --timeout 3600 --rwdir target/posix -- tests/posix/run --results target/posix
 
 .PHONY: bench
-bench: deps build ## start-up times and memory, to target/bench
-	cargo build --release --package husk-tests --bin husk-bench
+bench: deps build ## start-up times, memory, streams and volumes, to target/bench
+	cargo rustc --release --package husk-tests --bin husk-bench -- -C target-feature=+crt-static
 	install -D -t $(dist)/bin $(target)/release/husk-bench
 	mkdir -p target/bench
 	$(kvm_host) --timeout 3000 --rwdir target/bench -- tests/bench/run

@@ -112,6 +112,20 @@ impl Client {
         })
     }
 
+    /// For what only one measurement asks.
+    pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
+        self.runtime.clone()
+    }
+
+    pub fn handler(&self) -> &str {
+        &self.handler
+    }
+
+    /// How long a request may take.
+    pub const fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     /// Name and version, as the runtime says them.
     pub async fn version(&mut self) -> anyhow::Result<String> {
         let version = self.runtime.version(VersionRequest::default()).await.context("Version")?.into_inner();
@@ -253,7 +267,7 @@ impl Client {
     }
 }
 
-fn pod_config(name: &str) -> PodSandboxConfig {
+pub fn pod_config(name: &str) -> PodSandboxConfig {
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: name.to_owned(),
@@ -277,7 +291,7 @@ fn container_config(image: &str) -> ContainerConfig {
     }
 }
 
-fn image_spec(image: &str) -> ImageSpec {
+pub fn image_spec(image: &str) -> ImageSpec {
     ImageSpec { image: image.to_owned(), ..Default::default() }
 }
 

@@ -1,5 +1,5 @@
-//! `husk-bench`: how long a pod's steps take, what a pod costs in memory, and
-//! how fast a machine boots.
+//! `husk-bench`: how long a pod's steps take, what a pod costs in memory, how
+//! fast its streams and volumes are, and how fast a machine boots.
 //!
 //! `pods` speaks CRI itself, so no client's own start is in the figures, and it
 //! can run the same against any other runtime that serves CRI on this machine:
@@ -8,6 +8,9 @@
 //! husk-bench pods --image 127.0.0.1:5000/husk/busybox:1 \
 //!     --peer kata=unix:///run/containerd/containerd.sock,kata
 //! ```
+//!
+//! `streams` does the same with what goes in and out of a running container; it
+//! is itself the program in that container (`inside`), so it is to be static.
 //!
 //! `boot` needs no runtime, only KVM: it starts `husk-vmm`, and Firecracker
 //! beside it when there is one on the PATH, with the same guest.
@@ -23,11 +26,13 @@ use serde::Serialize;
 mod agent;
 mod boot;
 mod cri;
+mod inside;
 mod memory;
 mod processes;
 mod report;
 mod run;
 mod statistics;
+mod streams;
 
 use cri::Target;
 
@@ -37,35 +42,71 @@ use cri::Target;
 enum Arguments {
     /// Pods over CRI: one to warm up, then some one by one, then as many at once.
     Pods(Pods),
+    /// Commands, output, forwarded ports and volumes of a running container, over CRI.
+    Streams(Streams),
+    /// What `streams` runs in its containers.
+    #[command(subcommand, hide = true)]
+    Inside(inside::Inside),
     /// From the start of a VMM to the first word of the agent in its guest.
     Boot(Boot),
 }
 
+/// Whom to measure.
 #[derive(Debug, clap::Args)]
-struct Pods {
+pub struct Runtimes {
     /// Husk's CRI socket.
     #[arg(long, default_value = "unix:///run/husk/husk.sock")]
     endpoint: String,
     /// The runtime handler of the pods; the empty one is the default.
     #[arg(long, default_value = "kata-runtime")]
     handler: String,
-    /// huskd's `run_dir`, to ask the agents for their memory.
-    #[arg(long, default_value = "/run/husk")]
-    run_dir: PathBuf,
     /// Another runtime to measure in the same way: NAME=ENDPOINT[,HANDLER].
     #[arg(long, value_name = "PEER")]
     peer: Vec<Target>,
-    /// The image of the containers, one with a `sleep` in it. It is pulled.
+    /// The image of the containers, one with `sleep`, `echo` and `true` in it. It is pulled.
     #[arg(long)]
-    image: String,
-    /// How many pods one after another, and how many at once.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=200))]
-    pods: u16,
+    pub image: String,
     /// Most seconds that one request may take.
     #[arg(long, default_value_t = 300)]
     timeout: u64,
+}
+
+impl Runtimes {
+    /// Husk first.
+    pub fn targets(&self) -> impl Iterator<Item = Target> {
+        let (endpoint, handler) = (self.endpoint.clone(), self.handler.clone());
+        std::iter::once(Target { name: "husk".into(), endpoint, handler }).chain(self.peer.iter().cloned())
+    }
+
+    /// Of one request.
+    pub const fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
+
+#[derive(Debug, clap::Args)]
+struct Pods {
+    #[command(flatten)]
+    runtimes: Runtimes,
+    /// huskd's `run_dir`, to ask the agents for their memory.
+    #[arg(long, default_value = "/run/husk")]
+    run_dir: PathBuf,
+    /// How many pods one after another, and how many at once.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=200))]
+    pods: u16,
     /// Where the figures go.
     #[arg(long, default_value = "target/bench/startup.json")]
+    json: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct Streams {
+    #[command(flatten)]
+    runtimes: Runtimes,
+    #[command(flatten)]
+    plan: streams::Plan,
+    /// Where the figures go.
+    #[arg(long, default_value = "target/bench/streams.json")]
     json: PathBuf,
 }
 
@@ -87,11 +128,9 @@ struct Boot {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse() {
         Arguments::Boot(arguments) => boot(&arguments),
-        Arguments::Pods(arguments) => tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()
-            .context("start threads")
-            .and_then(|runtime| runtime.block_on(pods(arguments))),
+        Arguments::Inside(inside) => inside.run(),
+        Arguments::Pods(arguments) => with_threads(pods(arguments)),
+        Arguments::Streams(arguments) => with_threads(streams(arguments)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,21 +141,34 @@ fn main() -> ExitCode {
     }
 }
 
+fn with_threads(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start threads")?;
+    runtime.block_on(work)
+}
+
 async fn pods(arguments: Pods) -> anyhow::Result<()> {
-    let husk = Target { name: "husk".into(), endpoint: arguments.endpoint, handler: arguments.handler };
     let plan = run::Plan {
-        image: arguments.image,
+        image: arguments.runtimes.image.clone(),
         pods: arguments.pods,
-        timeout: Duration::from_secs(arguments.timeout),
+        timeout: arguments.runtimes.timeout(),
         run_dir: arguments.run_dir,
     };
     let mut results = Vec::new();
-    for target in std::iter::once(husk).chain(arguments.peer) {
+    for target in arguments.runtimes.targets() {
         let name = target.name.clone();
         results.push(run::measure(target, &plan).await.with_context(|| format!("measure {name}"))?);
     }
     write(&arguments.json, &results)?;
     print!("{}", report::render(&results));
+    println!("\nall figures: {}", arguments.json.display());
+    Ok(())
+}
+
+async fn streams(arguments: Streams) -> anyhow::Result<()> {
+    let results = streams::measure(&arguments.runtimes, &arguments.plan).await?;
+    write(&arguments.json, &results)?;
+    print!("{}", streams::render(&results));
     println!("\nall figures: {}", arguments.json.display());
     Ok(())
 }

@@ -1,9 +1,9 @@
 //! Minimum, median and maximum.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Of a set of figures.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     pub min: f64,
     pub median: f64,

@@ -1,0 +1,156 @@
+//! Small files made, looked at, renamed and removed, and a large one written and read.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use serde::{Deserialize, Serialize};
+
+use super::MIB;
+use crate::statistics::Spread;
+
+/// How much of it.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Amount {
+    /// How many small files.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pub files: u32,
+    /// How large the large file is, MiB.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
+    pub file_mib: u64,
+    /// How often all of it.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    pub rounds: u16,
+}
+
+/// How fast it went.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Speeds {
+    /// Files in a second; each is made with a few bytes in it.
+    pub create: Spread,
+    /// Files in a second; nothing about them is remembered.
+    pub stat: Spread,
+    /// As `stat`.
+    pub rename: Spread,
+    /// As `stat`.
+    pub unlink: Spread,
+    /// MiB in a second, until they are stored (`fsync`).
+    pub write: Spread,
+    /// MiB in a second; none of them is in the page cache of who reads.
+    pub read: Spread,
+    /// The same once more.
+    pub read_again: Spread,
+    /// Seconds that all of this took by the clock of who measured.
+    pub seconds: f64,
+}
+
+/// What a file server tells about names and attributes holds for a second at most.
+const FORGET: Duration = Duration::from_millis(1500);
+
+/// Does it all in `folder`, and leaves nothing there.
+pub fn measure(folder: &Path, amount: Amount) -> anyhow::Result<Speeds> {
+    let started = Instant::now();
+    let place = tempfile::tempdir_in(folder).context("make a folder")?;
+    let mut rounds = Vec::new();
+    for _ in 0..amount.rounds {
+        let small = small(place.path(), amount.files)?;
+        rounds.push((small, large(&place.path().join("large"), amount.file_mib)?));
+    }
+    let spread = |of: &dyn Fn(&(Small, Large)) -> f64| Spread::of(rounds.iter().map(of)).context("no rounds");
+    Ok(Speeds {
+        create: spread(&|(small, _)| small.create)?,
+        stat: spread(&|(small, _)| small.stat)?,
+        rename: spread(&|(small, _)| small.rename)?,
+        unlink: spread(&|(small, _)| small.unlink)?,
+        write: spread(&|(_, large)| large.write)?,
+        read: spread(&|(_, large)| large.read)?,
+        read_again: spread(&|(_, large)| large.read_again)?,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+struct Small {
+    create: f64,
+    stat: f64,
+    rename: f64,
+    unlink: f64,
+}
+
+fn small(folder: &Path, count: u32) -> anyhow::Result<Small> {
+    let old = |number| folder.join(format!("old-{number}"));
+    let new = |number| folder.join(format!("new-{number}"));
+    let each = |step: &dyn Fn(u32) -> std::io::Result<()>| {
+        let started = Instant::now();
+        (0..count).try_for_each(step)?;
+        anyhow::Ok(f64::from(count) / started.elapsed().as_secs_f64())
+    };
+    let forgetful = |step: &dyn Fn(u32) -> std::io::Result<()>| {
+        std::thread::sleep(FORGET);
+        each(step)
+    };
+    Ok(Small {
+        create: each(&|number| std::fs::write(old(number), b"a few bytes")).context("make files")?,
+        stat: forgetful(&|number| old(number).metadata().map(drop)).context("look at files")?,
+        rename: forgetful(&|number| std::fs::rename(old(number), new(number))).context("rename files")?,
+        unlink: forgetful(&|number| std::fs::remove_file(new(number))).context("remove files")?,
+    })
+}
+
+struct Large {
+    write: f64,
+    read: f64,
+    read_again: f64,
+}
+
+fn large(path: &Path, mebibytes: u64) -> anyhow::Result<Large> {
+    let mut piece = vec![b'x'; MIB as usize];
+    let started = Instant::now();
+    let mut file = File::create(path).context("make a file")?;
+    for _ in 0..mebibytes {
+        file.write_all(&piece).context("write a file")?;
+    }
+    file.sync_all().context("store a file")?;
+    let write = mebibytes as f64 / started.elapsed().as_secs_f64();
+    // What is stored leaves the page cache at this word, unless there is nothing but the page cache to store it.
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context("forget a file")?;
+    drop(file);
+
+    let mut read = || {
+        let started = Instant::now();
+        let mut file = File::open(path).context("open a file")?;
+        let mut bytes = 0;
+        loop {
+            match file.read(&mut piece).context("read a file")? {
+                0 => break,
+                length => bytes += length as u64,
+            }
+        }
+        ensure!(bytes == mebibytes * MIB, "{bytes} bytes came back of {mebibytes} MiB");
+        Ok(mebibytes as f64 / started.elapsed().as_secs_f64())
+    };
+    let speeds = Large { write, read: read()?, read_again: read()? };
+    std::fs::remove_file(path).context("remove a file")?;
+    Ok(speeds)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn all_is_measured_and_nothing_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let speeds = measure(folder.path(), Amount { files: 3, file_mib: 2, rounds: 1 }).unwrap();
+        for spread in [speeds.create, speeds.stat, speeds.rename, speeds.unlink, speeds.write, speeds.read] {
+            assert!(spread.min > 0.0 && spread.min == spread.max, "{spread:?}");
+        }
+        assert!(speeds.seconds > 3.0 * FORGET.as_secs_f64());
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        assert!(measure(&folder.path().join("none"), Amount { files: 1, file_mib: 1, rounds: 1 }).is_err());
+    }
+}
