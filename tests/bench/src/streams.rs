@@ -1,5 +1,5 @@
-//! What goes in and out of a running container: commands, output, forwarded ports, files of volumes. Each runtime does
-//! the same, one after another, with one pod.
+//! What goes in and out of a running container: commands, output, forwarded ports, files of volumes. Each runtime has
+//! one pod, and takes its turn with each of them: whatever else the machine has to do meanwhile concerns all alike.
 
 use std::path::{Path, PathBuf};
 
@@ -64,54 +64,97 @@ pub struct Runtime {
     pub files: Speeds,
 }
 
+/// A runtime with its pod.
+struct Subject {
+    target: Target,
+    version: String,
+    pod: Pod,
+}
+
 /// Does it all. Pods that were started are ended, also on failure.
 pub async fn measure(runtimes: &Runtimes, plan: &Plan) -> anyhow::Result<Measurement> {
     let folder = tempfile::tempdir_in(&plan.folder).context("make a folder")?;
-    let mut measured = Vec::new();
-    for target in runtimes.targets() {
-        let what = format!("measure {}", target.name);
-        measured.push(runtime(target, runtimes, plan, folder.path()).await.context(what)?);
+    let mut subjects = Vec::new();
+    let measured = with_pods(&mut subjects, runtimes, plan, folder.path()).await;
+    let mut ended = Ok(());
+    for subject in subjects {
+        ended = ended.and(subject.pod.end().await);
     }
+    let measured = measured?;
+    ended.map(|()| measured)
+}
+
+async fn with_pods(
+    subjects: &mut Vec<Subject>,
+    runtimes: &Runtimes,
+    plan: &Plan,
+    folder: &Path,
+) -> anyhow::Result<Measurement> {
+    for target in runtimes.targets() {
+        let what = format!("start a pod of {}", target.name);
+        subjects.push(start(target, runtimes, folder).await.context(what)?);
+    }
+    let mut servers = Vec::new();
+    for Subject { pod, .. } in subjects.iter_mut() {
+        let server = pod.start("server", &["serve", &ports::PORT.to_string()], false).await?;
+        server.log.wait_for(Log::has_begun).await?;
+        servers.push(server);
+    }
+    eprintln!(". pods");
+
+    let rounds = plan.files.rounds;
+    let mut execs = Vec::new();
+    for (Subject { pod, target, .. }, server) in subjects.iter_mut().zip(&servers) {
+        execs.push(exec::measure(pod, server, plan.commands).await.with_context(|| of(target))?);
+    }
+    eprintln!(". commands");
+    let mut outputs = Vec::new();
+    for Subject { pod, target, .. } in subjects.iter_mut() {
+        outputs.push(output::measure(pod, plan.mebibytes, rounds).await.with_context(|| of(target))?);
+    }
+    eprintln!(". output");
+    let mut forwarded = Vec::new();
+    for Subject { pod, target, .. } in subjects.iter_mut() {
+        forwarded.push(match &plan.crictl {
+            Some(crictl) => {
+                let ports = ports::measure(crictl, &target.endpoint, &pod.sandbox, plan.mebibytes, rounds);
+                Some(ports.await.with_context(|| of(target))?)
+            }
+            None => None,
+        });
+    }
+    eprintln!("{}", if plan.crictl.is_some() { ". ports" } else { ". no ports, as there is no crictl" });
+    let host_files = volume::on_host(folder, plan.files).await?;
+    let mut files = Vec::new();
+    for (Subject { pod, target, .. }, server) in subjects.iter_mut().zip(&servers) {
+        files.push(volume::measure(pod, server, plan.files).await.with_context(|| of(target))?);
+    }
+    eprintln!(". files");
+
+    let figures = execs.into_iter().zip(outputs).zip(forwarded).zip(files);
+    let runtime = |(subject, (((exec, output), ports), files)): (&Subject, _)| {
+        let Target { name, handler, .. } = subject.target.clone();
+        Runtime { name, version: subject.version.clone(), handler, exec, output, ports, files }
+    };
     Ok(Measurement {
-        runtimes: measured,
-        host_files: volume::on_host(&folder.path().join("volume"), plan.files).await?,
+        runtimes: subjects.iter().zip(figures).map(runtime).collect(),
+        host_files,
         mebibytes: plan.mebibytes,
         small_files: plan.files.files,
         large_file_mib: plan.files.file_mib,
     })
 }
 
-async fn runtime(target: Target, runtimes: &Runtimes, plan: &Plan, folder: &Path) -> anyhow::Result<Runtime> {
+/// Its pod, with nothing in it.
+async fn start(target: Target, runtimes: &Runtimes, folder: &Path) -> anyhow::Result<Subject> {
     let mut client = Client::connect(&target, runtimes.timeout()).await?;
     let version = client.version().await?;
     eprintln!("{}: {version}, handler `{}`", target.name, target.handler);
     client.pull(&runtimes.image).await?;
-    let mut pod = Pod::run(&client, &runtimes.image, folder).await?;
-    let measured = in_pod(&mut pod, target, version, plan).await;
-    let ended = pod.end().await;
-    let measured = measured?;
-    ended.map(|()| measured)
+    let pod = Pod::run(&client, &runtimes.image, &folder.join(&target.name)).await?;
+    Ok(Subject { target, version, pod })
 }
 
-async fn in_pod(pod: &mut Pod, target: Target, version: String, plan: &Plan) -> anyhow::Result<Runtime> {
-    let server = pod.start("server", &["serve", &ports::PORT.to_string()], false).await?;
-    server.log.wait_for(Log::has_begun).await?;
-    let rounds = plan.files.rounds;
-
-    let exec = exec::measure(pod, &server, plan.commands).await?;
-    eprintln!(". commands");
-    let output = output::measure(pod, plan.mebibytes, rounds).await?;
-    eprintln!(". output");
-    let ports = match &plan.crictl {
-        Some(crictl) => {
-            let forwarded = ports::measure(crictl, &target.endpoint, &pod.sandbox, plan.mebibytes, rounds);
-            Some(forwarded.await?)
-        }
-        None => None,
-    };
-    eprintln!("{}", if ports.is_some() { ". ports" } else { ". no ports, as there is no crictl" });
-    let files = volume::measure(pod, &server, plan.files).await?;
-    eprintln!(". files");
-    let Target { name, handler, .. } = target;
-    Ok(Runtime { name, version, handler, exec, output, ports, files })
+fn of(target: &Target) -> String {
+    format!("measure {}", target.name)
 }
