@@ -11,8 +11,9 @@ BRIDGE_OF_ALL = re.compile(r"^husk-\w+$")
 LEASE_FILES = re.compile(r"/leases/\w+(/lock|/last_reserved_ip\.\d+)?$")
 STANDING_RULES = re.compile(r"^:[A-Z]+ ACCEPT|^:CNI-HOSTPORT-\w+ |-j CNI-HOSTPORT-|^-A CNI-HOSTPORT-(MASQ|SETMARK) ")
 STANDING_MOUNTS = {"/run/netns"}
-# A machine that is to become a template belongs to no pod, and goes by itself.
+# A machine that is to become a template belongs to no pod, and goes by itself. Templates are for the pods to come.
 TEMPLATE = re.compile(r"husk-vmm --id template-")
+TEMPLATE_FILES = re.compile(r"/templates(/|$)")
 
 
 def processes():
@@ -84,7 +85,7 @@ def files(places):
     for place in places:
         for directory, inner, names in os.walk(place):
             found.update(os.path.join(directory, name) for name in inner + names)
-    return {path for path in found if not LEASE_FILES.search(path)}
+    return {path for path in found if not LEASE_FILES.search(path) and not TEMPLATE_FILES.search(path)}
 
 
 KINDS = {
