@@ -42,6 +42,7 @@ pub async fn unconnected_tap() -> Result<OwnedFd, Error> {
 #[cfg(test)]
 mod tests;
 
+use conflist::NetworkList;
 use plugin::{Plugins, Target};
 use record::{Intent, Recorded, Records};
 
@@ -217,12 +218,7 @@ impl Network {
     /// # Errors
     /// The reason, and what to do about it.
     pub fn ready(&self) -> Result<(), NotReady> {
-        let network = conflist::load(&self.conf_dir).map_err(|error| NotReady(error.to_string()))?;
-        for plugin in &network.plugins {
-            let name = conflist::plugin_type(plugin).map_err(NotReady)?;
-            self.plugins.find(name).map_err(|error| NotReady(error.to_string()))?;
-        }
-        Ok(())
+        self.installed().map(drop)
     }
 
     /// Whether pods can be connected, as the plugins themselves see it, too.
@@ -230,9 +226,18 @@ impl Network {
     /// # Errors
     /// The reason, and what to do about it.
     pub async fn status(&self) -> Result<(), NotReady> {
-        self.ready()?;
-        let network = conflist::load(&self.conf_dir).map_err(|error| NotReady(error.to_string()))?;
+        let network = self.installed()?;
         cni::status(&self.plugins, &network).await.map_err(|error| NotReady(error.to_string()))
+    }
+
+    /// The configuration, if all of its plugins are there.
+    fn installed(&self) -> Result<NetworkList, NotReady> {
+        let network = conflist::load(&self.conf_dir).map_err(|error| NotReady(error.to_string()))?;
+        for plugin in &network.plugins {
+            let name = conflist::plugin_type(plugin).map_err(NotReady)?;
+            self.plugins.find(name).map_err(|error| NotReady(error.to_string()))?;
+        }
+        Ok(network)
     }
 
     /// Whether a pod is still connected as it was when it came.
