@@ -9,7 +9,7 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
 use crate::mountinfo;
-use crate::storage::volumes;
+use crate::storage::{image_volumes, volumes};
 
 /// Adds them to the mounts that every container has, in place of those at the
 /// same destination. Answers the propagation that the root filesystem needs.
@@ -39,7 +39,7 @@ pub(super) fn add(mounts: &mut Vec<Mount>, asked: &[cri::Mount]) -> Result<Optio
 }
 
 fn bind(mount: &cri::Mount, table: &str) -> Result<(Mount, &'static str), Error> {
-    if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
+    if image_volumes::is_image(mount) {
         return Err(Error::Unsupported("an image volume on the host"));
     }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
