@@ -78,10 +78,13 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
 ///
 /// # Errors
 /// The file system's.
-pub fn namespace(run_dir: &Path) -> io::Result<Option<OwnedFd>> {
-    let recorded = match std::fs::read_to_string(run_dir.join(RECORD)) {
+pub fn namespace(run_dir: &Path) -> Result<Option<OwnedFd>, Error> {
+    let record = run_dir.join(RECORD);
+    let recorded = match std::fs::read_to_string(&record) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        recorded => recorded?,
+        recorded => {
+            recorded.map_err(|cause| Error::File { stage: "find the file server", path: record, cause })?
+        }
     };
     let Some(process) = Process::parse(&recorded) else { return Ok(None) };
     let Ok(namespace) = File::open(format!("/proc/{}/ns/mnt", process.pid)) else { return Ok(None) };

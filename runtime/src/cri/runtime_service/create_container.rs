@@ -181,9 +181,8 @@ async fn mount_volumes(
         cgroup: record.cgroup,
     };
     file_server::ensure(control, plan).await?;
-    let namespace = file_server::namespace(&run_dir)
-        .and_then(|found| found.ok_or_else(|| std::io::Error::other("the file server has ended")))
-        .map_err(|cause| Error::File { stage: "enter the file server's mounts", path: run_dir, cause })?;
+    let namespace = file_server::namespace(&run_dir)?
+        .ok_or_else(|| Error::FailedPrecondition("the pod's file server has ended: restart the pod".into()))?;
     Ok(shared.bind(namespace.as_fd(), prepared, in_use)?)
 }
 

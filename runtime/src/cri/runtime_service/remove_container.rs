@@ -46,12 +46,7 @@ fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Res
     let others = others.iter().filter(|other| other.id != container.id);
     let in_use: Vec<_> = others.flat_map(|other| other.record().volumes.clone()).collect();
     let shared = Shared::of(&node.config.run_dir, &sandbox.id);
-    let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
-    let namespace = file_server::namespace(&run_dir).map_err(|cause| Error::File {
-        stage: "enter the file server's mounts",
-        path: run_dir,
-        cause,
-    })?;
+    let namespace = file_server::namespace(&vm::run_dir(&node.config.run_dir, &sandbox.id))?;
     for volume in &container.record().volumes {
         if !in_use.iter().any(|other| other.name == volume.name) {
             shared.release(namespace.as_ref().map(AsFd::as_fd), &volume.name)?;
