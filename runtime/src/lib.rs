@@ -23,4 +23,5 @@ pub mod sandbox;
 pub mod storage;
 pub mod streaming;
 pub mod telemetry;
+pub mod text_file;
 pub mod vm;

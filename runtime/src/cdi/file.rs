@@ -3,11 +3,11 @@
 //! A key that is not known here is an error: dropped, it would be missed.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+
+use crate::text_file;
 
 /// Most bytes of one file.
 const MAX_BYTES: u64 = 4 << 20;
@@ -127,18 +127,12 @@ pub fn all_in(dir: &Path) -> Vec<(PathBuf, Result<Spec, String>)> {
     paths.retain(|path| path.extension().is_some_and(|kind| kind == "json" || kind == "yaml"));
     paths.sort();
     let read = |path: PathBuf| {
-        let spec = read(&path).map_err(|error| error.to_string()).and_then(|text| parse(&text));
+        let spec = text_file::read(&path, MAX_BYTES)
+            .map_err(|error| error.to_string())
+            .and_then(|text| parse(&text));
         (path, spec)
     };
     paths.into_iter().map(read).collect()
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    if File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)? as u64 > MAX_BYTES {
-        return Err(io::Error::other(format!("it has more than {MAX_BYTES} bytes")));
-    }
-    Ok(text)
 }
 
 /// YAML, of which JSON is a part.

@@ -13,6 +13,7 @@ use serde::de::IgnoredAny;
 use toml::Spanned;
 
 use super::Error;
+use crate::text_file;
 
 /// A `hosts.toml` is small; more than this is another file.
 const MAX_FILE: u64 = 1 << 20;
@@ -87,9 +88,8 @@ impl Hosts {
         let Some(folder) = folder(root, registry) else { return Ok(Self::default()) };
         let path = folder.join("hosts.toml");
         let refused = |cause: String| Error::Hosts { path: path.clone(), cause };
-        let text = match std::fs::metadata(&path) {
-            Ok(data) if data.len() > MAX_FILE => return Err(refused("more than 1 MiB".into())),
-            Ok(_) => std::fs::read_to_string(&path).map_err(|error| refused(error.to_string()))?,
+        let text = match text_file::read(&path, MAX_FILE) {
+            Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(refused(error.to_string())),
         };

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::text_file;
+
 /// CNI versions that configurations may have, oldest first. A file without a
 /// version means 0.1.0.
 const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -78,14 +80,9 @@ impl NetworkList {
 pub fn load(dir: &Path) -> Result<NetworkList, Error> {
     let path = first_file(dir)?;
     let read = |source| Error::Read { path: path.clone(), source };
-    let size = std::fs::metadata(&path).map_err(read)?.len();
-    let invalid = |reason: String| Error::Invalid { path: path.clone(), reason };
-    if size > MAX_FILE {
-        return Err(invalid(format!("{size} bytes are too many")));
-    }
-    let bytes = std::fs::read(&path).map_err(read)?;
+    let text = text_file::read(&path, MAX_FILE).map_err(read)?;
     let list = path.extension().is_some_and(|extension| extension == "conflist");
-    parse(&bytes, list).map_err(invalid)
+    parse(text.as_bytes(), list).map_err(|reason| Error::Invalid { path: path.clone(), reason })
 }
 
 fn first_file(dir: &Path) -> Result<PathBuf, Error> {

@@ -3,8 +3,6 @@
 //! used parts, or escape a container. There, a call is allowed again by the
 //! capability that governs it.
 
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use husk_proto::cri::{self, security_profile::ProfileType};
@@ -14,6 +12,7 @@ use oci_spec::runtime::{
 };
 
 use super::Error;
+use crate::text_file;
 
 /// Calls that need a capability, by its name in CRI requests.
 const GOVERNED: &[(&str, &[&str])] = &[
@@ -131,21 +130,7 @@ fn asked(security: &cri::LinuxContainerSecurityContext) -> Result<Asked<'_>, Err
 /// A file in the form of the OCI runtime-spec, `linux.seccomp`.
 fn from_file(path: &Path) -> Result<LinuxSeccomp, Error> {
     let wrong = |what: String| Error::Invalid(format!("seccomp profile {}: {what}", path.display()));
-    // A fifo in the file's place must not hold the daemon up.
-    let file = std::fs::File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(|error| wrong(error.to_string()))?;
-    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
-        return Err(wrong("not a regular file".into()));
-    }
-    let mut text = String::new();
-    let length =
-        file.take(MAX_PROFILE + 1).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
-    if length as u64 > MAX_PROFILE {
-        return Err(wrong(format!("larger than {MAX_PROFILE} bytes")));
-    }
+    let text = text_file::read(path, MAX_PROFILE).map_err(|error| wrong(error.to_string()))?;
     let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
     let rules = value.get("syscalls").and_then(serde_json::Value::as_array).into_iter().flatten();
     // Docker's own format makes rules depend on these; without them it would
