@@ -153,16 +153,6 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// Adds hooks that run after these.
-    pub fn extend(&mut self, more: Self) {
-        self.prestart.extend(more.prestart);
-        self.create_runtime.extend(more.create_runtime);
-        self.create_container.extend(more.create_container);
-        self.start_container.extend(more.start_container);
-        self.poststart.extend(more.poststart);
-        self.poststop.extend(more.poststop);
-    }
-
     /// Every one of them.
     fn all(&self) -> impl Iterator<Item = &Hook> {
         let lists = [

@@ -23,24 +23,25 @@ use file::{Edits, Hook, Mount, Node, Spec};
 /// The prefix of annotations that ask for devices, as older clients do.
 const ANNOTATION: &str = "cdi.k8s.io/";
 
-/// What cannot be said in the words of CRI.
+/// Device nodes that a container gets: what the words of CRI cannot say of them.
 #[derive(Debug, Default)]
-pub struct More {
-    /// For the OCI configuration.
-    pub hooks: config::Hooks,
-    nodes: Vec<Node>,
-}
+pub struct Nodes(Vec<Node>);
 
-/// Puts what the devices need in the place of their names.
+/// Puts what the devices need in the place of their names. `hooks`, which are
+/// none where programs of the host cannot run, gets theirs at the end.
 ///
 /// # Errors
 /// A device that no file has, or that more than one have; what a container
 /// cannot have.
-pub fn apply(config: &mut cri::ContainerConfig, dirs: &[PathBuf], on_host: bool) -> Result<More, Error> {
-    let mut more = More::default();
+pub fn apply(
+    config: &mut cri::ContainerConfig,
+    dirs: &[PathBuf],
+    mut hooks: Option<&mut config::Hooks>,
+) -> Result<Nodes, Error> {
+    let mut nodes = Nodes::default();
     let names = names(config);
     if names.is_empty() {
-        return Ok(more);
+        return Ok(nodes);
     }
     let files: Vec<_> = dirs.iter().map(|dir| file::all_in(dir)).collect();
     let mut applied: Vec<&Path> = Vec::new();
@@ -56,11 +57,11 @@ pub fn apply(config: &mut cri::ContainerConfig, dirs: &[PathBuf], on_host: bool)
         // What all devices of a file need is needed once.
         if !applied.contains(&path) {
             applied.push(path);
-            edit(config, &mut more, &spec.container_edits, on_host).map_err(refused)?;
+            edit(config, &mut nodes, hooks.as_deref_mut(), &spec.container_edits).map_err(refused)?;
         }
-        edit(config, &mut more, device, on_host).map_err(refused)?;
+        edit(config, &mut nodes, hooks.as_deref_mut(), device).map_err(refused)?;
     }
-    Ok(more)
+    Ok(nodes)
 }
 
 /// The names that are asked for, each once.
@@ -105,9 +106,9 @@ fn find<'a>(
 
 fn edit(
     config: &mut cri::ContainerConfig,
-    more: &mut More,
+    nodes: &mut Nodes,
+    mut hooks: Option<&mut config::Hooks>,
     edits: &Edits,
-    on_host: bool,
 ) -> Result<(), String> {
     for variable in &edits.env {
         let (key, value) =
@@ -119,19 +120,19 @@ fn edit(
         let host_path = if node.host_path.is_empty() { &node.path } else { &node.host_path }.clone();
         let permissions = if node.permissions.is_empty() { "rwm" } else { &node.permissions }.into();
         config.devices.push(cri::Device { container_path: node.path.clone(), host_path, permissions });
-        more.nodes.push(node.clone());
+        nodes.0.push(node.clone());
     }
     for wanted in &edits.mounts {
         config.mounts.push(mount(wanted)?);
     }
     for hook in &edits.hooks {
-        if !on_host {
-            return Err(format!(
+        let hooks = hooks.as_deref_mut().ok_or_else(|| {
+            format!(
                 "its hook {} is a program of the host: name it in the runtime handler's `hooks`, which run in the guest",
                 hook.path.display()
-            ));
-        }
-        add_hook(&mut more.hooks, hook)?;
+            )
+        })?;
+        add_hook(hooks, hook)?;
     }
     if !edits.additional_gids.is_empty() {
         let security = &mut config.linux.get_or_insert_default().security_context;
@@ -182,7 +183,7 @@ fn add_hook(hooks: &mut config::Hooks, hook: &Hook) -> Result<(), String> {
     Ok(())
 }
 
-impl More {
+impl Nodes {
     /// Gives device nodes the owner and mode that their file says.
     ///
     /// # Errors
@@ -190,7 +191,7 @@ impl More {
     pub fn finish(&self, spec: &mut OciSpec) -> Result<(), Error> {
         let devices = spec.linux_mut().as_mut().and_then(|linux| linux.devices_mut().as_mut());
         for device in devices.into_iter().flatten() {
-            let Some(node) = self.nodes.iter().find(|node| Path::new(&node.path) == device.path()) else {
+            let Some(node) = self.0.iter().find(|node| Path::new(&node.path) == device.path()) else {
                 continue;
             };
             let kind = match node.r#type.as_str() {

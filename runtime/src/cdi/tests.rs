@@ -54,9 +54,9 @@ fn asking(names: &[&str]) -> cri::ContainerConfig {
     cri::ContainerConfig { cdi_devices, envs: vec![path], ..Default::default() }
 }
 
-fn refused(files: &[(&str, &str)], name: &str, on_host: bool) -> String {
+fn refused(files: &[(&str, &str)], name: &str) -> String {
     let (_parent, dirs) = dirs(files);
-    apply(&mut asking(&[name]), &dirs, on_host).unwrap_err().to_string()
+    apply(&mut asking(&[name]), &dirs, None).unwrap_err().to_string()
 }
 
 #[test]
@@ -64,7 +64,8 @@ fn what_a_device_needs_takes_the_place_of_its_name() {
     let (_parent, dirs) = dirs(&[("a/fuse.json", FUSE), ("b/tun.yaml", TUN), ("b/readme.txt", "nothing")]);
     let mut config = asking(&["husk.test/node=fuse", "husk.test/node=hooked"]);
     config.annotations.insert("cdi.k8s.io/x".into(), "husk.test/net=tun, husk.test/node=fuse".into());
-    let more = apply(&mut config, &dirs, true).unwrap();
+    let mut hooks = config::Hooks::default();
+    apply(&mut config, &dirs, Some(&mut hooks)).unwrap();
     let device = |host: &str, container: &str, permissions: &str| cri::Device {
         host_path: host.into(),
         container_path: container.into(),
@@ -84,14 +85,14 @@ fn what_a_device_needs_takes_the_place_of_its_name() {
     assert_eq!(mount.mount_options, ["nosuid"]);
     assert_eq!(config.linux.unwrap().security_context.unwrap().supplemental_groups, [44]);
     assert!(config.cdi_devices.is_empty());
-    let [hook] = &more.hooks.create_container[..] else { panic!("{more:?}") };
+    let [hook] = &hooks.create_container[..] else { panic!("{hooks:?}") };
     assert_eq!((hook.path.as_path(), hook.timeout_seconds), (Path::new("/bin/hook"), Some(5)));
 }
 
 #[test]
 fn nothing_asked_for_changes_nothing() {
     let mut config = asking(&[]);
-    apply(&mut config, &["/no/such/directory".into()], false).unwrap();
+    apply(&mut config, &["/no/such/directory".into()], None).unwrap();
     assert_eq!(config, asking(&[]));
 }
 
@@ -100,26 +101,26 @@ fn a_later_directory_counts_more() {
     let other = FUSE.replace("ALL=yes", "ALL=no");
     let (_parent, dirs) = dirs(&[("a/one.json", FUSE), ("b/two.json", &other)]);
     let mut config = asking(&["husk.test/node=fuse"]);
-    apply(&mut config, &dirs, false).unwrap();
+    apply(&mut config, &dirs, None).unwrap();
     assert!(config.envs.iter().any(|env| env.key == "ALL" && env.value == b"no"));
 }
 
 #[test]
 fn what_cannot_be_is_refused_with_the_reason() {
-    let twice = refused(&[("a/one.json", FUSE), ("a/two.json", FUSE)], "husk.test/node=fuse", false);
+    let twice = refused(&[("a/one.json", FUSE), ("a/two.json", FUSE)], "husk.test/node=fuse");
     assert!(twice.contains("one.json and") && twice.contains("both have it"), "{twice}");
-    let hook = refused(&[("a/one.json", FUSE)], "husk.test/node=hooked", false);
+    let hook = refused(&[("a/one.json", FUSE)], "husk.test/node=hooked");
     assert!(hook.contains("/bin/hook") && hook.contains("runtime handler"), "{hook}");
-    let missing = refused(&[("a/one.json", FUSE), ("a/bad.json", "{")], "husk.test/node=other", false);
+    let missing = refused(&[("a/one.json", FUSE), ("a/bad.json", "{")], "husk.test/node=other");
     assert!(missing.contains("no CDI file has it") && missing.contains("bad.json"), "{missing}");
-    assert!(refused(&[("a/one.json", FUSE)], "fuse", false).contains("vendor.com/class=device"));
+    assert!(refused(&[("a/one.json", FUSE)], "fuse").contains("vendor.com/class=device"));
     for (this, that, word) in [
         ("additionalGids", "intelRdt", "intelRdt"),
         ("0.6.0", "9.9.9", "9.9.9"),
         ("ONE=1=2", "ONE", "NAME=value"),
         (r#""options""#, r#""type": "tmpfs", "options""#, "tmpfs"),
     ] {
-        let said = refused(&[("a/one.json", &FUSE.replace(this, that))], "husk.test/node=fuse", false);
+        let said = refused(&[("a/one.json", &FUSE.replace(this, that))], "husk.test/node=fuse");
         assert!(said.contains(word), "{said}");
     }
 }

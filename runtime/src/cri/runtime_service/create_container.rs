@@ -44,7 +44,9 @@ pub(super) async fn create_container(
     privileged_only_in_privileged(&pod, &config)?;
     let log_path = log_path(&pod, &config)?;
     let host = host_places(node, &sandbox)?;
-    let devices = cdi::apply(&mut config, &node.config.cdi.dirs, host.is_some())?;
+    let handler = node.config.handler(&sandbox.record().handler);
+    let mut hooks = handler.map(|(_, handler)| handler.hooks.clone()).unwrap_or_default();
+    let nodes = cdi::apply(&mut config, &node.config.cdi.dirs, host.is_some().then_some(&mut hooks))?;
     let mut image_volumes =
         image_volumes::wanted(&config.mounts, |image| Ok(resolve(node, &image.image)?.rootfs))?;
     let image_config = image.config.config().clone().unwrap_or_default();
@@ -53,9 +55,6 @@ pub(super) async fn create_container(
     let in_use = sandbox.volumes();
     let prepared = volumes::prepare(mounts, &in_use)?;
     let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
-    let handler = node.config.handler(&sandbox.record().handler);
-    let mut hooks = handler.map(|(_, handler)| handler.hooks.clone()).unwrap_or_default();
-    hooks.extend(devices.hooks.clone());
     let input = spec::Input {
         hooks: &hooks,
         id: &id,
@@ -68,7 +67,7 @@ pub(super) async fn create_container(
         host: host.as_ref(),
     };
     let mut spec = spec::build(&input)?;
-    devices.finish(&mut spec)?;
+    nodes.finish(&mut spec)?;
     let user = spec::user(&input)?;
     let stop_signal = super::stop_container::stop_signal(&config, image_config.stop_signal().as_deref())?;
 
@@ -181,8 +180,9 @@ async fn mount_volumes(
         cgroup: record.cgroup,
     };
     file_server::ensure(control, plan).await?;
-    let namespace = file_server::namespace(&run_dir)?
-        .ok_or_else(|| Error::FailedPrecondition("the pod's file server has ended: restart the pod".into()))?;
+    let namespace = file_server::namespace(&run_dir)?.ok_or_else(|| {
+        Error::FailedPrecondition("the pod's file server has ended: restart the pod".into())
+    })?;
     Ok(shared.bind(namespace.as_fd(), prepared, in_use)?)
 }
 
