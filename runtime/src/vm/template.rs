@@ -45,16 +45,16 @@ const MAX_SEEN: usize = 256;
 const HANG_UP: Duration = Duration::from_secs(5);
 
 /// The templates of a node.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Templates {
     /// Where they are.
     dir: PathBuf,
     /// Where the sockets of machines are that shall become one.
     run_dir: PathBuf,
     scratch: Arc<Scratch>,
-    known: Arc<Mutex<Known>>,
+    known: Mutex<Known>,
     /// Held while one is made: one at a time.
-    making: Arc<Semaphore>,
+    making: Semaphore,
 }
 
 /// What was found out about shapes.
@@ -91,8 +91,8 @@ impl Templates {
             dir: state_dir.join("templates"),
             run_dir: run_dir.join("templates"),
             scratch,
-            known: Arc::default(),
-            making: Arc::new(Semaphore::new(1)),
+            known: Mutex::default(),
+            making: Semaphore::new(1),
         }
     }
 
@@ -132,7 +132,7 @@ impl Templates {
     ///
     /// # Errors
     /// As [`launch::launch`].
-    pub async fn launch(&self, plan: &Plan<'_>) -> Result<Launched, Error> {
+    pub async fn launch(self: &Arc<Self>, plan: &Plan<'_>) -> Result<Launched, Error> {
         // One interface is what a template has.
         let shape = || Shape::new(plan.handler, plan.vcpus, plan.memory_mib);
         let Some(shape) = (plan.nics.len() == 1).then(shape).flatten() else {
