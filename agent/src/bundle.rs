@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use husk_proto::agent::{ImageVolume, Rootfs};
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
 
 use crate::disks::Disks;
 use crate::images::{self, Image, Images};
 use crate::mode::{self, Mode};
-use crate::{layer, mounts, userns};
+use crate::{fd, layer, mounts, userns};
 
 const BUNDLES: &str = "/run/husk/bundles";
 
@@ -223,17 +223,13 @@ impl Drop for Bundle {
     }
 }
 
-/// The file or directory of an image that never changes. Links in it are those
-/// of a root file system: they do not lead out of it.
+/// The file or directory of an image that never changes.
 fn beneath(root: &Path, sub_path: &Path) -> io::Result<PathBuf> {
     if sub_path.as_os_str().is_empty() {
         return Ok(root.to_owned());
     }
     let directory = fs::File::open(root)?;
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let found = openat2(&directory, sub_path, how)?;
+    let found = fd::open_in_root(&directory, sub_path, OFlag::O_PATH)?;
     fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
 }
 

@@ -1,12 +1,22 @@
-//! Pipes and terminals in the event loop.
+//! Descriptors: pipes and terminals in the event loop, and files of a root that is not trusted.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// Opens `path` as a process whose root directory is `root` would: links are
+/// followed, but never out of it.
+pub fn open_in_root(root: impl AsFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(root, path, how)
+}
 
 /// The agent's end of a pipe or terminal, non-blocking.
 pub struct AsyncFile(AsyncFd<File>);

@@ -8,8 +8,10 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
+
+use crate::fd;
 
 /// Largest passwd or group file that is read.
 const MAX_FILE: u64 = 4 * 1024 * 1024;
@@ -66,10 +68,8 @@ pub fn resolve(rootfs: &Path, request: &str, strict: bool) -> Result<Identity, E
 fn read_inside(root: &OwnedFd, path: &'static str) -> Result<String, Error> {
     let unreadable = |cause: String| Error::Unreadable { path, cause };
     // O_NONBLOCK: a fifo must not hold us up.
-    let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let file = match openat2(root, path, how) {
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = match fd::open_in_root(root, Path::new(path), flags) {
         Ok(file) => File::from(file),
         Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(String::new()),
         Err(cause) => return Err(unreadable(cause.to_string())),
