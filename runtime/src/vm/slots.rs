@@ -154,6 +154,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_container_has_all_of_its_images_or_none() {
+        let slots = Slots::new(2);
+        let mut held = slots.hold().await;
+        let (one, two, three) = (Path::new("1"), Path::new("2"), Path::new("3"));
+        assert_eq!(held.claim_all([one, two, one, three].into_iter()), None);
+        let (first, second) = ("image-0".to_owned(), "image-1".to_owned());
+        let claims = held.claim_all([three, two, three].into_iter()).unwrap();
+        assert_eq!(
+            claims,
+            [Claim::Attach(first.clone()), Claim::Attach(second.clone()), Claim::Shared(first.clone())]
+        );
+        assert!(!held.release(&first), "it has it twice");
+        assert!(held.release(&first) && held.release(&second));
+        let again = held.claim_all([one, one].into_iter()).unwrap();
+        held.give_back(&again);
+        assert_eq!(held.claim(two), Some(Claim::Attach(first)));
+    }
+
+    #[tokio::test]
     async fn a_host_pod_has_one_for_every_image() {
         let slots = Slots::unlimited();
         let mut held = slots.hold().await;
