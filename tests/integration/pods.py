@@ -8,6 +8,7 @@ import time
 import unittest
 
 import leftovers
+from leftovers import machines, named
 from node import Failed, Node, can_connect, wait_until
 
 
@@ -52,7 +53,8 @@ class PodTest(unittest.TestCase):
             left += [str(path) for path in (node.state / "sandboxes").iterdir()]
             left += [name for name in os.listdir("/run/netns") if name.startswith("husk")] if os.path.isdir("/run/netns") else []
             left += [str(path) for path in leases(node)]
-            left += machines() + processes("husk-agent")
+            left += [f"machine {process}" for process in machines()]
+            left += [f"husk-agent {process}" for process in named("husk-agent")]
             left += sorted(leftovers.block_devices())
             return left
 
@@ -103,32 +105,6 @@ class PodTest(unittest.TestCase):
         return done.stdout + done.stderr
 
 
-def processes(name):
-    """Ids and command lines of the processes of that name."""
-    found = []
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{process}/comm") as comm:
-                if comm.read().strip() == name:
-                    found.append(f"{name} {process}")
-        except OSError:
-            pass
-    return found
-
-
-def machines():
-    """As `processes`, the machines of pods: not those that are to become templates."""
-    return [line for line in processes("husk-vmm") if "template-" not in command(line.split()[1])]
-
-
-def command(process):
-    try:
-        with open(f"/proc/{process}/cmdline") as line:
-            return line.read()
-    except OSError:
-        return ""
-
-
 def leases(node):
     """Addresses that CNI's IPAM has given out."""
     folder = node.root / "leases" / "husk"
@@ -136,6 +112,6 @@ def leases(node):
 
 
 __all__ = [
-    "Failed", "PodTest", "can_connect", "json", "leases", "leftovers", "machines", "os", "processes", "signal", "subprocess",
+    "Failed", "PodTest", "can_connect", "json", "leases", "leftovers", "machines", "named", "os", "signal", "subprocess",
     "time", "wait_until",
 ]

@@ -1,6 +1,6 @@
 """Pods of the handler `runc`: plain host containers, as a client sees them, and what is left of them."""
 
-from pods import PodTest, can_connect, leftovers, machines, os, processes, signal, subprocess, time, wait_until
+from pods import PodTest, can_connect, leftovers, machines, named, os, signal, subprocess, time, wait_until
 
 NODE = 2
 
@@ -38,7 +38,7 @@ class HostTest(PodTest):
         return left
 
     def supervisors(self):
-        return [int(line.split()[1]) for line in processes("husk-agent")]
+        return named("husk-agent")
 
 
 class Life(HostTest):

@@ -132,7 +132,7 @@ class Daemon(PodTest):
 
     def test_a_machine_that_dies_takes_its_containers_with_it_and_is_told_so(self):
         pod, container = self.running()
-        machine = int(machines()[0].split()[1])
+        machine = machines()[0]
         subprocess.run(["kill", "-KILL", str(machine)], check=True)
         status = self.wait_exited(container, 30)
         self.assertNotEqual(status["exitCode"], 0)
@@ -141,7 +141,7 @@ class Daemon(PodTest):
 
     def test_what_died_with_the_daemon_is_given_back(self):
         pod, container = self.running()
-        machine = int(machines()[0].split()[1])
+        machine = machines()[0]
         self.kill_daemon()
         subprocess.run(["kill", "-KILL", str(machine)], check=True)
         self.node.start_daemon()

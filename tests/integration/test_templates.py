@@ -1,6 +1,6 @@
 """Machines that are clones: what each has for itself, and what a template that is gone or damaged costs."""
 
-from pods import PodTest, processes, time, wait_until
+from pods import PodTest, named, time, wait_until
 
 
 class Templates(PodTest):
@@ -62,12 +62,12 @@ class Templates(PodTest):
         for state in self.states():
             state.unlink()
         self.node.start_daemon()
-        wait_until(lambda: processes("husk-vmm"), 60, "wait for the machine of a template")
+        wait_until(lambda: named("husk-vmm"), 60, "wait for the machine of a template")
         self.kill_daemon()
-        self.assertTrue(processes("husk-vmm"), "it ended with its daemon: this test shows nothing")
+        self.assertTrue(named("husk-vmm"), "it ended with its daemon: this test shows nothing")
         self.node.start_daemon()
         wait_until(self.states, 120, "wait for the template")
-        wait_until(lambda: not processes("husk-vmm"), 20, "wait for the end of the template's machine")
+        wait_until(lambda: not named("husk-vmm"), 20, "wait for the end of the template's machine")
         self.assertEqual(list((self.node.root / "run/templates").iterdir()), [])
         self.pod()
         self.assertTrue(self.pods_said()[-1])

@@ -5,7 +5,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from pods import PodTest, json, leftovers, os, processes, signal, subprocess, time, wait_until
+from pods import PodTest, json, leftovers, named, os, signal, subprocess, time, wait_until
 
 
 class Volumes(PodTest):
@@ -19,7 +19,7 @@ class Volumes(PodTest):
     def tearDown(self):
         super().tearDown()
         self.assertEqual(leftovers.mounts() - self.mounts_before, set())
-        self.assertEqual(processes("husk-fs"), [])
+        self.assertEqual(named("husk-fs"), [])
         self.assertFalse((self.node.root / "run/volumes").exists())
 
     def mount(self, container_path="/data", host_path=None, **settings):
@@ -191,7 +191,7 @@ class Volumes(PodTest):
         ):
             config = self.node.container_file("bad", "busybox", command=["true"], mounts=[mount])
             self.assertIn(word, self.fails("create", pod, config, sandbox))
-        self.assertEqual(processes("husk-fs"), [])
+        self.assertEqual(named("husk-fs"), [])
 
     def test_devices_are_the_machines_own(self):
         pod, sandbox = self.pod()
@@ -311,12 +311,12 @@ class Volumes(PodTest):
         self.assertEqual((self.folder / "file").read_text(), "after\n")
         second = self.container(pod, sandbox, name="second", mounts=[self.mount()])
         self.assertEqual(self.sh(second, "cat /data/file"), "after")
-        self.assertEqual(len(processes("husk-fs")), 1)
+        self.assertEqual(len(named("husk-fs")), 1)
 
     def test_a_file_server_that_dies_fails_its_files_and_nothing_else(self):
         pod, sandbox, container = self.with_volume()
-        (server,) = processes("husk-fs")
-        os.kill(int(server.split()[1]), signal.SIGKILL)
+        (server,) = named("husk-fs")
+        os.kill(server, signal.SIGKILL)
         said = self.fails("exec", "-s", container, "sh", "-c", "echo x >/data/file")
         self.assertIn("Input/output error", said)
         self.assertEqual(self.sh(container, "echo alive"), "alive")
@@ -325,8 +325,7 @@ class Volumes(PodTest):
 
     def test_a_file_server_has_its_volumes_and_no_more(self):
         self.with_volume()
-        (server,) = processes("husk-fs")
-        pid = server.split()[1]
+        (pid,) = named("husk-fs")
         self.assertEqual(os.listdir(f"/proc/{pid}/root"), ["v0"])
         with open(f"/proc/{pid}/status") as status:
             fields = dict(line.rstrip("\n").split(":\t", 1) for line in status)

@@ -16,20 +16,36 @@ TEMPLATE = re.compile(r"husk-vmm --id template-")
 TEMPLATE_FILES = re.compile(r"/templates(/|$)")
 
 
-def processes():
-    found = set()
+def running():
+    """Of every process: its id, its parent's, its name, and its command line, which is empty once it has ended."""
     for place in Path("/proc").iterdir():
         if not place.name.isdigit():
             continue
         try:
-            parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+            before, _, after = (place / "stat").read_text().rpartition(")")
             command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
         except OSError:
             continue  # it ended while we looked
+        yield int(place.name), int(after.split()[1]), before.partition("(")[2], command
+
+
+def processes():
+    found = set()
+    for process, parent, _, command in running():
         # Threads of the kernel come and go as it pleases.
-        if command and parent != "2" and int(place.name) != os.getpid() and not TEMPLATE.search(command):
-            found.add(f"{place.name} {command[:100]}")
+        if command and parent != 2 and process != os.getpid() and not TEMPLATE.search(command):
+            found.add(f"{process} {command[:100]}")
     return found
+
+
+def named(name):
+    """The processes of that name, those that nobody has waited for among them."""
+    return [process for process, _, own, _ in running() if own == name]
+
+
+def machines():
+    """The processes of pods' machines."""
+    return [process for process, _, own, command in running() if own == "husk-vmm" and not TEMPLATE.search(command)]
 
 
 def network_devices():
