@@ -1,7 +1,10 @@
-"""What the tests share: one node for each class of tests, and words for pods and containers."""
+"""What the tests share: a node, and words for pods and containers."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,8 +15,19 @@ from leftovers import machines, named
 from node import Failed, Node, can_connect, wait_until
 
 
+@functools.cache
+def the_node():
+    """One for all tests, as long as each leaves it empty: it takes half a minute to make one under emulation."""
+    node = Node("test")
+    node.masquerade = False
+    atexit.register(node.stop)
+    node.start()
+    node.crictl("pull", node.image("busybox"))
+    return node
+
+
 class PodTest(unittest.TestCase):
-    """Tests on a node of their own, which is empty again after each of them."""
+    """Tests on a node with settings of their own, which is empty again after each of them."""
 
     settings = ""
     handler_settings = ""
@@ -21,13 +35,9 @@ class PodTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.node = Node("test")
-        cls.node.extra_configuration = cls.settings
-        cls.node.handler_settings = cls.handler_settings
-        cls.node.masquerade = False
-        cls.addClassCleanup(cls.node.stop)
-        cls.node.start()
-        cls.node.crictl("pull", cls.node.image("busybox"))
+        cls.node = the_node()
+        cls.node.configure(cls.settings, cls.handler_settings)
+        shutil.rmtree(cls.node.root / "logs", ignore_errors=True)
         cls.count = 0
 
     def setUp(self):
@@ -36,8 +46,7 @@ class PodTest(unittest.TestCase):
     def tearDown(self):
         """Whatever a test did, its pods go, and with them everything they had."""
         node = self.node
-        outcome = getattr(self._outcome, "result", None)
-        if outcome and (outcome.errors or outcome.failures):
+        if not self._outcome.success:
             print("\n".join(f"    huskd: {line}" for line in node.log_tail("huskd", 25)))
         for pod in node.crictl("pods", "-q").split():
             node.crictl("rmp", "-f", pod)

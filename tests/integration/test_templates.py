@@ -34,7 +34,8 @@ class Templates(PodTest):
 
     def test_a_size_that_is_asked_for_again_gets_a_template_and_no_pod_waits_for_it(self):
         before = len(self.states())
-        linux = {"resources": {"memory_limit_in_bytes": 64 << 20}}
+        # No other test asks for this size.
+        linux = {"resources": {"memory_limit_in_bytes": 68 << 20}}
         self.pod(linux=linux)
         self.pod(linux=linux)
         self.assertEqual(self.pods_said()[-2:], [False, False])
@@ -43,6 +44,8 @@ class Templates(PodTest):
         self.assertTrue(self.pods_said()[-1])
 
     def test_a_damaged_template_costs_no_pod(self):
+        saved = lambda: sum("template saved" in line for line in self.node.log_tail("huskd", 10_000))  # noqa: E731
+        before = saved()
         for state in self.states():
             state.write_bytes(b"HUSKSNAP, and then nonsense")
         self.running()
@@ -50,7 +53,7 @@ class Templates(PodTest):
         self.assertIn("clone a machine; booting one instead", "\n".join(self.node.log_tail("huskd", 50)))
         # It is made anew when it is wanted again.
         self.pod()
-        self.wait_for_templates(1)
+        wait_until(lambda: saved() > before, 120, "wait for the template")
         self.pod()
         self.assertTrue(self.pods_said()[-1])
 

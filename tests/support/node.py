@@ -149,6 +149,14 @@ class Node:
         self.cni.mkdir(exist_ok=True)
         (self.cni / "10-husk.conflist").write_text(json.dumps(configuration, indent=2))
 
+    def configure(self, extra, handler):
+        """Has the daemon run with these settings; what it keeps stays."""
+        if (extra, handler) == (self.extra_configuration, self.handler_settings) and self.daemon.poll() is None:
+            return
+        self.extra_configuration, self.handler_settings = extra, handler
+        self.end(self.daemon)
+        self.start_daemon()
+
     def start_daemon(self):
         self.config = self.root / "config.toml"
         self.config.write_text(
@@ -217,14 +225,17 @@ class Node:
 
     # --- Ending -------------------------------------------------------------------------------------
 
+    def end(self, process):
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
     def stop(self):
         for process in reversed(self.processes):
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            self.end(process)
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True)
         subprocess.run(["umount", "--quiet", self.state], capture_output=True)
         shutil.rmtree(self.root, ignore_errors=True)
