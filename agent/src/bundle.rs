@@ -2,8 +2,9 @@
 //! writable layer of its own, and the bundle that runc reads.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -184,6 +185,13 @@ impl Bundle {
     /// The container's OCI configuration.
     pub fn config(&self) -> PathBuf {
         self.path.join("config.json")
+    }
+
+    /// Writes it. It may say what is told to the container in secret.
+    pub fn write_config(&self, json: &[u8]) -> io::Result<()> {
+        let mut file =
+            fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(self.config())?;
+        file.write_all(json)
     }
 
     /// Unmounts and deletes everything. May be repeated after a failure.

@@ -38,6 +38,8 @@ pub mod paths {
     pub const RESOLV_CONF: &str = "/run/husk/sandbox/resolv.conf";
     /// The pod's `/dev/shm`: a tmpfs that its containers share.
     pub const SHM: &str = "/run/husk/sandbox/shm";
+    /// On the host: sysfs as a pod with a user namespace sees it.
+    pub const SYS: &str = "/run/husk/sandbox/sys";
     /// The pod's pid namespace, when its containers share one.
     pub const PID_NAMESPACE: &str = "/run/husk/sandbox/pidns";
     /// The pod's user namespace, if it has one; the pid namespace above and the

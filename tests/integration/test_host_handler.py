@@ -188,6 +188,27 @@ class TheHostsOwn(HostTest):
         self.assertNotIn("loop-control", self.node.crictl("exec", "-s", plain, "ls", "/dev"))
 
 
+    def test_users_of_a_user_namespace_are_others_on_the_host(self):
+        users = {"mode": 0, "uids": [{"host_id": 200000, "container_id": 0, "length": 65536}]}
+        users["gids"] = users["uids"]
+        security = {"security_context": {"namespace_options": {"userns_options": users}}}
+        pod, sandbox = self.pod(linux=security)
+        container = self.container(pod, sandbox, command=["sh", "-c", "exec sleep 876543"], linux=security)
+        run = lambda *words: self.node.crictl("exec", "-s", container, *words)  # noqa: E731
+        self.assertEqual(run("cat", "/proc/self/uid_map").split(), ["0", "200000", "65536"])
+        self.assertEqual(run("stat", "-c", "%u:%g", "/etc/passwd"), "0:0")
+        run("sh", "-c", "echo mine > /file && chown 33:33 /file")
+        self.assertEqual(run("stat", "-c", "%u:%g", "/file"), "33:33")
+        # What it sees of the host: neither its users nor its network.
+        [process] = [pid for pid, _, _, command in leftovers.running() if command == "sleep 876543"]
+        self.assertEqual(os.stat(f"/proc/{process}").st_uid, 200000)
+        self.assertEqual(sorted(run("ls", "/sys/class/net").split()), ["eth0", "lo"])
+        self.assertEqual(run("sh", "-c", "nc -l -p 80 -e echo hi & sleep 1; nc 127.0.0.1 80"), "hi")
+        shared = {"network": 2, "userns_options": users}
+        config = self.node.sandbox_file("shared", linux={"security_context": {"namespace_options": shared}})
+        self.assertIn("userns_options", self.fails("runp", "--runtime", "runc", config))
+
+
 class Death(HostTest):
     def test_pods_live_on_when_the_daemon_dies(self):
         pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])

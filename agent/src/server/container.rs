@@ -106,7 +106,7 @@ async fn create_in(
     let json = serde_json::to_vec(&config).stage("write the bundle")?;
     let identity = spec::identity(&config);
     drop(config);
-    fs::write(bundle.config(), json).stage("write the bundle")?;
+    bundle.write_config(&json).stage("write the bundle")?;
 
     let mut stdio = Stdio::new(request.terminal, request.stdin).stage("open standard streams")?;
     let created = runc::create(&agent.reaper, id, bundle.path(), &mut stdio).await;

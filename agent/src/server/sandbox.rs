@@ -92,6 +92,12 @@ pub async fn create(
         sysctl::set(name, value).invalid("sysctls")?;
     }
     if let Some(wanted) = &request.user_namespace {
+        if mode::host().is_some() {
+            // The host's shows the host's network, and the pod's users may mount none: the network is not theirs.
+            let sys = mode::at(paths::SYS);
+            mounts::make_mount_point(&sys).stage("mount sysfs")?;
+            mounts::mount("sysfs", &sys, "sysfs", private, "").stage("mount sysfs")?;
+        }
         map_users(&agent, wanted, &request.sysctls).await?;
     } else if request.shared_pid_namespace {
         share_pid_namespace(&agent).await?;

@@ -1,9 +1,9 @@
 //! Starts the supervisor of a host pod.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -31,6 +31,8 @@ pub struct Plan<'a> {
     pub netns: Option<PathBuf>,
     /// IPC is its own.
     pub own_ipc: bool,
+    /// The host's group for the group 0 of its user namespace, if it has one.
+    pub group: Option<u32>,
 }
 
 /// Starts the supervisor, and returns when it can be talked to, with its
@@ -43,6 +45,12 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Arc<Machine>, u32), Error> {
     // The bundles hold what containers are told in secret.
     for folder in [run_dir, &plan.layers] {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(file("make folder", folder))?;
+    }
+    if let Some(group) = plan.group {
+        // Its containers find their way to their own files, by name.
+        chown(run_dir, None, Some(group))
+            .and_then(|()| fs::set_permissions(run_dir, fs::Permissions::from_mode(0o710)))
+            .map_err(file("open to the pod's users", run_dir))?;
     }
     let link = cgroup_link(run_dir);
     std::os::unix::fs::symlink(&plan.cgroup, &link).map_err(file("make link", &link))?;

@@ -32,15 +32,9 @@ pub(super) async fn status(node: &Node, request: &StatusRequest) -> StatusRespon
         condition("RuntimeReady", "MachineNotReady", runtime),
         condition("NetworkReady", "NetworkPluginNotReady", network),
     ];
-    let handler = |name: &str| {
-        let in_machines = node.config.handler(name).is_some_and(|(_, handler)| handler.kind() == Kind::Vm);
-        RuntimeHandler {
-            name: name.to_owned(),
-            features: Some(RuntimeHandlerFeatures {
-                recursive_read_only_mounts: in_machines,
-                user_namespaces: in_machines,
-            }),
-        }
+    let handler = |name: &str| RuntimeHandler {
+        name: name.to_owned(),
+        features: Some(RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true }),
     };
     // The empty name stands for the default handler.
     let runtime_handlers =

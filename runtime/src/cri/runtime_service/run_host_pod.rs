@@ -37,6 +37,7 @@ pub(super) async fn bring_up(
     };
     let network = started.elapsed();
 
+    let user_namespace = spec::user_namespace(config)?;
     let launching = Instant::now();
     let plan = launch::Plan {
         handler,
@@ -45,6 +46,7 @@ pub(super) async fn bring_up(
         cgroup,
         netns: netns.clone(),
         own_ipc: !spec::host_ipc(config),
+        group: user_namespace.as_ref().and_then(|users| Some(users.gids.first()?.host_id)),
     };
     let (machine, pid) = launch::launch(&plan).await?;
     let launched = launching.elapsed();
@@ -61,6 +63,7 @@ pub(super) async fn bring_up(
         interfaces: if ips.is_empty() { Vec::new() } else { vec![interface] },
         sysctls: config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default(),
         shared_pid_namespace: spec::shares_pid_namespace(config),
+        user_namespace,
         ..Default::default()
     };
     machine.agent.call("configure sandbox", async |mut agent| agent.create_sandbox(request).await).await?;

@@ -23,9 +23,12 @@ pub(super) fn check(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Er
         return Ok(());
     };
     let on_host = kind == Kind::Host;
-    if spec::user_namespace(config)?.is_some() && on_host {
-        return Err(Error::Unimplemented(
-            "sandbox `userns_options`: pods of host containers have no user namespace yet".into(),
+    let shares = |options: &cri::NamespaceOption| {
+        [options.network, options.pid, options.ipc].contains(&(cri::NamespaceMode::Node as i32))
+    };
+    if spec::user_namespace(config)?.is_some() && security.namespace_options.as_ref().is_some_and(shares) {
+        return Err(Error::InvalidArgument(
+            "sandbox `userns_options`: a pod in the host's network, pid or ipc namespace has the host's users".into(),
         ));
     }
     spec::selinux(security.selinux_options.as_ref())?;
@@ -49,11 +52,15 @@ mod tests {
     use super::*;
 
     fn checked(security: cri::LinuxSandboxSecurityContext) -> Result<(), String> {
+        checked_for(Kind::Vm, security)
+    }
+
+    fn checked_for(kind: Kind, security: cri::LinuxSandboxSecurityContext) -> Result<(), String> {
         let metadata = cri::PodSandboxMetadata { name: "pod".into(), ..Default::default() };
         let linux = cri::LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
         let config =
             cri::PodSandboxConfig { metadata: Some(metadata), linux: Some(linux), ..Default::default() };
-        check(&config, Kind::Vm).map_err(|error| error.to_string())
+        check(&config, kind).map_err(|error| error.to_string())
     }
 
     fn with_namespaces(options: cri::NamespaceOption) -> Result<(), String> {
@@ -83,6 +90,27 @@ mod tests {
             cri::LinuxSandboxSecurityContext { selinux_options: Some(selinux), ..Default::default() };
         assert!(checked(selinux).unwrap_err().contains("selinux_options"));
         assert!(check(&cri::PodSandboxConfig::default(), Kind::Host).is_err());
+    }
+
+    #[test]
+    fn users_of_its_own_are_for_a_pod_with_namespaces_of_its_own() {
+        let range = vec![cri::IdMapping { host_id: 100_000, container_id: 0, length: 65_536 }];
+        let users = cri::UserNamespace { mode: NamespaceMode::Pod as i32, uids: range.clone(), gids: range };
+        let on_host = |options: cri::NamespaceOption| {
+            let options = cri::NamespaceOption { userns_options: Some(users.clone()), ..options };
+            let security =
+                cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() };
+            checked_for(Kind::Host, security)
+        };
+        on_host(cri::NamespaceOption::default()).unwrap();
+        let node = NamespaceMode::Node as i32;
+        for options in [
+            cri::NamespaceOption { network: node, ..Default::default() },
+            cri::NamespaceOption { pid: node, ..Default::default() },
+            cri::NamespaceOption { ipc: node, ..Default::default() },
+        ] {
+            assert!(on_host(options).unwrap_err().contains("userns_options"));
+        }
     }
 
     #[test]

@@ -5,11 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
-use husk_proto::agent::paths;
+use husk_proto::agent::{self, paths};
 use husk_proto::cri::{self, NamespaceMode};
-use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxIdMapping, LinuxIdMappingBuilder, LinuxResources, Spec};
 
-use super::{Error, Input};
+use super::{Error, Input, user_namespace};
 
 mod binds;
 mod devices;
@@ -55,6 +55,8 @@ pub(super) fn adapt(
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
         let Some(source) = mount.source().clone() else { continue };
+        // Bound, where the pod has a user namespace: that of the host shows the host's network.
+        let source = if source == Path::new("/sys") { paths::SYS.into() } else { source };
         match shm.filter(|_| source == Path::new(paths::SHM)) {
             Some(shm) => mount.set_source(Some(shm.into())),
             None => mount.set_source(Some(moved(&source, pod))),
@@ -68,6 +70,11 @@ pub(super) fn adapt(
     }
 
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
+    if let Some(users) = user_namespace::of_pod(input.sandbox)? {
+        // runc before 1.2 wants to be told what a namespace that it joins has.
+        linux.set_uid_mappings(Some(mappings(&users.uids)?));
+        linux.set_gid_mappings(Some(mappings(&users.gids)?));
+    }
     if propagation.is_some() {
         linux.set_rootfs_propagation(propagation);
     }
@@ -94,6 +101,14 @@ pub(super) fn adapt(
         linux.set_devices(Some(devices));
     }
     Ok(())
+}
+
+fn mappings(ranges: &[agent::IdMapping]) -> Result<Vec<LinuxIdMapping>, Error> {
+    let range = |range: &agent::IdMapping| {
+        let mapping = LinuxIdMappingBuilder::default().container_id(range.container_id);
+        Ok(mapping.host_id(range.host_id).size(range.length).build()?)
+    };
+    ranges.iter().map(range).collect()
 }
 
 /// On the host a container itself has the CPUs and memory nodes that it names.

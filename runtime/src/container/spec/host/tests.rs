@@ -52,6 +52,26 @@ fn the_pods_files_and_groups_are_where_its_supervisor_has_them() {
 }
 
 #[test]
+fn a_user_namespace_is_the_pods_and_runc_is_told_what_is_in_it() {
+    let range = vec![cri::IdMapping { host_id: 100_000, container_id: 0, length: 65_536 }];
+    let users = cri::UserNamespace { mode: NamespaceMode::Pod as i32, uids: range.clone(), gids: range };
+    let options = cri::NamespaceOption { userns_options: Some(users), ..Default::default() };
+    let security =
+        cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() };
+    let linux = cri::LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
+    let sandbox = cri::PodSandboxConfig { linux: Some(linux), ..Default::default() };
+    let spec = built(cri::ContainerConfig::default(), &sandbox).unwrap();
+    let linux = spec.linux().as_ref().unwrap();
+    let user = linux.namespaces().iter().flatten().find(|one| one.typ() == LinuxNamespaceType::User).unwrap();
+    assert_eq!(user.path().as_deref(), Some(Path::new("/run/husk/sandboxes/p1/sandbox/userns")));
+    for told in [linux.uid_mappings(), linux.gid_mappings()] {
+        let [range] = &told.as_ref().unwrap()[..] else { panic!("{told:?}") };
+        assert_eq!((range.container_id(), range.host_id(), range.size()), (0, 100_000, 65_536));
+    }
+    assert_eq!(source_at(&spec, "/sys"), Path::new("/run/husk/sandboxes/p1/sandbox/sys"));
+}
+
+#[test]
 fn the_hosts_namespaces_are_had_by_having_none() {
     let sandbox = node_namespaces();
     let spec = built(cri::ContainerConfig::default(), &sandbox).unwrap();
