@@ -23,17 +23,16 @@ pub(super) fn check(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Er
         return Ok(());
     };
     let on_host = kind == Kind::Host;
-    let shares = |options: &cri::NamespaceOption| {
-        [options.network, options.pid, options.ipc].contains(&(cri::NamespaceMode::Node as i32))
-    };
-    if spec::user_namespace(config)?.is_some() && security.namespace_options.as_ref().is_some_and(shares) {
-        return Err(Error::InvalidArgument(
-            "sandbox `userns_options`: a pod in the host's network, pid or ipc namespace has the host's users".into(),
-        ));
-    }
     spec::selinux(security.selinux_options.as_ref())?;
     if let Some(options) = &security.namespace_options {
         spec::shareable(options, on_host)?;
+        let shared = [options.network, options.pid, options.ipc].contains(&(cri::NamespaceMode::Node as i32));
+        if spec::user_namespace(config)?.is_some() && shared {
+            return Err(Error::InvalidArgument(
+                "sandbox `userns_options`: a pod in the host's network, pid or ipc namespace has the host's users"
+                    .into(),
+            ));
+        }
         if options.pid == cri::NamespaceMode::Target as i32 {
             return Err(Error::InvalidArgument(
                 "sandbox pid namespace mode TARGET: a pod has no container to share one with yet".into(),
