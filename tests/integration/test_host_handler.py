@@ -187,7 +187,6 @@ class TheHostsOwn(HostTest):
         plain = self.container(pod, sandbox, "plain")
         self.assertNotIn("loop-control", self.node.crictl("exec", "-s", plain, "ls", "/dev"))
 
-
     def test_users_of_a_user_namespace_are_others_on_the_host(self):
         users = {"mode": 0, "uids": [{"host_id": 200000, "container_id": 0, "length": 65536}]}
         users["gids"] = users["uids"]
@@ -304,15 +303,7 @@ class Refused(HostTest):
 
 def running(command):
     """Whether the host has a process of this command line."""
-    words = command.encode().replace(b" ", b"\0")
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{process}/cmdline", "rb") as line:
-                if line.read().strip(b"\0") == words:
-                    return True
-        except OSError:
-            pass
-    return False
+    return any(other == command for _, _, _, other in leftovers.running())
 
 
 def crictl_status(test, pod):
