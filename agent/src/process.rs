@@ -117,6 +117,11 @@ impl Process {
         self.exited.borrow().is_some()
     }
 
+    /// Its exit, which may be to come.
+    pub const fn exit(&self) -> &Exited {
+        &self.exited
+    }
+
     /// When it ended, if [`Self::wait`] would answer at once.
     pub fn ended_at(&self) -> Option<Instant> {
         self.ended.borrow().as_ref().map(|outcome| outcome.exit.instant)

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio as StdStdio};
 use std::time::Duration;
@@ -9,7 +10,8 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Deserialize;
-use tokio::time::timeout;
+use tokio::select;
+use tokio::time::{sleep, timeout};
 
 use crate::mode;
 use crate::reaper::{self, Exited, Launch, Reaper};
@@ -21,6 +23,10 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 /// A runc that takes longer hangs; it takes milliseconds on hardware.
 const DEADLINE: Duration = Duration::from_secs(120);
+
+/// How often is looked whether a program has started: at first, and at most.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+const LONGEST_LOOK: Duration = Duration::from_millis(50);
 
 /// The end of its log is where the error is.
 const LOG_TAIL: u64 = 64 * 1024;
@@ -42,6 +48,12 @@ pub enum Error {
     /// It did not end in time and was killed.
     #[error("runc did not end within {} s", DEADLINE.as_secs())]
     Hangs,
+    /// It started the container, whose program did not follow.
+    #[error(
+        "the program did not start within {} s; a startContainer hook that runs longer holds it up",
+        DEADLINE.as_secs()
+    )]
+    NotStarted,
 }
 
 fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
@@ -93,12 +105,46 @@ pub async fn create(
     Ok((pid, launch.claim(pid)))
 }
 
-/// `runc start`: lets the container's program start.
-pub async fn start(reaper: &Reaper, id: &str, bundle: &Path) -> Result<(), Error> {
+/// `runc start`: lets the container's program start, whose process is `init`
+/// and runs runc until then. Returns when it has, or when the process ended.
+///
+/// `runc start` itself returns earlier: before the hooks `startContainer`, and
+/// before the program. A signal of that moment may be lost, because it goes to a
+/// thread of runc's that ends with execve(2).
+pub async fn start(reaper: &Reaper, id: &str, bundle: &Path, init: (Pid, &Exited)) -> Result<(), Error> {
     let files = Files::new(bundle, "start");
     let mut runc = command(&files, "start");
     runc.arg(id);
-    run(&reaper.launch(), runc, &files).await
+    let before = Program::of(init.0);
+    run(&reaper.launch(), runc, &files).await?;
+    let replaced = async {
+        let mut pause = FIRST_LOOK;
+        while Program::of(init.0) == before {
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_LOOK);
+        }
+    };
+    select! {
+        replaced = timeout(DEADLINE, replaced) => replaced.map_err(|_| Error::NotStarted),
+        _ = reaper::ended(init.1.clone()) => Ok(()),
+    }
+}
+
+/// What a process runs, as far as it differs before and after execve(2).
+#[derive(Debug, PartialEq, Eq)]
+struct Program {
+    file: Option<(u64, u64)>,
+    arguments: Vec<u8>,
+}
+
+impl Program {
+    fn of(pid: Pid) -> Self {
+        let file = fs::metadata(format!("/proc/{pid}/exe")).ok();
+        Self {
+            file: file.map(|file| (file.dev(), file.ino())),
+            arguments: fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default(),
+        }
+    }
 }
 
 /// `runc exec`: starts the process that the file `process` describes (the

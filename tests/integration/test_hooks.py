@@ -11,7 +11,7 @@ class Hooks(PodTest):
         "[[handlers.kata-runtime.hooks.create_runtime]]\n"
         f"path = '/usr/bin/busybox'\nargs = ['sh', '-c', '''{SCRIPT}''']\nenv = ['WORD=before the start']\n"
         "[[handlers.kata-runtime.hooks.start_container]]\n"
-        "path = '/usr/bin/busybox'\nargs = ['sh', '-c', 'read state; echo inside > /inside']\n"
+        "path = '/usr/bin/busybox'\nargs = ['sh', '-c', 'read state; sleep 3; echo inside > /inside']\n"
     )
 
     def test_hooks_run_in_the_guest_at_their_points(self):

@@ -151,7 +151,8 @@ pub async fn start(
 ) -> Result<StartContainerResponse, Error> {
     let container = agent.containers.get(&request.container_id)?;
     container.begin_start()?;
-    let started = runc::start(&agent.reaper, &container.id, container.bundle.path()).await;
+    let init = (container.init.pid(), container.init.exit());
+    let started = runc::start(&agent.reaper, &container.id, container.bundle.path(), init).await;
     container.end_start(started.is_ok());
     started.stage("runc start")?;
     Ok(StartContainerResponse {})
