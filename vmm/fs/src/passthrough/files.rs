@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom};
 
-use super::nodes::{Node, path};
+use super::nodes::{Node, path, stat};
 use super::{MAX_DATA, Passthrough};
 use crate::Errno;
 use crate::abi::{
@@ -44,8 +44,10 @@ impl Passthrough {
         let flags = open_flags(open.flags);
         let kill = open.open_flags & abi::open::KILL_SUIDGID != 0;
         let file = killing_set_id(kill, || open_node(&node, flags))?;
+        let unchanged = node.is_unchanged(&stat(&file)?);
         let handle = self.handles.add(file, is_writable(flags))?;
-        answer.put(&OpenOut { handle, ..OpenOut::default() });
+        let open_flags = if unchanged { abi::opened::KEEP_CACHE } else { 0 };
+        answer.put(&OpenOut { handle, open_flags, ..OpenOut::default() });
         Ok(())
     }
 

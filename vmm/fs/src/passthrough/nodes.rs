@@ -12,6 +12,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
 use rustix::path::DecInt;
@@ -43,6 +44,8 @@ pub struct Node {
     /// Stands for the device in inode numbers.
     device_number: u64,
     place: Mutex<Place>,
+    /// As it was when the guest opened it last.
+    opened: Mutex<Option<Version>>,
 }
 
 /// Through which mount a node is reached.
@@ -53,7 +56,37 @@ struct Place {
     read_only: bool,
 }
 
+/// What differs between two states of a file's content: nobody can set the
+/// time of its last change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Version {
+    changed: (i64, u32),
+    size: u64,
+}
+
+impl Version {
+    /// None for a file that was changed so lately that the next change might
+    /// have the same time.
+    fn settled(stat: &Statx, now: Duration) -> Option<Self> {
+        let changed = (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec);
+        let since = Duration::new(u64::try_from(changed.0).ok()?, changed.1);
+        // Times are those of the clock's ticks; some file systems keep seconds.
+        let granularity = if changed.1 == 0 { Duration::from_secs(2) } else { Duration::from_millis(100) };
+        (now.checked_sub(since)? > granularity).then_some(Self { changed, size: stat.stx_size })
+    }
+}
+
 impl Node {
+    /// The guest opens the file, which is as `stat` says. Whether that is as it
+    /// was when the guest opened it the time before: what the guest remembers
+    /// of its content still holds.
+    pub fn is_unchanged(&self, stat: &Statx) -> bool {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let version = Version::settled(stat, now);
+        let before = std::mem::replace(&mut *lock(&self.opened), version);
+        version.is_some() && version == before
+    }
+
     /// A descriptor that names it and does nothing else (`O_PATH`).
     pub fn fd(&self) -> Arc<OwnedFd> {
         lock(&self.place).fd.clone()
@@ -127,6 +160,7 @@ impl Nodes {
             // Volumes are what shall have their own inode numbers.
             device_number: 0x7fff,
             place: Mutex::new(Place { fd: Arc::new(root), mount: stat.stx_mnt_id, read_only: true }),
+            opened: Mutex::default(),
         };
         Ok(Self { root: Arc::new(root), limit, table: Mutex::new(Table::fresh()) })
     }
@@ -166,7 +200,7 @@ impl Nodes {
         let id = table.last_id;
         let device_number = table.device_number(key.device);
         let place = Mutex::new(Place { fd: Arc::new(fd), mount, read_only });
-        let node = Arc::new(Node { id, kind, key, device_number, place });
+        let node = Arc::new(Node { id, kind, key, device_number, place, opened: Mutex::default() });
         table.by_key.insert(key, id);
         table.by_id.insert(id, (node.clone(), 1));
         Ok((node, stat))

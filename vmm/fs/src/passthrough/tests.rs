@@ -126,6 +126,34 @@ fn a_file_is_made_written_read_and_removed() {
 }
 
 #[test]
+fn what_a_guest_remembers_of_a_file_holds_until_it_changes() {
+    let guest = Guest::new();
+    let name = guest.path("file");
+    fs::write(&name, "one").unwrap();
+    let node = guest.lookup(ROOT, "file").unwrap().node;
+    let may_keep = || {
+        let opened = guest.get::<OpenOut>(opcode::OPEN, node, OpenIn::default().as_bytes()).unwrap();
+        opened.open_flags & opened::KEEP_CACHE != 0
+    };
+    let settle = || std::thread::sleep(std::time::Duration::from_millis(150));
+
+    // Written a moment ago, it might be written again within the same tick.
+    assert!(!may_keep());
+    assert!(!may_keep());
+    settle();
+    assert!(!may_keep());
+    assert!(may_keep());
+    assert!(may_keep());
+    // Another content of the same size, with its time set back.
+    let before = fs::metadata(&name).unwrap().modified().unwrap();
+    fs::write(&name, "two").unwrap();
+    fs::File::options().write(true).open(&name).unwrap().set_modified(before).unwrap();
+    settle();
+    assert!(!may_keep());
+    assert!(may_keep());
+}
+
+#[test]
 fn links_are_shown_and_never_followed() {
     let guest = Guest::new();
     symlink("/etc/passwd", guest.path("link")).unwrap();
