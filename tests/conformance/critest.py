@@ -10,6 +10,8 @@ HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent / "support" / "tools"
 CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache" / "husk")
 VERSION = "1.36.0"
+# Options by which its streams go another way than SPDY.
+OVER_WEBSOCKET = ("-websocket-exec", "-websocket-attach", "-websocket-portforward")
 # One spec pulls by this digest. An image assembled from other parts cannot have it.
 DIGEST = b"9700f9a2f5bf2c45f2f605a0bd3bce7cf37420ec9d3ed50ac2758413308766bf"
 

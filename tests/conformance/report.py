@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 # Ends of a spec that are no pass and no skip; ginkgo tells panics and time-outs apart.
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
+# Behind the name of a spec whose streams went that way.
+WEBSOCKET = " over WebSocket"
 
 
 @dataclass
