@@ -67,6 +67,7 @@ messages! {
         bsize: u32, namelen: u32, frsize: u32, padding: u32, spare: [u32; 6],
     }
     InitIn { major: u32, minor: u32, max_readahead: u32, flags: u32 }
+    InitMoreIn { flags2: u32, unused: [u32; 11] }
     InitOut {
         major: u32, minor: u32, max_readahead: u32, flags: u32,
         max_background: u16, congestion_threshold: u16, max_write: u32, time_gran: u32,
@@ -97,8 +98,10 @@ numbers! {
     init: u32 {
         ASYNC_READ = 1 << 0, ATOMIC_O_TRUNC = 1 << 3, BIG_WRITES = 1 << 5, AUTO_INVAL_DATA = 1 << 12,
         DO_READDIRPLUS = 1 << 13, READDIRPLUS_AUTO = 1 << 14, ASYNC_DIO = 1 << 15, PARALLEL_DIROPS = 1 << 18,
-        MAX_PAGES = 1 << 22, HANDLE_KILLPRIV_V2 = 1 << 28,
+        MAX_PAGES = 1 << 22, HANDLE_KILLPRIV_V2 = 1 << 28, INIT_EXT = 1 << 30,
     }
+    /// The same, in the second word, which `INIT_EXT` announces.
+    init2: u32 { ALLOW_IDMAP = 1 << 8 }
     /// Which fields of SETATTR count.
     setattr: u32 {
         MODE = 1 << 0, UID = 1 << 1, GID = 1 << 2, SIZE = 1 << 3, ATIME = 1 << 4, MTIME = 1 << 5,

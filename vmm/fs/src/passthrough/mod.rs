@@ -21,7 +21,7 @@ use std::path::Path;
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::Errno;
-use crate::abi::{self, InitIn, InitOut, init, opcode};
+use crate::abi::{self, InitIn, InitMoreIn, InitOut, init, init2, opcode};
 use crate::message::{Answer, Request};
 use handles::Handles;
 use nodes::Nodes;
@@ -43,7 +43,13 @@ const FEATURES: u32 = init::ASYNC_READ
     | init::ASYNC_DIO
     | init::PARALLEL_DIROPS
     | init::MAX_PAGES
-    | init::HANDLE_KILLPRIV_V2;
+    | init::HANDLE_KILLPRIV_V2
+    | init::INIT_EXT;
+
+/// And of the second word: the guest may show a volume to a container with
+/// other ids. It maps them before it asks, and names a user only where a file
+/// is made.
+const MORE_FEATURES: u32 = init2::ALLOW_IDMAP;
 
 /// A directory and all below it, for a guest.
 #[derive(Debug)]
@@ -144,6 +150,7 @@ impl Passthrough {
         if theirs.major < abi::MAJOR {
             return Err(Errno::PROTO);
         }
+        let more = if theirs.flags & init::INIT_EXT == 0 { 0 } else { request.take::<InitMoreIn>()?.flags2 };
         self.clear();
         answer.put(&InitOut {
             major: abi::MAJOR,
@@ -155,6 +162,7 @@ impl Passthrough {
             max_write: MAX_DATA,
             time_gran: 1,
             max_pages: (MAX_DATA / 4096) as u16,
+            flags2: more & MORE_FEATURES,
             ..InitOut::default()
         });
         Ok(())

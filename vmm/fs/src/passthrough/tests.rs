@@ -316,12 +316,35 @@ fn a_new_session_knows_nothing_of_the_one_before() {
     fs::write(guest.path("file"), "").unwrap();
     let node = guest.lookup(ROOT, "file").unwrap().node;
     let handle = guest.open(node, libc::O_RDONLY).unwrap();
-    let init = InitIn { major: 7, minor: 40, max_readahead: 1 << 20, flags: u32::MAX };
-    let answer: InitOut = guest.get(opcode::INIT, 0, init.as_bytes()).unwrap();
+    let answer = init(&guest, InitIn { max_readahead: 1 << 20, flags: u32::MAX, ..INIT }, Some(0)).unwrap();
     assert_eq!((answer.major, answer.max_write, answer.max_readahead), (7, 128 << 10, 128 << 10));
     assert_eq!(guest.ask(opcode::GETATTR, node, &[0; 16]).unwrap_err(), libc::ESTALE);
     let read = ReadIn { handle, size: 1, ..ReadIn::default() };
     assert_eq!(guest.ask(opcode::READ, node, read.as_bytes()).unwrap_err(), libc::EBADF);
+}
+
+const INIT: InitIn = InitIn { major: 7, minor: 41, max_readahead: 0, flags: 0 };
+
+fn init(guest: &Guest, init: InitIn, flags2: Option<u32>) -> Result<InitOut, i32> {
+    let more = flags2.map(|flags2| InitMoreIn { flags2, unused: [0; 11] });
+    let more = more.as_ref().map(IntoBytes::as_bytes).unwrap_or_default();
+    guest.get(opcode::INIT, 0, &[init.as_bytes(), more].concat())
+}
+
+#[test]
+fn mapped_ids_are_for_guests_that_know_them() {
+    let guest = Guest::new();
+    let flags = init::INIT_EXT;
+    let agreed = |flags, flags2| {
+        let answer = init(&guest, InitIn { flags, ..INIT }, flags2).unwrap();
+        (answer.flags, answer.flags2)
+    };
+    assert_eq!(agreed(flags, Some(u32::MAX)), (flags, init2::ALLOW_IDMAP));
+    assert_eq!(agreed(flags, Some(0)), (flags, 0));
+    // A kernel of before 5.17 has no second word, whatever is where it would be.
+    assert_eq!(agreed(0, Some(u32::MAX)), (0, 0));
+    assert_eq!(agreed(0, None), (0, 0));
+    assert_eq!(init(&guest, InitIn { flags, ..INIT }, None).unwrap_err(), libc::EINVAL);
 }
 
 proptest! {
