@@ -12,8 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use husk_proto::agent::{ImageVolume, Rootfs};
 use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
+use oci_spec::runtime::Spec;
 
 use crate::disks::Disks;
+use crate::idmap::{self, Mapped};
 use crate::images::{self, Image, Images};
 use crate::mode::{self, Mode};
 use crate::{fd, layer, mounts, userns};
@@ -67,6 +69,7 @@ pub struct Bundle {
     layer: PathBuf,
     image: Image,
     volumes: Vec<Volume>,
+    mapped: Mapped,
     mounted: AtomicBool,
 }
 
@@ -97,6 +100,7 @@ impl Bundle {
             layer: layers().join(id),
             image,
             volumes: Vec::new(),
+            mapped: Mapped::of(id),
             mounted: AtomicBool::new(true),
         };
         for directory in [bundle.rootfs(), bundle.upper(), bundle.layer.join("work")] {
@@ -107,7 +111,7 @@ impl Bundle {
             Some((user, group)) => {
                 std::os::unix::fs::chown(bundle.upper(), Some(user), Some(group))
                     .map_err(files("give away", &bundle.upper()))?;
-                let lower = bundle.mapped();
+                let lower = bundle.mapped_image();
                 fs::create_dir_all(&lower).map_err(files("make directory", &lower))?;
                 userns::mount_mapped(bundle.image.path(), &lower)
                     .map_err(files("map the users of", &lower))?;
@@ -162,6 +166,12 @@ impl Bundle {
         self.volumes.iter().map(source).collect()
     }
 
+    /// Mounts the volumes of a configuration that are to be seen with the ids of
+    /// the pod's user namespace, and has it lead to them.
+    pub async fn map_ids(&mut self, spec: &mut Spec) -> Result<(), idmap::Error> {
+        self.mapped.map(spec).await
+    }
+
     /// The directory that runc calls the bundle.
     pub fn path(&self) -> &Path {
         &self.path
@@ -173,7 +183,7 @@ impl Bundle {
     }
 
     /// Where the image is mounted as the pod's user namespace sees it.
-    fn mapped(&self) -> PathBuf {
+    fn mapped_image(&self) -> PathBuf {
         self.path.join("image")
     }
 
@@ -198,8 +208,9 @@ impl Bundle {
     pub async fn remove(&self) -> Result<(), Error> {
         let rootfs = self.rootfs();
         mounts::when_idle(|| mounts::unmount(&rootfs)).await?;
-        let mapped = self.mapped();
+        let mapped = self.mapped_image();
         mounts::when_idle(|| mounts::unmount(&mapped)).await?;
+        self.mapped.remove().map_err(files("unmount volumes in", self.mapped.folder()))?;
         for volume in &self.volumes {
             if let Some(mapped) = &volume.mapped {
                 mounts::when_idle(|| mounts::unmount(mapped)).await?;
@@ -220,7 +231,10 @@ impl Drop for Bundle {
     fn drop(&mut self) {
         if *self.mounted.get_mut() {
             mounts::detach(&self.rootfs());
-            mounts::detach(&self.mapped());
+            mounts::detach(&self.mapped_image());
+            if let Err(error) = self.mapped.remove() {
+                tracing::warn!("unmount volumes in {}: {error}", self.mapped.folder().display());
+            }
             self.volumes.iter().filter_map(|volume| volume.mapped.as_deref()).for_each(mounts::detach);
             for tree in [&self.path, &self.layer] {
                 if let Err(error) = layer::remove(tree) {

@@ -26,6 +26,7 @@ mod etc;
 mod fd;
 mod host;
 mod id;
+mod idmap;
 mod images;
 mod init;
 mod layer;

@@ -26,6 +26,7 @@ const MOVE_MOUNT_F_EMPTY_PATH: libc::c_ulong = 4;
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 
 /// `struct mount_attr` of `linux/mount.h`.
+#[derive(Default)]
 #[repr(C)]
 struct MountAttr {
     attr_set: u64,
@@ -80,26 +81,47 @@ fn lines(map: &[IdMapping]) -> String {
 
 /// Mounts the tree at `from` on `to` as the pod's user namespace sees it.
 pub fn mount_mapped(from: &Path, to: &Path) -> io::Result<()> {
+    let tree = open_tree(from, 0)?;
+    map(&tree)?;
+    attach(&tree, to)
+}
+
+/// Shows the files of a mount that is not attached anywhere as the pod's user
+/// namespace sees them. Not those of mounts below: what else lies there has
+/// owners of its own, as for other runtimes.
+pub fn map(tree: &OwnedFd) -> io::Result<()> {
     let namespace = File::open(mode::at(paths::USER_NAMESPACE))?;
-    let tree = open_tree(from)?;
-    let attributes = MountAttr {
-        attr_set: MOUNT_ATTR_IDMAP,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?,
-    };
-    // SAFETY: the kernel reads an empty string and `attributes`, whose size it
-    // is told; both outlive the call.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<MountAttr>(),
-        )
-    })?;
+    let userns_fd = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
+    let attributes = MountAttr { attr_set: MOUNT_ATTR_IDMAP, userns_fd, ..MountAttr::default() };
+    attributes.set(tree, 0)
+}
+
+/// Sets how mounts come and go below a tree and the mounts in it (`MS_SLAVE`,
+/// `MS_PRIVATE`).
+pub fn propagate(tree: &OwnedFd, propagation: u64) -> io::Result<()> {
+    MountAttr { propagation, ..MountAttr::default() }.set(tree, libc::AT_RECURSIVE)
+}
+
+impl MountAttr {
+    fn set(&self, tree: &OwnedFd, flags: libc::c_int) -> io::Result<()> {
+        // SAFETY: the kernel reads an empty string and `self`, whose size it
+        // is told; both outlive the call.
+        Errno::result(unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                tree.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_EMPTY_PATH | flags,
+                &raw const *self,
+                size_of::<Self>(),
+            )
+        })?;
+        Ok(())
+    }
+}
+
+/// Puts a tree in its place.
+pub fn attach(tree: &OwnedFd, to: &Path) -> io::Result<()> {
     let to = std::ffi::CString::new(to.as_os_str().as_bytes())?;
     // SAFETY: the kernel reads two strings, which outlive the call.
     Errno::result(unsafe {
@@ -115,13 +137,14 @@ pub fn mount_mapped(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A copy of the mount at `path`, not attached anywhere.
-fn open_tree(path: &Path) -> io::Result<OwnedFd> {
+/// A copy of the mount at `path`, not attached anywhere; with `AT_RECURSIVE`, of
+/// those below it too.
+pub fn open_tree(path: &Path, flags: libc::c_int) -> io::Result<OwnedFd> {
     let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc::c_ulong::from(flags.unsigned_abs());
     // SAFETY: the kernel reads a string, which outlives the call.
-    let fd = Errno::result(unsafe {
-        libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
-    })?;
+    let fd =
+        Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just opened it for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

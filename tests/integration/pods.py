@@ -114,6 +114,69 @@ class PodTest(unittest.TestCase):
         return done.stdout + done.stderr
 
 
+# Users of a pod that are others on its node, and volumes that are mapped for them, as the kubelet asks for both.
+IDS = [{"host_id": 100000, "container_id": 0, "length": 65536}]
+USER_NAMESPACE = {"security_context": {"namespace_options": {"userns_options": {"mode": 0, "uids": IDS, "gids": IDS}}}}
+MAPPED = {"uidMappings": IDS, "gidMappings": IDS}
+
+
+class MappedVolumes:
+    """What a test of any handler can say of volumes whose ids are mapped."""
+
+    def check_mapped_volume(self, folder):
+        """Files of `folder` have their owners in the container, and without mappings strangers'."""
+        folder.chmod(0o777)
+        for name, owner in (("own", 0), ("users", 1234), ("beyond", 70000)):
+            (folder / name).write_text(f"of {name}\n")
+            (folder / name).chmod(0o600)
+            os.chown(folder / name, owner, owner)
+        pod, sandbox = self.pod(linux=USER_NAMESPACE)
+        plain = {"host_path": str(folder)}
+        mounts = [
+            {"container_path": "/plain", **plain},
+            {"container_path": "/data", **plain, **MAPPED},
+            {"container_path": "/read", **plain, **MAPPED, "readonly": True},
+            {"container_path": "/file", "host_path": str(folder / "own"), **MAPPED},
+        ]
+        container = self.container(pod, sandbox, mounts=mounts, linux=USER_NAMESPACE)
+
+        def sh(script):
+            return self.node.crictl("exec", "-s", container, "sh", "-c", script)
+
+        seen = sh("stat -c %u:%g /data/own /data/users /data/beyond /file /plain/own /plain/users").split()
+        stranger = "65534:65534"
+        self.assertEqual(seen, ["0:0", "1234:1234", stranger, "0:0", stranger, stranger])
+        self.assertEqual(sh("cat /data/own /data/users /file /read/own").split("\n"), ["of own", "of users", "of own", "of own"])
+        for path in ("/data/beyond", "/plain/own"):
+            self.assertIn("ermission denied", self.fails("exec", "-s", container, "cat", path), path)
+        self.assertIn("ead-only", self.fails("exec", "-s", container, "touch", "/read/new"))
+
+        sh("cd /data && echo hi >made && chown 33:44 made && chmod 4750 made && mkdir dir && mv made dir && ln -s x dir/link && mkfifo dir/pipe")
+        sh("cd /data && echo more >>users && chown 5:6 users && touch -d @1000 own && echo of a stranger >/plain/strangers")
+        owners = {name: (found.st_uid, found.st_gid) for name in ("dir", "dir/made", "dir/link", "dir/pipe", "users", "strangers") for found in [(folder / name).lstat()]}
+        self.assertEqual(owners, {
+            "dir": (0, 0), "dir/made": (33, 44), "dir/link": (0, 0), "dir/pipe": (0, 0), "users": (5, 6), "strangers": (100000, 100000),
+        })
+        self.assertEqual((folder / "users").read_text(), "of users\nmore\n")
+        self.assertEqual(((folder / "own").stat().st_mtime, (folder / "dir/made").stat().st_mode & 0o7777), (1000, 0o4750))
+        user = {"run_as_user": {"value": 1000}, "run_as_group": {"value": 2000}}
+        linux = {"security_context": {**USER_NAMESPACE["security_context"], **user}}
+        other = self.container(pod, sandbox, "other", mounts=mounts, linux=linux)
+        self.node.crictl("exec", "-s", other, "sh", "-c", "echo hi >/data/users-own && mkdir /data/users-dir")
+        for name in ("users-own", "users-dir"):
+            found = (folder / name).stat()
+            self.assertEqual((found.st_uid, found.st_gid), (1000, 2000), name)
+        self.assertIn("ermission denied", self.fails("exec", "-s", other, "cat", "/data/own"))
+
+        others = [{**IDS[0], "host_id": 200000}]
+        for settings in ({"uidMappings": others, "gidMappings": others}, {"uidMappings": IDS}, {"uidMappings": IDS * 2, "gidMappings": IDS * 2}):
+            bad = self.node.container_file("bad", "busybox", linux=USER_NAMESPACE, mounts=[{"container_path": "/data", **plain, **settings}])
+            self.assertIn("userns_options", self.fails("create", pod, bad, sandbox))
+        pod, sandbox = self.pod()
+        bad = self.node.container_file("bad", "busybox", mounts=[{"container_path": "/data", **plain, **MAPPED}])
+        self.assertIn("userns_options", self.fails("create", pod, bad, sandbox))
+
+
 def leases(node):
     """Addresses that CNI's IPAM has given out."""
     folder = node.root / "leases" / "husk"
@@ -121,6 +184,6 @@ def leases(node):
 
 
 __all__ = [
-    "Failed", "PodTest", "can_connect", "json", "leases", "leftovers", "machines", "named", "os", "signal", "subprocess",
+    "MAPPED", "USER_NAMESPACE", "Failed", "MappedVolumes", "PodTest", "can_connect", "json", "leases", "leftovers", "machines", "named", "os", "signal", "subprocess",
     "time", "wait_until",
 ]

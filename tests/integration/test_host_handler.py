@@ -1,6 +1,9 @@
 """Pods of the handler `runc`: plain host containers, as a client sees them, and what is left of them."""
 
-from pods import PodTest, can_connect, leftovers, machines, named, os, signal, subprocess, time, wait_until
+from pods import (
+    MAPPED, USER_NAMESPACE, MappedVolumes, PodTest, can_connect, leftovers, machines, named, os, signal, subprocess, time,
+    wait_until,
+)
 
 NODE = 2
 
@@ -206,6 +209,117 @@ class TheHostsOwn(HostTest):
         shared = {"network": 2, "userns_options": users}
         config = self.node.sandbox_file("shared", linux={"security_context": {"namespace_options": shared}})
         self.assertIn("userns_options", self.fails("runp", "--runtime", "runc", config))
+
+
+class Volumes(MappedVolumes, HostTest):
+    def setUp(self):
+        super().setUp()
+        self.place = self.node.root / "ext4"
+
+    def tearDown(self):
+        if os.path.ismount(self.place):
+            for pod in self.node.crictl("pods", "-q").split():
+                self.node.crictl("rmp", "-f", pod)
+            subprocess.run(["umount", "-R", self.place], check=True)
+        super().tearDown()
+
+    def ext4(self):
+        """A directory on a file system that can be ID-mapped, as the node's tmpfs with an older kernel cannot."""
+        disk, place = self.node.root / "disk", self.place
+        place.mkdir(exist_ok=True)
+        disk.unlink(missing_ok=True)
+        disk.touch()
+        os.truncate(disk, 64 << 20)
+        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", disk], check=True)
+        subprocess.run(["mount", "-o", "loop", disk, place], check=True)
+        subprocess.run(["mount", "--make-rshared", place], check=True)
+        folder = place / "folder"
+        folder.mkdir()
+        return folder
+
+    def mounts_of_the_pod(self):
+        """What its supervisor has mounted for its containers."""
+        [supervisor] = self.supervisors()
+        with open(f"/proc/{supervisor}/mountinfo") as table:
+            places = [line.split()[4] for line in table]
+        return [place for place in places if "/mapped/" in place or "/images/" in place or "/bundles/" in place]
+
+    def test_mapped_ids_are_those_of_the_pods_users(self):
+        self.check_mapped_volume(self.ext4())
+
+    def test_a_file_system_that_cannot_be_mapped_is_named(self):
+        pod, sandbox = self.pod(linux=USER_NAMESPACE)
+        mounts = [{"container_path": "/data", "host_path": "/sys/fs", **MAPPED}]
+        config = self.node.container_file("bad", "busybox", linux=USER_NAMESPACE, mounts=mounts)
+        said = self.fails("create", pod, config, sandbox)
+        for words in ("volume at /data", "/sys/fs is on sysfs", "such as ext4"):
+            self.assertIn(words, said)
+        self.assertEqual(self.mounts_of_the_pod(), [])
+
+    def test_mounts_of_the_host_below_a_mapped_volume_stay_the_hosts(self):
+        folder = self.ext4()
+        (folder / "early").mkdir()
+        (folder / "late").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "early", folder / "early"], check=True)
+        (folder / "early/file").write_text("early")
+        pod, sandbox = self.pod(linux=USER_NAMESPACE)
+        mounts = [
+            {"container_path": path, "host_path": str(folder), "propagation": propagation, **MAPPED}
+            for propagation, path in enumerate(("/private", "/follows", "/both"))
+        ]
+        container = self.container(pod, sandbox, mounts=mounts, linux=USER_NAMESPACE)
+        self.node.crictl("exec", "-s", container, "cat", "/private/early/file", "/follows/early/file", "/both/early/file")
+        subprocess.run(["mount", "-t", "tmpfs", "late", folder / "late"], check=True)
+        (folder / "late/file").write_text("late")
+        seen = self.node.crictl("exec", "-s", container, "sh", "-c", "ls /private/late; cat /follows/late/file")
+        self.assertEqual(seen, "late")
+        self.kill_daemon()
+        self.node.start_daemon()
+        self.node.crictl("rm", "-f", container)
+        self.assertEqual(self.mounts_of_the_pod(), [])
+        for name in ("early", "late"):
+            self.assertTrue(os.path.ismount(folder / name), name)
+
+    def test_an_image_can_be_a_volume(self):
+        self.node.crictl("pull", self.node.image("nginx"))
+        image = {"image": {"image": self.node.image("nginx")}, "readonly": True}
+        folder = self.node.root / "inside"
+        folder.mkdir(exist_ok=True)
+        mounts = [
+            {"container_path": "/all/tmp", "host_path": str(folder)},
+            {"container_path": "/all", **image},
+            {"container_path": "/part", "image_sub_path": "etc/nginx", **image},
+        ]
+        pod, sandbox = self.pod()
+        container = self.container(pod, sandbox, mounts=mounts)
+        run = lambda *words: self.node.crictl("exec", "-s", container, *words)  # noqa: E731
+        run("cmp", "/all/etc/nginx/nginx.conf", "/part/nginx.conf")
+        self.assertIn("ead-only", self.fails("exec", "-s", container, "touch", "/part/new"))
+        self.assertIn("denied", self.fails("exec", "-s", container, "/all/bin/sh", "-c", "true"))
+        run("touch", "/all/tmp/in-a-volume")
+        self.assertEqual(os.listdir(folder), ["in-a-volume"])
+        # In use, whatever the daemon remembers.
+        self.kill_daemon()
+        self.node.start_daemon()
+        run("cmp", "/all/etc/nginx/nginx.conf", "/part/nginx.conf")
+        self.node.crictl("rm", "-f", container)
+        self.assertEqual(self.mounts_of_the_pod(), [])
+        for mount, words in (
+            ({"image_sub_path": "no/such", **image}, "find in the image"),
+            ({"image_sub_path": "../etc", **image}, "image_sub_path"),
+            ({"host_path": str(folder), **image}, "host_path"),
+            ({"image": {"image": "nobody/has:this"}}, "nobody/has:this"),
+        ):
+            config = self.node.container_file("bad", "busybox", mounts=[{"container_path": "/x", **mount}])
+            self.assertIn(words, self.fails("create", pod, config, sandbox), mount)
+        self.assertEqual(self.mounts_of_the_pod(), [])
+
+    def test_an_image_that_is_a_volume_belongs_to_the_pods_users(self):
+        self.node.crictl("pull", self.node.image("nginx"))
+        image = {"image": {"image": self.node.image("nginx")}, "readonly": True, "container_path": "/image", **MAPPED}
+        pod, sandbox = self.pod(linux=USER_NAMESPACE)
+        container = self.container(pod, sandbox, mounts=[image], linux=USER_NAMESPACE)
+        self.assertEqual(self.node.crictl("exec", "-s", container, "stat", "-c", "%u:%g", "/image/etc/nginx"), "0:0")
 
 
 class Death(HostTest):

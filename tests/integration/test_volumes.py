@@ -5,10 +5,12 @@ import shutil
 import stat
 from pathlib import Path
 
-from pods import PodTest, json, leftovers, named, os, signal, subprocess, time, wait_until
+from pods import (
+    MAPPED, USER_NAMESPACE, MappedVolumes, PodTest, json, leftovers, named, os, signal, subprocess, time, wait_until,
+)
 
 
-class Volumes(PodTest):
+class Volumes(MappedVolumes, PodTest):
     def setUp(self):
         super().setUp()
         self.folder = self.node.state / "data"
@@ -33,6 +35,18 @@ class Volumes(PodTest):
             source = Path(__file__).with_name("volume_tool.c")
             subprocess.run(["cc", "-O", "-static", "-o", folder / "volume-tool", source], check=True)
         return self.mount("/tools", folder, readonly=True)
+
+    def write_configmap(self, version, keys, mode=0o644):
+        """As the kubelet writes it: a folder for each version, and one link that is renamed."""
+        (self.folder / f"..{version}").mkdir()
+        for key in keys:
+            (self.folder / f"..{version}" / key).write_text(f"{version}\n")
+            (self.folder / f"..{version}" / key).chmod(mode)
+        os.symlink(f"..{version}", self.folder / "..data_tmp")
+        os.rename(self.folder / "..data_tmp", self.folder / "..data")
+        for key in keys:
+            if not os.path.lexists(self.folder / key):
+                os.symlink(f"..data/{key}", self.folder / key)
 
     def sh(self, container, script):
         return self.node.crictl("exec", "-s", container, "sh", "-c", script)
@@ -96,6 +110,21 @@ class Volumes(PodTest):
         self.assertEqual(len(os.listdir(self.folder / "many")), 300)
         self.assertEqual(self.sh(container, "ls /data/many | wc -l; cat /data/many/* | sort -n | tail -n 1; rm -r /data/many").split(), ["300", "300"])
         self.assertEqual(os.listdir(self.folder), [])
+
+    def test_mapped_ids_are_those_of_the_pods_users(self):
+        self.check_mapped_volume(self.folder)
+
+    def test_a_configmap_with_mapped_ids_is_the_pods(self):
+        self.write_configmap("one", ["key"], 0o600)
+        pod, sandbox = self.pod(linux=USER_NAMESPACE)
+        mounts = [self.mount(readonly=True, **MAPPED), self.mount("/plain", readonly=True)]
+        container = self.container(pod, sandbox, mounts=mounts, linux=USER_NAMESPACE)
+        self.assertFalse((self.node.root / "run/volumes").exists(), "both are copied")
+        self.assertEqual(self.sh(container, "cat /data/key; stat -L -c %u:%g /data/key /plain/key").split(), ["one", "0:0", "65534:65534"])
+        self.assertIn("Permission denied", self.fails("exec", "-s", container, "cat", "/plain/key"))
+        self.assertIn("Read-only", self.fails("exec", "-s", container, "touch", "/data/new"))
+        self.write_configmap("two", ["key"], 0o600)
+        wait_until(lambda: self.sh(container, "cat /data/key") == "two", 30, "see the second version")
 
     # --- What is mounted, and how --------------------------------------------------------------------
 
@@ -230,18 +259,7 @@ class Volumes(PodTest):
         self.assertEqual(os.listdir(self.folder / "new/and/deep"), ["file"])
 
     def test_a_configmap_that_changes_is_seen_at_once(self):
-        """As the kubelet writes it: a folder for each version, and one link that is renamed."""
-
-        def write(version, keys):
-            (self.folder / f"..{version}").mkdir()
-            for key in keys:
-                (self.folder / f"..{version}" / key).write_text(f"{version}\n")
-            os.symlink(f"..{version}", self.folder / "..data_tmp")
-            os.rename(self.folder / "..data_tmp", self.folder / "..data")
-            for key in keys:
-                if not os.path.lexists(self.folder / key):
-                    os.symlink(f"..data/{key}", self.folder / key)
-
+        write = self.write_configmap
         write("one", ["key"])
         pod, sandbox, container = self.with_volume(self.mount(readonly=True), self.tools())
         self.assertEqual(os.listdir(self.node.root / "run/volumes" / pod[:13]), ["v1"], "this one is copied")

@@ -47,9 +47,10 @@ pub async fn create(
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
     let root = agent.mapped_root.get().copied();
-    let bundle = Bundle::prepare(&id, &rootfs, &agent.images, &agent.disks, root, &request.image_volumes)
+    let mut bundle = Bundle::prepare(&id, &rootfs, &agent.images, &agent.disks, root, &request.image_volumes)
         .await
         .stage("mount the root filesystem")?;
+    bundle.map_ids(&mut config).await.map_err(|error| Error::Precondition(error.to_string()))?;
     let created = create_in(&agent, &request, config, cgroup, &bundle).await;
     let (init, cgroup, identity) = match created {
         Ok(created) => created,

@@ -82,12 +82,10 @@ pub enum Error {
 impl Error {
     fn code(&self) -> Code {
         match self {
-            Self::InvalidArgument(_) | Self::Spec(spec::Error::Invalid(_) | spec::Error::Oci(_)) => {
-                Code::InvalidArgument
-            }
+            Self::InvalidArgument(_) | Self::Spec(_) => Code::InvalidArgument,
             Self::Volume(storage::volumes::Error::Invalid { .. }) => Code::InvalidArgument,
             Self::Volume(storage::volumes::Error::Unsupported { .. }) => Code::Unimplemented,
-            Self::Unimplemented(_) | Self::Spec(spec::Error::Unsupported(_)) => Code::Unimplemented,
+            Self::Unimplemented(_) => Code::Unimplemented,
             Self::FailedPrecondition(_) => Code::FailedPrecondition,
             Self::DeadlineExceeded(_) | Self::Vm(vm::Error::Silent { .. }) => Code::DeadlineExceeded,
             Self::NoImage(_) | Self::Lookup(LookupError::Unknown { .. }) => Code::NotFound,

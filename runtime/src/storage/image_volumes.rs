@@ -1,7 +1,8 @@
 //! Images as volumes: their files in a container, read-only.
 //!
 //! In the machine such an image is a disk like that of a container's own, and
-//! shared with all containers that are made from it. The agent finds the part
+//! shared with all containers that are made from it; on the host the pod's
+//! supervisor mounts its file, once for all of them. The agent finds the part
 //! of it that is wanted, so that no link in it leads out of it.
 
 use std::path::{Component, Path, PathBuf};
@@ -50,9 +51,8 @@ pub fn wanted(
         if mount.propagation != cri::MountPropagation::PropagationPrivate as i32 {
             return Err(refused("nothing is ever mounted in an image: its propagation must be private"));
         }
-        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() || !mount.mount_options.is_empty()
-        {
-            return Err(refused("mapped ids and `mount_options` are not supported"));
+        if !mount.mount_options.is_empty() {
+            return Err(refused("`mount_options` are not supported"));
         }
         let container_path = super::volumes::clean(&mount.container_path)
             .ok_or_else(|| refused("the path must be absolute"))?;

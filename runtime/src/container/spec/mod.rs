@@ -41,9 +41,6 @@ pub enum Error {
     /// It makes no sense.
     #[error("container configuration: {0}")]
     Invalid(String),
-    /// It makes sense, and Husk does not have it yet.
-    #[error("container configuration: {0} is not supported yet")]
-    Unsupported(&'static str),
     /// The OCI configuration refused a value.
     #[error("container configuration: {0}")]
     Oci(#[from] OciSpecError),
@@ -98,6 +95,7 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
     if let Some(pod) = input.host {
         host::adapt(&mut spec, pod, input, &security)?;
     }
+    user_namespace::map_volumes(&mut spec, &input.config.mounts, user_namespace.as_ref())?;
     Ok(spec)
 }
 

@@ -137,9 +137,6 @@ fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> 
 
     let container_path = clean(&mount.container_path).ok_or_else(|| invalid("the path must be absolute"))?;
     let mode = mode(mount)?;
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(unsupported("mapped user and group ids are not supported yet"));
-    }
     let options = options(&mount.mount_options).map_err(|problem| invalid(&problem))?;
     if !Path::new(&mount.host_path).is_absolute() {
         return Err(invalid("host_path must be absolute"));
@@ -219,7 +216,7 @@ fn mode(mount: &cri::Mount) -> Result<Mode, Error> {
 }
 
 /// The path without `.` and `..`; `None` if it is not absolute.
-pub(super) fn clean(path: &str) -> Option<PathBuf> {
+pub(crate) fn clean(path: &str) -> Option<PathBuf> {
     let mut clean = PathBuf::new();
     for part in Path::new(path).components() {
         match part {

@@ -63,7 +63,6 @@ fn what_cannot_be_mounted_is_refused_and_why() {
         (cri::Mount { propagation, ..plain.clone() }, "HostToContainer"),
         (cri::Mount { propagation: 9, ..plain.clone() }, "propagation 9"),
         (cri::Mount { recursive_read_only: true, ..plain.clone() }, "readonly"),
-        (cri::Mount { uid_mappings: vec![cri::IdMapping::default()], ..plain.clone() }, "ids"),
         (cri::Mount { mount_options: vec!["size=1m".into()], ..plain.clone() }, "size=1m"),
     ] {
         let error = prepared(&[wanted], &[]).unwrap_err();

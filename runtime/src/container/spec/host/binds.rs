@@ -9,11 +9,17 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
 use crate::mountinfo;
-use crate::storage::{image_volumes, volumes};
+use crate::storage::image_volumes::{ImageVolume, is_image};
+use crate::storage::volumes;
 
 /// Adds them to the mounts that every container has, in place of those at the
-/// same destination. Answers the propagation that the root filesystem needs.
-pub(super) fn add(mounts: &mut Vec<Mount>, asked: &[cri::Mount]) -> Result<Option<String>, Error> {
+/// same destination. Those of images are there already. Answers the
+/// propagation that the root filesystem needs.
+pub(super) fn add(
+    mounts: &mut Vec<Mount>,
+    asked: &[cri::Mount],
+    images: &[ImageVolume],
+) -> Result<Option<String>, Error> {
     let table = if asked.iter().any(|mount| mount.propagation != 0) {
         fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()
     } else {
@@ -21,7 +27,7 @@ pub(super) fn add(mounts: &mut Vec<Mount>, asked: &[cri::Mount]) -> Result<Optio
     };
     let mut root = None;
     let mut binds = Vec::with_capacity(asked.len());
-    for mount in asked {
+    for mount in asked.iter().filter(|mount| !is_image(mount)) {
         let (bind, propagation) = bind(mount, &table)?;
         // What one mount shares, the root must not keep to itself.
         match propagation {
@@ -31,20 +37,18 @@ pub(super) fn add(mounts: &mut Vec<Mount>, asked: &[cri::Mount]) -> Result<Optio
         }
         binds.push(bind);
     }
+    mounts.retain(|mount| binds.iter().all(|bind| bind.destination() != mount.destination()));
+    binds.extend(
+        mounts
+            .extract_if(.., |mount| images.iter().any(|image| image.container_path == *mount.destination())),
+    );
     // A mount must not cover one that is inside of it.
     binds.sort_by_key(|bind| bind.destination().components().count());
-    mounts.retain(|mount| binds.iter().all(|bind| bind.destination() != mount.destination()));
     mounts.append(&mut binds);
     Ok(root.map(str::to_owned))
 }
 
 fn bind(mount: &cri::Mount, table: &str) -> Result<(Mount, &'static str), Error> {
-    if image_volumes::is_image(mount) {
-        return Err(Error::Unsupported("an image volume on the host"));
-    }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(Error::Unsupported("a mount with mapped ids"));
-    }
     let invalid = |reason: String| Error::Invalid(format!("mount of {}: {reason}", mount.host_path));
     let source = source(Path::new(&mount.host_path)).map_err(invalid)?;
     let destination = Path::new("/").join(&mount.container_path);

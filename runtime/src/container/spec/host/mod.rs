@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use husk_proto::agent::{self, paths};
+use husk_proto::agent::paths;
 use husk_proto::cri::{self, NamespaceMode};
-use oci_spec::runtime::{LinuxCpu, LinuxIdMapping, LinuxIdMappingBuilder, LinuxResources, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
 
 use super::{Error, Input, user_namespace};
 
@@ -62,7 +62,7 @@ pub(super) fn adapt(
             None => mount.set_source(Some(moved(&source, pod))),
         };
     }
-    let propagation = binds::add(&mut mounts, &input.config.mounts)?;
+    let propagation = binds::add(&mut mounts, &input.config.mounts, input.image_volumes)?;
     spec.set_mounts(Some(mounts));
     if let Some(process) = spec.process_mut() {
         // As the daemon has them: more may be more than it may give.
@@ -72,8 +72,8 @@ pub(super) fn adapt(
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
     if let Some(users) = user_namespace::of_pod(input.sandbox)? {
         // runc before 1.2 wants to be told what a namespace that it joins has.
-        linux.set_uid_mappings(Some(mappings(&users.uids)?));
-        linux.set_gid_mappings(Some(mappings(&users.gids)?));
+        linux.set_uid_mappings(Some(user_namespace::mappings(&users.uids)?));
+        linux.set_gid_mappings(Some(user_namespace::mappings(&users.gids)?));
     }
     if propagation.is_some() {
         linux.set_rootfs_propagation(propagation);
@@ -101,14 +101,6 @@ pub(super) fn adapt(
         linux.set_devices(Some(devices));
     }
     Ok(())
-}
-
-fn mappings(ranges: &[agent::IdMapping]) -> Result<Vec<LinuxIdMapping>, Error> {
-    let range = |range: &agent::IdMapping| {
-        let mapping = LinuxIdMappingBuilder::default().container_id(range.container_id);
-        Ok(mapping.host_id(range.host_id).size(range.length).build()?)
-    };
-    ranges.iter().map(range).collect()
 }
 
 /// On the host a container itself has the CPUs and memory nodes that it names.

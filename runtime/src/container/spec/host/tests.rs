@@ -1,11 +1,12 @@
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use oci_spec::image::Config as ImageConfig;
-use oci_spec::runtime::LinuxNamespaceType;
+use oci_spec::runtime::{LinuxNamespaceType, Mount};
 
 use super::*;
 use crate::container::spec::build;
 use crate::id::ContainerId;
+use crate::storage::image_volumes::{self, ImageVolume};
 
 fn node_namespaces() -> cri::PodSandboxConfig {
     let node = NamespaceMode::Node as i32;
@@ -17,6 +18,14 @@ fn node_namespaces() -> cri::PodSandboxConfig {
 }
 
 fn built(config: cri::ContainerConfig, sandbox: &cri::PodSandboxConfig) -> Result<Spec, Error> {
+    built_with(config, sandbox, &[])
+}
+
+fn built_with(
+    config: cri::ContainerConfig,
+    sandbox: &cri::PodSandboxConfig,
+    image_volumes: &[ImageVolume],
+) -> Result<Spec, Error> {
     let pod =
         HostPod { directory: "/run/husk/sandboxes/p1".into(), cgroup: "/sys/fs/cgroup/kube/husk-p1".into() };
     let config = cri::ContainerConfig { command: vec!["true".into()], ..config };
@@ -28,7 +37,7 @@ fn built(config: cri::ContainerConfig, sandbox: &cri::PodSandboxConfig) -> Resul
         image: &image,
         hooks: &crate::config::Hooks::default(),
         volumes: &[],
-        image_volumes: &[],
+        image_volumes,
         target_pid: None,
         host: Some(&pod),
     })
@@ -100,6 +109,34 @@ fn directories_of_the_host_take_the_place_of_the_pods_files() {
     let at = |wanted: &str| places.iter().position(|place| place == wanted).unwrap();
     assert!(at("/data") < at("/data/inner"), "{places:?}");
     assert!(source_at(&spec, "/etc/hosts").starts_with(folder.path().canonicalize().unwrap()));
+}
+
+#[test]
+fn images_are_mounted_before_what_is_below_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = |to: &str| cri::Mount {
+        host_path: folder.path().display().to_string(),
+        container_path: to.into(),
+        ..Default::default()
+    };
+    let image = cri::Mount {
+        container_path: "/data/models".into(),
+        image: Some(cri::ImageSpec { image: "models:1".into(), ..Default::default() }),
+        ..Default::default()
+    };
+    let mounts = vec![host("/data/models/cache"), image, host("/data")];
+    let images = image_volumes::wanted(&mounts, |_| Ok("/files/models".into())).unwrap();
+    let config = cri::ContainerConfig { mounts, ..Default::default() };
+    let spec = built_with(config, &cri::PodSandboxConfig::default(), &images).unwrap();
+    let places: Vec<_> = spec.mounts().iter().flatten().map(Mount::destination).collect();
+    let data = places.iter().position(|place| **place == *Path::new("/data")).unwrap();
+    let below = ["/data", "/data/models", "/data/models/cache"].map(Path::new);
+    assert!(places[data..].iter().map(|place| place.as_path()).eq(below), "{places:?}");
+    let image = spec.mounts().iter().flatten().find(|it| *it.destination() == *Path::new("/data/models"));
+    let options = image.unwrap().options().clone().unwrap();
+    for option in ["ro", "noexec", "nosuid", "nodev"] {
+        assert!(options.iter().any(|it| it == option), "{options:?}");
+    }
 }
 
 #[test]
