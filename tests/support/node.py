@@ -75,16 +75,24 @@ class Node:
         if self.own_daemon and (self.root.exists() or self.state.exists()):
             raise Failed(f"{self.root} or {self.state} is left of an earlier run: remove it first")
         self.root.mkdir(mode=0o711, exist_ok=not self.own_daemon)
-        self.state.mkdir(mode=0o711, exist_ok=not self.own_daemon)
-        if self.in_vm:
-            # The root file system of a KVM host VM is slow to run programs from, and an overlay.
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "husk-node", self.state], check=True)
+        self.make_state()
         self.prefix = self.stage()
         self.start_registry()
         self.write_cni_configuration()
         if self.own_daemon:
             self.start_daemon()
         self.write_crictl_configuration()
+
+    def make_state(self):
+        """The directory of what Husk keeps."""
+        self.state.mkdir(mode=0o711, exist_ok=not self.own_daemon)
+        if self.in_vm:
+            # The root file system of a KVM host VM is slow to run programs from, and an overlay.
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "husk-node", self.state], check=True)
+
+    def remove_state(self):
+        subprocess.run(["umount", "--quiet", self.state], capture_output=True)
+        shutil.rmtree(self.state, ignore_errors=True)
 
     def stage(self):
         """Puts what is run often on fast storage; answers the prefix that huskd is installed under."""
@@ -237,9 +245,8 @@ class Node:
         for process in reversed(self.processes):
             self.end(process)
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True)
-        subprocess.run(["umount", "--quiet", self.state], capture_output=True)
+        self.remove_state()
         shutil.rmtree(self.root, ignore_errors=True)
-        shutil.rmtree(self.state, ignore_errors=True)
 
     def log_tail(self, name, lines=30):
         try:
