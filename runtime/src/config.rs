@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The whole file.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Config {
     /// The CRI server's unix socket.
     pub socket: PathBuf,
@@ -31,8 +31,8 @@ pub struct Config {
 }
 
 /// `[network]`
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Network {
     /// Where CNI configurations are.
     pub conf_dir: PathBuf,
@@ -43,8 +43,8 @@ pub struct Network {
 }
 
 /// `[images]`
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Images {
     /// Registries spoken to over plain HTTP, `host` or `host:port`. Loopback
     /// addresses always are.
@@ -62,8 +62,8 @@ pub struct Images {
 }
 
 /// `[streaming]`
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Streaming {
     /// Where clients of exec, attach and port-forward connect; port 0 is one
     /// that the kernel chooses. Whoever can reach it still needs the secret in
@@ -72,15 +72,15 @@ pub struct Streaming {
 }
 
 /// `[cdi]`
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Cdi {
     /// Where CDI files are; a device in a later directory counts more.
     pub dirs: Vec<PathBuf>,
 }
 
 /// What a pod of a handler lives in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A virtual machine of its own.
@@ -91,8 +91,8 @@ pub enum Kind {
 }
 
 /// `[handlers.NAME]`: one kind of pod.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Handler {
     /// What its pods live in: a virtual machine, or, for the handler `runc`
     /// unless it says otherwise, the host.
@@ -135,8 +135,8 @@ pub struct Handler {
 /// `[handlers.NAME.hooks]`: hooks of the OCI runtime-spec, which run where the
 /// container is. For a guest their programs are files of the host, linked
 /// statically; those of `start_container` are always the container's.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Hooks {
     /// Before the container's namespaces are set up; deprecated by the spec.
     pub prestart: Vec<Hook>,
@@ -168,8 +168,8 @@ impl Hooks {
 }
 
 /// One hook.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all(serialize = "camelCase"))]
 pub struct Hook {
     /// The program.
     pub path: PathBuf,
@@ -448,6 +448,16 @@ mod tests {
             let message = load(text).unwrap_err().to_string();
             assert!(message.contains(name), "{message}");
         }
+    }
+
+    #[test]
+    fn what_counts_is_told_as_clients_of_other_runtimes_expect_it() {
+        let config = load("state_dir = '/srv/husk'\n[network]\nconf_dir = '/srv/net.d'").unwrap();
+        let told = serde_json::to_value(&config).unwrap();
+        assert_eq!(told["stateDir"], "/srv/husk");
+        assert_eq!(told["network"]["confDir"], "/srv/net.d");
+        assert_eq!(told["handlers"]["runc"]["kind"], "host");
+        assert_eq!(told["handlers"]["kata-runtime"]["memoryMib"], 256);
     }
 
     #[test]

@@ -9,7 +9,6 @@ use husk_proto::cri::{
     RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus, StatusRequest, StatusResponse,
     UpdateRuntimeConfigRequest, VersionResponse,
 };
-use serde_json::json;
 
 use crate::config::Kind;
 use crate::node::Node;
@@ -76,14 +75,11 @@ fn runtime_problem(node: &Node) -> Option<String> {
     [&handler.vmm, &handler.file_server, &handler.kernel, &handler.rootfs].into_iter().find_map(missing)
 }
 
+/// The configuration as it counts, with the names that clients of other
+/// runtimes look for: `stateDir` is where containers' files are.
 fn verbose(node: &Node) -> HashMap<String, String> {
-    let config = json!({
-        "socket": node.config.socket,
-        "stateDir": node.config.state_dir,
-        "runDir": node.config.run_dir,
-        "defaultHandler": node.config.default_handler,
-    });
-    HashMap::from([("config".to_owned(), config.to_string())])
+    let config = serde_json::to_string(&node.config);
+    config.map(|config| ("config".to_owned(), config)).into_iter().collect()
 }
 
 /// Control groups are made by path. A kubelet that knows this call asks before
