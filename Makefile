@@ -29,7 +29,8 @@ build: guest-image ## everything, as it is installed, in target/dist
 	install -D -t $(dist)/bin $(target)/release/huskd $(target)/release/husk
 	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm $(target)/release/husk-fs \
 		$(target)/agent/husk-agent
-	install -D -m 644 -t $(dist)/share/husk target/guest/vmlinux target/guest/rootfs.erofs
+	install -D -m 644 -t $(dist)/share/husk target/guest/vmlinux target/guest/rootfs.erofs \
+		target/guest/husk-default.apparmor
 
 .PHONY: demo
 demo: deps build ## a pod in a virtual machine, from nothing, driven by crictl
@@ -74,7 +75,8 @@ install: ## target/dist, the configuration and the systemd unit below PREFIX
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(dist)/bin/huskd $(dist)/bin/husk
 	install -D -t $(DESTDIR)$(PREFIX)/libexec/husk $(dist)/libexec/husk/husk-vmm $(dist)/libexec/husk/husk-fs \
 		$(dist)/libexec/husk/husk-agent
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/husk $(dist)/share/husk/vmlinux $(dist)/share/husk/rootfs.erofs
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/husk $(dist)/share/husk/vmlinux $(dist)/share/husk/rootfs.erofs \
+		$(dist)/share/husk/husk-default.apparmor
 	install -d $(DESTDIR)/etc/husk $(DESTDIR)$(PREFIX)/lib/systemd/system
 	test -e $(DESTDIR)/etc/husk/config.toml || \
 		install -m 644 docs/config.toml $(DESTDIR)/etc/husk/config.toml
