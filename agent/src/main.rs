@@ -16,6 +16,7 @@ use anyhow::Context;
 use connection::Ports;
 use mode::Mode;
 
+mod apparmor;
 mod bundle;
 mod cgroup;
 mod clock;

@@ -25,6 +25,9 @@ pub const READY_PORT: u32 = 1023;
 /// lives, so that its end is known.
 pub const LIFE_PORT: u32 = 1022;
 
+/// The AppArmor profile of containers that ask for the runtime's default.
+pub const DEFAULT_PROFILE: &str = "husk-default";
+
 /// Places in the guest that exist after `CreateSandbox`. On the host they are
 /// in the pod's directory, which stands for [`BASE`](paths::BASE).
 pub mod paths {

@@ -103,6 +103,8 @@ pub struct Handler {
     pub agent: PathBuf,
     /// Host pods: the OCI runtime.
     pub runc: PathBuf,
+    /// Host pods: the binary policy with AppArmor's profile `husk-default`.
+    pub apparmor_policy: PathBuf,
     /// The `husk-vmm` program.
     pub vmm: PathBuf,
     /// The `husk-fs` program.
@@ -267,6 +269,7 @@ impl Default for Handler {
             enabled: true,
             agent: installed("libexec/husk/husk-agent"),
             runc: "runc".into(),
+            apparmor_policy: installed("share/husk/husk-default.apparmor"),
             vmm: installed("libexec/husk/husk-vmm"),
             file_server: installed("libexec/husk/husk-fs"),
             kernel: installed("share/husk/vmlinux"),

@@ -2,10 +2,11 @@
 //!
 //! A request arrives in [`cri`], where one file per verb tells its story; it
 //! changes what [`sandbox`] and [`container`] keep, with the help of [`image`],
-//! [`network`], [`storage`], [`vm`] and [`agent`]. Exec, attach and port-forward
+//! [`network`], [`storage`], [`vm`], [`apparmor`] and [`agent`]. Exec, attach and port-forward
 //! come back over [`streaming`].
 
 pub mod agent;
+pub mod apparmor;
 pub mod cdi;
 pub mod config;
 pub mod container;

@@ -188,7 +188,6 @@ class Security(PodTest):
         pod, sandbox = self.pod()
         for security, word in (
             ({"selinux_options": {"type": "container_t"}}, "selinux_options"),
-            ({"apparmor": {"profile_type": LOCALHOST, "localhost_ref": "x"}}, "AppArmor"),
             ({"namespace_options": {"network": NODE}}, "network namespace"),
             ({"namespace_options": {"pid": NODE}}, "pid namespace"),
         ):

@@ -44,6 +44,10 @@ pub async fn create(
     if shared::is_used_by(&config) {
         agent.shared.mount().await.stage("mount the volumes")?;
     }
+    if let Some(wanted) = &request.apparmor {
+        let loaded = agent.policies.load(wanted).await;
+        loaded.map_err(|error| Error::Precondition(format!("load AppArmor policy: {error}")))?;
+    }
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
     let root = agent.mapped_root.get().copied();

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 use tonic::{Request, Response, Status};
 
+use crate::apparmor::Policies;
 use crate::connection::Incoming;
 use crate::container::Containers;
 use crate::disks::Disks;
@@ -41,6 +42,7 @@ pub struct Agent {
     disks: Disks,
     images: Arc<Images>,
     shared: Shared,
+    policies: Policies,
     /// Held while a volume that is copied into the pod changes.
     live: tokio::sync::Mutex<()>,
     /// Set when `CreateSandbox` begins, to true when it has succeeded.
@@ -62,6 +64,7 @@ impl Agent {
             disks: Disks::default(),
             images: Arc::default(),
             shared: Shared::default(),
+            policies: Policies::default(),
             live: tokio::sync::Mutex::default(),
             sandbox: OnceLock::new(),
             pid_namespace: tokio::sync::Mutex::default(),

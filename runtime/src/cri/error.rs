@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 
 use crate::container::spec;
 use crate::sandbox::registry::{LookupError, NameTaken};
-use crate::{agent, host, image, network, storage, streaming, vm};
+use crate::{agent, apparmor, host, image, network, storage, streaming, vm};
 
 /// Why a request failed. The text says the stage first.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,9 @@ pub enum Error {
     /// The container's configuration.
     #[error(transparent)]
     Spec(#[from] spec::Error),
+    /// The container's AppArmor profile.
+    #[error(transparent)]
+    AppArmor(#[from] apparmor::Error),
     /// CNI, netns, tap.
     #[error("network: {0}")]
     Network(#[from] network::Error),
@@ -96,6 +99,9 @@ impl Error {
                 Code::ResourceExhausted
             }
             Self::Agent(error) => error.status.code(),
+            Self::AppArmor(apparmor::Error::Invalid(_)) => Code::InvalidArgument,
+            Self::AppArmor(apparmor::Error::File { .. }) => Code::Internal,
+            Self::AppArmor(_) => Code::FailedPrecondition,
             Self::Image(error) => image_code(error),
             Self::Record(cause)
             | Self::File { cause, .. }

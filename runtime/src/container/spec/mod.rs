@@ -66,6 +66,8 @@ pub struct Input<'a> {
     /// Process id in the guest of the container whose pid namespace is to be
     /// shared, when the client names one.
     pub target_pid: Option<u32>,
+    /// Its AppArmor profile, which the kernel that it runs under will have.
+    pub apparmor: Option<&'a str>,
     /// Where things are, for a container on the host.
     pub host: Option<&'a HostPod>,
 }
@@ -112,14 +114,6 @@ fn refuse_unsupported(input: &Input<'_>) -> Result<(), Error> {
     }
     let security = security(config);
     selinux(security.selinux_options.as_ref())?;
-    let localhost = cri::security_profile::ProfileType::Localhost as i32;
-    #[allow(deprecated)]
-    let old_apparmor = security.apparmor_profile.starts_with("localhost/");
-    if old_apparmor || security.apparmor.as_ref().is_some_and(|profile| profile.profile_type == localhost) {
-        return Err(Error::Invalid(
-            "an AppArmor profile of type `Localhost`: the guest's kernel has no AppArmor".into(),
-        ));
-    }
     let namespaces = security.namespace_options.unwrap_or_default();
     shareable(&namespaces, on_host)
 }

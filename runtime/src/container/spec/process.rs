@@ -111,6 +111,9 @@ pub(super) fn build(
     {
         process = process.oom_score_adj(score);
     }
+    if let Some(profile) = input.apparmor {
+        process = process.apparmor_profile(profile);
+    }
     Ok(process.build()?)
 }
 

@@ -28,6 +28,7 @@ fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
         volumes: &[],
         image_volumes: &[],
         target_pid: None,
+        apparmor: None,
         host: None,
     })
 }
@@ -108,6 +109,7 @@ fn a_user_comes_from_the_client_or_else_the_image() {
             volumes: &[],
             image_volumes: &[],
             target_pid: None,
+            apparmor: None,
             host: None,
         })
     };
@@ -212,7 +214,7 @@ proptest! {
         };
         let (id, image) = (ContainerId::from("c"), image());
         let input = Input {
-            id: &id, config: &config, sandbox: &sandbox, image: &image, hooks: &Hooks::default(), volumes: &[], image_volumes: &[], target_pid: Some(7), host: None,
+            id: &id, config: &config, sandbox: &sandbox, image: &image, hooks: &Hooks::default(), volumes: &[], image_volumes: &[], target_pid: Some(7), apparmor: None, host: None,
         };
         let _ = user(&input);
         let Ok(spec) = build(&input) else { return Ok(()) };

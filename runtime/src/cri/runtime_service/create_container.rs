@@ -9,8 +9,9 @@ use husk_proto::agent;
 use husk_proto::cri::{self, ContainerEventType, CreateContainerRequest, CreateContainerResponse};
 
 use super::remove_container;
+use crate::apparmor::{self, Confinement};
 use crate::cdi;
-use crate::config::Kind;
+use crate::config::{Handler, Kind};
 use crate::container::log::LogFile;
 use crate::container::{Container, Record, State, now, spec, supervise};
 use crate::cri::error::Error;
@@ -44,8 +45,9 @@ pub(super) async fn create_container(
     privileged_only_in_privileged(&pod, &config)?;
     let log_path = log_path(&pod, &config)?;
     let host = host_places(node, &sandbox)?;
-    let handler = node.config.handler(&sandbox.record().handler);
-    let mut hooks = handler.map(|(_, handler)| handler.hooks.clone()).unwrap_or_default();
+    let handler = node.config.handler(&sandbox.record().handler).map(|(_, handler)| handler);
+    let mut hooks = handler.map(|handler| handler.hooks.clone()).unwrap_or_default();
+    let confinement = confinement(&sandbox, &config, handler)?;
     let nodes = cdi::apply(&mut config, &node.config.cdi.dirs, host.is_some().then_some(&mut hooks))?;
     let mut image_volumes =
         image_volumes::wanted(&config.mounts, |image| Ok(resolve(node, &image.image)?.rootfs))?;
@@ -64,6 +66,7 @@ pub(super) async fn create_container(
         volumes: &volumes,
         image_volumes: &image_volumes,
         target_pid: target_pid(&sandbox, &config),
+        apparmor: confinement.profile.as_deref(),
         host: host.as_ref(),
     };
     let mut spec = spec::build(&input)?;
@@ -118,7 +121,7 @@ pub(super) async fn create_container(
         // From here on others may use the disks too.
         drop(slots);
         mount_volumes(node, &sandbox, &machine, &prepared, &in_use).await?;
-        make(&sandbox, &machine, &container, &spec, user).await
+        make(&sandbox, &machine, &container, &spec, user, confinement.for_machine).await
     };
     if let Err(error) = made.await {
         tracing::warn!(container = %id, %error, "container was not made; undoing");
@@ -194,6 +197,7 @@ async fn make(
     container: &Arc<Container>,
     spec: &oci_spec::runtime::Spec,
     user: agent::User,
+    apparmor: Option<agent::AppArmor>,
 ) -> Result<(), Error> {
     let record = container.record().clone();
     if !record.log_path.as_os_str().is_empty() {
@@ -213,6 +217,7 @@ async fn make(
         terminal: record.config.tty,
         stdin: record.config.stdin,
         stdin_once: record.config.stdin_once,
+        apparmor,
     };
     let made = machine
         .agent
@@ -259,6 +264,23 @@ fn image_volume_of(machine: &Machine, volume: &ImageVolume) -> agent::ImageVolum
         destination: volume.container_path.display().to_string(),
         sub_path: volume.sub_path.clone(),
     }
+}
+
+/// The container's AppArmor profile, and what its machine needs for it.
+fn confinement(
+    sandbox: &Sandbox,
+    config: &cri::ContainerConfig,
+    handler: Option<&Handler>,
+) -> Result<Confinement, Error> {
+    let kernel = apparmor::Kernel::default();
+    if sandbox.record().kind == Kind::Vm {
+        let others: Vec<_> =
+            sandbox.containers().iter().map(|container| container.record().config.clone()).collect();
+        return Ok(apparmor::in_machine(&kernel, config, &others)?);
+    }
+    let policy = handler.map(|handler| handler.apparmor_policy.clone());
+    let policy = policy.unwrap_or_else(|| Handler::default().apparmor_policy);
+    Ok(apparmor::on_host(&kernel, config, &policy)?)
 }
 
 /// Where things of a host pod are.

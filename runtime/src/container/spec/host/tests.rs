@@ -39,6 +39,7 @@ fn built_with(
         volumes: &[],
         image_volumes,
         target_pid: None,
+        apparmor: None,
         host: Some(&pod),
     })
 }
