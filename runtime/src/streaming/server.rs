@@ -11,6 +11,7 @@ use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -45,7 +46,9 @@ pub async fn serve(listener: TcpListener, streaming: Arc<Streaming>) {
 async fn connection(socket: TcpStream, streaming: Arc<Streaming>, permit: OwnedSemaphorePermit) {
     // A key that is typed shall not wait for the next.
     let _ = socket.set_nodelay(true);
-    let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::KeepAlive, &true);
+    if let Err(error) = keep_alive(&socket) {
+        tracing::debug!(%error, "keep a streaming client's connection alive");
+    }
     let held = std::sync::Mutex::new(Some((Peer::of(&socket), permit)));
     let service = service_fn(|request| {
         let answer = answer(request, &streaming, &held);
@@ -61,6 +64,16 @@ async fn connection(socket: TcpStream, streaming: Arc<Streaming>, permit: OwnedS
     if let Err(error) = served {
         tracing::debug!(%error, "streaming client");
     }
+}
+
+/// Has the kernel ask a client that is silent whether it is still there: the
+/// path to it may forget a connection that nothing passes, and a client whose
+/// machine has gone says nothing any more. By default it asks after two hours.
+fn keep_alive(socket: &TcpStream) -> nix::Result<()> {
+    setsockopt(socket, sockopt::TcpKeepIdle, &60)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &15)?;
+    setsockopt(socket, sockopt::TcpKeepCount, &4)?;
+    setsockopt(socket, sockopt::KeepAlive, &true)
 }
 
 /// What belongs to a connection as long as it is open.
@@ -198,5 +211,26 @@ fn refuse(status: StatusCode, problem: &str) -> Response<String> {
 fn add(answer: &mut Response<String>, name: HeaderName, value: &str) {
     if let Ok(value) = value.parse() {
         answer.headers_mut().append(name, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use nix::sys::socket::getsockopt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_is_silent_is_looked_for_within_minutes() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        keep_alive(&socket).unwrap();
+        assert!(getsockopt(&socket, sockopt::KeepAlive).unwrap());
+        let seconds = getsockopt(&socket, sockopt::TcpKeepIdle).unwrap()
+            + getsockopt(&socket, sockopt::TcpKeepInterval).unwrap()
+                * getsockopt(&socket, sockopt::TcpKeepCount).unwrap();
+        assert!(seconds <= 180, "{seconds}");
     }
 }

@@ -306,6 +306,18 @@ async fn each_half_of_a_stream_ends_alone() {
     timeout(SOON, closing).await.unwrap().unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_session_survives_days_of_silence() {
+    let (mut client, mut session) = session();
+    let number = client.open(&[("streamtype", "stdin")]).await;
+    let mut stream = session.accept().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(3 * 86_400)).await;
+    client.data(number, b"still there?", false).await;
+    assert_eq!(stream.incoming.recv().await.unwrap(), "still there?");
+    stream.outgoing.send(Bytes::from_static(b"yes")).await.unwrap();
+    assert_eq!(client.hear().await.unwrap(), Heard::Data(number, b"yes".to_vec(), false));
+}
+
 /// As [`session`], with the kernel's buffers between the two.
 async fn session_over_tcp() -> (TestClient<TcpStream>, Session) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -131,6 +131,16 @@ async fn pings_are_answered_while_the_command_is_silent() {
     assert_eq!(pong, Message::Pong(Bytes::from_static(b"there?")));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_command_survives_days_of_silence() {
+    let mut socket = start(V5, repeat).await;
+    tokio::time::sleep(Duration::from_secs(3 * 86_400)).await;
+    socket.send(Message::binary(&b"\x00still there?"[..])).await.unwrap();
+    socket.send(Message::binary(vec![CLOSE, STDIN])).await.unwrap();
+    let [_, out, ..] = hear_all(&mut socket).await;
+    assert_eq!(out, b"still there?");
+}
+
 proptest! {
     /// Whatever a client puts into its messages, only input is input.
     #[test]
