@@ -18,7 +18,7 @@ use tonic::{Request, Response, Status};
 use super::error::Error;
 use super::runtime_service::in_batches;
 use crate::container::now;
-use crate::image::{Image, ImageStore};
+use crate::image::{Image, ImageStore, full_name, is_at};
 
 /// The service.
 #[derive(Debug)]
@@ -31,13 +31,16 @@ impl Images {
     /// Serves the images of `store`; `pinned` are tags or digests of those that
     /// clients are asked to keep.
     #[must_use]
-    pub const fn new(store: Arc<ImageStore>, pinned: Vec<String>) -> Self {
-        Self { store, pinned }
+    pub fn new(store: Arc<ImageStore>, pinned: &[String]) -> Self {
+        // As images are listed: by whole names, or by an id, which looks like a short name.
+        let pinned = pinned.iter().flat_map(|name| [Some(name.clone()), full_name(name)]).flatten();
+        Self { store, pinned: pinned.collect() }
     }
 
     fn to_cri(&self, image: &Image) -> CriImage {
-        let mut names = image.repo_tags.iter().chain(&image.repo_digests);
-        CriImage { pinned: names.any(|name| self.pinned.contains(name)), ..to_cri(image) }
+        let names = image.repo_tags.iter().chain(&image.repo_digests).map(String::as_str);
+        let is_pinned = |name: &str| self.pinned.iter().any(|pinned| pinned == name);
+        CriImage { pinned: names.chain([&*image.id]).any(is_pinned), ..to_cri(image) }
     }
 
     fn list(&self, wanted: &str) -> Result<Vec<CriImage>, Error> {
@@ -81,7 +84,7 @@ impl ImageService for Images {
     ) -> Result<Response<PullImageResponse>, Status> {
         let request = request.into_inner();
         let name = named(request.image)?;
-        let auth = credentials(request.auth)?;
+        let auth = credentials(&name, request.auth)?;
         let store = self.store.clone();
         let pull = tokio::spawn(async move {
             let pulled = store.pull(&name, auth).await;
@@ -135,10 +138,20 @@ fn named(image: Option<ImageSpec>) -> Result<String, Error> {
     if name.is_empty() { Err(Error::InvalidArgument("the request names no image".into())) } else { Ok(name) }
 }
 
-/// What the client says about itself to the registry.
-fn credentials(auth: Option<AuthConfig>) -> Result<RegistryAuth, Error> {
+/// What the client says about itself to the registry of `image`: nothing, when
+/// it says that for another.
+fn credentials(image: &str, auth: Option<AuthConfig>) -> Result<RegistryAuth, Error> {
     use base64::Engine;
     let Some(auth) = auth else { return Ok(RegistryAuth::Anonymous) };
+    if !auth.server_address.is_empty() && !is_at(image, &auth.server_address) {
+        let server = auth.server_address;
+        tracing::warn!(
+            image,
+            server,
+            "pull without credentials: those of the request are for another server"
+        );
+        return Ok(RegistryAuth::Anonymous);
+    }
     if !auth.username.is_empty() {
         return Ok(RegistryAuth::Basic(auth.username, auth.password));
     }
@@ -172,7 +185,11 @@ fn to_cri(image: &Image) -> CriImage {
         size: image.size,
         uid,
         username,
-        spec: Some(ImageSpec { image: image.id.to_string(), ..Default::default() }),
+        spec: Some(ImageSpec {
+            image: image.id.to_string(),
+            annotations: image.annotations.clone().into_iter().collect(),
+            ..Default::default()
+        }),
         pinned: false,
     }
 }
@@ -180,4 +197,63 @@ fn to_cri(image: &Image) -> CriImage {
 fn verbose(image: &Image) -> HashMap<String, String> {
     let info = serde_json::json!({ "imageSpec": image.config.as_ref(), "rootfs": image.rootfs });
     HashMap::from([("info".to_owned(), info.to_string())])
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::image::ImageConfig;
+
+    fn image() -> Image {
+        Image {
+            id: "sha256:11".into(),
+            repo_tags: vec!["docker.io/library/pause:3".into()],
+            repo_digests: Vec::new(),
+            size: 1,
+            annotations: [("org.opencontainers.image.version".to_owned(), "3".to_owned())].into(),
+            config: Arc::default(),
+            rootfs: "/x".into(),
+        }
+    }
+
+    #[test]
+    fn an_image_is_pinned_by_any_of_its_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Arc::new(ImageStore::open(folder.path(), ImageConfig::default()).unwrap());
+        for (name, want) in [
+            ("docker.io/library/pause:3", true),
+            ("pause:3", true),
+            ("sha256:11", true),
+            ("pause:4", false),
+            ("pause", false),
+        ] {
+            let images = Images::new(store.clone(), &[name.to_owned()]);
+            assert_eq!(images.to_cri(&image()).pinned, want, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_images_annotations_are_told() {
+        let spec = to_cri(&image()).spec.unwrap();
+        assert_eq!(spec.annotations.get("org.opencontainers.image.version").map(String::as_str), Some("3"));
+    }
+
+    #[test]
+    fn credentials_are_for_their_server_alone() {
+        let to = |server: &str| {
+            let auth = AuthConfig {
+                username: "u".into(),
+                password: "p".into(),
+                server_address: server.into(),
+                ..Default::default()
+            };
+            credentials("registry.example/app:1", Some(auth)).unwrap()
+        };
+        let known = RegistryAuth::Basic("u".into(), "p".into());
+        assert_eq!(to(""), known);
+        assert_eq!(to("https://registry.example/v2/"), known);
+        assert_eq!(to("other.example"), RegistryAuth::Anonymous);
+    }
 }

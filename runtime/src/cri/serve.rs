@@ -26,7 +26,7 @@ pub async fn serve(node: Arc<Node>, stop: impl Future<Output = ()>) -> anyhow::R
     let path = node.config.socket.clone();
     let listener = listen(&path).await?;
     tracing::info!(socket = %path.display(), "serving CRI v1");
-    let images = ImageServiceServer::new(Images::new(node.images.clone(), node.config.images.pinned.clone()))
+    let images = ImageServiceServer::new(Images::new(node.images.clone(), &node.config.images.pinned))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     let events = node.events.clone();

@@ -3,6 +3,7 @@
 //! A pull works in a folder of its own and becomes visible by one transaction;
 //! whatever a crash leaves is swept when the store opens.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ mod store;
 mod tree;
 
 pub use layer::Limits;
+pub use reference::{full_name, is_at};
 pub use store::{FsInfo, ImageStore};
 
 /// How images are pulled.
@@ -58,6 +60,8 @@ pub struct Image {
     pub repo_digests: Vec<String>,
     /// Bytes of its EROFS file.
     pub size: u64,
+    /// Of its manifest.
+    pub annotations: BTreeMap<String, String>,
     /// What it says about itself.
     pub config: Arc<ImageConfiguration>,
     /// Its files: a read-only EROFS filesystem.

@@ -1,6 +1,6 @@
 //! PullImage's work: manifest, configuration, layers, files, record.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -27,6 +27,8 @@ use source::{Rounds, Source, Wanted, sources};
 const PARALLEL: usize = 3;
 /// Largest manifest and largest configuration, bytes.
 const MAX_DOCUMENT: u64 = 4 << 20;
+/// Most bytes of annotations that are kept of an image.
+const MAX_ANNOTATIONS: usize = 64 << 10;
 /// As many layers as other runtimes take.
 const MAX_LAYERS: usize = 127;
 /// How often a blob is asked for before the pull is given up.
@@ -104,8 +106,9 @@ impl Pull<'_> {
             tags.insert(self.name.clone());
         }
         let digests = BTreeSet::from([format!("{}@{digest}", reference::repository(&self.reference))]);
+        let annotations = self.annotations(&manifest);
         if let Some(known) = self.store.by_id(&id)? {
-            self.store.publish(Record { tags, digests, ..known })?;
+            self.store.publish(Record { tags, digests, annotations, ..known })?;
             return Ok(id);
         }
 
@@ -137,11 +140,29 @@ impl Pull<'_> {
             std::fs::rename(&packed, &rootfs).map_err(file("rename to", &rootfs))?;
         }
         let size = std::fs::metadata(&rootfs).map_err(file("look at", &rootfs))?.len();
-        self.store.publish(Record { id: id.clone(), tags, digests, chain_id, size, config: config_text })?;
+        let record =
+            Record { id: id.clone(), tags, digests, chain_id, size, config: config_text, annotations };
+        self.store.publish(record)?;
         // Removing the files takes a moment that nobody need wait for.
         tokio::task::spawn_blocking(move || drop(workspace));
         tracing::info!(image = self.name, id, size, "image pulled");
         Ok(id)
+    }
+
+    /// What the manifest says about itself, unless it is more than a list of
+    /// images can bear.
+    fn annotations(&self, manifest: &ImageManifest) -> BTreeMap<String, String> {
+        let all: BTreeMap<_, _> = manifest.annotations().clone().unwrap_or_default().into_iter().collect();
+        let bytes: usize = all.iter().map(|(key, value)| key.len() + value.len()).sum();
+        if bytes > MAX_ANNOTATIONS {
+            tracing::warn!(
+                image = self.name,
+                bytes,
+                "annotations left out: more than {MAX_ANNOTATIONS} bytes"
+            );
+            return BTreeMap::new();
+        }
+        all
     }
 
     /// The manifest for this machine, and the digest that the reference leads to.

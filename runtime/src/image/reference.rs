@@ -19,6 +19,28 @@ pub(super) fn parse(name: &str) -> Result<Reference, Error> {
         .map_err(|error| Error::Reference { name: name.to_owned(), cause: error.to_string() })
 }
 
+/// The whole of a name that may be short: with its host, and with a tag or a
+/// digest. `None` for what is no name.
+#[must_use]
+pub fn full_name(name: &str) -> Option<String> {
+    parse(name).ok().map(|reference| canonical(&reference))
+}
+
+/// Whether `server`, a host or a URL, is the registry of an image; any is that
+/// of a name that is none, whose pull fails anyway.
+#[must_use]
+pub fn is_at(name: &str, server: &str) -> bool {
+    // Docker Hub is called by the first, and asked at the others.
+    const HUB: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
+    let host = server.split_once("://").map_or(server, |(_, rest)| rest);
+    let host = host.split('/').next().unwrap_or_default();
+    let hub = |host: &str| HUB.contains(&host);
+    parse(name).map_or(true, |reference| {
+        let registry = reference.registry();
+        registry.eq_ignore_ascii_case(host) || (hub(registry) && hub(host))
+    })
+}
+
 /// A name by which an image may be here: ids come first, because twelve
 /// hexadecimal digits are also a repository's name.
 pub(super) fn candidates(name: &str) -> Vec<Name> {
@@ -54,6 +76,21 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn a_server_is_the_images_registry_or_not() {
+        for (name, server, want) in [
+            ("registry.example:5000/app", "https://registry.example:5000/v2/", true),
+            ("registry.example:5000/app", "registry.example:5000", true),
+            ("registry.example:5000/app", "registry.example", false),
+            ("registry.example/app", "https://registry.example.evil/", false),
+            ("nginx", "https://index.docker.io/v1/", true),
+            ("nginx", "registry.example", false),
+            ("registry.example/app", "docker.io", false),
+        ] {
+            assert_eq!(is_at(name, server), want, "{name} {server}");
+        }
+    }
 
     #[test]
     fn short_names_are_docker_hubs() {

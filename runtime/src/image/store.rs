@@ -1,6 +1,6 @@
 //! What images are here: metadata in redb, one EROFS file per chain id.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,6 +25,9 @@ pub(super) struct Record {
     pub(super) size: u64,
     /// The configuration's own bytes, which the id is the digest of.
     pub(super) config: String,
+    /// Of the manifest that was pulled last.
+    #[serde(default)]
+    pub(super) annotations: BTreeMap<String, String>,
 }
 
 /// The node's images.
@@ -211,6 +214,7 @@ impl ImageStore {
             repo_tags: record.tags.into_iter().collect(),
             repo_digests: record.digests.into_iter().collect(),
             size: record.size,
+            annotations: record.annotations,
             config: Arc::new(config),
         })
     }
@@ -256,6 +260,7 @@ mod tests {
             size: 1,
             config: r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{}}"#
                 .into(),
+            annotations: BTreeMap::from([("of".to_owned(), String::from(id))]),
         }
     }
 
@@ -275,6 +280,7 @@ mod tests {
         for name in ["x:1", "docker.io/library/x:1", "aaaaaaa", &"a".repeat(64), &digest] {
             let image = store.resolve(name).unwrap().unwrap_or_else(|| panic!("{name}"));
             assert_eq!(image.repo_tags, ["docker.io/library/x:1"]);
+            assert_eq!(image.annotations.get("of").map(String::as_str), Some("a"));
         }
         assert!(store.resolve("x:2").unwrap().is_none());
         assert!(store.resolve("not a name").unwrap().is_none());

@@ -71,6 +71,7 @@ impl Behaviour {
             "schemaVersion": 2, "mediaType": MANIFEST,
             "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config_digest, "size": config.len()},
             "layers": [{"mediaType": LAYER, "digest": layer_digest, "size": blob.len()}],
+            "annotations": {"version": "1"},
         })
         .to_string();
         let entry = |architecture: &str, digest: String| {
@@ -203,6 +204,7 @@ async fn an_image_is_pulled_and_known_by_all_its_names() {
     let image = node.store.resolve(&format!("{}/app:1", node.registry)).unwrap().unwrap();
     assert_eq!(*image.id, id);
     assert!(image.repo_digests[0].contains("/app@sha256:"));
+    assert_eq!(image.annotations, [("version".to_owned(), "1".to_owned())].into());
     let magic = std::fs::read(&image.rootfs).unwrap()[1024..1028].to_vec();
     assert_eq!(magic, 0xE0F5_E1E2u32.to_le_bytes(), "an EROFS superblock");
     assert_eq!(node.pull("app:plain").await.unwrap(), id, "the same image without an index");
