@@ -50,7 +50,7 @@ pub fn status_of(record: &Record) -> cri::ContainerStatus {
         log_path: record.log_path.display().to_string(),
         resources: linux.resources.map(|linux| cri::ContainerResources { linux: Some(linux), windows: None }),
         user: record.user.clone().map(|linux| cri::ContainerUser { linux: Some(linux) }),
-        stop_signal: record.config.stop_signal,
+        stop_signal: super::stop_container::cri_signal(record.stop_signal).into(),
     }
 }
 

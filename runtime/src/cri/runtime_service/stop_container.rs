@@ -66,6 +66,15 @@ pub(super) fn stop_signal(config: &cri::ContainerConfig, image: Option<&str>) ->
     }
 }
 
+/// A signal as CRI counts it; those that it does not have are its default.
+pub(super) fn cri_signal(wanted: i32) -> cri::Signal {
+    // Some have two names; the first is as good as the other.
+    let all = (1..).map_while(|value| cri::Signal::try_from(value).ok());
+    all.into_iter()
+        .find(|signal| number(signal.as_str_name().trim_start_matches("SIGNAL_")) == Some(wanted))
+        .unwrap_or(cri::Signal::RuntimeDefault)
+}
+
 /// A signal by name (`SIGQUIT`, `QUIT`, `SIGRTMIN+3`, `SIGRTMINPLUS3`) or number.
 fn number(name: &str) -> Option<i32> {
     /// The first real-time signal that the C library leaves to programs.
@@ -125,11 +134,19 @@ mod tests {
 
     #[test]
     fn every_signal_of_the_interface_has_a_number() {
-        for value in 1..=64 {
-            let Ok(signal) = cri::Signal::try_from(value) else { continue };
+        for value in 1..=65 {
+            let signal = cri::Signal::try_from(value).unwrap();
             let config = cri::ContainerConfig { stop_signal: value, ..Default::default() };
-            assert!(stop_signal(&config, None).is_ok(), "{}", signal.as_str_name());
+            let number = stop_signal(&config, None).unwrap();
+            assert_eq!(
+                super::number(&cri_signal(number).as_str_name()[7..]),
+                Some(number),
+                "{}",
+                signal.as_str_name()
+            );
         }
+        assert_eq!(cri_signal(3), cri::Signal::Sigquit);
+        assert_eq!(cri_signal(32), cri::Signal::RuntimeDefault);
         assert_eq!(stop_signal(&cri::ContainerConfig::default(), Some("SIGINT")).unwrap(), 2);
         assert_eq!(stop_signal(&cri::ContainerConfig::default(), None).unwrap(), 15);
     }

@@ -25,6 +25,11 @@ pub(super) async fn of_container(
     request: UpdateContainerResourcesRequest,
 ) -> Result<UpdateContainerResourcesResponse, Error> {
     let (sandbox, container) = node.registry.container(&request.container_id)?;
+    if request.windows.is_some() {
+        return Err(Error::InvalidArgument(
+            "update resources: `windows`: this runtime has Linux containers".into(),
+        ));
+    }
     let asked = request.linux.ok_or_else(|| {
         Error::InvalidArgument("update resources: the request has no resources of a Linux container".into())
     })?;
