@@ -18,15 +18,17 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use tokio::sync::oneshot;
 
+mod arguments;
 pub mod cni;
 pub mod conflist;
 pub mod guest;
 pub mod netns;
 pub mod plugin;
 pub mod record;
+pub mod resolv_conf;
 pub mod result;
 pub mod tap;
 
@@ -42,6 +44,7 @@ pub async fn unconnected_tap() -> Result<OwnedFd, Error> {
 #[cfg(test)]
 mod tests;
 
+pub use arguments::rate;
 use conflist::NetworkList;
 use plugin::{Plugins, Target};
 use record::{Intent, Recorded, Records};
@@ -76,6 +79,17 @@ pub struct PodRef<'a> {
     pub uid: &'a str,
     /// Ports of the host that lead to it.
     pub port_mappings: &'a [PortMapping],
+    /// What it may send and receive.
+    pub bandwidth: Bandwidth,
+}
+
+/// Limits in bits per second; `None` for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bandwidth {
+    /// Of what the pod receives.
+    pub ingress: Option<u64>,
+    /// Of what it sends.
+    pub egress: Option<u64>,
 }
 
 /// A port of the host that leads to one of the pod.
@@ -299,10 +313,19 @@ impl Network {
             sandbox_id: pod.sandbox_id.to_owned(),
             netns: netns::path_of(pod.sandbox_id),
             interface: INTERFACE.to_owned(),
-            args: args(pod)?,
-            capabilities: capabilities(pod),
+            args: arguments::args(pod)?,
+            capabilities: arguments::capabilities(pod),
             network,
         };
+        for capability in arguments::missing(&intent.capabilities, &intent.network.plugins) {
+            let (sandbox_id, network) = (pod.sandbox_id, &intent.network.name);
+            tracing::warn!(
+                sandbox_id,
+                network,
+                capability,
+                "no plugin of the pod's network has this capability"
+            );
+        }
         self.records.begin(&intent).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => Error::Exists(pod.sandbox_id.to_owned()),
             _ => Error::Record(error),
@@ -472,51 +495,4 @@ fn target(intent: &Intent, netns: bool) -> Target<'_> {
         interface: &intent.interface,
         args: &intent.args,
     }
-}
-
-/// `CNI_ARGS` as Kubernetes' plugins know them.
-fn args(pod: &PodRef<'_>) -> Result<String, Error> {
-    let mut args = "IgnoreUnknown=1".to_owned();
-    for (key, value) in [
-        ("K8S_POD_NAMESPACE", pod.namespace),
-        ("K8S_POD_NAME", pod.name),
-        ("K8S_POD_INFRA_CONTAINER_ID", pod.sandbox_id),
-        ("K8S_POD_UID", pod.uid),
-    ] {
-        if value.contains([';', '=', '\0', '\n']) {
-            return Err(Error::Pod(format!("{value:?} cannot be handed to CNI plugins as {key}")));
-        }
-        args.push_str(&format!(";{key}={value}"));
-    }
-    Ok(args)
-}
-
-/// Capability arguments, in the conventions of CNI (CONVENTIONS.md).
-fn capabilities(pod: &PodRef<'_>) -> Map<String, Value> {
-    let mut capabilities = Map::new();
-    let mappings: Vec<Value> = pod
-        .port_mappings
-        .iter()
-        .filter(|mapping| mapping.host_port != 0)
-        .map(|mapping| {
-            let protocol = match mapping.protocol {
-                Protocol::Tcp => "tcp",
-                Protocol::Udp => "udp",
-                Protocol::Sctp => "sctp",
-            };
-            let mut entry = json!({
-                "hostPort": mapping.host_port,
-                "containerPort": mapping.container_port,
-                "protocol": protocol,
-            });
-            if let (Some(entry), Some(ip)) = (entry.as_object_mut(), mapping.host_ip) {
-                entry.insert("hostIP".into(), ip.to_string().into());
-            }
-            entry
-        })
-        .collect();
-    if !mappings.is_empty() {
-        capabilities.insert("portMappings".into(), mappings.into());
-    }
-    capabilities
 }

@@ -32,7 +32,7 @@ pub(super) async fn bring_up(
         (None, Vec::new(), Dns::default())
     } else {
         let mappings = port_mappings(config)?;
-        let attached = node.network.attach_host_pod(&pod_ref(&record, &mappings)).await?;
+        let attached = node.network.attach_host_pod(&pod_ref(&record, &mappings)?).await?;
         (Some(attached.netns), attached.ips, attached.dns)
     };
     let network = started.elapsed();

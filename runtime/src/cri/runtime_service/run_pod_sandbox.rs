@@ -13,7 +13,7 @@ use crate::container::{now, spec};
 use crate::cri::error::Error;
 use crate::cri::names;
 use crate::id::SandboxId;
-use crate::network::{Attachment, PodRef, PortMapping, Protocol};
+use crate::network::{Attachment, Dns, PodRef, PortMapping, Protocol, resolv_conf};
 use crate::node::Node;
 use crate::sandbox::{BootTimes, Phase, Record, Sandbox, Size, lifecycle};
 use crate::vm::launch::{MAIN_MAC, Nic};
@@ -104,7 +104,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     let (early, main_tap) = oneshot::channel();
     let mappings = port_mappings(config)?;
     let attach = async {
-        let attached = node.network.attach(&pod_ref(&record, &mappings), early).await?;
+        let attached = node.network.attach(&pod_ref(&record, &mappings)?, early).await?;
         Ok::<_, Error>((attached, started.elapsed()))
     };
     let boot = async {
@@ -138,7 +138,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     let request = CreateSandboxRequest {
         sandbox_id: sandbox.id.to_string(),
         hostname: hostname(config),
-        dns: Some(guest_dns(config, dns)),
+        dns: Some(guest_dns(config, or_hosts(config, dns))),
         interfaces: guest_interfaces,
         routes: routes.into_iter().map(guest_route).collect(),
         sysctls: config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default(),
@@ -220,14 +220,16 @@ fn instead(node: &Node) -> String {
     }
 }
 
-pub(super) fn pod_ref<'a>(record: &'a Record, port_mappings: &'a [PortMapping]) -> PodRef<'a> {
+/// The pod as its network needs to know it.
+pub(super) fn pod_ref<'a>(record: &'a Record, port_mappings: &'a [PortMapping]) -> Result<PodRef<'a>, Error> {
     let (name, namespace, uid) = record
         .config
         .metadata
         .as_ref()
         .map(|pod| (pod.name.as_str(), pod.namespace.as_str(), pod.uid.as_str()))
         .unwrap_or_default();
-    PodRef { sandbox_id: record.id.as_str(), namespace, name, uid, port_mappings }
+    let bandwidth = sandbox_config::bandwidth(&record.config)?;
+    Ok(PodRef { sandbox_id: record.id.as_str(), namespace, name, uid, port_mappings, bandwidth })
 }
 
 pub(super) fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>, Error> {
@@ -295,8 +297,13 @@ pub(super) fn hostname(config: &cri::PodSandboxConfig) -> String {
     }
 }
 
+/// The host's, where neither client nor network says anything.
+fn or_hosts(config: &cri::PodSandboxConfig, network: Dns) -> Dns {
+    if config.dns_config.is_none() && network == Dns::default() { resolv_conf::of_host() } else { network }
+}
+
 /// What the client says of DNS, else what the network's plugins say.
-pub(super) fn guest_dns(config: &cri::PodSandboxConfig, network: crate::network::Dns) -> agent::Dns {
+pub(super) fn guest_dns(config: &cri::PodSandboxConfig, network: Dns) -> agent::Dns {
     match &config.dns_config {
         Some(dns) => agent::Dns {
             servers: dns.servers.clone(),

@@ -7,6 +7,10 @@ use husk_proto::cri;
 use crate::config::Kind;
 use crate::container::spec;
 use crate::cri::error::Error;
+use crate::network::{self, Bandwidth};
+
+/// Longest host name (Linux, `HOST_NAME_MAX`).
+const MAX_HOSTNAME: usize = 64;
 
 /// Checks a pod's configuration.
 ///
@@ -19,6 +23,10 @@ pub(super) fn check(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Er
     if config.windows.is_some() {
         return Err(Error::InvalidArgument("sandbox `windows`: this runtime has Linux pods".into()));
     }
+    if config.hostname.len() > MAX_HOSTNAME {
+        return Err(Error::InvalidArgument(format!("sandbox `hostname` has more than {MAX_HOSTNAME} bytes")));
+    }
+    bandwidth(config)?;
     let Some(security) = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()) else {
         return Ok(());
     };
@@ -40,6 +48,22 @@ pub(super) fn check(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Er
         }
     }
     Ok(())
+}
+
+/// What the pod may send and receive. Kubernetes has annotations for it, and
+/// no fields.
+///
+/// # Errors
+/// With the annotation that is no rate.
+pub(super) fn bandwidth(config: &cri::PodSandboxConfig) -> Result<Bandwidth, Error> {
+    let rate = |name: &str| {
+        let rate = config.annotations.get(name).map(|text| network::rate(text)).transpose();
+        rate.map_err(|why| Error::InvalidArgument(format!("annotation `{name}`: {why}")))
+    };
+    Ok(Bandwidth {
+        ingress: rate("kubernetes.io/ingress-bandwidth")?,
+        egress: rate("kubernetes.io/egress-bandwidth")?,
+    })
 }
 
 #[cfg(test)]
@@ -110,6 +134,19 @@ mod tests {
         ] {
             assert!(on_host(options).unwrap_err().contains("userns_options"));
         }
+    }
+
+    #[test]
+    fn bandwidth_is_in_annotations() {
+        let of = |name: &str, value: &str| {
+            let annotations = [(name.to_owned(), value.to_owned())].into();
+            let metadata = Some(cri::PodSandboxMetadata { name: "pod".into(), ..Default::default() });
+            cri::PodSandboxConfig { metadata, annotations, ..Default::default() }
+        };
+        let slow = of("kubernetes.io/egress-bandwidth", "2M");
+        assert_eq!(bandwidth(&slow).unwrap(), Bandwidth { ingress: None, egress: Some(2_000_000) });
+        let wrong = of("kubernetes.io/ingress-bandwidth", "fast");
+        assert!(check(&wrong, Kind::Vm).unwrap_err().to_string().contains("kubernetes.io/ingress-bandwidth"));
     }
 
     #[test]
