@@ -180,7 +180,8 @@ class MappedVolumes:
 def leases(node):
     """Addresses that CNI's IPAM has given out."""
     folder = node.root / "leases" / "husk"
-    return [path for path in folder.glob("10.*")] if folder.exists() else []
+    addresses = [path for pattern in ("10.*", "fd*") for path in folder.glob(pattern)]
+    return addresses if folder.exists() else []
 
 
 __all__ = [
