@@ -150,7 +150,7 @@ class Volumes(MappedVolumes, PodTest):
         _, _, container = self.with_volume(
             self.mount("/plain", readonly=True),
             self.mount("/recursive", readonly=True, recursive_read_only=True),
-            self.mount("/writable"),
+            self.mount("/writable", selinux_relabel=True),
         )
         for path in ("/plain/file", "/plain/new", "/recursive/file", "/recursive/below/new"):
             self.assertIn("Read-only", self.fails("exec", "-s", container, "sh", "-c", f"echo x >{path}"), path)

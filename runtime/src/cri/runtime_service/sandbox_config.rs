@@ -137,6 +137,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_for_other_systems_or_too_long_is_refused() {
+        let metadata = Some(cri::PodSandboxMetadata { name: "pod".into(), ..Default::default() });
+        let windows = cri::PodSandboxConfig {
+            metadata: metadata.clone(),
+            windows: Some(cri::WindowsPodSandboxConfig::default()),
+            ..Default::default()
+        };
+        assert!(check(&windows, Kind::Vm).unwrap_err().to_string().contains("windows"));
+        let named = |length| cri::PodSandboxConfig {
+            metadata: metadata.clone(),
+            hostname: "x".repeat(length),
+            ..Default::default()
+        };
+        check(&named(64), Kind::Vm).unwrap();
+        assert!(check(&named(65), Kind::Vm).unwrap_err().to_string().contains("hostname"));
+    }
+
+    #[test]
     fn bandwidth_is_in_annotations() {
         let of = |name: &str, value: &str| {
             let annotations = [(name.to_owned(), value.to_owned())].into();

@@ -1,0 +1,66 @@
+"""Fields of the configurations that a client sends, where no other file of tests has them."""
+
+import pathlib
+
+from pods import PodTest, machines, wait_until
+
+CGROUPS = pathlib.Path("/sys/fs/cgroup")
+
+
+class Fields(PodTest):
+    def test_a_pod_is_where_and_what_its_client_says(self):
+        parent = CGROUPS / "husk-client" / "pod"
+        parent.mkdir(parents=True)
+        (CGROUPS / "husk-client" / "cgroup.subtree_control").write_text("+memory")
+        (parent / "memory.high").write_text(str(900 << 20))
+        self.addCleanup(lambda: [group.rmdir() for group in (parent, parent.parent)])
+        annotations = {"of.the/client": "kept", "io.husk/unknown": ""}
+        overhead = {"memory_limit_in_bytes": 160 << 20, "cpu_shares": 100}
+        # Of the container that others hold a pod's namespaces with: the pod's own containers are not told by it.
+        context = {
+            "run_as_user": {"value": 1000}, "run_as_group": {"value": 1000}, "supplemental_groups": [7],
+            "supplemental_groups_policy": 1, "readonly_rootfs": True, "seccomp": {"profile_type": 2, "localhost_ref": "/no/such"},
+        }
+        linux = {"cgroup_parent": "/husk-client/pod", "overhead": overhead, "security_context": context}
+        pod, sandbox = self.pod(annotations=annotations, linux=linux)
+        container = self.container(pod, sandbox)
+        self.assertEqual(self.node.crictl("exec", "-s", container, "sh", "-c", "touch /file && id -u && id -G"), "0\n0")
+        [machine] = machines()
+        group = pathlib.Path(f"/proc/{machine}/cgroup").read_text().strip()
+        self.assertEqual(group, f"0::/husk-client/pod/husk-{pod[:13]}")
+        # What the client limits there, the machine has.
+        self.assertGreater(int((parent / "memory.current").read_text()), 1 << 20)
+        said = self.node.crictl_json("inspectp", pod)
+        self.assertEqual(said["status"]["annotations"], annotations)
+        kept = said["info"]["config"]["linux"]["overhead"]
+        self.assertEqual((kept["memory_limit_in_bytes"], kept["cpu_shares"]), (160 << 20, 100))
+        self.node.crictl("rmp", "-f", pod)
+        self.assertEqual([path.name for path in parent.iterdir() if path.is_dir()], [])
+
+    def test_a_process_is_what_its_client_says(self):
+        pod, sandbox = self.pod()
+        script = "pwd; echo $0 $1 $OF_CLIENT; tty; sleep 3600"
+        container = self.container(
+            pod, sandbox, command=["sh", "-c"], args=[script, "zero", "one"], working_dir="/var/tmp",
+            envs=[{"key": "OF_CLIENT", "value": "two"}], tty=True,
+        )
+        wait_until(lambda: "/dev/pts" in self.node.crictl("logs", container), 30, "wait for output")
+        self.assertEqual(self.node.crictl("logs", container).split()[:5], ["/var/tmp", "zero", "one", "two", "/dev/pts/0"])
+
+    def test_an_image_is_told_as_it_was_named(self):
+        pod, sandbox = self.pod()
+        image = {
+            "image": self.node.image("busybox"), "user_specified_image": "the-users:name",
+            "runtime_handler": "kata-runtime", "annotations": {"of.the/client": "kept"},
+        }
+        config = self.node.write_json("container-named.json", {
+            "metadata": {"name": "named"}, "image": image, "log_path": "named.log", "command": ["true"],
+            "linux": {},
+        })
+        container = self.node.crictl("create", "--no-pull", pod, config, sandbox)
+        status = self.status(container)
+        self.assertEqual(status["image"]["userSpecifiedImage"], "the-users:name")
+        self.assertEqual(status["image"]["annotations"], {"of.the/client": "kept"})
+        [found] = self.node.crictl_json("images", self.node.image("busybox"))["images"]
+        self.assertEqual((status["imageId"], status["imageRef"]), (found["id"], found["repoDigests"][0]))
+        self.assertFalse(found.get("pinned"))
