@@ -207,6 +207,7 @@ pub fn container(id: &str, args: &[&str]) -> CreateContainerRequest {
         stdin: false,
         stdin_once: false,
         image_volumes: Vec::new(),
+        apparmor: None,
     }
 }
 
