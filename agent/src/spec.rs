@@ -116,12 +116,20 @@ pub fn identity(spec: &Spec) -> husk_proto::agent::Identity {
 }
 
 /// What an exec runs: other arguments as the same user, in the same
-/// environment and directory, with the same capabilities as the container.
+/// environment and directory, with the same capabilities as the container. A
+/// terminal has a kind, also where the container has none.
 pub fn exec_process(spec: &Spec, args: Vec<String>, terminal: bool) -> Result<Process, Error> {
     let mut process = spec.process().clone().ok_or(Error::Missing("process"))?;
     process.set_args(Some(args));
     process.set_terminal(Some(terminal));
     process.set_console_size(None);
+    if terminal {
+        let mut env = process.env().clone().unwrap_or_default();
+        if !env.iter().any(|variable| variable.starts_with("TERM=")) {
+            env.push("TERM=xterm".into());
+        }
+        process.set_env(Some(env));
+    }
     Ok(process)
 }
 
@@ -182,7 +190,10 @@ mod tests {
         assert_eq!(exec.args().as_ref().unwrap(), &["sh"]);
         assert_eq!(exec.terminal(), Some(true));
         let init = spec.process().as_ref().unwrap();
-        assert_eq!((exec.user(), exec.env(), exec.cwd()), (init.user(), init.env(), init.cwd()));
+        assert_eq!((exec.user(), exec.cwd()), (init.user(), init.cwd()));
+        assert_eq!(exec.env().as_ref().unwrap(), &["PATH=/bin", "HOME=/var/www", "TERM=xterm"]);
+        let plain = exec_process(&spec, vec!["sh".into()], false).unwrap();
+        assert_eq!(plain.env(), init.env());
     }
 
     #[test]

@@ -238,7 +238,8 @@ def build(work):
     yield f"{STAGING}/hostnet-nginx-amd64", image_of([plain, nginx, host], settings), ["latest"]
 
     step("httpd")
-    libraries += [r"libapr.*", r"libpcre2-8-0"]
+    # A thread of its own that ends asks for libgcc-s1, and without it the whole process does.
+    libraries += [r"libapr.*", r"libpcre2-8-0", r"libgcc-s1"]
     httpd = server_layer(work, debian, "httpd", ["apache2-bin", *libraries], finish_httpd)
     settings = {**environment, "Entrypoint": ["/usr/sbin/httpd", "-f", "/etc/httpd.conf", "-D", "FOREGROUND"]}
     yield f"{E2E}/httpd", image_of([plain, httpd], settings), ["2.4.39-4"]

@@ -107,10 +107,21 @@ class Life(PodTest):
         wait_until(lambda: open(path).read(), 30, "wait for output in the new file")
 
     def test_a_host_port_leads_into_the_pod(self):
-        ports = [{"protocol": 0, "container_port": 7000, "host_port": 17000}]
+        ports = [
+            {"protocol": 0, "container_port": 7000, "host_port": 17000},
+            {"protocol": 0, "container_port": 7000, "host_port": 17001, "host_ip": "127.0.0.1"},
+            {"protocol": 0, "container_port": 7001},
+        ]
         pod, sandbox = self.pod("port", port_mappings=ports)
         self.container(pod, sandbox, command=["sh", "-c", "while :; do nc -l -p 7000 -e echo hello; done"])
         wait_until(lambda: can_connect(("127.0.0.1", 17000)), 60, "wait for the host port")
+        # One is the host's at every address, the other at this one alone.
+        bridge = self.node.crictl_json("inspectp", pod)["status"]["network"]["ip"].rsplit(".", 2)[0] + ".0.1"
+        for address in ((bridge, 17000), ("127.0.0.1", 17001)):
+            wait_until(lambda to=address: can_connect(to), 60, f"wait for {address}")
+        for _ in range(10):
+            self.assertFalse(can_connect((bridge, 17001)))
+            time.sleep(0.2)
 
 
 class Daemon(PodTest):

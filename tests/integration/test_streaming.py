@@ -134,10 +134,11 @@ class Exec(StreamingTest):
                 os.close(theirs)
                 try:
                     self.read_until(ours, b"#")
-                    os.write(ours, b"stty size; tty; echo sta''rted\n")
+                    os.write(ours, b"stty size; tty; echo is-$TERM; echo sta''rted\n")
                     seen = self.read_until(ours, b"started\r\n")
                     self.assertIn(b"30 100", seen)
                     self.assertIn(b"/dev/pts/", seen)
+                    self.assertIn(b"is-xterm", seen)
                     self.set_size(ours, 40, 120)
                     shell.send_signal(signal.SIGWINCH)
                     time.sleep(5)

@@ -40,8 +40,11 @@ class Templates(PodTest):
         self.pod(linux=linux)
         self.assertEqual(self.pods_said()[-2:], [False, False])
         self.wait_for_templates(before + 1)
-        self.pod(linux=linux)
+        pod, sandbox = self.pod(linux=linux)
         self.assertTrue(self.pods_said()[-1])
+        # The limit is on top of the handler's own 256 MiB.
+        memory = self.node.crictl("exec", "-s", self.container(pod, sandbox), "grep", "MemTotal", "/proc/meminfo")
+        self.assertGreater(int(memory.split()[1]), 260 << 10)
 
     def test_a_damaged_template_costs_no_pod(self):
         saved = lambda: sum("template saved" in line for line in self.node.log_tail("huskd", 10_000))  # noqa: E731
