@@ -42,8 +42,8 @@ test: deps build ## all tests; ends with the number that passed and failed
 
 HANDLER ?= kata-runtime
 .PHONY: critest
-critest: deps build ## cri-tools' conformance suite; FOCUS=regex HANDLER=name, results in target/critest
-	tests/conformance/run --handler '$(HANDLER)' --focus '$(FOCUS)'
+critest: deps build ## cri-tools' conformance suite; FOCUS=regex PART=N/M HANDLER=name, results in target/critest
+	tests/conformance/run --handler '$(HANDLER)' --focus '$(FOCUS)' --part '$(PART)'
 
 .PHONY: posix
 posix: deps build ## pjdfstest on a volume in a pod, results in target/posix

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -11,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::MIB;
 use crate::statistics::Spread;
+
+/// How long the large file is left alone before it is read.
+const SETTLED: Duration = Duration::from_millis(500);
 
 /// How much of it.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -117,6 +121,8 @@ fn large(path: &Path, mebibytes: u64) -> anyhow::Result<Large> {
     // What is stored leaves the page cache at this word, unless there is nothing but the page cache to store it.
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context("forget a file")?;
     drop(file);
+    // Most files that are read again are not of this moment, in which another change might have the same time.
+    thread::sleep(SETTLED);
 
     let mut read = || {
         let started = Instant::now();
