@@ -33,9 +33,10 @@ pub const MAX_DATA: u32 = 128 << 10;
 /// asking again: others may change them on the host.
 const VALID: u64 = 1;
 
-/// What the server can do, of what a guest offers.
+/// What the server can do, of what a guest offers. Not to truncate a file while
+/// it opens it: the guest's kernel asks for that before it sees that the file is
+/// a program which runs. It truncates with a request of its own instead.
 const FEATURES: u32 = init::ASYNC_READ
-    | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
     | init::AUTO_INVAL_DATA
     | init::DO_READDIRPLUS

@@ -347,6 +347,13 @@ fn mapped_ids_are_for_guests_that_know_them() {
     assert_eq!(init(&guest, InitIn { flags, ..INIT }, None).unwrap_err(), libc::EINVAL);
 }
 
+#[test]
+fn a_file_is_not_truncated_before_the_guest_has_checked_that() {
+    let everything = init(&Guest::new(), InitIn { flags: u32::MAX, ..INIT }, Some(u32::MAX)).unwrap();
+    assert_ne!(everything.flags, 0);
+    assert_eq!(everything.flags & init::ATOMIC_O_TRUNC, 0);
+}
+
 proptest! {
     #[test]
     fn no_request_is_too_strange(
