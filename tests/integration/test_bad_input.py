@@ -33,7 +33,7 @@ class BadRequests(PodTest):
         self.assertIn("InvalidArgument", said)
         self.assertIn("network namespace", said)
         self.assertIn("hostname", self.fails("runp", self.node.sandbox_file("long", hostname="x" * 65)))
-        self.assertIn("windows", self.fails("runp", self.node.sandbox_file("windows", windows={})))
+        self.assertIn("windows", self.fails("runp", self.node.sandbox_file("foreign", windows={})))
         sysctl = self.node.sandbox_file("sysctl", linux={"sysctls": {"net.no.such": "1"}})
         self.assertIn("net.no.such", self.fails("runp", sysctl))
         pod, sandbox = self.pod()
