@@ -341,8 +341,15 @@ class Volumes(MappedVolumes, PodTest):
         config = self.node.container_file("late", "busybox", command=["true"], mounts=[self.mount()])
         self.assertIn("restart the pod", self.fails("create", pod, config, sandbox))
 
-    def test_a_file_server_has_its_volumes_and_no_more(self):
+    def test_what_faces_the_guest_has_what_it_needs_and_no_more(self):
         self.with_volume()
+        for pid in named("husk-vmm"):
+            self.assertEqual(os.listdir(f"/proc/{pid}/root"), [])
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{task}/status") as status:
+                    fields = dict(line.rstrip("\n").split(":\t", 1) for line in status)
+                self.assertEqual((int(fields["CapPrm"], 16), fields["NoNewPrivs"], fields["Seccomp"]), (0, "1", "2"))
+                self.assertGreaterEqual(int(fields["Uid"].split()[0]), 0x70000000)
         (pid,) = named("husk-fs")
         self.assertEqual(os.listdir(f"/proc/{pid}/root"), ["v0"])
         with open(f"/proc/{pid}/status") as status:
@@ -350,6 +357,7 @@ class Volumes(MappedVolumes, PodTest):
         chown, dac, fowner, fsetid, setgid, setuid, mknod, setfcap = 0, 1, 3, 4, 6, 7, 27, 31
         may = sum(1 << bit for bit in (chown, dac, fowner, fsetid, setgid, setuid, mknod, setfcap))
         self.assertEqual((int(fields["CapPrm"], 16), int(fields["CapBnd"], 16), fields["NoNewPrivs"]), (may, may, "1"))
+        self.assertEqual(fields["Seccomp"], "2")
         with self.assertRaises(OSError):
             with open(f"/proc/{pid}/root/file", "w"):
                 pass

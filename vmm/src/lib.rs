@@ -1,7 +1,7 @@
 //! Husk's virtual machine monitor: one process, one pod's machine.
 //!
-//! [`vmm`] is the process: it waits for requests ([`control`]) and for the
-//! machine's end ([`exit`]). [`builder`] makes a [`machine`] of a request to
+//! [`vmm`] is the process, which lives in a [`jail`]: it waits for requests
+//! ([`control`]) and for the machine's end ([`exit`]). [`builder`] makes a [`machine`] of a request to
 //! boot: guest [`memory`] with a [`kernel`] in it, [`devices`], and a thread
 //! per [`vcpu`]. [`arch`] knows the processor; [`snapshot`] knows how a machine
 //! is written down.
@@ -14,6 +14,7 @@ pub mod control;
 pub mod devices;
 pub mod exit;
 pub mod hypervisor;
+pub mod jail;
 pub mod kernel;
 pub mod machine;
 pub mod memory;

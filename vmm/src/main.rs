@@ -6,12 +6,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use husk_vmm::jail::{self, filter};
 use husk_vmm::vmm::Vmm;
 use husk_vmm_api::ExitReason;
 
-const USAGE: &str = "usage: husk-vmm --id <sandbox id> --control-fd <n> --exit-fd <n>
-It is started by huskd; the descriptors are a listening SOCK_SEQPACKET unix
-socket, and a file for the record of the machine's end.";
+const USAGE: &str = "usage: husk-vmm --id <sandbox id> --user <uid> --control-fd <n> --exit-fd <n>
+It is started by huskd, as root; the descriptors are a listening SOCK_SEQPACKET
+unix socket, and a file for the record of the machine's end. It becomes the user,
+who should own nothing else.";
 
 fn main() -> ExitCode {
     let started = Instant::now();
@@ -32,14 +34,19 @@ fn run(started: Instant) -> Result<ExitReason> {
     };
     let control = inherit(arguments.control_fd).context("--control-fd")?;
     let exit = inherit(arguments.exit_fd).context("--exit-fd")?;
-    let vmm = Vmm::new(control, File::from(exit), started).context(arguments.id)?;
+    let exit = File::from(exit);
+    filter::end_on_refusal(exit.try_clone().context("keep the exit file")?).context("handle signals")?;
+    let vmm = Vmm::new(control, exit, started).context(arguments.id)?;
+    jail::enter(arguments.user)?;
+    filter::install(filter::Thread::Loop)?;
     Ok(vmm.run())
 }
 
-/// Three arguments need no parser that takes longer than they do.
+/// Four arguments need no parser that takes longer than they do.
 struct Arguments {
     /// For whoever looks at a list of processes.
     id: String,
+    user: u32,
     control_fd: RawFd,
     exit_fd: RawFd,
 }
@@ -47,7 +54,7 @@ struct Arguments {
 impl Arguments {
     /// `None` when help is asked for.
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Self>> {
-        let (mut id, mut control_fd, mut exit_fd) = (None, None, None);
+        let (mut id, mut user, mut control_fd, mut exit_fd) = (None, None, None, None);
         while let Some(word) = words.next() {
             if word == "--help" || word == "-h" {
                 return Ok(None);
@@ -55,13 +62,16 @@ impl Arguments {
             let value = words.next().with_context(|| format!("{word} needs a value\n{USAGE}"))?;
             match word.as_str() {
                 "--id" => id = Some(value),
+                "--user" => user = Some(value.parse().context("--user")?),
                 "--control-fd" => control_fd = Some(value.parse().context("--control-fd")?),
                 "--exit-fd" => exit_fd = Some(value.parse().context("--exit-fd")?),
                 _ => bail!("unknown argument {word}\n{USAGE}"),
             }
         }
-        match (id, control_fd, exit_fd) {
-            (Some(id), Some(control_fd), Some(exit_fd)) => Ok(Some(Self { id, control_fd, exit_fd })),
+        match (id, user, control_fd, exit_fd) {
+            (Some(id), Some(user), Some(control_fd), Some(exit_fd)) => {
+                Ok(Some(Self { id, user, control_fd, exit_fd }))
+            }
             _ => bail!("an argument is missing\n{USAGE}"),
         }
     }

@@ -16,6 +16,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::devices::bus::Bus;
 use crate::devices::console::Console;
 use crate::exit::ExitSignal;
+use crate::jail::filter;
 use crate::lock;
 use crate::snapshot;
 
@@ -122,6 +123,10 @@ pub fn install_kick_handler() -> io::Result<()> {
 }
 
 fn run(mut fd: VcpuFd, surroundings: &Surroundings, orders: &Orders) -> VcpuFd {
+    if let Err(error) = filter::install(filter::Thread::Vcpu) {
+        surroundings.exit.raise(ExitReason::VmmError, error.to_string());
+        return fd;
+    }
     surroundings.entered.get_or_init(Instant::now);
     loop {
         if orders.any.swap(false, Ordering::SeqCst) {

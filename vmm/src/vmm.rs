@@ -30,7 +30,7 @@ pub struct Vmm {
     exit: Arc<ExitSignal>,
     exit_file: File,
     console: Console,
-    /// Made in advance; taken by the boot.
+    /// Made in advance, when the process could still open KVM; taken by the boot.
     hypervisor: Option<Result<Hypervisor, HypervisorError>>,
     machine: Option<Machine>,
     /// Who asked to be told of the end.
@@ -172,7 +172,7 @@ impl Vmm {
         let hypervisor = self
             .hypervisor
             .take()
-            .unwrap_or_else(Hypervisor::new)
+            .ok_or(("boot", "it has failed before: start another process".into()))?
             .map_err(|error| ("create a VM", error.to_string()))?;
         let (machine, subscribers) = builder::build(hypervisor, config, fds, &self.exit, &self.console)
             .map_err(|error| (error.stage, error.cause.to_string()))?;

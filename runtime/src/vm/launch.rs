@@ -3,17 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener as StdUnixListener;
+use std::os::unix::net::{UnixListener, UnixStream as StdUnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use husk_vmm_api::{DiskConfig, NetConfig, TemplateConfig, VmConfig, VsockConfig};
+use husk_vmm_api::{DiskConfig, HostPort, NetConfig, TemplateConfig, VmConfig, VsockConfig};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use tokio::io::AsyncReadExt;
-use tokio::net::UnixListener;
+use tokio::net::UnixStream;
 
 use super::template::Template;
 use super::{Control, Error, Keeper, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
@@ -106,12 +106,11 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     std::fs::create_dir_all(&plan.run_dir).map_err(file("make folder for sockets", &plan.run_dir))?;
     let control_path = control_path(&plan.run_dir);
     let vsock_path = vsock_path(&plan.run_dir);
-    let ready_path = PathBuf::from(format!("{}_{}", vsock_path.display(), husk_proto::agent::READY_PORT));
     let exit_path = exit_path(&plan.run_dir);
 
     let control = listen_seqpacket(&control_path).map_err(file("make control socket", &control_path))?;
-    let vsock = StdUnixListener::bind(&vsock_path).map_err(file("make vsock socket", &vsock_path))?;
-    let ready = UnixListener::bind(&ready_path).map_err(file("make vsock socket", &ready_path))?;
+    let vsock = UnixListener::bind(&vsock_path).map_err(file("make vsock socket", &vsock_path))?;
+    let (ready, theirs) = ready_pair().map_err(file("make vsock socket", &vsock_path))?;
     let exit = File::create(&exit_path).map_err(file("make exit record", &exit_path))?;
     let log_path = plan.run_dir.join(LOG);
     let log = File::create(&log_path).map_err(file("make VMM log", &log_path))?;
@@ -125,7 +124,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     }
 
     let cloned = template.is_some();
-    let (config, fds) = machine_config(plan, template, vsock, &vsock_path)?;
+    let (config, fds) = machine_config(plan, template, vsock, theirs)?;
     let control = Control::new(control_path);
     control.boot(config, fds).await?;
     let booted = Instant::now();
@@ -133,11 +132,10 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let ends = Ends { control: &control, run_dir: &plan.run_dir };
     if !cloned {
         let limit = Duration::from_secs(plan.handler.boot_timeout_seconds);
-        let spoken = async { agent_ready(&ready).await.map_err(file("wait for agent", &ready_path)) };
+        let spoken = async { agent_ready(ready).await.map_err(file("wait for agent", &vsock_path)) };
         ends.before(limit, spoken).await?;
     }
     let spoke = Instant::now();
-    let _ = std::fs::remove_file(&ready_path);
 
     let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let connected = async { Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent) };
@@ -186,14 +184,21 @@ impl Ends<'_> {
     }
 }
 
-/// The first word comes on a connection of the agent's own making.
-async fn agent_ready(listener: &UnixListener) -> io::Result<()> {
-    loop {
-        let (mut stream, _) = listener.accept().await?;
-        let mut word = [0u8; 5];
-        if stream.read_exact(&mut word).await.is_ok() && &word == b"READY" {
-            return Ok(());
-        }
+/// Where the agent's first word comes out, and the VMM's end of it.
+fn ready_pair() -> io::Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((UnixStream::from_std(ours)?, theirs.into()))
+}
+
+/// The first word comes on a connection of the agent's own making. One that
+/// ends before is no answer: the machine's end, or the time limit, says why.
+async fn agent_ready(mut connection: UnixStream) -> io::Result<()> {
+    let mut word = [0u8; 5];
+    match connection.read_exact(&mut word).await {
+        Ok(_) if &word == b"READY" => Ok(()),
+        Ok(_) => Err(io::Error::other("its first word is another than READY")),
+        Err(_) => std::future::pending().await,
     }
 }
 
@@ -204,6 +209,16 @@ fn listen_seqpacket(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Who the VMM of a machine runs as: nobody else, among so many that two
+/// machines hardly ever share one. They are beyond what systemd gives to users
+/// (up to 0x6fff_ffff).
+fn user(id: &SandboxId) -> u32 {
+    const FIRST: u32 = 0x7000_0000;
+    const COUNT: u32 = 1 << 24;
+    let hash = id.as_str().bytes().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+    FIRST + hash % COUNT
+}
+
 /// Starts the VMM in a session of its own, so that it outlives huskd, and has
 /// it reaped when it ends.
 fn spawn(id: &SandboxId, handler: &Handler, control: &OwnedFd, exit: &File, log: File) -> io::Result<u32> {
@@ -212,7 +227,7 @@ fn spawn(id: &SandboxId, handler: &Handler, control: &OwnedFd, exit: &File, log:
     let (control, exit) = (control.as_raw_fd(), exit.as_raw_fd());
     let mut command = Command::new(&handler.vmm);
     command
-        .args(["--id", id.as_str()])
+        .args(["--id", id.as_str(), "--user", &user(id).to_string()])
         .args(["--control-fd", &CONTROL_FD.to_string(), "--exit-fd", &EXIT_FD.to_string()])
         .env_clear()
         .stdin(Stdio::null())
@@ -252,8 +267,8 @@ fn above(fd: RawFd) -> io::Result<RawFd> {
 fn machine_config(
     plan: &Plan<'_>,
     template: Option<Template>,
-    vsock: StdUnixListener,
-    vsock_path: &Path,
+    vsock: UnixListener,
+    ready: OwnedFd,
 ) -> Result<(VmConfig, Vec<OwnedFd>), Error> {
     let mut fds = Vec::<OwnedFd>::new();
     let mut pass = |fd: OwnedFd| {
@@ -280,6 +295,11 @@ fn machine_config(
         nets.push(NetConfig { tap: pass(tap), mac: nic.mac, mtu: MAX_MTU });
     }
     let listener = pass(vsock.into());
+    // A clone's agent has spoken before.
+    let host_port = match template {
+        None => Some(HostPort { port: husk_proto::agent::READY_PORT, socket: pass(ready) }),
+        Some(_) => None,
+    };
     let template = template.map(|template| TemplateConfig {
         state: pass(template.state.into()),
         memory: pass(template.memory.into()),
@@ -293,7 +313,7 @@ fn machine_config(
         disks: vec![DiskConfig { serial: SCRATCH_SERIAL.into(), file: scratch, read_only: false }],
         slots: Slots::names(plan.handler.image_slots),
         nets,
-        vsock: Some(VsockConfig { cid: GUEST_CID, listener, path: vsock_path.display().to_string() }),
+        vsock: Some(VsockConfig { cid: GUEST_CID, listener, host_port }),
         fs: Some(husk_proto::agent::paths::SHARED_TAG.into()),
         balloon: true,
         template,

@@ -2,17 +2,16 @@
 //! own, and Firecracker beside it, with the same kernel, root file system,
 //! command line and number of vCPUs, in turns.
 //!
-//! Both offer the vsock device on the host as a unix socket in the same way, so
-//! the agent's `READY` is the end of both measurements.
+//! The agent's `READY`, over vsock, is the end of both measurements.
 
 use std::io::{BufRead, BufReader};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use husk_proto::agent::READY_PORT;
 use serde::Serialize;
 
 use crate::memory;
@@ -43,16 +42,35 @@ pub struct Guest {
 /// Something that boots a guest.
 trait Vmm {
     fn name(&self) -> &'static str;
-    /// Starts the VMM, with its vsock device at `vsock` and its other files in
-    /// `folder`. Returns when all that there is to say to it has been said.
-    fn start(&self, guest: &Guest, folder: &Path, vsock: &Path) -> anyhow::Result<Running>;
+    /// Starts the VMM, with its files in `folder`. Returns when all that there is
+    /// to say to it has been said.
+    fn start(&self, guest: &Guest, folder: &Path) -> anyhow::Result<Running>;
 }
 
 /// A VMM process, ended when it is dropped.
 struct Running {
     child: Child,
+    /// Where the agent's first word comes out.
+    word: Word,
     /// Kept open for as long as it runs.
     _control: Option<std::os::fd::OwnedFd>,
+}
+
+/// What stands on the host for the port that the agent connects to.
+enum Word {
+    /// A socket that listens, Firecracker's way.
+    Listener(UnixListener),
+    /// The connection itself, Husk's way.
+    Stream(UnixStream),
+}
+
+impl AsRawFd for Word {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Listener(socket) => socket.as_raw_fd(),
+            Self::Stream(socket) => socket.as_raw_fd(),
+        }
+    }
 }
 
 impl Drop for Running {
@@ -119,12 +137,10 @@ struct Figures {
 
 fn boot(vmm: &dyn Vmm, guest: &Guest) -> anyhow::Result<Figures> {
     let folder = tempfile::tempdir().context("make a folder")?;
-    let vsock = folder.path().join("v");
-    let ready = UnixListener::bind(format!("{}_{READY_PORT}", vsock.display())).context("make a socket")?;
 
     let started = Instant::now();
-    let mut running = vmm.start(guest, folder.path(), &vsock)?;
-    let stream = accept(&ready, &mut running, started + Duration::from_secs(guest.timeout))?;
+    let mut running = vmm.start(guest, folder.path())?;
+    let stream = accept(&mut running, started + Duration::from_secs(guest.timeout))?;
     let to_agent = started.elapsed();
 
     stream.set_read_timeout(Some(Duration::from_secs(10))).context("set a time-out")?;
@@ -135,13 +151,15 @@ fn boot(vmm: &dyn Vmm, guest: &Guest) -> anyhow::Result<Figures> {
 }
 
 /// The agent's connection; or the VMM's end, or the deadline.
-fn accept(listener: &UnixListener, running: &mut Running, deadline: Instant) -> anyhow::Result<UnixStream> {
-    let mut poll =
-        libc::pollfd { fd: std::os::fd::AsRawFd::as_raw_fd(listener), events: libc::POLLIN, revents: 0 };
+fn accept(running: &mut Running, deadline: Instant) -> anyhow::Result<UnixStream> {
+    let mut poll = libc::pollfd { fd: running.word.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     loop {
         // SAFETY: `poll` is one valid structure, and outlives the call.
         if unsafe { libc::poll(&raw mut poll, 1, 200) } > 0 {
-            return Ok(listener.accept().context("hear the agent")?.0);
+            return match &running.word {
+                Word::Listener(listener) => Ok(listener.accept().context("hear the agent")?.0),
+                Word::Stream(stream) => stream.try_clone().context("hear the agent"),
+            };
         }
         if let Some(status) = running.child.try_wait().context("wait for the VMM")? {
             bail!("the VMM ended before the agent spoke: {status}");
@@ -219,8 +237,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let child = quiet(Path::new("/bin/true")).spawn().unwrap();
-        let mut running = Running { child, _control: None };
-        let error = accept(&listener, &mut running, Instant::now() + Duration::from_secs(60)).unwrap_err();
+        let mut running = Running { child, word: Word::Listener(listener), _control: None };
+        let error = accept(&mut running, Instant::now() + Duration::from_secs(60)).unwrap_err();
         assert!(error.to_string().contains("ended before"), "{error}");
     }
 }

@@ -9,9 +9,11 @@
 //! [`Request::Wait`] gets its own when the machine has ended, so a client
 //! gives it a connection for itself.
 //!
-//! Arguments of the program: `husk-vmm --id <sandbox id> --control-fd <n>
-//! --exit-fd <n>`. The exit descriptor is a file that receives one JSON
-//! [`Exit`] before the process ends, for a daemon that was not there to wait.
+//! Arguments of the program: `husk-vmm --id <sandbox id> --user <uid>
+//! --control-fd <n> --exit-fd <n>`. It is started as root, opens KVM, and becomes
+//! the user, who should own nothing else. The exit descriptor is a file that
+//! receives one JSON [`Exit`] before the process ends, for a daemon that was not
+//! there to wait.
 
 use serde::{Deserialize, Serialize};
 
@@ -52,7 +54,7 @@ pub type FdIndex = usize;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Builds the machine and starts its vCPUs. Once.
+    /// Builds the machine and starts its vCPUs. Once, even if that fails.
     Boot(Box<VmConfig>),
     /// Puts a disk into an empty slot, see [`VmConfig::slots`].
     AttachDisk {
@@ -195,16 +197,25 @@ pub struct NetConfig {
 
 /// The virtio vsock device, with unix sockets on the host's side: a client
 /// connects to the listener and says `CONNECT <port>\n`, the answer is `OK
-/// <port>\n`; a connection that the guest makes to host port P reaches the
-/// unix socket `<path>_P`.
+/// <port>\n`. The guest itself can connect to one port of the host, once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockConfig {
     /// Context id of the guest, 3 or more.
     pub cid: u32,
     /// A listening `SOCK_STREAM` unix socket.
     pub listener: FdIndex,
-    /// Path of that socket.
-    pub path: String,
+    /// The port of the host that the guest can connect to; none for a clone.
+    pub host_port: Option<HostPort>,
+}
+
+/// See [`VsockConfig::host_port`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPort {
+    /// Its number.
+    pub port: u32,
+    /// A connected `SOCK_STREAM` unix socket, the VMM's end of it: what the
+    /// guest says comes out of the other one.
+    pub socket: FdIndex,
 }
 
 /// How a machine is.

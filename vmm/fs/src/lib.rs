@@ -7,7 +7,8 @@
 //!
 //! The requests are a hostile guest's. Three things keep it to its volumes:
 //! - The process lives in a mount namespace whose root is that directory, as
-//!   `root` without the capabilities that reach beyond files ([`jail`]).
+//!   `root` without the capabilities that reach beyond files ([`jail`]), and
+//!   without any system call that does ([`filter`]).
 //! - A file is named by the descriptor it was found through, never by a path.
 //!   Names have one component, links are never followed: their target is a
 //!   matter of the guest's kernel.
@@ -18,6 +19,7 @@
 //! disk of its own; files are made as the user that it names ([`identity`]).
 
 pub mod abi;
+pub mod filter;
 pub mod identity;
 pub mod jail;
 pub mod message;

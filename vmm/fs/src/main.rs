@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use husk_fs::{Passthrough, jail, server};
+use husk_fs::{Passthrough, filter, jail, server};
 
 const USAGE: &str = "usage: husk-fs --id <sandbox id> --root <directory>
 It is started by huskd; its standard input is a connected SOCK_SEQPACKET unix
@@ -29,6 +29,7 @@ fn run() -> Result<()> {
     let socket = rustix::io::dup(std::io::stdin()).context("take the socket")?;
     let open_files = jail::enter(&arguments.root)?;
     let files = Passthrough::new("/".as_ref(), open_files).context("open the root")?;
+    filter::install().context("restrict system calls")?;
     rustix::io::write(&socket, husk_vmm_api::FILE_SERVER_READY).context("say that all is ready")?;
     server::serve(socket, files).context("serve")
 }

@@ -1,8 +1,7 @@
 //! The devices of a machine: fresh ones for a machine that boots, or those of a
 //! machine that was saved.
 
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use event_manager::MutEventSubscriber;
@@ -25,7 +24,7 @@ use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::vsock::Vsock;
+use crate::devices::virtio::vsock::{HostPort, Vsock};
 use crate::exit::ExitSignal;
 use crate::hypervisor::Hypervisor;
 use crate::lock;
@@ -164,11 +163,15 @@ impl<'a> Devices<'a> {
         const STAGE: &str = "create the vsock device";
         let Some(vsock) = &config.vsock else { return Ok(()) };
         let listener = UnixListener::from(fds.take(vsock.listener).map_err(at(STAGE))?);
-        let path = PathBuf::from(&vsock.path);
+        let host_port = vsock.host_port.as_ref().map(|host| {
+            let socket = UnixStream::from(fds.take(host.socket).map_err(at(STAGE))?);
+            Ok(HostPort { port: host.port, socket })
+        });
+        let host_port = host_port.transpose()?;
         let (device, transport) = match self.next_saved()? {
-            None => (Vsock::new(vsock.cid, listener, path).map_err(at(STAGE))?, None),
+            None => (Vsock::new(vsock.cid, listener, host_port).map_err(at(STAGE))?, None),
             Some(DeviceState { own: Own::Vsock(state), transport }) if state.cid == vsock.cid => {
-                (Vsock::restore(&state, listener, path).map_err(at(TEMPLATE))?, Some(transport))
+                (Vsock::restore(&state, listener).map_err(at(TEMPLATE))?, Some(transport))
             }
             Some(_) => return Err(another("a vsock device")),
         };

@@ -3,11 +3,12 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use husk_vmm_api::{DiskConfig, ExitReason, Request, Response, socket};
 
-use crate::support::{PATIENCE, Vmm, disk};
+use crate::support::{PATIENCE, USER, Vmm, disk};
 
 #[test]
 fn a_guest_that_ends_in_good_order() {
@@ -140,15 +141,16 @@ fn the_balloon_gives_memory_back() {
 
 #[test]
 fn what_cannot_be_booted_is_refused_with_its_stage() {
-    let vmm = Vmm::start();
     let text = disk(4096, 0, "no kernel");
+    let ask = |vmm: &Vmm, config| match vmm.ask(&Request::Boot(config), &[text.as_fd(), text.as_fd()]) {
+        Response::Error { stage, message } => (stage, message),
+        other => panic!("{other:?}"),
+    };
     let boot = |change: &dyn Fn(&mut husk_vmm_api::VmConfig)| {
+        let vmm = Vmm::start();
         let mut config = vmm.config.clone();
         change(&mut config);
-        match vmm.ask(&Request::Boot(Box::new(config)), &[text.as_fd(), text.as_fd()]) {
-            Response::Error { stage, message } => (stage, message),
-            other => panic!("{other:?}"),
-        }
+        ask(&vmm, Box::new(config))
     };
     let (stage, message) = boot(&|_| ());
     assert!(stage == "load the kernel" && message.contains("vmlinux"), "{stage}: {message}");
@@ -158,6 +160,11 @@ fn what_cannot_be_booted_is_refused_with_its_stage() {
     assert_eq!(boot(&|config| config.memory_mib = 1).0, "allocate guest memory");
     let (_, message) = boot(&|config| config.kernel = 7);
     assert!(message.contains("descriptor 7"), "{message}");
+
+    // A process makes one machine at most, and can be asked and ended without one.
+    let vmm = Vmm::start();
+    assert_eq!(ask(&vmm, Box::new(vmm.config.clone())).0, "load the kernel");
+    assert_eq!(ask(&vmm, Box::new(vmm.config.clone())).0, "boot");
     let Response::Info(info) = vmm.ask(&Request::Info, &[]) else { panic!("no info") };
     assert!(!info.booted);
     assert_eq!(vmm.ask(&Request::Kill, &[]), Response::Ok);
@@ -215,4 +222,36 @@ fn the_vmm_itself_is_small() {
     }
     assert!((100..=5 * 1024).contains(&own), "{own} KiB");
     println!("own memory: {own} KiB");
+}
+
+#[test]
+fn the_vmm_has_given_up_what_it_does_not_need() {
+    let vmm = Vmm::boot("idle", |_| (), &[]);
+    vmm.wait_console("guest is up");
+    let process = PathBuf::from(format!("/proc/{}", vmm.pid()));
+    let mut threads = 0;
+    for thread in fs::read_dir(process.join("task")).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(field("Uid:"), [USER.to_string().as_str(); 4]);
+        assert_eq!(field("Gid:"), [USER.to_string().as_str(); 4]);
+        assert!(field("Groups:").is_empty());
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+            assert_eq!(field(set), ["0000000000000000"], "{set}");
+        }
+        assert_eq!(field("NoNewPrivs:"), ["1"]);
+        // Filtered.
+        assert_eq!(field("Seccomp:"), ["2"]);
+        threads += 1;
+    }
+    assert!(threads >= 2, "{threads} threads");
+    // An empty directory, in which nothing can be made.
+    let root = process.join("root");
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    assert!(fs::create_dir(root.join("new")).is_err());
+    assert_ne!(fs::read_link(process.join("ns/mnt")).unwrap(), fs::read_link("/proc/self/ns/mnt").unwrap());
+    assert_eq!(fs::read_to_string(process.join("mounts")).unwrap().lines().count(), 1);
 }

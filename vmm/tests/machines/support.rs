@@ -16,6 +16,9 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
+/// Who the VMM becomes.
+pub const USER: u32 = 0x7000_0001;
+
 /// Everything here is done after this long, or has failed.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -117,6 +120,8 @@ impl Vmm {
             .args([
                 "--id",
                 "test",
+                "--user",
+                &USER.to_string(),
                 "--control-fd",
                 &control_fd.to_string(),
                 "--exit-fd",

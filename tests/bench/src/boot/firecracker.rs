@@ -1,11 +1,13 @@
 //! Firecracker, with everything in a configuration file and no API server.
 
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use husk_proto::agent::READY_PORT;
 use serde_json::json;
 
-use super::{Guest, Running, Vmm, quiet};
+use super::{Guest, Running, Vmm, Word, quiet};
 
 /// What husk-vmm gives its guests; Firecracker adds where its devices are.
 const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 \
@@ -20,7 +22,10 @@ impl Vmm for Firecracker {
         "firecracker"
     }
 
-    fn start(&self, guest: &Guest, folder: &Path, vsock: &Path) -> anyhow::Result<Running> {
+    fn start(&self, guest: &Guest, folder: &Path) -> anyhow::Result<Running> {
+        let vsock = folder.join("v");
+        let ready = format!("{}_{READY_PORT}", vsock.display());
+        let listener = UnixListener::bind(ready).context("make a socket")?;
         let config = json!({
             "boot-source": { "kernel_image_path": guest.kernel, "boot_args": CMDLINE },
             "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
@@ -40,7 +45,7 @@ impl Vmm for Firecracker {
             .arg(&path)
             .spawn()
             .context("start firecracker")?;
-        Ok(Running { child, _control: None })
+        Ok(Running { child, word: Word::Listener(listener), _control: None })
     }
 }
 

@@ -2,17 +2,18 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use husk_vmm_api::{Request, Response, VmConfig, VsockConfig, socket};
+use husk_proto::agent::READY_PORT;
+use husk_vmm_api::{HostPort, Request, Response, VmConfig, VsockConfig, socket};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket as new_socket,
 };
 
-use super::{Guest, Running, Vmm, quiet};
+use super::{Guest, Running, Vmm, Word, quiet};
 
 const CONTROL_FD: RawFd = 3;
 const EXIT_FD: RawFd = 4;
@@ -26,7 +27,7 @@ impl Vmm for Husk {
         "husk"
     }
 
-    fn start(&self, guest: &Guest, folder: &Path, vsock: &Path) -> anyhow::Result<Running> {
+    fn start(&self, guest: &Guest, folder: &Path) -> anyhow::Result<Running> {
         let address = UnixAddr::new(&folder.join("control")).context("name the control socket")?;
         let listener = seqpacket().context("make the control socket")?;
         bind(listener.as_raw_fd(), &address).context("bind the control socket")?;
@@ -35,9 +36,10 @@ impl Vmm for Husk {
 
         let child = self.spawn(&listener, &exit).context("start husk-vmm")?;
         let control = seqpacket().context("make a socket")?;
-        let mut running = Running { child, _control: None };
+        let (word, theirs) = UnixStream::pair().context("make a socket")?;
+        let mut running = Running { child, word: Word::Stream(word), _control: None };
         connect(control.as_raw_fd(), &address).context("connect to husk-vmm")?;
-        boot(&control, guest, vsock)?;
+        boot(&control, guest, folder, theirs)?;
         running._control = Some(control);
         Ok(running)
     }
@@ -47,7 +49,8 @@ impl Husk {
     fn spawn(&self, listener: &OwnedFd, exit: &File) -> std::io::Result<std::process::Child> {
         let (listener, exit) = (listener.as_raw_fd(), exit.as_raw_fd());
         let mut command = quiet(&self.program);
-        command.args(["--id", "bench"]);
+        // Who owns nothing.
+        command.args(["--id", "bench", "--user", "1879048193"]);
         command.args(["--control-fd", &CONTROL_FD.to_string(), "--exit-fd", &EXIT_FD.to_string()]);
         // SAFETY: between fork and exec only fcntl and dup2 are called, which
         // are safe there, on descriptors that this process keeps open.
@@ -67,10 +70,10 @@ impl Husk {
     }
 }
 
-fn boot(control: &OwnedFd, guest: &Guest, vsock: &Path) -> anyhow::Result<()> {
+fn boot(control: &OwnedFd, guest: &Guest, folder: &Path, ready: UnixStream) -> anyhow::Result<()> {
     let kernel = File::open(&guest.kernel).context("open the kernel")?;
     let rootfs = File::open(&guest.rootfs).context("open the root file system")?;
-    let listener = UnixListener::bind(vsock).context("make the vsock socket")?;
+    let listener = UnixListener::bind(folder.join("v")).context("make the vsock socket")?;
     let config = VmConfig {
         vcpus: 1,
         memory_mib: guest.memory_mib,
@@ -80,12 +83,16 @@ fn boot(control: &OwnedFd, guest: &Guest, vsock: &Path) -> anyhow::Result<()> {
         disks: Vec::new(),
         slots: Vec::new(),
         nets: Vec::new(),
-        vsock: Some(VsockConfig { cid: 3, listener: 2, path: vsock.display().to_string() }),
+        vsock: Some(VsockConfig {
+            cid: 3,
+            listener: 2,
+            host_port: Some(HostPort { port: READY_PORT, socket: 3 }),
+        }),
         fs: None,
         balloon: false,
         template: None,
     };
-    let fds = [kernel.as_fd(), rootfs.as_fd(), listener.as_fd()];
+    let fds = [kernel.as_fd(), rootfs.as_fd(), listener.as_fd(), ready.as_fd()];
     socket::send(control.as_fd(), &Request::Boot(Box::new(config)), &fds).context("ask for the boot")?;
     match socket::receive::<Response>(control.as_fd()).context("hear husk-vmm")? {
         Some((Response::Ok, _)) => Ok(()),

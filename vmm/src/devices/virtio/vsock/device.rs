@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -12,7 +11,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::muxer::Muxer;
+use super::muxer::{HostPort, Muxer};
 use super::packet::{HEADER_LEN, Header};
 use crate::devices::virtio::buffers::Buffers;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
@@ -48,14 +47,14 @@ pub struct Vsock {
 
 impl Vsock {
     /// A device for a guest with context id `cid`. Host clients come through
-    /// `listener`, whose path is `path`.
+    /// `listener`; the guest can connect to `host_port`.
     ///
     /// # Errors
     /// The process has too many open files.
-    pub fn new(cid: u32, listener: UnixListener, path: PathBuf) -> io::Result<Self> {
+    pub fn new(cid: u32, listener: UnixListener, host_port: Option<HostPort>) -> io::Result<Self> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         Ok(Self {
-            muxer: Muxer::new(cid, listener, path)?,
+            muxer: Muxer::new(cid, listener, host_port)?,
             watch: QueueWatch::new()?,
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             timer_is_set: false,

@@ -11,8 +11,9 @@
 //! - A client on the host connects to the listener and says `CONNECT <port>\n`
 //!   ([`handshake`]). When the guest has accepted, it is told `OK <port>\n` with
 //!   the port that stands for it; when not, its connection is closed.
-//! - When the guest connects to port P of the host, the device connects to the
-//!   unix socket `<path>_P`, and refuses when nobody listens there.
+//! - The guest can connect to one port of the host, once, to say that it is
+//!   ready: a socket for that came with the device. So the process needs no way
+//!   to make connections of its own.
 //!
 //! Both directions are flow-controlled ([`credit`]), and both can be closed
 //! alone. What the guest has sent, and the unix socket does not take yet, waits
@@ -35,3 +36,4 @@ mod slab;
 mod tests;
 
 pub use device::Vsock;
+pub use muxer::HostPort;

@@ -6,15 +6,12 @@
 //! loop shall watch.
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::OsString;
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use vmm_sys_util::epoll::EventSet;
 
 use super::connection::Connection;
@@ -45,6 +42,16 @@ pub const TIMER: u32 = FIRST_TOKEN + 1;
 const FIRST_HANDSHAKE: u32 = 0x1000;
 const FIRST_CONNECTION: u32 = 0x2000;
 
+/// A port of the host, and where what the guest says to it goes: to one
+/// connection, there is no second.
+#[derive(Debug)]
+pub struct HostPort {
+    /// Its number.
+    pub port: u32,
+    /// A connected socket.
+    pub socket: UnixStream,
+}
+
 /// What the event loop shall do.
 #[derive(Debug)]
 pub enum Change {
@@ -71,7 +78,8 @@ struct Slot {
 pub struct Muxer {
     guest_cid: u64,
     listener: UnixListener,
-    path: PathBuf,
+    /// The one port of the host that the guest can connect to, until it has.
+    host_port: Option<HostPort>,
     /// Host clients are let in: a driver is there.
     open: bool,
     listening: bool,
@@ -92,16 +100,20 @@ pub struct Muxer {
 }
 
 impl Muxer {
-    /// Host clients come through `listener`, whose path is `path`.
+    /// Host clients come through `listener`; the guest can connect to
+    /// `host_port`.
     ///
     /// # Errors
-    /// The listener cannot be made non-blocking.
-    pub fn new(guest_cid: u32, listener: UnixListener, path: PathBuf) -> io::Result<Self> {
+    /// A socket cannot be made non-blocking.
+    pub fn new(guest_cid: u32, listener: UnixListener, host_port: Option<HostPort>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
+        if let Some(HostPort { socket, .. }) = &host_port {
+            socket.set_nonblocking(true)?;
+        }
         Ok(Self {
             guest_cid: guest_cid.into(),
             listener,
-            path,
+            host_port,
             open: false,
             listening: false,
             accept_failed: false,
@@ -131,12 +143,6 @@ impl Muxer {
     /// Goes on with that port, one of [`HOST_PORTS`].
     pub const fn set_next_host_port(&mut self, port: u32) {
         self.next_host_port = port;
-    }
-
-    /// Path of the listener.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// What the event loop shall do, since the last call.
@@ -307,15 +313,15 @@ impl Muxer {
         if header.op() != Some(Op::Request) || self.connections.is_full() {
             return self.refuse(header, ports, kind);
         }
-        match connect_host(&self.path, ports.host) {
-            Ok(socket) => {
+        match self.host_port.take_if(|host| host.port == ports.host) {
+            Some(HostPort { socket, .. }) => {
                 let fd = socket.as_raw_fd();
                 if let Some(name) = self.insert(Connection::accepted(ports, socket, header)) {
                     self.changes.push(Change::Add(fd, token(FIRST_CONNECTION, name), INTEREST));
                     self.settle(name, now);
                 }
             }
-            Err(_) => self.refuse(header, ports, kind),
+            None => self.refuse(header, ports, kind),
         }
     }
 
@@ -409,15 +415,4 @@ const INTEREST: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP).union(Even
 fn token(first: u32, name: usize) -> u32 {
     // Names are smaller than MAX_CONNECTIONS.
     first + u32::try_from(name).unwrap_or_default()
-}
-
-/// Connects to the unix socket that stands for a port of the host.
-fn connect_host(path: &Path, port: u32) -> io::Result<UnixStream> {
-    let mut path = OsString::from(path);
-    path.push(format!("_{port}"));
-    // The standard library's `connect` waits while the listener's backlog is full.
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path.as_os_str())?)?;
-    Ok(UnixStream::from(socket))
 }

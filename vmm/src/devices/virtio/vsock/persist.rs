@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -54,18 +53,19 @@ impl Vsock {
         }
     }
 
-    /// Restores it, behind another listener.
+    /// Restores it, behind another listener. Its guest has said its first word
+    /// already, and can connect to no port of the host.
     ///
     /// # Errors
     /// See [`RestoreError`].
-    pub fn restore(state: &State, listener: UnixListener, path: PathBuf) -> Result<Self, RestoreError> {
+    pub fn restore(state: &State, listener: UnixListener) -> Result<Self, RestoreError> {
         if state.version != VERSION {
             return Err(RestoreError::Version(state.version));
         }
         if !HOST_PORTS.contains(&state.next_host_port) {
             return Err(RestoreError::Port(state.next_host_port));
         }
-        let mut vsock = Self::new(state.cid, listener, path)?;
+        let mut vsock = Self::new(state.cid, listener, None)?;
         vsock.muxer.set_next_host_port(state.next_host_port);
         vsock.owes_reset_event = state.connected;
         Ok(vsock)

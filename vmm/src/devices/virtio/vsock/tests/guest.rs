@@ -14,10 +14,12 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::test_utils::{DriverQueue, Part, activation, memory};
-use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, HOST_CID, Header, Op, STREAM};
+use crate::devices::virtio::vsock::{HostPort, Vsock};
 
 pub const CID: u64 = 42;
+/// The port of the host that a guest can connect to.
+pub const HOST_PORT: u32 = 80;
 /// Room that the guest says it has.
 pub const GUEST_BUFFER: u32 = 256 << 10;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -49,6 +51,8 @@ pub struct Guest {
     rx_size: u32,
     pub features: u64,
     pub dir: TempDir,
+    /// Where what the guest says to [`HOST_PORT`] comes out.
+    pub host_port: Option<UnixStream>,
 }
 
 impl Guest {
@@ -62,8 +66,9 @@ impl Guest {
     pub fn without_buffers() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("v")).unwrap();
-        let vsock = Vsock::new(CID as u32, listener, dir.path().join("v")).unwrap();
-        Self::with_device(vsock, dir)
+        let (socket, host_port) = UnixStream::pair().unwrap();
+        let vsock = Vsock::new(CID as u32, listener, Some(HostPort { port: HOST_PORT, socket })).unwrap();
+        Self { host_port: Some(host_port), ..Self::with_device(vsock, dir) }
     }
 
     pub fn with_device(vsock: Vsock, dir: TempDir) -> Self {
@@ -75,8 +80,19 @@ impl Guest {
         let queue = |index| DriverQueue::new(&memory, index, QUEUE_SIZE);
         let (rx, tx, event) = (queue(0), queue(1), queue(2));
         let rx_buffers = HashMap::new();
-        let mut guest =
-            Self { device, events, memory, rx, tx, event, rx_buffers, rx_size: 4096, features, dir };
+        let mut guest = Self {
+            device,
+            events,
+            memory,
+            rx,
+            tx,
+            event,
+            rx_buffers,
+            rx_size: 4096,
+            features,
+            dir,
+            host_port: None,
+        };
         guest.activate();
         guest
     }

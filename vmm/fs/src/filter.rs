@@ -1,0 +1,92 @@
+//! The system calls that are left: those on files below its root, and the
+//! socket. Any other fails.
+//!
+//! So whoever takes the process over makes no connection, starts no program,
+//! signals nobody, and gets no way into the kernel but that of files.
+
+use husk_seccomp::{BackendError, List, Refusal};
+
+const FILES: &[i64] = &[
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_statx,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statfs,
+    libc::SYS_fstatfs,
+    libc::SYS_readlinkat,
+    libc::SYS_getdents64,
+    libc::SYS_mknodat,
+    libc::SYS_mkdirat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_syncfs,
+    libc::SYS_lseek,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev2,
+    libc::SYS_copy_file_range,
+    libc::SYS_fcntl,
+    libc::SYS_getxattr,
+    libc::SYS_setxattr,
+    libc::SYS_listxattr,
+    libc::SYS_removexattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_fremovexattr,
+];
+
+/// Whose a new file is.
+const IDENTITY: &[i64] = &[libc::SYS_setfsuid, libc::SYS_setfsgid, libc::SYS_capget, libc::SYS_capset];
+
+/// Restricts the calling thread, and those that it makes.
+///
+/// # Errors
+/// The kernel has no seccomp.
+pub fn install() -> Result<(), husk_seccomp::Error> {
+    list()?.install(Refusal::Error)
+}
+
+fn list() -> Result<List, BackendError> {
+    Ok(List::new()?.calls(FILES).calls(IDENTITY))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::net::TcpListener;
+    use std::process::Command;
+
+    use rustix::fs::{CWD, Mode, OFlags};
+
+    use super::*;
+
+    #[test]
+    fn files_are_all_that_there_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        let restricted = move || {
+            install().unwrap();
+            let flags = OFlags::CREATE | OFlags::WRONLY;
+            rustix::fs::openat(CWD, &file, flags, Mode::RUSR).unwrap();
+            let connection = TcpListener::bind("127.0.0.1:0").unwrap_err();
+            let program = Command::new("/bin/true").spawn().unwrap_err();
+            [connection.raw_os_error(), program.raw_os_error()]
+        };
+        assert_eq!(std::thread::spawn(restricted).join().unwrap(), [Some(libc::EPERM); 2]);
+    }
+}

@@ -1,0 +1,211 @@
+//! Which system calls a process that faces a guest keeps (seccomp).
+//!
+//! A [`List`] begins with what every thread needs to live: memory that cannot
+//! be run, threads but no processes, locks, clocks, its end. Each program adds
+//! what it is there for.
+
+use std::collections::BTreeMap;
+
+use seccompiler::SeccompCmpArgLen::{Dword, Qword};
+use seccompiler::SeccompCmpOp::{Eq, MaskedEq};
+use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
+
+pub use seccompiler::{BackendError, Error};
+
+/// What every thread may call.
+const EVERY_THREAD: &[i64] = &[
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_gettimeofday,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Flags of a thread as `pthread_create` makes it; no process has them.
+const THREAD: u64 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID) as u64;
+
+/// The C library's signal by which all threads change their user.
+const SIGSETXID: u64 = 33;
+
+/// Of an `ioctl`'s request: whose it is, and its number there.
+const KIND_AND_NUMBER: u64 = 0xffff;
+
+/// What becomes of a thread that makes a call which is not on its list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It gets `SIGSYS`, which ends the process unless that is handled.
+    Signal,
+    /// The call fails with `EPERM`.
+    Error,
+}
+
+/// The system calls that a thread may make.
+#[derive(Clone, Debug)]
+pub struct List(BTreeMap<i64, Vec<SeccompRule>>);
+
+impl List {
+    /// What every thread needs.
+    ///
+    /// # Errors
+    /// None that depends on anything but this program.
+    pub fn new() -> Result<Self, BackendError> {
+        let mut list = Self(BTreeMap::new()).calls(EVERY_THREAD);
+        let not_executable = SeccompCondition::new(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0)?;
+        for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+            list.0.insert(call, vec![SeccompRule::new(vec![not_executable.clone()])?]);
+        }
+        let thread = SeccompCondition::new(0, Qword, Eq, THREAD)?;
+        list.0.insert(libc::SYS_clone, vec![SeccompRule::new(vec![thread])?]);
+        // Its flags are in memory, where no filter sees them: see `install`.
+        list = list.calls(&[libc::SYS_clone3]);
+        // A thread's name; signals to the process's own threads; and what the C
+        // library makes of its own signal when there is a second thread.
+        list.first_is(libc::SYS_prctl, libc::PR_SET_NAME as u64)?
+            .first_is(libc::SYS_tgkill, std::process::id().into())?
+            .first_is(libc::SYS_rt_sigaction, SIGSETXID)
+    }
+
+    /// Adds calls with any arguments.
+    #[must_use]
+    pub fn calls(mut self, calls: &[i64]) -> Self {
+        self.0.extend(calls.iter().map(|call| (*call, Vec::new())));
+        self
+    }
+
+    /// Adds a call with one more value that its first argument may have.
+    ///
+    /// # Errors
+    /// None that depends on anything but this program.
+    pub fn first_is(mut self, call: i64, value: u64) -> Result<Self, BackendError> {
+        let rule = SeccompRule::new(vec![SeccompCondition::new(0, Dword, Eq, value)?])?;
+        self.0.entry(call).or_default().push(rule);
+        Ok(self)
+    }
+
+    /// Adds requests of `ioctl` by their kind (`'T'`) and numbers; sizes and
+    /// directions are not looked at.
+    ///
+    /// # Errors
+    /// None that depends on anything but this program.
+    pub fn requests(mut self, kind: u8, numbers: &[u8]) -> Result<Self, BackendError> {
+        for number in numbers {
+            let request = u64::from(u16::from_be_bytes([kind, *number]));
+            let condition = SeccompCondition::new(1, Dword, MaskedEq(KIND_AND_NUMBER), request)?;
+            self.0.entry(libc::SYS_ioctl).or_default().push(SeccompRule::new(vec![condition])?);
+        }
+        Ok(self)
+    }
+
+    /// Whether a call is on the list, with some arguments at least.
+    #[must_use]
+    pub fn has(&self, call: i64) -> bool {
+        self.0.contains_key(&call)
+    }
+
+    /// Restricts the calling thread, and those that it makes from now on, to the
+    /// list, on top of what it is restricted to already.
+    ///
+    /// # Errors
+    /// The kernel has no seccomp.
+    pub fn install(self, refusal: Refusal) -> Result<(), Error> {
+        // The C library falls back to `clone`.
+        let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+        apply(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
+        let refused = match refusal {
+            Refusal::Signal => SeccompAction::Trap,
+            Refusal::Error => SeccompAction::Errno(libc::EPERM as u32),
+        };
+        apply(self.0, refused, SeccompAction::Allow)
+    }
+}
+
+fn apply(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    others: SeccompAction,
+    listed: SeccompAction,
+) -> Result<(), Error> {
+    let filter = SeccompFilter::new(rules, others, listed, TargetArch::x86_64)?;
+    let program: BpfProgram = filter.try_into()?;
+    seccompiler::apply_filter(&program)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io;
+    use std::thread;
+
+    use super::*;
+
+    /// The error of a call, in a thread that has [`List::new`] and no more.
+    fn refused(number: i64, arguments: [i64; 3]) -> Option<i32> {
+        let call = move || {
+            List::new().unwrap().install(Refusal::Error).unwrap();
+            // SAFETY: the calls made here take no pointers, or null ones.
+            let result = unsafe { libc::syscall(number, arguments[0], arguments[1], arguments[2]) };
+            (result < 0).then(|| io::Error::last_os_error().raw_os_error()).flatten()
+        };
+        thread::spawn(call).join().unwrap()
+    }
+
+    #[test]
+    fn what_is_not_on_the_list_fails_and_nothing_else() {
+        assert_eq!(refused(libc::SYS_getpid, [0; 3]), None);
+        for (call, arguments) in [
+            (libc::SYS_socket, [1, 1, 0]),
+            (libc::SYS_kill, [0; 3]),
+            (libc::SYS_tgkill, [1, 1, 0]),
+            (libc::SYS_ioctl, [-1, 0x5401, 0]),
+            (libc::SYS_clone, [libc::SIGCHLD.into(), 0, 0]),
+            (libc::SYS_mprotect, [0, 0, libc::PROT_EXEC.into()]),
+        ] {
+            assert_eq!(refused(call, arguments), Some(libc::EPERM), "call {call}");
+        }
+        assert_eq!(refused(libc::SYS_mprotect, [0, 0, libc::PROT_READ.into()]), None);
+        assert_eq!(refused(libc::SYS_clone3, [0; 3]), Some(libc::ENOSYS));
+    }
+
+    #[test]
+    fn threads_are_made_and_are_restricted_like_their_maker() {
+        let inner = || {
+            List::new().unwrap().install(Refusal::Error).unwrap();
+            let made = thread::Builder::new().name("another".into()).spawn(|| {
+                let memory = vec![1u8; 4 << 20];
+                // SAFETY: it takes numbers.
+                let socket = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) };
+                (memory.len(), socket)
+            });
+            made.unwrap().join().unwrap()
+        };
+        assert_eq!(thread::spawn(inner).join().unwrap(), (4 << 20, -1));
+    }
+}
