@@ -52,7 +52,8 @@ pub(super) struct Attributes {
     pub xattrs: Vec<(String, Vec<u8>)>,
 }
 
-/// A path of an archive that stays inside: relative, without `..`.
+/// A path of an archive that stays inside: without `..`, and below the image's
+/// root also when it is written with a slash in front, as some builders do.
 ///
 /// # Errors
 /// Why it is refused.
@@ -67,13 +68,12 @@ pub(super) fn safe_path(bytes: &[u8]) -> Result<PathBuf, String> {
     let mut path = PathBuf::new();
     for component in Path::new(OsStr::from_bytes(bytes)).components() {
         match component {
-            Component::CurDir => {}
+            Component::CurDir | Component::RootDir => {}
             Component::Normal(name) if name.len() <= MAX_NAME => path.push(name),
             Component::Normal(_) => return Err(format!("name is too long in path `{}`", shown())),
-            Component::RootDir | Component::Prefix(_) => {
-                return Err(format!("path `{}` is absolute", shown()));
+            Component::ParentDir | Component::Prefix(_) => {
+                return Err(format!("path `{}` contains `..`", shown()));
             }
-            Component::ParentDir => return Err(format!("path `{}` contains `..`", shown())),
         }
     }
     if path.components().count() > MAX_DEPTH {

@@ -236,11 +236,13 @@ fn a_later_layer_replaces_kinds() {
 #[test]
 fn what_leaves_the_image_is_refused() {
     for (archive, word) in [
-        (Archive::new().file("/etc/passwd", "x"), "absolute"),
+        (Archive::new().file("/../x", "x"), "`..`"),
         (Archive::new().file("../x", "x"), "`..`"),
         (Archive::new().file("a/../../x", "x"), "`..`"),
         (Archive::new().entry(EntryType::Link, "x", "../../../etc/passwd", b""), "leaves"),
-        (Archive::new().entry(EntryType::Link, "x", "/etc/passwd", b""), "leaves"),
+        (Archive::new().entry(EntryType::Link, "x", "/../etc/passwd", b""), "leaves"),
+        (Archive::new().entry(EntryType::Link, "x", "/etc/hostname", b""), "place in the image"),
+        (Archive::new().file("/x", "").entry(EntryType::Link, "x", "/x", b""), "no file"),
         (Archive::new().entry(EntryType::Link, "x", "absent", b""), "no file"),
         (Archive::new().file("x", "").entry(EntryType::Link, "x", "x", b""), "no file"),
         (Archive::new().file("x/y", "").entry(EntryType::Link, "x", "x/y", b""), "no file"),
@@ -253,6 +255,35 @@ fn what_leaves_the_image_is_refused() {
         let error = Image::new().apply(archive).unwrap_err();
         assert!(error.contains(word), "{word}: {error}");
     }
+}
+
+#[test]
+fn a_slash_in_front_means_the_images_root() {
+    let outside = tempfile::tempdir().unwrap();
+    let target = outside.path().to_str().unwrap();
+    std::fs::write(outside.path().join("file"), "precious").unwrap();
+    let mut image = Image::new();
+    image
+        .apply(
+            Archive::new()
+                .folder("/")
+                .folder("/ko-app/")
+                .file("/ko-app/tool", "run")
+                .file("//var/run/ko/data", "data")
+                .entry(EntryType::Link, "/twin", "/ko-app/tool", b"")
+                .entry(EntryType::Symlink, "/way", target, b"")
+                .file(&format!("{target}/file"), "of the image"),
+        )
+        .unwrap();
+    assert_eq!((image.text("ko-app/tool"), image.text("var/run/ko/data")), ("run".into(), "data".into()));
+    let inode = |path: &str| std::fs::metadata(image.path(path)).unwrap().ino();
+    assert_eq!(inode("twin"), inode("ko-app/tool"));
+    let inside = target.trim_start_matches('/');
+    assert_eq!(image.text(&format!("{inside}/file")), "of the image");
+    image.apply(Archive::new().file("/way/file", "by way of a link").file("/.wh.twin", "")).unwrap();
+    assert_eq!(image.text(&format!("{inside}/file")), "by way of a link");
+    assert!(!image.path("twin").exists());
+    assert_eq!(std::fs::read_to_string(outside.path().join("file")).unwrap(), "precious");
 }
 
 #[test]
