@@ -359,12 +359,17 @@ impl Unpacker {
             _ if error.kind() == io::ErrorKind::InvalidInput => {
                 Failure::Refused(format!("`{}` is the root of the image", path.display()))
             }
-            Some(
-                libc::EEXIST | libc::ENOTDIR | libc::ELOOP | libc::EXDEV | libc::ENAMETOOLONG | libc::ENOENT,
-            ) => Failure::Refused(format!(
-                "`{}` does not lead to a place in the image: {error}",
-                path.display()
+            Some(libc::ENAMETOOLONG) => Failure::Refused(format!(
+                "`{}` is deeper than {} folders, or its path is too long",
+                path.display(),
+                tree::MAX_DEPTH
             )),
+            Some(libc::EEXIST | libc::ENOTDIR | libc::ELOOP | libc::EXDEV | libc::ENOENT) => {
+                Failure::Refused(format!(
+                    "`{}` does not lead to a place in the image: {error}",
+                    path.display()
+                ))
+            }
             _ => self.disk("open", path, error),
         }
     }

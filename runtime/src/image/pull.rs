@@ -17,6 +17,7 @@ use tokio::io::AsyncWriteExt;
 use super::layer::{Failure, Packing, Unpacker};
 use super::store::{Record, file};
 use super::{Error, ImageStore, erofs, reference};
+use crate::host::remove_tree;
 use crate::id::hex;
 use crate::sandbox::lock;
 
@@ -54,7 +55,7 @@ struct Workspace(PathBuf);
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+        if let Err(error) = remove_tree(&self.0) {
             tracing::warn!(path = %self.0.display(), %error, "remove the folder of a pull");
         }
     }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::pull::Flights;
 use super::reference::{self, Name};
 use super::{Error, Image, ImageConfig};
+use crate::host::remove_tree;
 
 /// Id to record, as JSON.
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
@@ -65,24 +66,39 @@ impl ImageStore {
         write.open_table(IMAGES).map_err(metadata)?;
         write.commit().map_err(metadata)?;
         let store = Self { database, directory, config, flights: Flights::default() };
-        store.sweep()?;
+        // What cannot be removed takes room, and nothing else.
+        let (pulls, rootfs) = (store.sweep_pulls(), store.sweep_rootfs());
+        for error in [pulls, rootfs].into_iter().filter_map(Result::err) {
+            tracing::warn!(%error, "sweep what unfinished pulls left");
+        }
         Ok(store)
     }
 
-    /// Removes the folders of unfinished pulls, and files that no image has.
-    fn sweep(&self) -> Result<(), Error> {
+    /// Removes the folders of unfinished pulls.
+    fn sweep_pulls(&self) -> Result<(), Error> {
         let pulls = self.pulls();
+        let mut result = Ok(());
         for entry in std::fs::read_dir(&pulls).map_err(file("read folder", &pulls))?.flatten() {
-            std::fs::remove_dir_all(entry.path()).map_err(file("remove", &entry.path()))?;
+            let path = entry.path();
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let removed = if is_folder { remove_tree(&path) } else { std::fs::remove_file(&path) };
+            result = result.and(removed.map_err(file("remove", &path)));
         }
+        result
+    }
+
+    /// Removes files that no image has.
+    fn sweep_rootfs(&self) -> Result<(), Error> {
         let used: BTreeSet<_> = self.records()?.iter().map(|record| self.rootfs(&record.chain_id)).collect();
         let folder = self.directory.join("rootfs");
+        let mut result = Ok(());
         for entry in std::fs::read_dir(&folder).map_err(file("read folder", &folder))?.flatten() {
-            if !used.contains(&entry.path()) {
-                std::fs::remove_file(entry.path()).map_err(file("remove", &entry.path()))?;
+            let path = entry.path();
+            if !used.contains(&path) {
+                result = result.and(std::fs::remove_file(&path).map_err(file("remove", &path)));
             }
         }
-        Ok(())
+        result
     }
 
     /// The image that `name` means: a reference, an id, or the beginning of one.
@@ -316,11 +332,37 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
         std::fs::create_dir_all(store.pulls().join("1/files")).unwrap();
+        std::fs::write(store.pulls().join("stray"), "").unwrap();
         std::fs::write(store.rootfs("sha256:33"), "unpublished").unwrap();
+        // Deeper than a path can name and a stack is.
+        let mut inner = root.path().join("seed");
+        std::fs::create_dir(&inner).unwrap();
+        for level in 0..3000 {
+            let outer = root.path().join(format!("level-{level}"));
+            std::fs::create_dir(&outer).unwrap();
+            std::fs::rename(&inner, outer.join("deep")).unwrap();
+            inner = outer;
+        }
+        std::fs::rename(&inner, store.pulls().join("2")).unwrap();
         drop(store);
         let store = open(root.path());
         assert_eq!(std::fs::read_dir(store.pulls()).unwrap().count(), 0);
         assert!(!store.rootfs("sha256:33").exists());
+    }
+
+    #[test]
+    fn what_cannot_be_swept_does_not_keep_the_images_away() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
+        std::fs::write(store.rootfs("sha256:11"), "files").unwrap();
+        // A folder where only files are removed.
+        std::fs::create_dir_all(store.rootfs("sha256:33").join("full")).unwrap();
+        std::fs::write(store.rootfs("sha256:44"), "unpublished").unwrap();
+        drop(store);
+        let store = open(root.path());
+        assert!(store.resolve("x:1").unwrap().is_some());
+        assert!(!store.rootfs("sha256:44").exists(), "the others are swept");
     }
 
     #[test]

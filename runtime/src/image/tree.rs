@@ -17,15 +17,19 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-/// Longest path that is taken, in bytes and in components.
+/// Longest path that is taken, in bytes.
 const MAX_PATH: usize = 4095;
-const MAX_DEPTH: usize = 256;
+/// Most folders inside one another, those included that a link leads through:
+/// what removes or packs the tree calls itself for each.
+pub(super) const MAX_DEPTH: usize = 256;
 const MAX_NAME: usize = 255;
 
 /// The folder.
 #[derive(Debug)]
 pub(super) struct Tree {
     root: OwnedFd,
+    /// Components of the root's own path.
+    depth: usize,
     /// Folders made because something is in them.
     made: Cell<u64>,
 }
@@ -85,7 +89,9 @@ pub(super) fn safe_path(bytes: &[u8]) -> Result<PathBuf, String> {
 impl Tree {
     pub(super) fn open(root: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { root: rustix::fs::open(root, flags, Mode::empty())?, made: Cell::new(0) })
+        let root = rustix::fs::open(root, flags, Mode::empty())?;
+        let depth = real_path(&root)?.components().count();
+        Ok(Self { root, depth, made: Cell::new(0) })
     }
 
     /// How many folders were made that nobody asked for.
@@ -101,8 +107,18 @@ impl Tree {
     /// An entry's place. Folders on the way are made when `make` says so.
     pub(super) fn place(&self, path: &Path, make: bool) -> io::Result<Place> {
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        let parent = path.parent().unwrap_or(Path::new(""));
-        Ok(Place { parent: self.folder(parent, make)?, name })
+        let parent = self.folder(path.parent().unwrap_or(Path::new("")), make)?;
+        if make {
+            self.has_room(&parent)?;
+        }
+        Ok(Place { parent, name })
+    }
+
+    /// Whether there may be more in a folder. How deep it is says only the
+    /// kernel, because a short path through links leads far down.
+    fn has_room(&self, folder: &OwnedFd) -> io::Result<()> {
+        let depth = real_path(folder)?.components().count().saturating_sub(self.depth);
+        if depth >= MAX_DEPTH { Err(Errno::NAMETOOLONG.into()) } else { Ok(()) }
     }
 
     /// Opens a folder, following links inside the tree.
@@ -117,6 +133,7 @@ impl Tree {
             walked.push(component);
             match self.resolve(&walked) {
                 Err(Errno::NOENT) => {
+                    self.has_room(&parent)?;
                     mkdirat(&parent, component.as_os_str(), Mode::from_raw_mode(0o755))?;
                     self.made.set(self.made.get().saturating_add(1));
                 }
@@ -213,9 +230,18 @@ impl Place {
     }
 
     fn proc_path(&self) -> PathBuf {
-        use std::os::fd::AsRawFd;
-        Path::new("/proc/self/fd").join(self.parent.as_raw_fd().to_string()).join(&self.name)
+        proc_path(&self.parent).join(&self.name)
     }
+}
+
+fn proc_path(file: &OwnedFd) -> PathBuf {
+    use std::os::fd::AsRawFd;
+    Path::new("/proc/self/fd").join(file.as_raw_fd().to_string())
+}
+
+/// Where an open folder is: `ENAMETOOLONG` where no path can say it.
+fn real_path(folder: &OwnedFd) -> io::Result<PathBuf> {
+    std::fs::read_link(proc_path(folder))
 }
 
 /// Removes everything in a folder.

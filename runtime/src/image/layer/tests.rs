@@ -287,6 +287,35 @@ fn a_slash_in_front_means_the_images_root() {
 }
 
 #[test]
+fn links_do_not_lead_deeper_than_a_path_may() {
+    let down = "a/".repeat(40);
+    let depth = |image: &Image| {
+        let mut path = image.path("a");
+        std::iter::from_fn(|| path.is_dir().then(|| path.push("a"))).count()
+    };
+    let link = |archive: Archive, number: usize, target: &str| {
+        archive.entry(EntryType::Symlink, &format!("s{number}"), target.trim_end_matches('/'), b"")
+    };
+    let mut image = Image::new();
+    let archive = link(Archive::new().folder(&down), 1, &down).folder(&format!("s1/{down}"));
+    image.apply(archive).unwrap();
+    assert_eq!(depth(&image), 80, "an honest layer may use links");
+    for last in ["", "f"] {
+        let mut archive = link(Archive::new().folder(&down), 1, &down);
+        for number in 1..12 {
+            let deeper = format!("s{number}/{down}");
+            let kind = if last.is_empty() { EntryType::Directory } else { EntryType::Regular };
+            archive = archive.entry(kind, &format!("{deeper}{last}"), "", b"");
+            archive = link(archive, number + 1, &deeper);
+        }
+        let mut image = Image::new();
+        let error = image.apply(archive).unwrap_err();
+        assert!(error.contains("deeper than 256"), "{error}");
+        assert!((240..=256).contains(&depth(&image)), "{}", depth(&image));
+    }
+}
+
+#[test]
 fn a_link_in_a_lower_layer_leads_nowhere_outside() {
     let outside = tempfile::tempdir().unwrap();
     let target = outside.path().to_str().unwrap();
