@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -50,14 +50,30 @@ pub(super) struct Flights(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
 /// Tells the folders of pulls apart.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// A folder that goes when it is let go.
+/// A folder that goes when the last who works in it lets it go.
 struct Workspace(PathBuf);
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        if let Err(error) = remove_tree(&self.0) {
+        // A pull that is given up may just be making a file, or mkfs.erofs is:
+        // neither makes a second one.
+        let removed = remove_tree(&self.0).or_else(|_| {
+            std::thread::sleep(Duration::from_millis(50));
+            remove_tree(&self.0)
+        });
+        if let Err(error) = removed {
             tracing::warn!(path = %self.0.display(), %error, "remove the folder of a pull");
         }
+    }
+}
+
+/// Tells a thread that nobody waits for it any more.
+#[derive(Default)]
+struct Cancel(Arc<AtomicBool>);
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -119,7 +135,7 @@ impl Pull<'_> {
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         std::fs::create_dir_all(&workspace).map_err(file("make folder", &workspace))?;
-        let workspace = Workspace(workspace);
+        let workspace = Arc::new(Workspace(workspace));
         let (config_text, config) = self.config(&manifest, &workspace.0).await?;
         let diff_ids = config.rootfs().diff_ids().clone();
         let layers = self.layers(&manifest, &diff_ids)?;
@@ -127,7 +143,7 @@ impl Pull<'_> {
         let rootfs = self.store.rootfs(&chain_id);
         if !rootfs.exists() {
             self.fetch(&layers, &workspace.0).await?;
-            self.unpack(layers, diff_ids, &workspace.0).await?;
+            self.unpack(layers, diff_ids, &workspace).await?;
             let packed = workspace.0.join("rootfs.erofs");
             erofs::pack(&workspace.0.join("files"), &packed).await?;
             // On disk before it has the name that says that it is whole.
@@ -348,21 +364,26 @@ impl Pull<'_> {
         Ok(())
     }
 
+    /// A pull that is given up lets the thread go, which stops at its next read
+    /// and has the folder for itself until then.
     async fn unpack(
         &self,
         layers: Vec<(Descriptor, Packing)>,
         diff_ids: Vec<String>,
-        workspace: &Path,
+        workspace: &Arc<Workspace>,
     ) -> Result<(), Error> {
-        let workspace = workspace.to_owned();
+        let workspace = workspace.clone();
         let limits = self.store.config.limits.clone();
+        let cancel = Cancel::default();
+        let cancelled = cancel.0.clone();
         let unpacked = tokio::task::spawn_blocking(move || {
+            let workspace = &workspace.0;
             let folder = workspace.join("files");
             std::fs::create_dir(&folder)
                 .map_err(|error| Failure::Disk("make folder", folder.clone(), error))?;
-            let mut unpacker = Unpacker::new(&folder, &limits, Arc::default())?;
+            let mut unpacker = Unpacker::new(&folder, &limits, cancelled)?;
             for (number, ((_, packing), diff_id)) in layers.into_iter().zip(diff_ids).enumerate() {
-                let blob = layer_path(&workspace, number);
+                let blob = layer_path(workspace, number);
                 unpacker.apply(&blob, packing, &diff_id)?;
                 let _ = std::fs::remove_file(&blob);
             }

@@ -259,6 +259,48 @@ async fn a_registry_that_hangs_is_given_up() {
 }
 
 #[tokio::test]
+async fn a_pull_that_is_given_up_while_it_unpacks_stops_and_leaves_nothing() {
+    let node = Node::with(Behaviour::honest()).await;
+    let path = node.store.pulls().join("given-up");
+    std::fs::create_dir(&path).unwrap();
+    // A layer that ends never: a pipe, with a large file in it.
+    let blob = layer_path(&path, 0);
+    nix::unistd::mkfifo(&blob, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let writer = std::thread::spawn(move || {
+        use std::io::Write;
+        let mut pipe = std::fs::OpenOptions::new().write(true).open(blob).unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_path("large").unwrap();
+        header.set_size(1 << 30);
+        header.set_cksum();
+        pipe.write_all(header.as_bytes()).unwrap();
+        // Ten seconds, and then the reader has not stopped.
+        (0..10_000).any(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            pipe.write_all(&[0; 4096]).is_err()
+        })
+    });
+    let layer = serde_json::from_value(json!({
+        "mediaType": LAYER, "digest": digest(b""), "size": 1,
+    }));
+    let layers = vec![(layer.unwrap(), Packing::Plain)];
+    let reference = reference::parse("x:1").unwrap();
+    let pull = Pull { store: &node.store, sources: Vec::new(), reference, name: "x:1".into() };
+    let workspace = Arc::new(Workspace(path.clone()));
+    let given_up =
+        tokio::time::timeout(Duration::from_millis(300), pull.unpack(layers, vec![digest(b"")], &workspace));
+    assert!(given_up.await.is_err());
+    drop(workspace);
+    assert!(tokio::task::spawn_blocking(|| writer.join().unwrap()).await.unwrap(), "the thread goes on");
+    let gone = async {
+        while path.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), gone).await.unwrap();
+}
+
+#[tokio::test]
 async fn lies_are_refused_and_leave_nothing() {
     let honest = Behaviour::honest();
     let path = honest.layer_path();
