@@ -125,8 +125,10 @@ impl Pull<'_> {
         let digests = BTreeSet::from([format!("{}@{digest}", reference::repository(&self.reference))]);
         let annotations = self.annotations(&manifest);
         if let Some(known) = self.store.by_id(&id)? {
-            self.store.publish(Record { tags, digests, annotations, ..known })?;
-            return Ok(id);
+            let (tags, digests, annotations) = (tags.clone(), digests.clone(), annotations.clone());
+            if self.store.adopt(Record { tags, digests, annotations, ..known })? {
+                return Ok(id);
+            }
         }
 
         let workspace = self.store.pulls().join(format!(
@@ -140,8 +142,9 @@ impl Pull<'_> {
         let diff_ids = config.rootfs().diff_ids().clone();
         let layers = self.layers(&manifest, &diff_ids)?;
         let chain_id = chain_id(&diff_ids);
-        let rootfs = self.store.rootfs(&chain_id);
-        if !rootfs.exists() {
+        let record =
+            Record { id: id.clone(), tags, digests, chain_id, size: 0, config: config_text, annotations };
+        if !self.store.adopt(record.clone())? {
             self.fetch(&layers, &workspace.0).await?;
             self.unpack(layers, diff_ids, &workspace).await?;
             let packed = workspace.0.join("rootfs.erofs");
@@ -154,15 +157,11 @@ impl Pull<'_> {
             .await
             .map_err(|error| self.refused(error.to_string()))?
             .map_err(file("sync", &packed))?;
-            std::fs::rename(&packed, &rootfs).map_err(file("rename to", &rootfs))?;
+            self.store.settle(record, &packed)?;
         }
-        let size = std::fs::metadata(&rootfs).map_err(file("look at", &rootfs))?.len();
-        let record =
-            Record { id: id.clone(), tags, digests, chain_id, size, config: config_text, annotations };
-        self.store.publish(record)?;
         // Removing the files takes a moment that nobody need wait for.
         tokio::task::spawn_blocking(move || drop(workspace));
-        tracing::info!(image = self.name, id, size, "image pulled");
+        tracing::info!(image = self.name, id, "image pulled");
         Ok(id)
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use oci_spec::image::ImageConfiguration;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -12,6 +12,7 @@ use super::pull::Flights;
 use super::reference::{self, Name};
 use super::{Error, Image, ImageConfig};
 use crate::host::remove_tree;
+use crate::sandbox::lock;
 
 /// Id to record, as JSON.
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
@@ -38,6 +39,9 @@ pub struct ImageStore {
     directory: PathBuf,
     pub(super) config: ImageConfig,
     pub(super) flights: Flights,
+    /// Held while a record and its file come or go together: several images
+    /// may have one file.
+    files: Mutex<()>,
 }
 
 /// What the images take.
@@ -65,7 +69,8 @@ impl ImageStore {
         let write = database.begin_write().map_err(metadata)?;
         write.open_table(IMAGES).map_err(metadata)?;
         write.commit().map_err(metadata)?;
-        let store = Self { database, directory, config, flights: Flights::default() };
+        let store =
+            Self { database, directory, config, flights: Flights::default(), files: Mutex::default() };
         // What cannot be removed takes room, and nothing else.
         let (pulls, rootfs) = (store.sweep_pulls(), store.sweep_rootfs());
         for error in [pulls, rootfs].into_iter().filter_map(Result::err) {
@@ -102,11 +107,13 @@ impl ImageStore {
     }
 
     /// The image that `name` means: a reference, an id, or the beginning of one.
+    /// One whose files have gone is not here; a pull brings it back.
     ///
     /// # Errors
     /// An ambiguous id, or the database's.
     pub fn resolve(&self, name: &str) -> Result<Option<Image>, Error> {
-        self.find(name)?.map(|record| self.image(record)).transpose()
+        let record = self.find(name)?.filter(|record| self.has_files(record));
+        record.map(|record| self.image(record)).transpose()
     }
 
     fn find(&self, name: &str) -> Result<Option<Record>, Error> {
@@ -140,7 +147,8 @@ impl ImageStore {
     /// # Errors
     /// The database's.
     pub fn list(&self) -> Result<Vec<Image>, Error> {
-        self.records()?.into_iter().map(|record| self.image(record)).collect()
+        let here = self.records()?.into_iter().filter(|record| self.has_files(record));
+        here.map(|record| self.image(record)).collect()
     }
 
     /// Removes an image with all its names. One that is not here is removed
@@ -149,6 +157,7 @@ impl ImageStore {
     /// # Errors
     /// The disk's or the database's.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
+        let _files = lock(&self.files);
         let Some(record) = self.find(name)? else { return Ok(()) };
         let write = self.database.begin_write().map_err(metadata)?;
         let shared = {
@@ -167,8 +176,26 @@ impl ImageStore {
         }
     }
 
-    /// Publishes a pulled image. A tag that led elsewhere leads here now.
-    pub(super) fn publish(&self, new: Record) -> Result<(), Error> {
+    /// Publishes an image whose files are here already, its own or another's
+    /// that is made of the same layers; false if they are not.
+    pub(super) fn adopt(&self, record: Record) -> Result<bool, Error> {
+        let _files = lock(&self.files);
+        let Ok(metadata) = std::fs::metadata(self.rootfs(&record.chain_id)) else { return Ok(false) };
+        self.publish(Record { size: metadata.len(), ..record })?;
+        Ok(true)
+    }
+
+    /// Publishes an image with the file that a pull has made of it.
+    pub(super) fn settle(&self, record: Record, packed: &Path) -> Result<(), Error> {
+        let _files = lock(&self.files);
+        let size = std::fs::metadata(packed).map_err(file("look at", packed))?.len();
+        let rootfs = self.rootfs(&record.chain_id);
+        std::fs::rename(packed, &rootfs).map_err(file("rename to", &rootfs))?;
+        self.publish(Record { size, ..record })
+    }
+
+    /// A tag that led elsewhere leads to this image now.
+    fn publish(&self, new: Record) -> Result<(), Error> {
         let write = self.database.begin_write().map_err(metadata)?;
         {
             let mut table = write.open_table(IMAGES).map_err(metadata)?;
@@ -187,10 +214,13 @@ impl ImageStore {
         write.commit().map_err(metadata)
     }
 
-    /// The image with this id, if it is here with its files.
+    /// What is kept of the image with this id, whether its files are here or not.
     pub(super) fn by_id(&self, id: &str) -> Result<Option<Record>, Error> {
-        let record = self.records()?.into_iter().find(|record| record.id == id);
-        Ok(record.filter(|record| self.rootfs(&record.chain_id).exists()))
+        Ok(self.records()?.into_iter().find(|record| record.id == id))
+    }
+
+    fn has_files(&self, record: &Record) -> bool {
+        self.rootfs(&record.chain_id).exists()
     }
 
     /// What the images take on disk.
@@ -284,12 +314,18 @@ mod tests {
         ImageStore::open(root, ImageConfig::default()).unwrap()
     }
 
+    /// Publishes an image with its file.
+    fn settle(store: &ImageStore, record: Record) {
+        let packed = store.pulls().join("packed");
+        std::fs::write(&packed, "files").unwrap();
+        store.settle(record, &packed).unwrap();
+    }
+
     #[test]
     fn an_image_is_found_by_all_its_names_also_after_a_restart() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
-        std::fs::write(store.rootfs("sha256:11"), "files").unwrap();
+        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
         drop(store);
         let store = open(root.path());
         let digest = format!("x@sha256:{}", "a".repeat(64));
@@ -306,8 +342,8 @@ mod tests {
     fn a_tag_leads_to_the_image_that_was_pulled_last() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
-        store.publish(record('b', &["docker.io/library/x:1"], "sha256:22")).unwrap();
+        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
+        settle(&store, record('b', &["docker.io/library/x:1"], "sha256:22"));
         assert!(store.resolve("x:1").unwrap().unwrap().id.contains("bbb"));
         assert!(store.resolve("aaaa").unwrap().unwrap().repo_tags.is_empty());
     }
@@ -316,15 +352,50 @@ mod tests {
     fn files_go_with_the_last_image_that_has_them() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
-        store.publish(record('b', &["docker.io/library/x:2"], "sha256:11")).unwrap();
+        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
+        assert!(store.adopt(record('b', &["docker.io/library/x:2"], "sha256:11")).unwrap());
         let rootfs = store.rootfs("sha256:11");
-        std::fs::write(&rootfs, "files").unwrap();
         store.remove("x:1").unwrap();
         assert!(rootfs.exists());
         store.remove("x:1").unwrap();
         store.remove("x:2").unwrap();
         assert!(!rootfs.exists());
+    }
+
+    #[test]
+    fn an_image_without_its_files_is_not_here() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        let image = || record('a', &["docker.io/library/x:1"], "sha256:11");
+        assert!(!store.adopt(image()).unwrap());
+        assert!(store.records().unwrap().is_empty());
+        settle(&store, image());
+        std::fs::remove_file(store.rootfs("sha256:11")).unwrap();
+        assert!(store.resolve("x:1").unwrap().is_none() && store.list().unwrap().is_empty());
+        settle(&store, image());
+        assert_eq!(store.resolve("x:1").unwrap().unwrap().size, 5);
+    }
+
+    #[test]
+    fn an_image_is_not_published_while_its_files_go_with_another() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        for _ in 0..50 {
+            settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
+            let start = std::sync::Barrier::new(2);
+            let adopted = std::thread::scope(|scope| {
+                let adopts = scope.spawn(|| {
+                    start.wait();
+                    store.adopt(record('b', &["docker.io/library/x:2"], "sha256:11")).unwrap()
+                });
+                start.wait();
+                store.remove("x:1").unwrap();
+                adopts.join().unwrap()
+            });
+            assert_eq!(store.rootfs("sha256:11").exists(), adopted);
+            assert_eq!(store.resolve("x:2").unwrap().is_some(), adopted);
+            store.remove("x:2").unwrap();
+        }
     }
 
     #[test]
@@ -354,8 +425,7 @@ mod tests {
     fn what_cannot_be_swept_does_not_keep_the_images_away() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        store.publish(record('a', &["docker.io/library/x:1"], "sha256:11")).unwrap();
-        std::fs::write(store.rootfs("sha256:11"), "files").unwrap();
+        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
         // A folder where only files are removed.
         std::fs::create_dir_all(store.rootfs("sha256:33").join("full")).unwrap();
         std::fs::write(store.rootfs("sha256:44"), "unpublished").unwrap();
@@ -371,8 +441,8 @@ mod tests {
         let store = open(root.path());
         let mut one = record('a', &[], "sha256:11");
         one.id.replace_range(60.., "00000000000");
-        store.publish(one).unwrap();
-        store.publish(record('a', &[], "sha256:22")).unwrap();
+        settle(&store, one);
+        settle(&store, record('a', &[], "sha256:22"));
         assert!(matches!(store.resolve("aaaa"), Err(Error::Ambiguous(_))));
     }
 }
