@@ -12,13 +12,12 @@ use husk_proto::cri::{
     ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse,
     StreamImagesRequest, StreamImagesResponse, UInt64Value,
 };
-use oci_client::secrets::RegistryAuth;
 use tonic::{Request, Response, Status};
 
 use super::error::Error;
 use super::runtime_service::in_batches;
 use crate::container::now;
-use crate::image::{Image, ImageStore, full_name, is_at};
+use crate::image::{Credentials, Image, ImageStore, full_name, is_at};
 
 /// The service.
 #[derive(Debug)]
@@ -140,9 +139,9 @@ fn named(image: Option<ImageSpec>) -> Result<String, Error> {
 
 /// What the client says about itself to the registry of `image`: nothing, when
 /// it says that for another.
-fn credentials(image: &str, auth: Option<AuthConfig>) -> Result<RegistryAuth, Error> {
+fn credentials(image: &str, auth: Option<AuthConfig>) -> Result<Credentials, Error> {
     use base64::Engine;
-    let Some(auth) = auth else { return Ok(RegistryAuth::Anonymous) };
+    let Some(auth) = auth else { return Ok(Credentials::Anonymous) };
     if !auth.server_address.is_empty() && !is_at(image, &auth.server_address) {
         let server = auth.server_address;
         tracing::warn!(
@@ -150,25 +149,25 @@ fn credentials(image: &str, auth: Option<AuthConfig>) -> Result<RegistryAuth, Er
             server,
             "pull without credentials: those of the request are for another server"
         );
-        return Ok(RegistryAuth::Anonymous);
+        return Ok(Credentials::Anonymous);
     }
     if !auth.username.is_empty() {
-        return Ok(RegistryAuth::Basic(auth.username, auth.password));
+        return Ok(Credentials::Basic(auth.username, auth.password));
     }
     if !auth.auth.is_empty() {
         let wrong = || Error::InvalidArgument("`auth` is not base64 of `user:password`".into());
         let bytes = base64::engine::general_purpose::STANDARD.decode(auth.auth).map_err(|_| wrong())?;
         let text = String::from_utf8(bytes).map_err(|_| wrong())?;
         let (user, password) = text.split_once(':').ok_or_else(wrong)?;
-        return Ok(RegistryAuth::Basic(user.into(), password.trim_end_matches('\0').into()));
+        return Ok(Credentials::Basic(user.into(), password.trim_end_matches('\0').into()));
     }
     if !auth.registry_token.is_empty() {
-        return Ok(RegistryAuth::Bearer(auth.registry_token));
+        return Ok(Credentials::Bearer(auth.registry_token));
     }
     if !auth.identity_token.is_empty() {
         return Err(Error::Unimplemented("pull with an identity token is not supported yet".into()));
     }
-    Ok(RegistryAuth::Anonymous)
+    Ok(Credentials::Anonymous)
 }
 
 fn to_cri(image: &Image) -> CriImage {
@@ -251,9 +250,9 @@ mod tests {
             };
             credentials("registry.example/app:1", Some(auth)).unwrap()
         };
-        let known = RegistryAuth::Basic("u".into(), "p".into());
+        let known = Credentials::Basic("u".into(), "p".into());
         assert_eq!(to(""), known);
         assert_eq!(to("https://registry.example/v2/"), known);
-        assert_eq!(to("other.example"), RegistryAuth::Anonymous);
+        assert_eq!(to("other.example"), Credentials::Anonymous);
     }
 }

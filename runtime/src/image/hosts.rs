@@ -33,6 +33,13 @@ pub(super) struct Host {
     pub resolve: bool,
     /// Content may be fetched there, by its digest.
     pub pull: bool,
+    /// How it is connected to.
+    pub connection: Connection,
+}
+
+/// How a host is connected to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Connection {
     /// Its certificate is not looked at.
     pub skip_verify: bool,
     /// Certificates that vouch for it, besides the system's.
@@ -48,6 +55,8 @@ pub(super) struct Hosts {
     pub mirrors: Vec<Host>,
     /// What is asked last, if it is not simply the registry itself.
     pub server: Option<Host>,
+    /// How the registry itself is connected to, where no `server` stands for it.
+    pub registry: Connection,
 }
 
 /// The keys of a host, and of the file for its `server`.
@@ -110,7 +119,7 @@ impl Hosts {
             None | Some("") => None,
             Some(server) => Some(Host::new(server, toml::from_str(text).map_err(read)?, folder)?),
         };
-        Ok(Self { mirrors, server })
+        Ok(Self { mirrors, server, registry: Connection::default() })
     }
 }
 
@@ -155,9 +164,7 @@ impl Host {
             prefix,
             resolve,
             pull,
-            skip_verify: settings.skip_verify.unwrap_or(false),
-            ca,
-            dial_timeout,
+            connection: Connection { skip_verify: settings.skip_verify.unwrap_or(false), ca, dial_timeout },
         })
     }
 }
@@ -248,14 +255,14 @@ mod tests {
         .unwrap();
         let [first, second] = &hosts.mirrors[..] else { panic!("{hosts:?}") };
         assert_eq!(first.address, "z.example:5000", "in the file's order, not the alphabet's");
-        assert_eq!(first.ca, [Path::new("/certs.d/host/a.crt"), Path::new("/etc/b.crt")]);
-        assert_eq!((first.plain, first.skip_verify), (Some(false), true));
-        assert_eq!(first.dial_timeout, Some(Duration::from_millis(500)));
+        assert_eq!(first.connection.ca, [Path::new("/certs.d/host/a.crt"), Path::new("/etc/b.crt")]);
+        assert_eq!((first.plain, first.connection.skip_verify), (Some(false), true));
+        assert_eq!(first.connection.dial_timeout, Some(Duration::from_millis(500)));
         assert_eq!((second.address.as_str(), second.plain), ("a.example/mirror", Some(true)));
         assert_eq!((second.resolve, second.pull), (false, true));
         let server = hosts.server.unwrap();
         assert_eq!(server.address, "registry-1.example");
-        assert_eq!(server.ca, [Path::new("/certs.d/host/server.crt")]);
+        assert_eq!(server.connection.ca, [Path::new("/certs.d/host/server.crt")]);
         assert!(server.resolve && server.pull);
         assert_eq!(parse("").unwrap(), Hosts::default());
     }

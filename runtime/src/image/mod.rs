@@ -15,12 +15,17 @@ mod hosts;
 mod layer;
 mod pull;
 mod reference;
+mod registry;
 mod store;
 mod tree;
 
 pub use layer::Limits;
 pub use reference::{full_name, is_at};
+pub use registry::Credentials;
 pub use store::{FsInfo, ImageStore};
+
+/// Largest file of certificates that is read.
+const MAX_PEM: u64 = 4 << 20;
 
 /// How images are pulled.
 #[derive(Clone, Debug)]

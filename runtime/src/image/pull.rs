@@ -7,14 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
-use oci_client::errors::OciDistributionError;
-use oci_client::secrets::RegistryAuth;
-use oci_client::{Reference, manifest};
+use oci_spec::distribution::Reference;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
 use super::layer::{Failure, Packing, Unpacker};
+use super::registry::{self, Credentials};
 use super::store::{Record, file};
 use super::{Error, ImageStore, erofs, reference};
 use crate::host::remove_tree;
@@ -27,7 +26,7 @@ use source::{Rounds, Source, Wanted, sources};
 /// Layers that are fetched at the same time.
 const PARALLEL: usize = 3;
 /// Largest manifest and largest configuration, bytes.
-const MAX_DOCUMENT: u64 = 4 << 20;
+const MAX_DOCUMENT: usize = 4 << 20;
 /// Most bytes of annotations that are kept of an image.
 const MAX_ANNOTATIONS: usize = 64 << 10;
 /// As many layers as other runtimes take.
@@ -36,12 +35,10 @@ const MAX_LAYERS: usize = 127;
 const TRIES: u32 = 3;
 
 /// Manifests that are understood.
-const MEDIA_TYPES: &[&str] = &[
-    manifest::OCI_IMAGE_MEDIA_TYPE,
-    manifest::OCI_IMAGE_INDEX_MEDIA_TYPE,
-    manifest::IMAGE_MANIFEST_MEDIA_TYPE,
-    manifest::IMAGE_MANIFEST_LIST_MEDIA_TYPE,
-];
+const MEDIA_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
+                           application/vnd.oci.image.index.v1+json, \
+                           application/vnd.docker.distribution.manifest.v2+json, \
+                           application/vnd.docker.distribution.manifest.list.v2+json";
 
 /// Pulls under way, so that one reference is pulled by one at a time.
 #[derive(Debug, Default)]
@@ -91,10 +88,10 @@ impl ImageStore {
     ///
     /// # Errors
     /// With the stage in it; nothing is left behind.
-    pub async fn pull(&self, name: &str, auth: RegistryAuth) -> Result<String, Error> {
+    pub async fn pull(&self, name: &str, credentials: Credentials) -> Result<String, Error> {
         let reference = reference::parse(name)?;
         let canonical = reference::canonical(&reference);
-        let sources = sources(&self.config, &reference, &auth)?;
+        let sources = sources(&self.config, &reference, &credentials)?;
         let flight = lock(&self.flights.0).entry(canonical.clone()).or_default().clone();
         let limit = self.config.pull_timeout;
         let pulled = tokio::time::timeout(limit, async {
@@ -225,24 +222,17 @@ impl Pull<'_> {
         source: &Source,
         digest: Option<&str>,
     ) -> Result<(Vec<u8>, String), (Error, bool)> {
-        let reference = match digest {
-            Some(digest) => &source.reference.clone_with_digest(digest.to_owned()),
-            None => &source.reference,
-        };
-        let (bytes, _) =
-            source.client.pull_manifest_raw(reference, &source.auth, MEDIA_TYPES).await.map_err(|error| {
-                let passing = is_passing(&error);
-                (self.registry("fetch manifest", error), passing)
-            })?;
-        if bytes.len() as u64 > MAX_DOCUMENT {
-            return Err((self.refused("the manifest is too large".into()), false));
-        }
+        let name = digest.or(self.reference.tag()).unwrap_or("latest");
+        let bytes = source.registry.manifest(name, MEDIA_TYPES, MAX_DOCUMENT).await.map_err(|failure| {
+            let passing = failure.may_pass();
+            (self.registry("fetch manifest", failure), passing)
+        })?;
         let found = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
         match digest {
             Some(asked) if asked != found => {
                 Err((self.refused(format!("the registry answers digest {asked} with {found}")), false))
             }
-            _ => Ok((bytes.to_vec(), found)),
+            _ => Ok((bytes, found)),
         }
     }
 
@@ -251,7 +241,7 @@ impl Pull<'_> {
         manifest: &ImageManifest,
         workspace: &Path,
     ) -> Result<(String, ImageConfiguration), Error> {
-        if manifest.config().size() > MAX_DOCUMENT {
+        if manifest.config().size() > MAX_DOCUMENT as u64 {
             return Err(self.refused("the configuration is too large".into()));
         }
         let path = workspace.join("config");
@@ -315,29 +305,16 @@ impl Pull<'_> {
     ) -> Result<(), (Error, bool)> {
         let disk = |error| (file("write", path)(error), false);
         let digest = blob.digest().to_string();
-        // A mirror that may not resolve has not heard of the credentials yet.
-        source.client.store_auth_if_needed(source.reference.resolve_registry(), &source.auth).await;
-        let mut stream = source
-            .client
-            .pull_blob_stream(&source.reference, digest.as_str())
-            .await
-            .map_err(|error| {
-                let passing = is_passing(&error);
-                (self.registry(stage, error), passing)
-            })?
-            .stream;
+        let mut response = source.registry.blob(&digest).await.map_err(|failure| {
+            let passing = failure.may_pass();
+            (self.registry(stage, failure), passing)
+        })?;
         let mut out = tokio::fs::File::create(path).await.map_err(disk)?;
         let (mut length, mut hash) = (0u64, Sha256::new());
-        while let Some(chunk) = stream.next().await {
-            let chunk = chunk.map_err(|error| {
-                let timeout =
-                    error.kind() == std::io::ErrorKind::TimedOut || chain(&error).contains("timed out");
-                if timeout {
-                    (self.stalled(stage), false)
-                } else {
-                    (self.failed(stage, format!("the transfer broke: {}", chain(&error))), true)
-                }
-            })?;
+        while let Some(chunk) = response.chunk().await.map_err(|error| match error.is_timeout() {
+            true => (self.stalled(stage), false),
+            false => (self.failed(stage, format!("the transfer broke: {}", chain(&error))), true),
+        })? {
             length = length.saturating_add(chunk.len() as u64);
             if length > blob.size() {
                 return Err((
@@ -415,34 +392,13 @@ impl Pull<'_> {
         }
     }
 
-    fn registry(&self, stage: &str, error: OciDistributionError) -> Error {
-        use OciDistributionError as E;
-        let reference = self.name.clone();
-        let cause = chain(&error);
-        let code = match &error {
-            E::ServerError { code, .. } => *code,
-            E::RequestError(error) => error.status().map_or(0, |status| status.as_u16()),
-            _ => 0,
-        };
-        match error {
-            E::AuthenticationFailure(_) | E::UnauthorizedError { .. } => {
-                Error::Unauthorized { reference, cause }
-            }
-            _ if code == 401 || code == 403 => Error::Unauthorized { reference, cause },
-            E::ImageManifestNotFoundError(_) => Error::NotFound { reference, cause },
-            _ if code == 404 => Error::NotFound { reference, cause },
-            E::RegistryError { ref envelope, .. } => {
-                use oci_client::errors::OciErrorCode as Code;
-                let has = |codes: &[Code]| envelope.errors.iter().any(|error| codes.contains(&error.code));
-                if has(&[Code::ManifestUnknown, Code::NameUnknown, Code::NotFound, Code::BlobUnknown]) {
-                    Error::NotFound { reference, cause }
-                } else if has(&[Code::Unauthorized, Code::Denied]) {
-                    Error::Unauthorized { reference, cause }
-                } else {
-                    self.failed(stage, cause)
-                }
-            }
-            E::RequestError(ref error) if error.is_timeout() => self.stalled(stage),
+    fn registry(&self, stage: &str, failure: registry::Failure) -> Error {
+        let (reference, cause) = (self.name.clone(), failure.to_string());
+        match failure {
+            failure if failure.is_timeout() => self.stalled(stage),
+            failure if failure.is_unauthorized() => Error::Unauthorized { reference, cause },
+            failure if failure.is_not_found() => Error::NotFound { reference, cause },
+            registry::Failure::TooLarge(_) => self.refused(format!("{stage}: {cause}")),
             _ => self.failed(stage, cause),
         }
     }
@@ -466,24 +422,12 @@ fn chain_id(diff_ids: &[String]) -> String {
     ids.fold(first, |chain, diff_id| format!("sha256:{}", hex(&Sha256::digest(format!("{chain} {diff_id}")))))
 }
 
-/// Whether asking again may help.
-fn is_passing(error: &OciDistributionError) -> bool {
-    match error {
-        OciDistributionError::ServerError { code, .. } => *code >= 500 || *code == 429,
-        OciDistributionError::RequestError(error) => {
-            error.is_connect() || error.status().is_some_and(|status| status.is_server_error())
-        }
-        OciDistributionError::IoError(_) => true,
-        _ => false,
-    }
-}
-
 async fn pause(tries: u32) {
     tokio::time::sleep(Duration::from_millis(200) * 2u32.pow(tries)).await;
 }
 
 /// An error with its causes, without saying anything twice.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

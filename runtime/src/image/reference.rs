@@ -1,6 +1,6 @@
 //! Names of images, as people write them and as they are kept.
 
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 
 use super::Error;
 

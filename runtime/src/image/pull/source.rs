@@ -2,19 +2,18 @@
 
 use std::time::Duration;
 
-use oci_client::Reference;
-use oci_client::client::{Certificate, CertificateEncoding, Client, ClientConfig, ClientProtocol};
-use oci_client::secrets::RegistryAuth;
+use oci_spec::distribution::Reference;
+use reqwest::{Certificate, Client};
 
 use super::{Error, TRIES, pause};
-use crate::image::ImageConfig;
-use crate::image::hosts::{Host, Hosts};
+use crate::image::hosts::{Connection, Host, Hosts};
+use crate::image::registry::{Credentials, Registry};
+use crate::image::{ImageConfig, MAX_PEM};
+use crate::text_file;
 
-/// One registry, and the image as it is called there.
+/// One registry, and whether it is asked.
 pub(super) struct Source {
-    pub client: Client,
-    pub auth: RegistryAuth,
-    pub reference: Reference,
+    pub registry: Registry,
     /// Whether it may say what a tag leads to.
     resolve: bool,
     /// Whether it may hand out what is named by a digest.
@@ -28,26 +27,36 @@ pub(super) struct Source {
 pub(super) fn sources(
     config: &ImageConfig,
     reference: &Reference,
-    auth: &RegistryAuth,
+    credentials: &Credentials,
 ) -> Result<Vec<Source>, Error> {
     let hosts = Hosts::load(&config.hosts_dir, reference.registry())?;
+    let own = reference.resolve_registry();
     let mut sources = Vec::with_capacity(hosts.mirrors.len() + 1);
     for mirror in &hosts.mirrors {
         // The registry's password is nothing to a mirror on another host.
-        let same = mirror.address == reference.resolve_registry() || mirror.address == reference.registry();
-        let auth = if same { auth.clone() } else { RegistryAuth::Anonymous };
-        sources.push(Source::at(mirror, config, reference, auth)?);
+        let same = mirror.address == own || mirror.address == reference.registry();
+        let credentials = if same { credentials.clone() } else { Credentials::Anonymous };
+        sources.push(Source::at(mirror, config, reference, credentials)?);
     }
     sources.push(match &hosts.server {
-        Some(server) => Source::at(server, config, reference, auth.clone())?,
-        None => Source {
-            client: Client::new(client_config(config, plain(config, reference.resolve_registry()))),
-            auth: auth.clone(),
-            reference: reference.clone(),
-            resolve: true,
-            pull: true,
-            name: None,
-        },
+        Some(server) => Source::at(server, config, reference, credentials.clone())?,
+        None => {
+            // Where there are certificates for it, it has one.
+            let plain = hosts.registry.ca.is_empty() && plain(config, own);
+            let http = client(config, &hosts.registry, reference)?;
+            Source {
+                registry: Registry::new(
+                    http,
+                    (plain, own),
+                    reference.repository(),
+                    None,
+                    credentials.clone(),
+                ),
+                resolve: true,
+                pull: true,
+                name: None,
+            }
+        }
     });
     Ok(sources)
 }
@@ -57,62 +66,48 @@ impl Source {
         host: &Host,
         config: &ImageConfig,
         reference: &Reference,
-        auth: RegistryAuth,
+        credentials: Credentials,
     ) -> Result<Self, Error> {
         let authority = host.address.split('/').next().unwrap_or_default();
-        let plain = host.plain.unwrap_or_else(|| plain(config, authority));
-        let mut settings = client_config(config, plain);
-        settings.accept_invalid_certificates = host.skip_verify;
-        settings.connect_timeout = host.dial_timeout.or(settings.connect_timeout);
-        for path in &host.ca {
-            let wrong = |cause: String| Error::Hosts { path: path.clone(), cause };
-            let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-            let certificates = certificates(&text);
-            if certificates.is_empty() {
-                return Err(wrong("there is no PEM certificate in it".into()));
-            }
-            settings.extra_root_certificates.extend(certificates);
-        }
-        let client = Client::try_from(settings).map_err(|error| Error::Hosts {
-            path: config.hosts_dir.join(reference.registry()),
-            cause: format!("host `{}`: {error}", host.name),
-        })?;
+        let address = (host.plain.unwrap_or_else(|| plain(config, authority)), host.address.as_str());
         let repository = match host.prefix.as_str() {
             "" => reference.repository().to_owned(),
             prefix => format!("{prefix}/{}", reference.repository()),
         };
-        let registry = reference.registry().to_owned();
-        let mut reference = match (reference.digest(), reference.tag()) {
-            (Some(digest), _) => Reference::with_digest(registry, repository, digest.to_owned()),
-            (None, tag) => Reference::with_tag(registry, repository, tag.unwrap_or("latest").to_owned()),
-        };
-        reference.set_mirror_registry(host.address.clone());
-        let (resolve, pull) = (host.resolve, host.pull);
-        Ok(Self { client, auth, reference, resolve, pull, name: Some(host.name.clone()) })
-    }
-}
-
-/// The certificates of a PEM file, one by one.
-fn certificates(text: &str) -> Vec<Certificate> {
-    const END: &str = "-----END CERTIFICATE-----";
-    text.split_inclusive(END)
-        .filter_map(|part| Some((part, part.find("-----BEGIN CERTIFICATE-----")?)))
-        .filter(|(part, _)| part.ends_with(END))
-        .filter_map(|(part, start)| {
-            let data = part.get(start..)?.as_bytes().to_vec();
-            Some(Certificate { encoding: CertificateEncoding::Pem, data })
+        let http = client(config, &host.connection, reference)?;
+        Ok(Self {
+            registry: Registry::new(http, address, &repository, Some(reference.registry()), credentials),
+            resolve: host.resolve,
+            pull: host.pull,
+            name: Some(host.name.clone()),
         })
-        .collect()
+    }
 }
 
-fn client_config(config: &ImageConfig, plain: bool) -> ClientConfig {
-    ClientConfig {
-        protocol: if plain { ClientProtocol::Http } else { ClientProtocol::Https },
-        read_timeout: Some(config.stall_timeout),
-        connect_timeout: Some(config.stall_timeout.min(Duration::from_secs(30))),
-        user_agent: concat!("husk/", env!("CARGO_PKG_VERSION")),
-        ..ClientConfig::default()
+fn client(config: &ImageConfig, connection: &Connection, reference: &Reference) -> Result<Client, Error> {
+    let mut certificates = Vec::new();
+    for path in &connection.ca {
+        let wrong = |cause: String| Error::Hosts { path: path.clone(), cause };
+        let text = text_file::read(path, MAX_PEM).map_err(|error| wrong(error.to_string()))?;
+        let found =
+            Certificate::from_pem_bundle(text.as_bytes()).map_err(|error| wrong(super::chain(&error)))?;
+        if found.is_empty() {
+            return Err(wrong("there is no PEM certificate in it".into()));
+        }
+        certificates.extend(found);
     }
+    let dial_timeout = connection.dial_timeout.unwrap_or(config.stall_timeout.min(Duration::from_secs(30)));
+    Client::builder()
+        .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
+        .read_timeout(config.stall_timeout)
+        .connect_timeout(dial_timeout)
+        .tls_danger_accept_invalid_certs(connection.skip_verify)
+        .tls_certs_merge(certificates)
+        .build()
+        .map_err(|error| Error::Hosts {
+            path: config.hosts_dir.join(reference.registry()),
+            cause: super::chain(&error),
+        })
 }
 
 /// Whether a host whose address does not say so is spoken to without TLS.

@@ -22,6 +22,8 @@ struct Behaviour {
     answers: HashMap<String, (String, Vec<u8>)>,
     /// Requests without this header line are answered with 401.
     authorization: Option<String>,
+    /// What they are told to do about it, if not to give a password.
+    challenge: Option<String>,
     /// Paths that contain this get a header and no body, for ever.
     hang: Option<String>,
     /// This many requests fail with 503 first.
@@ -124,10 +126,10 @@ impl Behaviour {
                 .failures
                 .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
                 .is_ok();
+            let challenge = self.challenge.as_deref().unwrap_or("Basic realm=\"r\"");
+            let unauthorized = format!("401 Unauthorized\r\nwww-authenticate: {challenge}");
             let (status, kind, body) = match self.answers.get(path) {
-                _ if !allowed => {
-                    ("401 Unauthorized\r\nwww-authenticate: Basic realm=\"r\"", "text/plain", &[][..])
-                }
+                _ if !allowed => (unauthorized.as_str(), "text/plain", &[][..]),
                 _ if fails => ("503 Service Unavailable", "text/plain", &[][..]),
                 Some((kind, body)) => ("200 OK", kind.as_str(), body.as_slice()),
                 None => (
@@ -172,10 +174,10 @@ impl Node {
     }
 
     async fn pull(&self, name: &str) -> Result<String, Error> {
-        self.pull_with(name, RegistryAuth::Anonymous).await
+        self.pull_with(name, Credentials::Anonymous).await
     }
 
-    async fn pull_with(&self, name: &str, auth: RegistryAuth) -> Result<String, Error> {
+    async fn pull_with(&self, name: &str, auth: Credentials) -> Result<String, Error> {
         self.store.pull(&format!("{}/{name}", self.registry), auth).await
     }
 
@@ -236,7 +238,7 @@ async fn credentials_are_used_and_their_absence_is_told() {
     let error = node.pull("app:1").await.unwrap_err();
     assert!(matches!(error, Error::Unauthorized { .. }), "{error}");
     node.assert_nothing_left().await;
-    node.pull_with("app:1", RegistryAuth::Basic("u".into(), "p".into())).await.unwrap();
+    node.pull_with("app:1", Credentials::Basic("u".into(), "p".into())).await.unwrap();
 }
 
 #[tokio::test]
@@ -336,7 +338,7 @@ async fn a_manifest_that_is_none_is_refused() {
 async fn nobody_at_the_address_is_told_so() {
     let node = Node::with(Behaviour::honest()).await;
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let error = node.store.pull(&format!("{free}/app:1"), RegistryAuth::Anonymous).await.unwrap_err();
+    let error = node.store.pull(&format!("{free}/app:1"), Credentials::Anonymous).await.unwrap_err();
     assert!(error.to_string().contains("fetch manifest"), "{error}");
 }
 
@@ -349,13 +351,13 @@ async fn nowhere() -> SocketAddr {
 async fn a_mirror_stands_for_a_registry_and_leaves_no_trace_in_names() {
     let node = Node::with(Behaviour::honest()).await;
     node.hosts("registry.example", &format!("server = 'http://{}'", nowhere().await));
-    assert!(node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.is_err());
+    assert!(node.store.pull("registry.example/app:1", Credentials::Anonymous).await.is_err());
     let (dead, live) = (nowhere().await, node.registry);
     node.hosts(
         "registry.example",
         &format!("server = 'http://{dead}'\n[host.'http://{dead}']\n[host.'http://{live}']\n"),
     );
-    let id = node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap();
+    let id = node.store.pull("registry.example/app:1", Credentials::Anonymous).await.unwrap();
     let image = node.store.resolve(&id).unwrap().unwrap();
     assert_eq!(image.repo_tags, ["registry.example/app:1"]);
     assert!(image.repo_digests[0].starts_with("registry.example/app@sha256:"), "{:?}", image.repo_digests);
@@ -380,7 +382,7 @@ async fn a_mirror_that_lies_or_lacks_a_blob_is_passed_over() {
             "registry.example",
             &format!("server = 'http://{}'\n[host.'http://{mirror}']\n", node.registry),
         );
-        node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap();
+        node.store.pull("registry.example/app:1", Credentials::Anonymous).await.unwrap();
     }
 }
 
@@ -393,13 +395,13 @@ async fn a_host_does_only_what_it_may() {
     };
     // A tag means what the registry says: a mirror that may only be pulled from cannot tell.
     node.hosts("registry.example", &file("pull"));
-    let error = node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap_err();
+    let error = node.store.pull("registry.example/app:1", Credentials::Anonymous).await.unwrap_err();
     assert!(error.to_string().contains("fetch manifest"), "{error}");
     let manifest = Behaviour::honest().answers["/v2/app/manifests/plain"].1.clone();
     let by_digest = format!("registry.example/app@{}", digest(&manifest));
-    node.store.pull(&by_digest, RegistryAuth::Anonymous).await.unwrap();
+    node.store.pull(&by_digest, Credentials::Anonymous).await.unwrap();
     node.hosts("other.example", &file("resolve"));
-    let error = node.store.pull("other.example/app:plain", RegistryAuth::Anonymous).await;
+    let error = node.store.pull("other.example/app:plain", Credentials::Anonymous).await;
     // The image is here already: its layers are not asked for.
     assert!(error.is_ok(), "{error:?}");
 }
@@ -416,14 +418,14 @@ async fn a_path_under_override_path_is_taken_as_it_is() {
         "registry.example",
         &format!("[host.'http://{}/proxy/v2/project']\noverride_path = true\n", node.registry),
     );
-    node.store.pull("registry.example/app:1", RegistryAuth::Anonymous).await.unwrap();
+    node.store.pull("registry.example/app:1", Credentials::Anonymous).await.unwrap();
 }
 
 #[tokio::test]
 async fn credentials_go_to_the_server_and_to_no_mirror() {
     let locked = Behaviour { authorization: Some("authorization: Basic dTpw".into()), ..Behaviour::honest() };
     let node = Node::with(locked).await;
-    let auth = RegistryAuth::Basic("u".into(), "p".into());
+    let auth = Credentials::Basic("u".into(), "p".into());
     node.hosts(
         "registry.example",
         &format!("server = 'http://{}'\n[host.'http://{}']", nowhere().await, node.registry),
@@ -509,7 +511,7 @@ async fn a_certificate_counts_if_hosts_toml_vouches_for_it() {
     let file = |more: &str| {
         format!("server = 'http://127.0.0.1:1'\n[host.'https://localhost:{}']\n{more}", tls.port())
     };
-    let pull = || node.store.pull("registry.example/app:1", RegistryAuth::Anonymous);
+    let pull = || node.store.pull("registry.example/app:1", Credentials::Anonymous);
     node.hosts("registry.example", &file(""));
     let error = pull().await.unwrap_err();
     assert!(error.to_string().contains("ertificate"), "{error}");
@@ -517,5 +519,86 @@ async fn a_certificate_counts_if_hosts_toml_vouches_for_it() {
     std::fs::write(node.root.path().join("certs.d/registry.example/registry.crt"), certificate).unwrap();
     pull().await.unwrap();
     node.hosts("unverified.example", &file("skip_verify = true"));
-    node.store.pull("unverified.example/app:1", RegistryAuth::Anonymous).await.unwrap();
+    node.store.pull("unverified.example/app:1", Credentials::Anonymous).await.unwrap();
+}
+
+/// Answers every request with `head`, and then with a body that never ends,
+/// of which at most `most` bytes are taken.
+async fn endless(head: &'static str, most: u64) -> (SocketAddr, Arc<AtomicU64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let sent = Arc::new(AtomicU64::new(0));
+    let counted = sent.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request).await;
+                let head = head.replace("ADDRESS", &address.to_string());
+                let path = String::from_utf8_lossy(&request).split([' ', '?']).nth(1).map(str::to_owned);
+                // The realm of a challenge grants a token that never ends.
+                let head = match path.as_deref() {
+                    Some("/token") => "HTTP/1.1 200 OK".to_owned(),
+                    _ => head,
+                };
+                let _ = stream.write_all(format!("{head}\r\n\r\n").as_bytes()).await;
+                while counted.load(Ordering::Relaxed) < most && stream.write_all(&[b' '; 65536]).await.is_ok()
+                {
+                    counted.fetch_add(65536, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    (address, sent)
+}
+
+#[tokio::test]
+async fn an_answer_that_never_ends_is_given_up_after_a_while() {
+    const MOST: u64 = 256 << 20;
+    for (head, word) in [
+        ("HTTP/1.1 200 OK", "larger than"),
+        ("HTTP/1.1 404 Not Found", "404"),
+        ("HTTP/1.1 400 Bad Request", "400"),
+        (
+            "HTTP/1.1 401 Unauthorized\r\nwww-authenticate: Bearer realm=\"http://ADDRESS/token\"",
+            "token from",
+        ),
+    ] {
+        let node = Node::with(Behaviour::honest()).await;
+        let (registry, sent) = endless(head, MOST).await;
+        let name = format!("{registry}/app:1");
+        let error = node.store.pull(&name, Credentials::Anonymous).await.unwrap_err().to_string();
+        assert!(error.contains(word), "{head}: {error}");
+        // What the sockets hold comes on top.
+        assert!(sent.load(Ordering::Relaxed) < 64 << 20, "{head}: {sent:?}");
+        node.assert_nothing_left().await;
+    }
+}
+
+#[tokio::test]
+async fn a_token_is_asked_for_where_the_registry_says() {
+    let mut tokens =
+        Behaviour { authorization: Some("authorization: Basic dTpw".into()), ..Behaviour::default() };
+    tokens.put(
+        "/token",
+        "application/json",
+        br#"{"token": "", "access_token": "granted", "expires_in": 60}"#,
+    );
+    let realm = format!("http://{}/token", tokens.serve().await);
+    let registry = Behaviour {
+        authorization: Some("authorization: Bearer granted".into()),
+        challenge: Some(format!("Digest realm=\"x\", Bearer realm=\"{realm}\",service=\"s\"")),
+        ..Behaviour::honest()
+    };
+    let node = Node::with(registry).await;
+    let basic = |password: &str| Credentials::Basic("u".into(), password.into());
+    for refused in [Credentials::Anonymous, basic("other"), Credentials::Bearer("other".into())] {
+        let error = node.pull_with("app:1", refused.clone()).await.unwrap_err();
+        assert!(matches!(error, Error::Unauthorized { .. }), "{refused:?}: {error}");
+        assert!(!error.to_string().contains("other"), "{error}");
+    }
+    node.assert_nothing_left().await;
+    node.pull_with("app:1", basic("p")).await.unwrap();
+    node.pull_with("app:1", Credentials::Bearer("granted".into())).await.unwrap();
 }
