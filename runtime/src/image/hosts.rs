@@ -18,6 +18,9 @@ use crate::text_file;
 /// A `hosts.toml` is small; more than this is another file.
 const MAX_FILE: u64 = 1 << 20;
 
+/// Why a host with a certificate for us is not asked.
+const CLIENT: &str = "client certificates are not supported";
+
 /// One host that may be asked for an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Host {
@@ -89,7 +92,8 @@ struct File {
 
 impl Hosts {
     /// What `root` says of `registry`, a host with or without a port. Without
-    /// a file, the registry itself is asked.
+    /// a file, the registry itself is asked; the certificates in the folder
+    /// vouch for it then, as Docker has it.
     ///
     /// # Errors
     /// A file that is there and cannot be used.
@@ -99,10 +103,33 @@ impl Hosts {
         let refused = |cause: String| Error::Hosts { path: path.clone(), cause };
         let text = match text_file::read(&path, MAX_FILE) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(refused(error.to_string())),
         };
+        if text.is_empty() {
+            return Self::of_certificates(&folder);
+        }
         Self::parse(&text, &folder).map_err(refused)
+    }
+
+    /// A folder without a `hosts.toml`, or with an empty one.
+    fn of_certificates(folder: &Path) -> Result<Self, Error> {
+        let refused = |path: &Path, cause: String| Error::Hosts { path: path.to_owned(), cause };
+        let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let mut files: Vec<_> = entries
+            .map_err(|error| refused(folder, error.to_string()))?
+            .into_iter()
+            .map(|entry| entry.path())
+            .filter(|path| !path.is_dir())
+            .collect();
+        files.sort();
+        let is = |path: &Path, kind: &str| path.as_os_str().as_encoded_bytes().ends_with(kind.as_bytes());
+        // To go on without it would ask the registry as somebody else.
+        if let Some(path) = files.iter().find(|path| is(path, ".cert")) {
+            return Err(refused(path, format!("{CLIENT}: move it away if the registry needs none")));
+        }
+        let ca = files.into_iter().filter(|path| is(path, ".crt")).collect();
+        Ok(Self { registry: Connection { ca, ..Connection::default() }, ..Self::default() })
     }
 
     /// `folder` is what relative paths in `text` start from.
@@ -115,57 +142,69 @@ impl Hosts {
             .into_iter()
             .map(|(name, settings)| Host::new(&name, settings.into_inner(), folder))
             .collect::<Result<_, _>>()?;
-        let server = match file.server.as_deref() {
+        let settings: Settings = toml::from_str(text).map_err(read)?;
+        let mut hosts = Self { mirrors, ..Self::default() };
+        match file.server.as_deref() {
+            None | Some("") => {
+                settings.capabilities().and(settings.connection(folder)).map(|it| hosts.registry = it)
+            }
+            Some(server) => Host::new(server, settings, folder).map(|it| hosts.server = Some(it)),
+        }
+        .map(|()| hosts)
+    }
+}
+
+impl Settings {
+    /// Whether tags may be resolved and content be pulled.
+    fn capabilities(&self) -> Result<(bool, bool), String> {
+        let named = self.capabilities.as_deref().unwrap_or_default();
+        let (mut resolve, mut pull) = (named.is_empty(), named.is_empty());
+        for capability in named {
+            match capability.to_lowercase().as_str() {
+                "resolve" => resolve = true,
+                "pull" => pull = true,
+                "push" => {}
+                _ => return Err(format!("unknown capability `{capability}`: pull, resolve or push")),
+            }
+        }
+        Ok((resolve, pull))
+    }
+
+    fn connection(&self, folder: &Path) -> Result<Connection, String> {
+        // To go on without them would ask the host as somebody else.
+        if self.client.is_some() {
+            return Err(format!("`client`: {CLIENT}"));
+        }
+        if self.header.as_ref().is_some_and(|header| !header.is_empty()) {
+            return Err("`header` is not supported".into());
+        }
+        let dial_timeout = match self.dial_timeout.as_deref() {
             None | Some("") => None,
-            Some(server) => Some(Host::new(server, toml::from_str(text).map_err(read)?, folder)?),
+            Some(text) => match duration(text) {
+                None => return Err(format!("dial_timeout `{text}` is not like `3s` or `500ms`")),
+                timeout => timeout,
+            },
         };
-        Ok(Self { mirrors, server, registry: Connection::default() })
+        let ca = match &self.ca {
+            None => Vec::new(),
+            Some(OneOrMany::One(path)) => vec![folder.join(path)],
+            Some(OneOrMany::Many(paths)) => paths.iter().map(|path| folder.join(path)).collect(),
+        };
+        Ok(Connection { skip_verify: self.skip_verify.unwrap_or(false), ca, dial_timeout })
     }
 }
 
 impl Host {
     fn new(name: &str, settings: Settings, folder: &Path) -> Result<Self, String> {
-        let wrong = |what: &str| Err(format!("host `{name}`: {what}"));
-        // To go on without them would ask the host as somebody else.
-        if settings.client.is_some() {
-            return wrong("`client` certificates are not supported");
-        }
-        if settings.header.is_some_and(|header| !header.is_empty()) {
-            return wrong("`header` is not supported");
-        }
-        let (mut resolve, mut pull) = (settings.capabilities.is_none(), settings.capabilities.is_none());
-        for capability in settings.capabilities.unwrap_or_default() {
-            match capability.to_lowercase().as_str() {
-                "resolve" => resolve = true,
-                "pull" => pull = true,
-                "push" => {}
-                _ => return wrong(&format!("unknown capability `{capability}`: pull, resolve or push")),
-            }
-        }
+        let wrong = |what: &str| format!("host `{name}`: {what}");
+        let (resolve, pull) = settings.capabilities().map_err(|what| wrong(&what))?;
+        let connection = settings.connection(folder).map_err(|what| wrong(&what))?;
         let Some((plain, address, prefix)) = split(name, settings.override_path) else {
-            return wrong("is not http(s)://HOST[:PORT][/PATH], or its path under override_path has no /v2");
+            return Err(wrong(
+                "is not http(s)://HOST[:PORT][/PATH], or its path under override_path has no /v2",
+            ));
         };
-        let dial_timeout = match settings.dial_timeout.as_deref() {
-            None => None,
-            Some(text) => match duration(text) {
-                None => return wrong(&format!("dial_timeout `{text}` is not like `3s` or `500ms`")),
-                timeout => timeout,
-            },
-        };
-        let ca = match settings.ca {
-            None => Vec::new(),
-            Some(OneOrMany::One(path)) => vec![folder.join(path)],
-            Some(OneOrMany::Many(paths)) => paths.iter().map(|path| folder.join(path)).collect(),
-        };
-        Ok(Self {
-            name: name.to_owned(),
-            plain,
-            address,
-            prefix,
-            resolve,
-            pull,
-            connection: Connection { skip_verify: settings.skip_verify.unwrap_or(false), ca, dial_timeout },
-        })
+        Ok(Self { name: name.to_owned(), plain, address, prefix, resolve, pull, connection })
     }
 }
 
@@ -268,6 +307,53 @@ mod tests {
     }
 
     #[test]
+    fn without_a_server_the_top_speaks_of_the_registry_itself() {
+        for server in ["", "server = ''"] {
+            let text = format!(
+                "{server}\nca = 'ca.crt'\nskip_verify = true\ndial_timeout = '2s'\ncapabilities = ['push']"
+            );
+            let hosts = parse(&text).unwrap();
+            assert_eq!(hosts.server, None);
+            let registry = Connection {
+                skip_verify: true,
+                ca: vec!["/certs.d/host/ca.crt".into()],
+                dial_timeout: Some(Duration::from_secs(2)),
+            };
+            assert_eq!(hosts.registry, registry);
+        }
+    }
+
+    #[test]
+    fn no_capability_means_all_of_them() {
+        for capabilities in ["", "capabilities = []"] {
+            let text = format!("server = 'https://s'\n{capabilities}\n[host.'https://h']\n{capabilities}");
+            let hosts = parse(&text).unwrap();
+            for host in hosts.mirrors.iter().chain(&hosts.server) {
+                assert!(host.resolve && host.pull, "{capabilities}: {}", host.name);
+            }
+        }
+    }
+
+    #[test]
+    fn certificates_alone_are_for_the_registry_itself() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("h:5000");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::create_dir(folder.join("folder.crt")).unwrap();
+        let put = |name: &str| std::fs::write(folder.join(name), "").unwrap();
+        ["b.crt", "a.crt", "README"].into_iter().for_each(put);
+        let load = || Hosts::load(root.path(), "h:5000");
+        assert_eq!(load().unwrap().registry.ca, [folder.join("a.crt"), folder.join("b.crt")]);
+        put("hosts.toml");
+        assert_eq!(load().unwrap().registry.ca.len(), 2, "an empty file says nothing");
+        put("client.cert");
+        let message = load().unwrap_err().to_string();
+        assert!(message.contains("client.cert") && message.contains("not supported"), "{message}");
+        std::fs::write(folder.join("hosts.toml"), "server = 'https://h:5000'").unwrap();
+        assert!(load().is_ok(), "what the file does not name is not used");
+    }
+
+    #[test]
     fn a_path_goes_before_v2_or_is_taken_as_it_is() {
         for (url, as_it_is, want) in [
             ("https://h", false, Some(("h", ""))),
@@ -299,6 +385,11 @@ mod tests {
             ("[host.\"https://h\"]\ncapabilities = ['fly']", "fly"),
             ("[host.\"https://h\"]\ndial_timeout = 'soon'", "soon"),
             ("[host.\"https://h\"]\ncapabilities = 'pull'", "capabilities"),
+            // Also where they are said of the registry itself.
+            ("client = 'a.pem'", "client"),
+            ("capabilities = ['fly']", "fly"),
+            ("dial_timeout = 'soon'", "soon"),
+            ("[header]\nx = 'y'", "header"),
         ] {
             let message = parse(text).unwrap_err();
             assert!(message.contains(word), "{message}");

@@ -522,6 +522,24 @@ async fn a_certificate_counts_if_hosts_toml_vouches_for_it() {
     node.store.pull("unverified.example/app:1", Credentials::Anonymous).await.unwrap();
 }
 
+#[tokio::test]
+async fn a_certificate_counts_if_it_is_in_the_registrys_own_folder() {
+    let (certificate, key) = (include_str!("tests/localhost.crt"), include_str!("tests/localhost.key"));
+    for file in [None, Some("ca = 'own.crt'")] {
+        let node = Node::with(Behaviour::honest()).await;
+        let registry = format!("localhost:{}", tls_in_front_of(node.registry, certificate, key).port());
+        let name = format!("{registry}/app:1");
+        assert!(node.store.pull(&name, Credentials::Anonymous).await.is_err());
+        let folder = node.root.path().join("certs.d").join(&registry);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("own.crt"), certificate).unwrap();
+        if let Some(text) = file {
+            node.hosts(&registry, text);
+        }
+        node.store.pull(&name, Credentials::Anonymous).await.unwrap();
+    }
+}
+
 /// Answers every request with `head`, and then with a body that never ends,
 /// of which at most `most` bytes are taken.
 async fn endless(head: &'static str, most: u64) -> (SocketAddr, Arc<AtomicU64>) {
