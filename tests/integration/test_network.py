@@ -130,8 +130,8 @@ class Network(PodTest):
         )
         self.assertEqual(self.says(container, "cat", "/etc/hostname"), "web-0")
         self.assertIn(f"{self.addresses(pod)[0]}\tweb-0", self.says(container, "cat", "/etc/hosts"))
-        # Nobody says anything: as on the host, but for servers that only the host reaches.
-        pod, sandbox = self.pod()
+        # Nobody says anything, or asks for nothing: as on the host, but for servers that only the host reaches.
+        pod, sandbox = self.pod(dns_config={})
         theirs = self.says(self.container(pod, sandbox), "cat", "/etc/resolv.conf").splitlines()
         with open("/etc/resolv.conf") as hosts:
             servers = [line.split()[1] for line in hosts if line.startswith("nameserver ")]

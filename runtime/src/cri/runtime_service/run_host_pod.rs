@@ -7,7 +7,7 @@ use std::time::Instant;
 use husk_proto::agent::{self, CreateSandboxRequest};
 use husk_proto::cri;
 
-use super::run_pod_sandbox::{guest_dns, hostname, millis, pod_ref, port_mappings};
+use super::run_pod_sandbox::{asked_dns, guest_dns, hostname, millis, pod_ref, port_mappings};
 use crate::config::Handler;
 use crate::container::spec;
 use crate::cri::error::Error;
@@ -109,6 +109,6 @@ fn host_name(config: &cri::PodSandboxConfig) -> Result<String, Error> {
 /// What the client says of DNS, else what the network's plugins say, else none:
 /// then it is as on the host.
 fn dns_of(config: &cri::PodSandboxConfig, network: Dns) -> Option<agent::Dns> {
-    let nothing = config.dns_config.is_none() && network == Dns::default();
+    let nothing = asked_dns(config).is_none() && network == Dns::default();
     (!nothing).then(|| guest_dns(config, network))
 }

@@ -299,12 +299,18 @@ pub(super) fn hostname(config: &cri::PodSandboxConfig) -> String {
 
 /// The host's, where neither client nor network says anything.
 fn or_hosts(config: &cri::PodSandboxConfig, network: Dns) -> Dns {
-    if config.dns_config.is_none() && network == Dns::default() { resolv_conf::of_host() } else { network }
+    if asked_dns(config).is_none() && network == Dns::default() { resolv_conf::of_host() } else { network }
+}
+
+/// What the client says of DNS; a configuration with nothing in it says nothing.
+pub(super) fn asked_dns(config: &cri::PodSandboxConfig) -> Option<&cri::DnsConfig> {
+    let asked = config.dns_config.as_ref();
+    asked.filter(|dns| !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()))
 }
 
 /// What the client says of DNS, else what the network's plugins say.
 pub(super) fn guest_dns(config: &cri::PodSandboxConfig, network: Dns) -> agent::Dns {
-    match &config.dns_config {
+    match asked_dns(config) {
         Some(dns) => agent::Dns {
             servers: dns.servers.clone(),
             searches: dns.searches.clone(),
@@ -348,6 +354,21 @@ fn seed() -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn name_service_that_is_asked_for_with_nothing_is_not_asked_for() {
+        let network = || Dns { servers: vec!["10.0.0.1".into()], ..Dns::default() };
+        let pod = |dns_config| cri::PodSandboxConfig { dns_config, ..Default::default() };
+        let servers = |pod: &cri::PodSandboxConfig| guest_dns(pod, or_hosts(pod, network())).servers;
+        let empty = pod(Some(cri::DnsConfig::default()));
+        assert_eq!(servers(&empty), ["10.0.0.1"]);
+        assert_eq!(servers(&pod(None)), ["10.0.0.1"]);
+        assert_eq!(or_hosts(&empty, Dns::default()), resolv_conf::of_host());
+        let options = cri::DnsConfig { options: vec!["ndots:5".into()], ..Default::default() };
+        let asked = pod(Some(options));
+        assert_eq!(guest_dns(&asked, or_hosts(&asked, network())).options, ["ndots:5"]);
+        assert!(servers(&asked).is_empty(), "what is asked for stands alone");
+    }
 
     #[test]
     fn a_pods_name_is_cut_to_a_host_name() {
