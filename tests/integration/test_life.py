@@ -1,6 +1,6 @@
 """The life of pods and containers, as a client sees it."""
 
-from pods import PodTest, can_connect, machines, subprocess, time, wait_until
+from pods import PodTest, can_connect, json, leases, machines, os, signal, subprocess, time, wait_until
 
 
 class Life(PodTest):

@@ -21,8 +21,9 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Watches a machine, so that its end is known when nobody asked for it.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
     let (sandbox, keeper) = (sandbox.clone(), machine.keeper.clone());
+    let cgroup = sandbox.record().cgroup.clone();
     tokio::spawn(async move {
-        let problem = keeper.wait().await;
+        let problem = keeper.wait(cgroup.as_deref()).await;
         if sandbox.record().phase != Phase::Ready {
             return;
         }

@@ -106,6 +106,13 @@ fn keyed(text: &str, key: &str) -> u64 {
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
+/// How many of its processes the kernel has killed for want of memory, be it
+/// the group's own or that of one above it.
+#[must_use]
+pub fn oom_kills(path: &Path) -> u64 {
+    keyed(&std::fs::read_to_string(path.join("memory.events")).unwrap_or_default(), "oom_kill")
+}
+
 /// Has the group at `path` use the CPUs or memory nodes that `list` names;
 /// `file` is `cpuset.cpus` or `cpuset.mems`. An empty list stands for all that
 /// the parent has.
@@ -210,5 +217,18 @@ mod tests {
         std::fs::write(folder.path().join("memory.stat"), "anon 3\npgfault 2\n").unwrap();
         let memory = Memory { current: 4096, anonymous: 3, page_faults: 2, ..Memory::default() };
         assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: Some(memory) }));
+    }
+
+    #[test]
+    fn a_vmm_that_the_kernel_killed_for_want_of_memory_is_told_from_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let said = || crate::vm::out_of_memory(Some(folder.path()));
+        assert_eq!(said(), None);
+        let events = folder.path().join("memory.events");
+        std::fs::write(&events, "low 0\nhigh 0\nmax 3\noom 2\noom_kill 0\noom_group_kill 0\n").unwrap();
+        assert_eq!(said(), None);
+        std::fs::write(&events, "max 3\noom 2\noom_kill 1\noom_group_kill 0\n").unwrap();
+        assert!(said().unwrap().contains("memory on the node ran out"));
+        assert_eq!(crate::vm::out_of_memory(None), None);
     }
 }

@@ -96,6 +96,13 @@ impl Control {
         }
     }
 
+    /// Whether anybody listens. A VMM that is slow to answer does.
+    pub async fn listens(&self) -> bool {
+        let control = self.clone();
+        let connected = blocking(move || control.connect("look for the VMM", Some(CONTROL_TIMEOUT))).await;
+        !matches!(connected, Ok(None))
+    }
+
     /// What processors and devices are at.
     ///
     /// # Errors

@@ -46,12 +46,13 @@ pub enum Keeper {
 }
 
 impl Keeper {
-    /// Returns when it has ended, with what is known of why.
-    pub async fn wait(&self) -> String {
+    /// Returns when it has ended, with what is known of why; `cgroup` is the
+    /// pod's control group.
+    pub async fn wait(&self, cgroup: Option<&Path>) -> String {
         match self {
             Self::Vmm(control) => match control.wait().await {
                 Some(exit) => Error::from(exit).to_string(),
-                None => "the machine's VMM was killed".to_owned(),
+                None => out_of_memory(cgroup).unwrap_or_else(|| "the machine's VMM was killed".to_owned()),
             },
             Self::Supervisor(supervisor) => supervisor.wait().await,
         }
@@ -184,6 +185,23 @@ pub async fn reattach(run_dir: &Path, slots: Slots, agent_timeout: Duration) -> 
         .map_err(Error::Agent)?
         .in_machine(control.clone());
     Ok(Arc::new(Machine { keeper: Keeper::Vmm(control), agent, slots }))
+}
+
+/// Whether a VMM listens in `run_dir`.
+pub async fn lives(run_dir: &Path) -> bool {
+    Control::new(control_path(run_dir)).listens().await
+}
+
+/// What is said of a VMM that had no time for last words, if the kernel has
+/// killed it for want of memory.
+#[must_use]
+pub fn out_of_memory(cgroup: Option<&Path>) -> Option<String> {
+    let cgroup = cgroup.filter(|cgroup| cgroup::oom_kills(cgroup) > 0)?;
+    Some(format!(
+        "the pod's memory on the node ran out, and the kernel killed the machine's VMM: raise the pod's memory \
+         limit or the overhead of its RuntimeClass, or free memory of the node (the pod's control group is {})",
+        cgroup.display()
+    ))
 }
 
 /// Ends whatever VMM still listens in `run_dir`, and removes the folder.
