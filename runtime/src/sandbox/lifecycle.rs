@@ -35,15 +35,12 @@ pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
 /// Records that a sandbox's machine has gone, and its containers with it;
 /// `problem` is empty when it was meant to.
 pub fn ended(sandbox: &Sandbox, problem: &str) {
-    let noted = sandbox.update(|record| {
+    sandbox.note(|record| {
         record.phase = Phase::NotReady;
         if !problem.is_empty() {
             record.problem = problem.to_owned();
         }
     });
-    if let Err(error) = noted {
-        tracing::warn!(sandbox = %sandbox.id, %error, "write sandbox record");
-    }
     let had_machine = sandbox.set_machine(None).is_some();
     for container in sandbox.containers() {
         container.dismiss();
@@ -65,7 +62,7 @@ pub async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
     if let Some(machine) = sandbox.machine() {
         kill_containers(sandbox, &machine).await;
     }
-    sandbox.update(|record| record.phase = Phase::NotReady)?;
+    sandbox.note(|record| record.phase = Phase::NotReady);
     let cgroup = sandbox.record().cgroup.clone();
     let (machine, network) =
         tokio::join!(end_machine(node, sandbox, cgroup.as_deref()), node.network.detach(sandbox.id.as_str()));

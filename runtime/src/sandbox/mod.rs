@@ -166,6 +166,17 @@ impl Sandbox {
     /// Its machine, while it runs.
     pub fn machine(&self) -> Option<Arc<Machine>> {
         lock(&self.machine).clone()
+    /// Changes the record by what is true whether or not it can be written: a
+    /// full disk keeps no machine alive. A daemon that starts again compares the
+    /// record with what it finds.
+    pub fn note(&self, change: impl FnOnce(&mut Record)) {
+        let mut record = lock(&self.record);
+        change(&mut record);
+        if let Err(error) = write_json(&self.directory.join(RECORD), &*record) {
+            tracing::warn!(sandbox = %self.id, %error, "write sandbox record");
+        }
+    }
+
     }
 
     /// Says which machine runs it, or that none does any more.
@@ -223,6 +234,11 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> std::io::Result
 /// Replaces a record as a whole: a reader sees the old one or the new one.
 pub fn write_json<T: Serialize>(path: &Path, record: &T) -> std::io::Result<()> {
     let new = path.with_extension("new");
-    std::fs::write(&new, serde_json::to_vec_pretty(record)?)?;
-    std::fs::rename(&new, path)
+    let text = serde_json::to_vec_pretty(record)?;
+    let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, path));
+    if written.is_err() {
+        // Half a record helps nobody, and takes room that a full disk has not.
+        let _ = std::fs::remove_file(&new);
+    }
+    written
 }
