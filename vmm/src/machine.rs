@@ -10,7 +10,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::balloon::Balloon;
-use crate::devices::virtio::block::{Block, Disk};
+use crate::devices::virtio::block::{Block, BlockError, Disk};
 use crate::devices::virtio::fs::{self, Fs};
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::hypervisor::Hypervisor;
@@ -39,7 +39,7 @@ pub enum MachineError {
     Fs(#[from] fs::FsError),
     /// The slot refused.
     #[error(transparent)]
-    Block(#[from] crate::devices::virtio::block::BlockError),
+    Block(#[from] BlockError),
     /// The file cannot serve as a disk.
     #[error("open the disk: {0}")]
     Disk(#[from] std::io::Error),
@@ -77,12 +77,15 @@ impl Machine {
         Ok(lock(self.slot(slot)?).attach(disk)?)
     }
 
-    /// Empties a slot.
+    /// Empties a slot; one that is empty may be emptied again.
     ///
     /// # Errors
     /// [`MachineError`].
     pub fn detach_disk(&self, slot: &str) -> Result<(), MachineError> {
-        Ok(lock(self.slot(slot)?).detach()?)
+        match lock(self.slot(slot)?).detach() {
+            Err(BlockError::Empty(_)) => Ok(()),
+            done => Ok(done?),
+        }
     }
 
     fn slot(&self, serial: &str) -> Result<&Mutex<Block>, MachineError> {

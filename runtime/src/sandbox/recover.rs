@@ -79,7 +79,10 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
         return Ok(());
     };
     let used = sandbox.containers();
-    let used = used.iter().flat_map(|container| container.record().disks().collect::<Vec<_>>());
+    let used = used.iter().flat_map(|container| {
+        let disks: Vec<_> = container.record().disks().collect();
+        disks.into_iter().map(|(slot, rootfs)| (container.id.clone(), slot, rootfs))
+    });
     let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
     let timeout = Duration::from_secs(handler.agent_timeout_seconds);
     let reattached = match (record.kind, &record.cgroup) {

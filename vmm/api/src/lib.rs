@@ -65,7 +65,8 @@ pub enum Request {
         /// Guest writes are refused.
         read_only: bool,
     },
-    /// Empties a slot. The guest must have unmounted it.
+    /// Empties a slot. The guest must have unmounted it. A slot that is empty
+    /// already is no error: whoever asks may not know whether it was filled.
     DetachDisk {
         /// Serial number of the slot.
         slot: String,

@@ -77,7 +77,7 @@ pub(super) async fn create_container(
     let mut slots = machine.slots.hold().await;
     let images: Vec<_> =
         [&image.rootfs].into_iter().chain(image_volumes.iter().map(|one| &one.rootfs)).cloned().collect();
-    let claims = slots.claim_all(images.iter().map(PathBuf::as_path));
+    let claims = slots.claim_all(images.iter().map(PathBuf::as_path), &id);
     let claims = claims.ok_or_else(|| vm::Error::NoSlot(sandbox.containers().len()))?;
     let mut disks = claims.iter().map(|claim| claim.slot().to_owned());
     let image_slot = disks.next().unwrap_or_default();
@@ -106,7 +106,7 @@ pub(super) async fn create_container(
     let container = match Container::create(sandbox.directory(), record) {
         Ok(container) => Arc::new(container),
         Err(error) => {
-            slots.give_back(&claims);
+            slots.give_back(&claims, &id);
             return Err(error.into());
         }
     };
@@ -295,8 +295,16 @@ fn host_places(node: &Node, sandbox: &Sandbox) -> Result<Option<spec::HostPod>, 
 
 /// The machine of a sandbox that is ready for containers.
 pub(super) fn ready_machine(sandbox: &Sandbox) -> Result<Arc<Machine>, Error> {
-    let machine = sandbox.machine().filter(|_| sandbox.record().phase == Phase::Ready);
-    machine.ok_or_else(|| Error::FailedPrecondition(format!("sandbox `{}` is not ready", sandbox.id)))
+    let phase = sandbox.record().phase;
+    if phase != Phase::Ready {
+        return Err(Error::FailedPrecondition(format!("sandbox `{}` is not ready", sandbox.id)));
+    }
+    sandbox.machine().ok_or_else(|| {
+        Error::FailedPrecondition(format!(
+            "sandbox `{}`: its agent has not answered since huskd started: try again, or stop the pod",
+            sandbox.id
+        ))
+    })
 }
 
 /// The image that a container names, by any of its names.

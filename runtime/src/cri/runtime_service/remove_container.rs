@@ -8,11 +8,12 @@ use std::time::Duration;
 use husk_proto::agent;
 use husk_proto::cri::{ContainerEventType, RemoveContainerRequest, RemoveContainerResponse};
 
+use super::create_container::ready_machine;
 use crate::container::{Container, State};
 use crate::cri::error::Error;
 use crate::node::Node;
 use crate::sandbox::registry::LookupError;
-use crate::sandbox::{Sandbox, cpus};
+use crate::sandbox::{Phase, Sandbox, cpus};
 use crate::storage::volumes::Shared;
 use crate::vm::{self, file_server};
 
@@ -30,7 +31,13 @@ pub(super) async fn remove_container(
     };
     let _verb = container.verb.lock().await;
     let started = matches!(container.state(), State::Running | State::Exited(_));
-    take_apart(node, &sandbox, &container).await?;
+    leave_machine(&sandbox, &container).await?;
+    {
+        // A container being made counts on the volumes that others have, and
+        // must not find them unmounted.
+        let _verb = sandbox.verb.lock().await;
+        give_back(node, &sandbox, &container)?;
+    }
     if started {
         // It has ended, as the agent said; its end is told before its removal.
         let _ = tokio::time::timeout(END, container.wait_exited()).await;
@@ -56,7 +63,7 @@ fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Res
 }
 
 /// Removes a container in whatever state it is, half-made ones included. Can be
-/// repeated.
+/// repeated. The caller holds the sandbox's verb.
 ///
 /// # Errors
 /// With what could not be removed; the record stays then.
@@ -65,19 +72,33 @@ pub async fn take_apart(
     sandbox: &Arc<Sandbox>,
     container: &Arc<Container>,
 ) -> Result<(), Error> {
-    if let Some(machine) = sandbox.machine() {
-        let request = agent::RemoveContainerRequest { container_id: container.id.to_string() };
-        machine
-            .agent
-            .call("remove container", async |mut agent| agent.remove_container(request).await)
-            .await?;
-        let disks: Vec<_> = container.record().disks().collect();
-        let mut slots = machine.slots.hold().await;
-        let unused: Vec<_> = disks.into_iter().filter(|(slot, _)| slots.release(slot)).collect();
-        for (slot, _) in unused {
-            machine.keeper.detach_image(slot).await?;
+    leave_machine(sandbox, container).await?;
+    give_back(node, sandbox, container)
+}
+
+/// Removes it from its machine, if there is one, and gives back its disks.
+async fn leave_machine(sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
+    let phase = sandbox.record().phase;
+    let machine = match phase {
+        Phase::Ready => Some(ready_machine(sandbox)?),
+        Phase::Creating | Phase::NotReady => sandbox.machine(),
+    };
+    let Some(machine) = machine else { return Ok(()) };
+    let request = agent::RemoveContainerRequest { container_id: container.id.to_string() };
+    machine.agent.call("remove container", async |mut agent| agent.remove_container(request).await).await?;
+    let disks: Vec<_> = container.record().disks().collect();
+    let mut slots = machine.slots.hold().await;
+    for (slot, _) in disks {
+        if slots.release(&slot, &container.id) {
+            machine.keeper.detach_image(slot.clone()).await?;
+            slots.emptied(&slot);
         }
     }
+    Ok(())
+}
+
+/// Gives back what it has of the host, and forgets it.
+fn give_back(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Result<(), Error> {
     container.dismiss();
     release_volumes(node, sandbox, container)?;
     container.forget()?;
