@@ -35,6 +35,12 @@ macro_rules! id {
                 Self(random())
             }
 
+            /// Whether a text has the form of one.
+            #[must_use]
+            pub fn is_one(text: &str) -> bool {
+                text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+            }
+
             /// As text.
             #[must_use]
             pub fn as_str(&self) -> &str {
@@ -80,7 +86,8 @@ mod tests {
         let (one, other) = (SandboxId::random(), SandboxId::random());
         assert_ne!(one, other);
         assert_eq!(one.as_str().len(), 64);
-        assert!(one.as_str().bytes().all(|byte| byte.is_ascii_hexdigit()));
+        assert!(SandboxId::is_one(one.as_str()));
+        assert!(!SandboxId::is_one("lost+found") && !SandboxId::is_one(&format!("{one}~")));
         assert!(one.as_str().starts_with(one.short()));
     }
 }

@@ -128,7 +128,11 @@ class Daemon(PodTest):
     """The daemon may die at any instruction; pods live on."""
 
     def test_pods_live_on_when_the_daemon_dies(self):
-        pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
+        pod, sandbox = self.pod()
+        # The agent knows nothing of a container whose program is not there: the others are followed all the same.
+        for name in ("a", "b"):
+            self.container(pod, sandbox, name, command=["/no/such/program"], start=False)
+        container = self.container(pod, sandbox, command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
         before = machines()
         self.kill_daemon()
         self.assertEqual(machines(), before)
@@ -149,6 +153,45 @@ class Daemon(PodTest):
         self.assertNotEqual(status["exitCode"], 0)
         self.assertNotEqual(status["reason"], "Completed")
         self.assertEqual(self.node.crictl("pods", "-q", "--state", "notready"), pod)
+
+    def test_a_machine_that_the_node_has_no_memory_for_is_told_so(self):
+        pod, container = self.running()
+        limit = os.path.join(self.record(pod)["cgroup"], "memory.max")
+        if not os.path.exists(limit):
+            self.skipTest("the node counts no memory")
+        with open(limit, "w") as file:
+            file.write("1M")
+        status = self.wait_exited(container, 30)
+        self.assertNotEqual(status["exitCode"], 0)
+        self.assertIn("memory on the node ran out", status["message"])
+
+    def record(self, pod):
+        """What is on disk of a pod."""
+        return json.loads((self.node.state / "sandboxes" / pod / "sandbox.json").read_text())
+
+    def test_a_stop_is_finished_although_the_daemon_dies_in_the_middle(self):
+        pod, sandbox = self.pod()
+        container = self.container(pod, sandbox, start=False)
+        [machine] = machines()
+        command = [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), "stopp", pod]
+        # A VMM that does not run does not end when it is asked to.
+        os.kill(machine, signal.SIGSTOP)
+        try:
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as stopp:
+                try:
+                    wait_until(lambda: self.record(pod)["phase"] == "not_ready", 60, "wait for the stop to begin")
+                finally:
+                    self.kill_daemon()
+                stopp.wait()
+        finally:
+            os.kill(machine, signal.SIGCONT)
+        self.node.start_daemon()
+        self.assertEqual(self.node.crictl("pods", "-q", "--state", "notready"), pod)
+        self.assertEqual(self.status(container)["state"], "CONTAINER_EXITED")
+        # Nobody has asked for that again.
+        wait_until(lambda: not machines(), 20, "wait for the machine to go")
+        self.assertEqual(leases(self.node), [])
+        self.assertFalse((self.node.state / "sandboxes" / pod / "scratch.ext4").exists())
 
     def test_what_died_with_the_daemon_is_given_back(self):
         pod, container = self.running()

@@ -28,8 +28,30 @@ pub async fn follow(
     machine: &Arc<Machine>,
     container: &Arc<Container>,
 ) -> std::io::Result<()> {
-    let terminal = container.record().config.tty;
     let mut output = JoinSet::new();
+    open_output(machine, container, &mut output).await?;
+    tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
+    Ok(())
+}
+
+/// As [`follow`], for a container that an earlier huskd followed: output that
+/// cannot be had is lost, and its end is awaited all the same.
+pub async fn resume(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>, container: &Arc<Container>) {
+    let mut output = JoinSet::new();
+    if let Err(error) = open_output(machine, container, &mut output).await {
+        tracing::warn!(container = %container.id, %error, "output of a container is lost from here on");
+    }
+    tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
+}
+
+/// Opens the output streams, and copies what comes into the log and to whoever
+/// is attached.
+async fn open_output(
+    machine: &Machine,
+    container: &Arc<Container>,
+    output: &mut JoinSet<std::io::Result<()>>,
+) -> std::io::Result<()> {
+    let terminal = container.record().config.tty;
     for (kind, name) in [(Kind::Stdout, "stdout"), (Kind::Stderr, "stderr")] {
         if terminal && kind == Kind::Stderr {
             container.output.stderr.end();
@@ -49,7 +71,6 @@ pub async fn follow(
             copied
         });
     }
-    tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
     Ok(())
 }
 

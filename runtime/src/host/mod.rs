@@ -117,6 +117,11 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
 }
 
+/// Whether a supervisor listens in `run_dir`. One that is slow to answer does.
+pub async fn lives(run_dir: &Path) -> bool {
+    !UnixStream::connect(socket_path(run_dir)).await.is_err_and(|error| is_gone(&error))
+}
+
 fn socket_path(run_dir: &Path) -> PathBuf {
     run_dir.join("agent.sock")
 }

@@ -59,15 +59,25 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
 /// # Errors
 /// With what could not be given back; stopping again tries again.
 pub async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
-    if let Some(machine) = sandbox.machine() {
-        kill_containers(sandbox, &machine).await;
+    stop_for(node, sandbox, "").await
+}
+
+/// As [`stop`], with the problem that is the reason; empty when it was asked
+/// for.
+///
+/// # Errors
+/// The same.
+pub async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, problem: &str) -> Result<(), Error> {
+    let machine = sandbox.machine();
+    if let Some(machine) = &machine {
+        kill_containers(sandbox, machine).await;
     }
     sandbox.note(|record| record.phase = Phase::NotReady);
     let cgroup = sandbox.record().cgroup.clone();
     let (machine, network) =
         tokio::join!(end_machine(node, sandbox, cgroup.as_deref()), node.network.detach(sandbox.id.as_str()));
     machine?;
-    ended(sandbox, "");
+    ended(sandbox, problem);
     network?;
     // The machine's file server goes with the machine.
     Shared::of(&node.config.run_dir, &sandbox.id).close()?;

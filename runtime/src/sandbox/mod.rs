@@ -21,6 +21,9 @@ pub mod cpus;
 pub mod lifecycle;
 pub mod recover;
 pub mod registry;
+mod strays;
+#[cfg(test)]
+pub(crate) mod tests;
 
 /// What is kept of a sandbox on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -163,9 +166,6 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Its machine, while it runs.
-    pub fn machine(&self) -> Option<Arc<Machine>> {
-        lock(&self.machine).clone()
     /// Changes the record by what is true whether or not it can be written: a
     /// full disk keeps no machine alive. A daemon that starts again compares the
     /// record with what it finds.
@@ -177,6 +177,9 @@ impl Sandbox {
         }
     }
 
+    /// Its machine, while it runs.
+    pub fn machine(&self) -> Option<Arc<Machine>> {
+        lock(&self.machine).clone()
     }
 
     /// Says which machine runs it, or that none does any more.

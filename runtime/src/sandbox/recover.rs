@@ -1,19 +1,42 @@
 //! What huskd does when it starts: finds what an earlier one left, takes over
 //! what lives, and takes apart what is half-made or has died.
+//!
+//! Sandboxes are looked after side by side, and the start waits for them only so
+//! long: a guest that does not answer costs its own pod, and nobody else. It is
+//! waited for in the background then, and its pod can be stopped meanwhile.
 
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Phase, Sandbox, lifecycle};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{Phase, Sandbox, lifecycle, strays};
 use crate::config::Kind;
 use crate::container::{Container, State, supervise};
 use crate::cri::error::Error;
 use crate::cri::names;
+use crate::cri::runtime_service::remove_container;
 use crate::host;
+use crate::id::SandboxId;
 use crate::node::Node;
-use crate::storage::volumes::{Shared, live};
-use crate::vm::{self, Slots};
+use crate::storage::volumes::live;
+use crate::vm::{self, Machine, Slots};
+
+/// Most time that the start waits until all sandboxes are looked after.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How many sandboxes are looked after at a time.
+const AT_ONCE: usize = 32;
+
+/// How long one of them keeps others waiting.
+const TURN: Duration = Duration::from_secs(5);
+
+/// How soon a machine that could not be taken over is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// Brings records and reality together. A sandbox that gives trouble is logged
 /// and kept as not ready, so that its client can stop and remove it; it never
@@ -22,30 +45,113 @@ use crate::vm::{self, Slots};
 /// # Errors
 /// A folder that cannot be read.
 pub async fn recover(node: &Arc<Node>) -> std::io::Result<()> {
-    let folder = node.sandboxes_dir();
-    std::fs::create_dir_all(&folder)?;
-    for entry in std::fs::read_dir(&folder)? {
-        let path = entry?.path();
-        match Sandbox::load(path.clone(), node.events.clone()) {
-            Ok(sandbox) => {
-                let sandbox = Arc::new(sandbox);
-                if let Err(error) = recover_sandbox(node, &sandbox).await {
-                    tracing::warn!(sandbox = %sandbox.id, %error, "recover sandbox");
-                }
-            }
-            // The record is the first thing written into the folder: without
-            // it nothing else was made.
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "sandbox record does not read; removed");
-                std::fs::remove_dir_all(&path)?;
-            }
+    recover_within(node, PATIENCE).await
+}
+
+pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std::io::Result<()> {
+    let found = find(node)?;
+    for sandbox in &found.sandboxes {
+        register(node, sandbox);
+    }
+    let sandboxes = found.sandboxes.iter().map(|sandbox| sandbox.id.clone());
+    let known: Vec<_> = sandboxes.chain(found.unread).collect();
+    strays::end(node, &known).await;
+    for path in found.broken {
+        if let Err(error) = host::remove_tree(&path) {
+            tracing::warn!(path = %path.display(), %error, "remove a sandbox whose record does not read");
         }
     }
-    end_strays(node).await;
+    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    let mut work = JoinSet::new();
+    for sandbox in found.sandboxes {
+        let (node, turns) = (node.clone(), turns.clone());
+        work.spawn(in_turn(turns, async move {
+            if let Err(error) = recover_sandbox(&node, &sandbox).await {
+                tracing::warn!(sandbox = %sandbox.id, %error, "recover sandbox");
+            }
+        }));
+    }
+    if timeout(patience, async { while work.join_next().await.is_some() {} }).await.is_err() {
+        tracing::warn!(
+            sandboxes = work.len(),
+            "not all sandboxes are looked after; the rest is in the background"
+        );
+        work.detach_all();
+    }
     // Before the first new pod: its addresses are on nobody's list.
     node.network.collect_garbage().await;
     tokio::spawn(check_networks(node.clone()));
     Ok(())
+}
+
+/// Does some work when it is its turn; one that takes long goes on without.
+async fn in_turn(turns: Arc<Semaphore>, work: impl Future<Output = ()>) {
+    let turn = turns.acquire().await;
+    tokio::pin!(work);
+    if timeout(TURN, &mut work).await.is_err() {
+        drop(turn);
+        work.await;
+    }
+}
+
+/// What is in the folder of sandboxes.
+#[derive(Default)]
+struct Found {
+    sandboxes: Vec<Arc<Sandbox>>,
+    /// Sandboxes whose records cannot be read now. They are left as they are.
+    unread: Vec<SandboxId>,
+    /// Folders whose records tell nothing.
+    broken: Vec<PathBuf>,
+}
+
+fn find(node: &Node) -> std::io::Result<Found> {
+    let folder = node.sandboxes_dir();
+    std::fs::create_dir_all(&folder)?;
+    let mut found = Found::default();
+    for entry in std::fs::read_dir(&folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if !SandboxId::is_one(&name) {
+            tracing::warn!(path = %path.display(), "this is no sandbox's, and is left where it is");
+            continue;
+        }
+        match Sandbox::load(path.clone(), node.events.clone()) {
+            Ok(sandbox) => found.sandboxes.push(Arc::new(sandbox)),
+            // The record is the first thing written into the folder: mostly
+            // nothing else was made. Else nobody can say any more how to take it
+            // over, so it ends with all that no record speaks of.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::InvalidData | ErrorKind::UnexpectedEof
+                ) =>
+            {
+                tracing::warn!(path = %path.display(), %error, "sandbox record does not read: the pod is ended and removed");
+                found.broken.push(path);
+            }
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "read sandbox record: the pod is left alone until the next start");
+                found.unread.push(SandboxId::from(name.as_str()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Makes a sandbox known, with its containers. One that was never ready has
+/// nothing that a client knows.
+fn register(node: &Node, sandbox: &Arc<Sandbox>) {
+    let record = sandbox.record().clone();
+    if record.phase == Phase::Creating {
+        return;
+    }
+    if let Ok(held) = node.registry.reserve(names::sandbox(&record.config), sandbox.id.as_str()) {
+        held.keep();
+    }
+    node.registry.add_sandbox(sandbox.clone());
+    if let Err(error) = load_containers(node, sandbox) {
+        tracing::warn!(sandbox = %sandbox.id, %error, "recover sandbox");
+    }
 }
 
 /// Says which pods are no longer connected as they were. Nobody waits for it.
@@ -60,72 +166,124 @@ async fn check_networks(node: Arc<Node>) {
 }
 
 async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
-    let record = sandbox.record().clone();
-    if record.phase == Phase::Creating {
+    let phase = sandbox.record().phase;
+    if phase == Phase::Ready {
+        return take_over(node, sandbox).await;
+    }
+    let _verb = sandbox.verb.lock().await;
+    if phase == Phase::Creating {
         tracing::info!(sandbox = %sandbox.id, "take apart a sandbox that was never ready");
         lifecycle::stop(node, sandbox).await?;
         return lifecycle::forget(node, sandbox);
     }
-    if let Ok(held) = node.registry.reserve(names::sandbox(&record.config), sandbox.id.as_str()) {
-        held.keep();
-    }
-    node.registry.add_sandbox(sandbox.clone());
-    load_containers(node, sandbox)?;
-    if record.phase != Phase::Ready {
+    // An earlier huskd may have ended before its stop did. When it did not,
+    // there is nothing left to do.
+    lifecycle::stop(node, sandbox).await
+}
+
+/// Takes over a sandbox whose machine should run, or stops it when the machine
+/// has gone, or stays silent for as long as its handler allows.
+async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+    let reached = reach(node, sandbox).await;
+    let _verb = sandbox.verb.lock().await;
+    if sandbox.record().phase != Phase::Ready {
+        // A client has stopped it meanwhile.
         return Ok(());
     }
-    let Some((_, handler)) = node.config.handler(&record.handler) else {
-        lifecycle::stop(node, sandbox).await?;
-        return Ok(());
-    };
-    let used = sandbox.containers();
-    let used = used.iter().flat_map(|container| {
-        let disks: Vec<_> = container.record().disks().collect();
-        disks.into_iter().map(|(slot, rootfs)| (container.id.clone(), slot, rootfs))
-    });
-    let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
-    let timeout = Duration::from_secs(handler.agent_timeout_seconds);
-    let reattached = match (record.kind, &record.cgroup) {
-        (Kind::Vm, _) => {
-            let slots = Slots::new(handler.image_slots).in_use(used);
-            vm::reattach(&run_dir, slots, timeout).await.map_err(Error::from)
-        }
-        (Kind::Host, Some(cgroup)) => {
-            let slots = Slots::unlimited().in_use(used);
-            host::reattach(&run_dir, cgroup, slots, timeout).await.map_err(Error::from)
-        }
-        (Kind::Host, None) => Err(host::Error::NoCgroups.into()),
-    };
-    match reattached {
-        Ok(machine) => {
-            sandbox.set_machine(Some(machine.clone()));
-            lifecycle::watch(sandbox, &machine);
-            for container in sandbox.containers() {
-                match container.state() {
-                    State::Creating => {
-                        crate::cri::runtime_service::remove_container::take_apart(node, sandbox, &container)
-                            .await?
-                    }
-                    State::Created | State::Running => {
-                        supervise::follow(sandbox, &machine, &container).await?;
-                        live::follow(&machine, &container);
-                    }
-                    State::Exited(_) => {}
-                }
-            }
-            tracing::info!(sandbox = %sandbox.id, "took over a running sandbox");
-        }
+    let machine = match reached {
+        Ok(machine) => machine,
         Err(error) => {
-            let problem = match vm::last_words(&run_dir) {
-                Some(exit) => vm::Error::from(exit).to_string(),
-                None => error.to_string(),
-            };
+            let problem = problem_of(node, sandbox, &error).await;
             tracing::warn!(sandbox = %sandbox.id, problem, "the sandbox's machine has gone");
-            lifecycle::stop(node, sandbox).await?;
-            sandbox.update(|record| record.problem = problem)?;
+            return lifecycle::stop_for(node, sandbox, &problem).await;
+        }
+    };
+    sandbox.set_machine(Some(machine.clone()));
+    lifecycle::watch(sandbox, &machine);
+    let containers = sandbox.containers();
+    let resumed = containers.iter().map(|container| resume(node, sandbox, &machine, container));
+    futures::future::join_all(resumed).await;
+    tracing::info!(sandbox = %sandbox.id, "took over a running sandbox");
+    Ok(())
+}
+
+/// Connects to a sandbox's machine: again after a failure, for as long as there
+/// is one and its handler's time lasts.
+async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<Arc<Machine>, Error> {
+    let record = sandbox.record().clone();
+    let Some((_, handler)) = node.config.handler(&record.handler) else {
+        return Err(Error::FailedPrecondition(format!(
+            "the configuration has no handler `{}` any more",
+            record.handler
+        )));
+    };
+    let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
+    let limit = Duration::from_secs(handler.agent_timeout_seconds);
+    let deadline = Instant::now() + limit;
+    loop {
+        let containers = sandbox.containers();
+        let used = containers.iter().flat_map(|container| {
+            let disks: Vec<_> = container.record().disks().collect();
+            disks.into_iter().map(|(slot, rootfs)| (container.id.clone(), slot, rootfs))
+        });
+        let (reached, lives) = match (record.kind, &record.cgroup) {
+            (Kind::Vm, _) => {
+                let slots = Slots::new(handler.image_slots).in_use(used);
+                let reached = vm::reattach(&run_dir, slots, limit).await.map_err(Error::from);
+                (reached, vm::lives(&run_dir).await)
+            }
+            (Kind::Host, Some(cgroup)) => {
+                let slots = Slots::unlimited().in_use(used);
+                let reached = host::reattach(&run_dir, cgroup, slots, limit).await.map_err(Error::from);
+                (reached, host::lives(&run_dir).await)
+            }
+            (Kind::Host, None) => return Err(host::Error::NoCgroups.into()),
+        };
+        match reached {
+            Err(error) if lives && Instant::now() + TRY_AGAIN < deadline => {
+                tracing::warn!(sandbox = %sandbox.id, %error, "take over a machine that lives; trying again");
+                sleep(TRY_AGAIN).await;
+            }
+            done => return done,
         }
     }
-    Ok(())
+}
+
+/// Why a sandbox's machine cannot be taken over.
+async fn problem_of(node: &Node, sandbox: &Sandbox, error: &Error) -> String {
+    let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
+    if let Some(exit) = vm::last_words(&run_dir) {
+        return vm::Error::from(exit).to_string();
+    }
+    let (kind, cgroup) = {
+        let record = sandbox.record();
+        (record.kind, record.cgroup.clone())
+    };
+    let killed = if kind == Kind::Vm && !vm::lives(&run_dir).await {
+        vm::out_of_memory(cgroup.as_deref())
+    } else {
+        None
+    };
+    killed.unwrap_or_else(|| error.to_string())
+}
+
+/// Goes on with a container where an earlier huskd left it. What goes wrong
+/// concerns no other.
+async fn resume(node: &Node, sandbox: &Arc<Sandbox>, machine: &Arc<Machine>, container: &Arc<Container>) {
+    match container.state() {
+        State::Creating => {
+            if let Err(error) = remove_container::take_apart(node, sandbox, container).await {
+                tracing::warn!(container = %container.id, %error, "take apart a container that was never made");
+            }
+        }
+        // Its program cannot be started; the agent knows nothing of it.
+        State::Created if !container.record().start_error.is_empty() => {}
+        State::Created | State::Running => {
+            supervise::resume(sandbox, machine, container).await;
+            live::follow(machine, container);
+        }
+        State::Exited(_) => {}
+    }
 }
 
 fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
@@ -161,41 +319,4 @@ fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
 
 fn is_record(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "json")
-}
-
-/// Machines and networks that no record speaks of.
-async fn end_strays(node: &Arc<Node>) {
-    let known = node.registry.sandboxes();
-    let run_dirs: Vec<_> =
-        known.iter().map(|sandbox| vm::run_dir(&node.config.run_dir, &sandbox.id)).collect();
-    for path in std::fs::read_dir(node.config.run_dir.join("sandboxes")).into_iter().flatten().flatten() {
-        let path = path.path();
-        if !run_dirs.contains(&path) {
-            tracing::info!(path = %path.display(), "end a machine that no record speaks of");
-            let ended = match host::owns(&path) {
-                true => host::destroy(&path, None).await.map_err(Error::from),
-                false => vm::destroy(&path).await.map_err(Error::from),
-            };
-            if let Err(error) = ended {
-                tracing::warn!(path = %path.display(), %error, "end stray machine");
-            }
-        }
-    }
-    let shared: Vec<_> = known.iter().map(|sandbox| Shared::of(&node.config.run_dir, &sandbox.id)).collect();
-    for stray in Shared::all(&node.config.run_dir) {
-        if !shared.iter().any(|shared| shared.path() == stray.path()) {
-            tracing::info!(path = %stray.path().display(), "unmount volumes that no record speaks of");
-            if let Err(error) = stray.close() {
-                tracing::warn!(path = %stray.path().display(), %error, "unmount stray volumes");
-            }
-        }
-    }
-    for id in node.network.recorded().unwrap_or_default() {
-        if !known.iter().any(|sandbox| sandbox.id.as_str() == id) {
-            tracing::info!(sandbox = id, "give back a network that no record speaks of");
-            if let Err(error) = node.network.detach(&id).await {
-                tracing::warn!(sandbox = id, %error, "give back stray network");
-            }
-        }
-    }
 }

@@ -108,3 +108,35 @@ fn give_back(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) ->
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::config::Kind;
+    use crate::sandbox::tests;
+
+    #[tokio::test]
+    async fn no_volume_goes_while_a_container_is_made_that_may_count_on_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = tests::node(folder.path());
+        let sandbox = tests::sandbox(&node, Kind::Vm, Phase::NotReady);
+        let container = tests::container(&sandbox, State::Created);
+        node.registry.add_sandbox(sandbox.clone());
+        node.registry.add_container(sandbox.clone(), container.clone());
+        let known = || node.registry.container(container.id.as_str()).is_ok();
+        // As a container that is being made has it, from its look at the volumes on.
+        let making = sandbox.verb.lock().await;
+        let request = RemoveContainerRequest { container_id: container.id.to_string() };
+        let removal = {
+            let node = node.clone();
+            tokio::spawn(async move { remove_container(&node, request).await })
+        };
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(known() && !removal.is_finished());
+        drop(making);
+        tokio::time::timeout(END, removal).await.unwrap().unwrap().unwrap();
+        assert!(!known());
+    }
+}

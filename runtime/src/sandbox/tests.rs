@@ -1,0 +1,161 @@
+//! Sandboxes of a node that is a folder: what huskd does to records, and to what
+//! it finds beside them.
+
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::net::UnixListener;
+
+use super::recover::{recover, recover_within};
+use super::*;
+use crate::config::{self, Config};
+use crate::container::{self, State};
+use crate::cri::runtime_service::remove_container::take_apart;
+use crate::id::ContainerId;
+use crate::node::Node;
+use crate::vm;
+
+/// A node without a network or a machine.
+pub(crate) fn node(folder: &Path) -> Arc<Node> {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let network = config::Network { conf_dir: folder.join("net.d"), ..Default::default() };
+    let streaming = config::Streaming { address: ([127, 0, 0, 1], 0).into(), ..Default::default() };
+    let (state_dir, run_dir) = (folder.join("state"), folder.join("run"));
+    let config = Config { state_dir, run_dir, network, streaming, ..Default::default() };
+    Arc::new(Node::open(config).unwrap())
+}
+
+/// A sandbox of which there is a record and nothing else.
+pub(crate) fn sandbox(node: &Node, kind: Kind, phase: Phase) -> Arc<Sandbox> {
+    let id = SandboxId::random();
+    let name = if kind == Kind::Host { config::HOST_HANDLER } else { config::DEFAULT_HANDLER };
+    let record = Record {
+        id: id.clone(),
+        config: cri::PodSandboxConfig::default(),
+        handler: name.into(),
+        kind,
+        created_at: 1,
+        phase,
+        ips: Vec::new(),
+        netns: PathBuf::new(),
+        vmm_pid: 0,
+        cgroup: Some(node.config.run_dir.join("no-such-group")),
+        size: None,
+        boot: BootTimes::default(),
+        problem: String::new(),
+    };
+    let directory = node.sandboxes_dir().join(id.as_str());
+    Arc::new(Sandbox::create(directory, record, node.events.clone()).unwrap())
+}
+
+/// A container of it, by its record.
+pub(crate) fn container(sandbox: &Sandbox, state: State) -> Arc<Container> {
+    let record = container::Record {
+        id: ContainerId::random(),
+        sandbox_id: sandbox.id.clone(),
+        config: cri::ContainerConfig::default(),
+        image_id: String::new(),
+        image_ref: String::new(),
+        image_slot: "image-0".into(),
+        image_rootfs: PathBuf::new(),
+        image_volumes: Vec::new(),
+        volumes: Vec::new(),
+        log_path: PathBuf::new(),
+        stop_signal: 15,
+        guest_pid: 1,
+        created_at: 1,
+        started_at: 2,
+        user: None,
+        start_error: String::new(),
+        state,
+    };
+    Arc::new(Container::create(sandbox.directory(), record).unwrap())
+}
+
+#[tokio::test]
+async fn nothing_in_the_folder_of_sandboxes_keeps_huskd_from_starting() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(folder.path());
+    let sandboxes = node.sandboxes_dir();
+    let (notes, found) = (sandboxes.join("notes.txt"), sandboxes.join("lost+found"));
+    std::fs::write(&notes, "of the administrator").unwrap();
+    std::fs::create_dir(&found).unwrap();
+    let file = sandboxes.join(SandboxId::random().as_str());
+    std::fs::write(&file, "").unwrap();
+    // A power cut leaves such records, with the pod's folders beside them.
+    let ids = [SandboxId::random(), SandboxId::random(), SandboxId::random()];
+    for (id, text) in ids.iter().zip([Some("{ \"id\""), Some("{}"), None]) {
+        let path = sandboxes.join(id.as_str());
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("scratch.ext4"), "disk").unwrap();
+        if let Some(text) = text {
+            std::fs::write(path.join(RECORD), text).unwrap();
+        }
+        std::fs::create_dir(vm::run_dir(&node.config.run_dir, id)).unwrap();
+    }
+    let good = sandbox(&node, Kind::Vm, Phase::NotReady);
+    recover(&node).await.unwrap();
+    assert!(notes.exists() && found.exists() && file.exists());
+    for id in &ids {
+        assert!(!sandboxes.join(id.as_str()).exists());
+        assert!(!vm::run_dir(&node.config.run_dir, id).exists(), "its machine is ended");
+    }
+    assert!(node.registry.sandbox(good.id.as_str()).is_ok());
+}
+
+#[tokio::test]
+async fn a_stop_in_the_middle_of_which_huskd_ended_is_finished() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(folder.path());
+    let stopping = sandbox(&node, Kind::Vm, Phase::NotReady);
+    let running = container(&stopping, State::Running);
+    std::fs::write(stopping.scratch(), "disk").unwrap();
+    let run_dir = vm::run_dir(&node.config.run_dir, &stopping.id);
+    std::fs::create_dir(&run_dir).unwrap();
+    recover(&node).await.unwrap();
+    assert!(!run_dir.exists() && !stopping.scratch().exists());
+    let (_, running) = node.registry.container(running.id.as_str()).unwrap();
+    assert!(matches!(running.state(), State::Exited(_)), "{:?}", running.state());
+    let stopped = node.registry.sandbox(stopping.id.as_str()).unwrap();
+    assert_eq!(stopped.record().phase, Phase::NotReady);
+}
+
+#[tokio::test]
+async fn a_mute_guest_holds_up_nobody_and_is_not_ended_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(folder.path());
+    let mute = sandbox(&node, Kind::Host, Phase::Ready);
+    let inside = container(&mute, State::Running);
+    let gone = sandbox(&node, Kind::Vm, Phase::Ready);
+    let run_dir = vm::run_dir(&node.config.run_dir, &mute.id);
+    std::fs::create_dir(&run_dir).unwrap();
+    // Connections wait in its backlog, and nobody ever takes one.
+    let _listener = UnixListener::bind(run_dir.join("agent.sock")).unwrap();
+    let limit = std::time::Duration::from_millis(300);
+    tokio::time::timeout(limit * 50, recover_within(&node, limit)).await.unwrap().unwrap();
+    let gone = node.registry.sandbox(gone.id.as_str()).unwrap();
+    assert_eq!(gone.record().phase, Phase::NotReady);
+    assert!(!gone.record().problem.is_empty());
+
+    let mute = node.registry.sandbox(mute.id.as_str()).unwrap();
+    assert_eq!(mute.record().phase, Phase::Ready);
+    assert!(mute.verb.try_lock().is_ok(), "it can be stopped");
+    // What is not known to have left the machine is not forgotten.
+    let (_, inside) = node.registry.container(inside.id.as_str()).unwrap();
+    let refused = take_apart(&node, &mute, &inside).await.unwrap_err();
+    assert!(refused.to_string().contains("has not answered"), "{refused}");
+    assert!(node.registry.container(inside.id.as_str()).is_ok());
+}
+
+#[tokio::test]
+async fn a_full_disk_keeps_nothing_from_being_given_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(folder.path());
+    let full = sandbox(&node, Kind::Vm, Phase::Ready);
+    std::fs::write(full.scratch(), "all that there was").unwrap();
+    // No record can be written any more.
+    std::fs::create_dir(full.directory().join("sandbox.new")).unwrap();
+    assert!(full.update(|_| {}).is_err());
+    lifecycle::stop(&node, &full).await.unwrap();
+    assert!(!full.scratch().exists());
+    assert_eq!(full.record().phase, Phase::NotReady);
+}
