@@ -150,7 +150,8 @@ pub struct Hooks {
     pub start_container: Vec<Hook>,
     /// After it has started.
     pub poststart: Vec<Hook>,
-    /// After the container has been deleted.
+    /// After the container has been deleted: by its client, or by the end of its
+    /// pod, where all of them together have 20 seconds.
     pub poststop: Vec<Hook>,
 }
 

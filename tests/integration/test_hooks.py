@@ -7,13 +7,21 @@ BUNDLE = """read state; bundle=${state#*'"bundle":"'}; bundle=${bundle%%'"'*}"""
 SCRIPT = f"""{BUNDLE}; echo "$WORD" > $bundle/rootfs/hooked"""
 STEP = f"""{BUNDLE}; echo $WORD >> $bundle/rootfs/steps"""
 KEEP = f"""{BUNDLE}; echo "$state" > $bundle/rootfs/state"""
-# After the container has gone there is the guest's console alone.
-LAST = """read state; echo "hook poststop: $state" > /dev/console"""
+# After the container has gone there are the guest's console and the pod's volumes.
+LAST = """
+read state
+echo "hook poststop: $state" > /dev/console
+for volume in /run/husk/shared/*; do
+    if [ -d $volume ]; then echo "$state" >> $volume/poststop; fi
+done
+"""
+# On the host the bundle is below the node's own directory.
+LAST_ON_HOST = f"""{BUNDLE}; echo "$state" >> ${{bundle%/run/sandboxes/*}}/poststop-on-host"""
 
 
-def hook(point, script, word=""):
+def hook(point, script, word="", handler="kata-runtime"):
     return (
-        f"[[handlers.kata-runtime.hooks.{point}]]\npath = '/usr/bin/busybox'\n"
+        f"[[handlers.{handler}.hooks.{point}]]\npath = '/usr/bin/busybox'\n"
         f"args = ['sh', '-c', '''{script}''']\nenv = ['WORD={word}']\n"
     )
 
@@ -30,11 +38,34 @@ class Hooks(PodTest):
         + hook("poststart", STEP, "poststart")
         + hook("poststop", LAST)
     )
+    settings = hook("poststop", LAST_ON_HOST, handler="runc")
+
+    def check_told(self, path, container):
+        """A `poststop` hook has told of this container, once."""
+        told = [json.loads(line) for line in path.read_text().splitlines()]
+        self.assertEqual([(state["id"], state["status"]) for state in told], [(container, "stopped")])
 
     def test_hooks_run_in_the_guest_at_their_points(self):
-        _, container = self.running()
+        folder = self.node.root / "hooked"
+        folder.mkdir()
+        pod, container = self.running(mounts=[{"host_path": str(folder), "container_path": "/data"}])
         self.assertEqual(self.node.crictl("exec", "-s", container, "cat", "/hooked"), "before the start")
         self.assertEqual(self.node.crictl("exec", "-s", container, "cat", "/inside"), "inside")
+        # The kubelet stops a pod and removes its containers when they have no machine any more.
+        self.assertFalse((folder / "poststop").exists())
+        self.node.crictl("stopp", pod)
+        self.check_told(folder / "poststop", container)
+        self.node.crictl("rm", container)
+        self.check_told(folder / "poststop", container)
+
+    def test_hooks_after_the_end_run_on_the_host_when_the_pod_is_stopped(self):
+        told = self.node.root / "poststop-on-host"
+        config = self.node.sandbox_file("on-host")
+        pod = self.node.crictl("runp", "--runtime", "runc", config)
+        container = self.container(pod, config)
+        self.assertFalse(told.exists())
+        self.node.crictl("stopp", pod)
+        self.check_told(told, container)
 
     def console(self, pod):
         husk = [self.node.prefix / "bin/husk", "--config", self.node.config, "console", pod]

@@ -26,8 +26,9 @@ const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
 /// Longest host name (`HOST_NAME_MAX`).
 const MAX_HOSTNAME: usize = 64;
 
-/// How long all containers together may take to end at a shut-down.
-const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long all containers together may take to end at a shut-down, their
+/// `poststop` hooks with them.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
 
 /// `CreateSandbox`.
 pub async fn create(

@@ -59,6 +59,9 @@ pub struct Record {
     /// such container in the guest then.
     #[serde(default)]
     pub start_error: String,
+    /// It has hooks that run once it has been deleted.
+    #[serde(default)]
+    pub poststop: bool,
     /// Where it is in its life.
     pub state: State,
 }
@@ -324,6 +327,7 @@ mod tests {
             started_at: 2,
             user: None,
             start_error: String::new(),
+            poststop: false,
             state: State::Running,
         };
         Container::create(folder, record).unwrap()

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_proto::agent::ShutdownRequest;
 use husk_proto::cri::ContainerEventType;
 
 use super::{Phase, Sandbox};
@@ -17,6 +18,10 @@ use crate::vm::{self, Machine};
 
 /// Most time that containers get to end once they have been killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Most time that hooks get which run once a container has been deleted: a
+/// little more than the agent gives them.
+const HOOKS_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// Watches a machine, so that its end is known when nobody asked for it.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
@@ -73,6 +78,9 @@ pub async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, problem: &str) -> Res
         kill_containers(sandbox, machine).await;
     }
     sandbox.note(|record| record.phase = Phase::NotReady);
+    if let Some(machine) = &machine {
+        run_poststop_hooks(sandbox, machine).await;
+    }
     let cgroup = sandbox.record().cgroup.clone();
     let (machine, network) =
         tokio::join!(end_machine(node, sandbox, cgroup.as_deref()), node.network.detach(sandbox.id.as_str()));
@@ -138,6 +146,26 @@ async fn kill_containers(sandbox: &Sandbox, machine: &Machine) {
         let _ = tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()).await;
     });
     let _ = tokio::time::timeout(KILL_TIMEOUT * 2, futures::future::join_all(ends)).await;
+}
+
+/// Has the agent delete the containers, so that their `poststop` hooks run: when
+/// the machine or the processes go, nobody runs them. It ends with that, so the
+/// sandbox must be noted as not ready before.
+async fn run_poststop_hooks(sandbox: &Sandbox, machine: &Machine) {
+    if !sandbox.containers().iter().any(|container| container.record().poststop) {
+        return;
+    }
+    let mut agent = machine.agent.unlimited();
+    match tokio::time::timeout(HOOKS_TIMEOUT, agent.shutdown(ShutdownRequest {})).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(status)) => {
+            tracing::warn!(sandbox = %sandbox.id, message = status.message(), "run poststop hooks");
+        }
+        Err(_) => {
+            let seconds = HOOKS_TIMEOUT.as_secs();
+            tracing::warn!(sandbox = %sandbox.id, seconds, "poststop hooks have not ended in time");
+        }
+    }
 }
 
 /// Removes what [`stop`] leaves: the records.

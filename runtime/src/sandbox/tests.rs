@@ -18,7 +18,7 @@ use crate::vm;
 pub(crate) fn node(folder: &Path) -> Arc<Node> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let network = config::Network { conf_dir: folder.join("net.d"), ..Default::default() };
-    let streaming = config::Streaming { address: ([127, 0, 0, 1], 0).into(), ..Default::default() };
+    let streaming = config::Streaming { address: ([127, 0, 0, 1], 0).into() };
     let (state_dir, run_dir) = (folder.join("state"), folder.join("run"));
     let config = Config { state_dir, run_dir, network, streaming, ..Default::default() };
     Arc::new(Node::open(config).unwrap())
@@ -66,6 +66,7 @@ pub(crate) fn container(sandbox: &Sandbox, state: State) -> Arc<Container> {
         started_at: 2,
         user: None,
         start_error: String::new(),
+        poststop: false,
         state,
     };
     Arc::new(Container::create(sandbox.directory(), record).unwrap())

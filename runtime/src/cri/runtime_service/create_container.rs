@@ -100,6 +100,7 @@ pub(super) async fn create_container(
         started_at: 0,
         user: None,
         start_error: String::new(),
+        poststop: !hooks.poststop.is_empty(),
         state: State::Creating,
         config,
     };
