@@ -1,5 +1,7 @@
 //! Who a container's process runs as: names looked up in the container's own
-//! `/etc/passwd` and `/etc/group`, which are as hostile as its image.
+//! `/etc/passwd` and `/etc/group`, which are as hostile as its image. A number
+//! is always an id: whoever says 1234 must not become root because an image
+//! has a user of that name.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -28,6 +30,14 @@ pub enum Error {
         name: String,
         /// "passwd" or "group".
         file: &'static str,
+    },
+    /// A number that the kernel has no such id for.
+    #[error("{what} {number} is not an id: those are 0 to {}", u32::MAX - 1)]
+    OutOfRange {
+        /// "user" or "group".
+        what: &'static str,
+        /// As asked for.
+        number: String,
     },
     /// The file is there but cannot be read.
     #[error("read the container's /{path}: {cause}")]
@@ -136,30 +146,43 @@ fn id(text: &str) -> Option<u32> {
     text.parse().ok().filter(|id| *id != u32::MAX)
 }
 
+/// The id that `text` is; none for a name. Digits are never a name, also where
+/// they are no id.
+fn number(what: &'static str, text: &str) -> Result<Option<u32>, Error> {
+    let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Ok(None);
+    }
+    let outside = || Error::OutOfRange { what, number: text.to_owned() };
+    id(text).map(Some).ok_or_else(outside)
+}
+
 fn look_up(request: &str, strict: bool, passwd: &str, group: &str) -> Result<Identity, Error> {
     let (user, primary) = match request.split_once(':') {
         Some((user, primary)) => (user, Some(primary).filter(|primary| !primary.is_empty())),
         None => (request, None),
     };
     let user = if user.is_empty() { "0" } else { user };
-    let number = id(user);
+    let uid = number("user", user)?;
 
-    // A name that looks like a number is found before the number is.
-    let entry = passwd_entries(passwd)
-        .find(|entry| entry.name == user)
-        .or_else(|| passwd_entries(passwd).find(|entry| Some(entry.uid) == number));
-    let (uid, own_gid, name, home) = match (entry, number) {
+    let entry = passwd_entries(passwd).find(|entry| match uid {
+        Some(uid) => entry.uid == uid,
+        None => entry.name == user,
+    });
+    let (uid, own_gid, name, home) = match (entry, uid) {
         (Some(entry), _) => (entry.uid, entry.gid, Some(entry.name), entry.home),
         (None, Some(uid)) => (uid, 0, None, ""),
         (None, None) => return Err(Error::Unknown { what: "user", name: user.to_owned(), file: "passwd" }),
     };
     let gid = match primary {
         None => own_gid,
-        Some(primary) => group_entries(group)
-            .find(|entry| entry.name == primary)
-            .map(|entry| entry.gid)
-            .or_else(|| id(primary))
-            .ok_or_else(|| Error::Unknown { what: "group", name: primary.to_owned(), file: "group" })?,
+        Some(primary) => match number("group", primary)? {
+            Some(gid) => gid,
+            None => group_entries(group)
+                .find(|entry| entry.name == primary)
+                .map(|entry| entry.gid)
+                .ok_or_else(|| Error::Unknown { what: "group", name: primary.to_owned(), file: "group" })?,
+        },
     };
 
     let mut groups = BTreeSet::from([gid]);
@@ -184,10 +207,10 @@ mod tests {
         # comment:x:5:5::/:\n\
         broken line\n\
         www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n\
-        1234:x:77:88::/home/number:\n\
+        1234:x:0:0::/root:\n\
         nohome:x:50:50\n";
     const GROUP: &str =
-        "root:x:0:\nwww-data:x:33:\nssl:x:104:www-data,root\nmail:x:8:www-data\nbad:x:x:www-data\n";
+        "root:x:0:\n1234:x:0:\nwww-data:x:33:\nssl:x:104:www-data,root\nmail:x:8:www-data\nbad:x:x:www-data\n";
 
     fn found(request: &str) -> (u32, u32, Vec<u32>, String) {
         let identity = look_up(request, false, PASSWD, GROUP).unwrap();
@@ -210,8 +233,11 @@ mod tests {
     }
 
     #[test]
-    fn a_name_made_of_digits_is_a_name_first() {
-        assert_eq!(found("1234"), (77, 88, vec![88], "/home/number".into()));
+    fn digits_are_an_id_whatever_names_an_image_has() {
+        assert_eq!(found("1234"), (1234, 0, vec![0], "/".into()));
+        assert_eq!(found("1234:1234"), (1234, 1234, vec![1234], "/".into()));
+        assert_eq!(found("www-data:1234"), (33, 1234, vec![8, 104, 1234], "/var/www".into()));
+        assert_eq!(found("+1234"), found("1234"));
     }
 
     #[test]
@@ -222,14 +248,19 @@ mod tests {
 
     #[test]
     fn unknown_names_and_illegal_numbers_are_errors() {
-        for request in ["nobody", "4294967295", "-1", "99999999999"] {
-            let error = look_up(request, false, PASSWD, GROUP).unwrap_err();
-            assert!(matches!(error, Error::Unknown { what: "user", .. }), "{request}");
+        let passwd = format!("{PASSWD}99999999999:x:0:0::/:\n-1:x:0:0::/:\n");
+        let error = |request: &str| look_up(request, false, &passwd, GROUP).unwrap_err();
+        for request in ["nobody", "-", "0x5"] {
+            assert!(matches!(error(request), Error::Unknown { what: "user", .. }), "{request}");
         }
-        for request in ["root:wheel", "0:4294967295", "0:x:y"] {
-            let error = look_up(request, false, PASSWD, GROUP).unwrap_err();
-            assert!(matches!(error, Error::Unknown { what: "group", .. }), "{request}");
+        for request in ["4294967295", "-1", "99999999999"] {
+            assert!(matches!(error(request), Error::OutOfRange { what: "user", .. }), "{request}");
         }
+        for request in ["root:wheel", "0:x:y"] {
+            assert!(matches!(error(request), Error::Unknown { what: "group", .. }), "{request}");
+        }
+        let error = error("0:4294967295");
+        assert!(matches!(error, Error::OutOfRange { what: "group", .. }), "{error}");
     }
 
     #[test]
