@@ -65,8 +65,16 @@ struct Given {
 }
 
 impl Policies {
-    /// Sees to it that the kernel has what a container needs.
-    pub async fn load(&self, wanted: &AppArmor) -> Result<(), Error> {
+    /// Sees to it that the kernel has what a container needs. False when it has
+    /// no AppArmor, and need not have any.
+    pub async fn load(&self, wanted: &AppArmor) -> Result<bool, Error> {
+        match self.load_all(wanted).await {
+            Err(Error::NoAppArmor) if wanted.unless_off => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
+
+    async fn load_all(&self, wanted: &AppArmor) -> Result<(), Error> {
         let mut given = self.given.lock().await;
         if !given.mounted {
             match mount("securityfs", SECURITYFS, "securityfs", flags(), "") {
@@ -133,7 +141,7 @@ mod tests {
 
     fn of_host(revisions: &[u64]) -> AppArmor {
         let policy = |revision: &u64| AppArmorPolicy { revision: *revision, content: vec![*revision as u8] };
-        AppArmor { policies: revisions.iter().map(policy).collect(), default_profile: false }
+        AppArmor { policies: revisions.iter().map(policy).collect(), ..Default::default() }
     }
 
     /// What the kernel is given for a request; it refuses the policy `[9]`.

@@ -82,7 +82,7 @@ class Profiles(Words):
         powers = {"capabilities": {"add_capabilities": ["ALL"]}, "masked_paths": ["/none"], "readonly_paths": ["/none"], **OWN_PROCESSES}
         mount = ("mount", "-t", "tmpfs", "none", "/mnt")
         change = ("sh", "-c", "cat /proc/sys/vm/swappiness > /proc/sys/vm/swappiness")
-        free = self.secured(pod, sandbox, "free", **powers)
+        free = self.secured(pod, sandbox, "free", apparmor={"profile_type": UNCONFINED}, **powers)
         default = self.secured(pod, sandbox, "default", apparmor={"profile_type": DEFAULT}, **powers)
         self.assertEqual((self.label(free), self.label(default)), ("unconfined", "husk-default (enforce)"))
         self.does(default, "sh", "-c", "mkdir /mnt && echo 500 > /proc/self/oom_score_adj && kill -0 1")
@@ -90,9 +90,10 @@ class Profiles(Words):
         for command in (mount, change):
             self.does(free, *command)
             self.assertIn("denied", self.fails("exec", "-s", default, *command))
-        old = self.secured(pod, sandbox, "old", apparmor_profile="runtime/default", **OWN_PROCESSES)
-        self.assertEqual(self.label(old), "husk-default (enforce)")
-        privileged = self.secured(pod, sandbox, "privileged", apparmor={"profile_type": DEFAULT}, privileged=True, **OWN_PROCESSES)
+        for name, security in (("old", {"apparmor_profile": "runtime/default"}), ("unsaid", {})):
+            container = self.secured(pod, sandbox, name, **security, **OWN_PROCESSES)
+            self.assertEqual(self.label(container), "husk-default (enforce)", name)
+        privileged = self.secured(pod, sandbox, "privileged", privileged=True, **OWN_PROCESSES)
         self.assertEqual(self.label(privileged), "unconfined")
         self.node.crictl("stop", "--timeout", "5", default)
 
@@ -116,4 +117,5 @@ class WithoutAppArmor(Words, PodTest):
         for security in (by_name(ONE), {"apparmor": {"profile_type": DEFAULT}}):
             config = self.node.container_file("refused", "busybox", command=["true"], linux={"security_context": security})
             self.assertIn("the machine's kernel has no AppArmor", self.fails("create", pod, config, sandbox))
+        # Who asks for nothing runs without.
         self.secured(pod, sandbox, "plain")

@@ -46,7 +46,10 @@ pub async fn create(
     }
     if let Some(wanted) = &request.apparmor {
         let loaded = agent.policies.load(wanted).await;
-        loaded.map_err(|error| Error::Precondition(format!("load AppArmor policy: {error}")))?;
+        let loaded = loaded.map_err(|error| Error::Precondition(format!("load AppArmor policy: {error}")))?;
+        if !loaded && let Some(process) = config.process_mut() {
+            process.set_apparmor_profile(None);
+        }
     }
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;

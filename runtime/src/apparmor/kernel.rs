@@ -43,10 +43,19 @@ pub struct Loaded {
 }
 
 impl Kernel {
-    /// Whether this kernel confines anything.
+    /// Whether this kernel confines anything, and takes policy here: huskd may
+    /// be in a container itself that does not see where.
     #[must_use]
-    pub fn is_on(&self) -> bool {
+    pub fn can_confine(&self) -> bool {
+        self.is_on() && self.profiles().is_dir()
+    }
+
+    fn is_on(&self) -> bool {
         read(&self.enabled, MAX_TEXT).is_ok_and(|word| word.starts_with(b"Y"))
+    }
+
+    fn profiles(&self) -> PathBuf {
+        self.directory.join("policy/profiles")
     }
 
     /// The profile of that name. It comes from a client: it is compared, and
@@ -58,7 +67,7 @@ impl Kernel {
         if !self.is_on() {
             return Err(Error::Off(name.to_owned()));
         }
-        let profiles = self.directory.join("policy/profiles");
+        let profiles = self.profiles();
         let failed = |cause: io::Error| match cause.kind() {
             io::ErrorKind::NotFound => Error::NotMounted { profile: name.to_owned(), path: profiles.clone() },
             _ => file(name, "read", &profiles)(cause),
@@ -84,6 +93,9 @@ impl Kernel {
     /// # Errors
     /// With the file in them.
     pub fn provide(&self, name: &str, policy: &Path) -> Result<(), Error> {
+        if !self.is_on() {
+            return Err(Error::Off(name.to_owned()));
+        }
         let wanted = read(policy, MAX_POLICY).map_err(file(name, "read", policy))?;
         match self.find(name).and_then(|loaded| loaded.policy(MAX_POLICY)) {
             Ok((_, content)) if content == wanted => return Ok(()),

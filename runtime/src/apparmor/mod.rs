@@ -4,7 +4,8 @@
 //! container simply gets it, by its name; into a machine huskd takes its binary
 //! policy along, read back from the host's kernel. `RuntimeDefault` is a
 //! profile of Husk's own, [`DEFAULT_PROFILE`], whose policy the guest's root
-//! has; on the host it is loaded when it is first needed.
+//! has; on the host it is loaded when it is first needed. It is also what a
+//! container has whose client says nothing, wherever AppArmor is on.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -77,7 +78,10 @@ pub enum Error {
 /// What a client asks for.
 #[derive(Debug, PartialEq, Eq)]
 enum Asked {
-    Nothing,
+    /// Nothing is said: the default, where there is AppArmor.
+    Unsaid,
+    /// No profile.
+    Unconfined,
     Default,
     Localhost(String),
 }
@@ -102,18 +106,20 @@ pub fn in_machine(
     config: &cri::ContainerConfig,
     others: &[cri::ContainerConfig],
 ) -> Result<Confinement, Error> {
-    match asked(config)? {
-        Asked::Nothing => Ok(Confinement::default()),
-        Asked::Default => Ok(Confinement {
-            profile: Some(DEFAULT_PROFILE.to_owned()),
-            for_machine: Some(agent::AppArmor { default_profile: true, ..Default::default() }),
-        }),
+    let (profile, for_machine) = match asked(config)? {
+        Asked::Unconfined => return Ok(Confinement::default()),
+        // Only the machine knows whether its kernel has AppArmor.
+        asked @ (Asked::Unsaid | Asked::Default) => {
+            let unless_off = asked == Asked::Unsaid;
+            let needed = agent::AppArmor { default_profile: true, unless_off, ..Default::default() };
+            (DEFAULT_PROFILE.to_owned(), needed)
+        }
         Asked::Localhost(name) => {
             let policies = policies(kernel, &name, others)?;
-            let for_machine = agent::AppArmor { policies, default_profile: false };
-            Ok(Confinement { profile: Some(name), for_machine: Some(for_machine) })
+            (name, agent::AppArmor { policies, ..Default::default() })
         }
-    }
+    };
+    Ok(Confinement { profile: Some(profile), for_machine: Some(for_machine) })
 }
 
 /// The profile of a container on the host. `default_policy` is the file with
@@ -127,10 +133,9 @@ pub fn on_host(
     default_policy: &Path,
 ) -> Result<Confinement, Error> {
     let profile = match asked(config)? {
-        Asked::Nothing => None,
-        // As everywhere: a host without AppArmor has no default.
-        Asked::Default if !kernel.is_on() => None,
-        Asked::Default => {
+        Asked::Unconfined => None,
+        Asked::Unsaid if !kernel.can_confine() => None,
+        Asked::Unsaid | Asked::Default => {
             kernel.provide(DEFAULT_PROFILE, default_policy)?;
             Some(DEFAULT_PROFILE.to_owned())
         }
@@ -146,13 +151,16 @@ pub fn on_host(
 /// Kubernetes' annotations.
 fn asked(config: &cri::ContainerConfig) -> Result<Asked, Error> {
     let Some(security) = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()) else {
-        return Ok(Asked::Nothing);
+        return Ok(Asked::Unsaid);
     };
     #[allow(deprecated)]
     let old = security.apparmor_profile.as_str();
     let (kind, name) = match (&security.apparmor, old) {
         (Some(profile), _) => (profile.profile_type, profile.localhost_ref.as_str()),
-        (None, "" | "unconfined") => return Ok(Asked::Nothing),
+        // It may do everything, as elsewhere; a profile by name is the client's will.
+        (None, "") if security.privileged => return Ok(Asked::Unconfined),
+        (None, "") => return Ok(Asked::Unsaid),
+        (None, "unconfined") => return Ok(Asked::Unconfined),
         (None, "runtime/default") => (ProfileType::RuntimeDefault as i32, ""),
         (None, name) if name.starts_with("localhost/") => (ProfileType::Localhost as i32, name),
         (None, word) => {
@@ -161,9 +169,8 @@ fn asked(config: &cri::ContainerConfig) -> Result<Asked, Error> {
         }
     };
     match ProfileType::try_from(kind) {
-        Ok(ProfileType::Unconfined) => Ok(Asked::Nothing),
-        // It may do everything, as elsewhere; a profile by name is the client's will.
-        Ok(ProfileType::RuntimeDefault) if security.privileged => Ok(Asked::Nothing),
+        Ok(ProfileType::Unconfined) => Ok(Asked::Unconfined),
+        Ok(ProfileType::RuntimeDefault) if security.privileged => Ok(Asked::Unconfined),
         Ok(ProfileType::RuntimeDefault) => Ok(Asked::Default),
         Ok(ProfileType::Localhost) => match name.strip_prefix("localhost/").unwrap_or(name) {
             "" => Err(Error::Invalid("type `Localhost` needs a name in `localhost_ref`".into())),

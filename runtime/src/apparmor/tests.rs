@@ -77,15 +77,18 @@ fn old(word: &str) -> cri::LinuxContainerSecurityContext {
 fn the_new_field_wins_and_both_know_a_name_with_its_prefix() {
     let named = |name: &str| Asked::Localhost(name.to_owned());
     let is = |security| asked(&secured(security)).unwrap();
-    assert_eq!(asked(&cri::ContainerConfig::default()).unwrap(), Asked::Nothing);
-    assert_eq!((is(old("")), is(old("unconfined"))), (Asked::Nothing, Asked::Nothing));
+    assert_eq!(asked(&cri::ContainerConfig::default()).unwrap(), Asked::Unsaid);
+    assert_eq!((is(old("")), is(old("unconfined"))), (Asked::Unsaid, Asked::Unconfined));
     assert_eq!((is(old("runtime/default")), is(old("localhost/a"))), (Asked::Default, named("a")));
     for name in ["b", "localhost/b"] {
         let apparmor = field(ProfileType::Localhost, name);
         assert_eq!(is(cri::LinuxContainerSecurityContext { apparmor, ..old("localhost/a") }), named("b"));
     }
     let apparmor = field(ProfileType::Unconfined, "");
-    assert_eq!(is(cri::LinuxContainerSecurityContext { apparmor, ..old("runtime/default") }), Asked::Nothing);
+    assert_eq!(
+        is(cri::LinuxContainerSecurityContext { apparmor, ..old("runtime/default") }),
+        Asked::Unconfined
+    );
     for word in ["a", "docker/a", "localhost/"] {
         assert!(matches!(asked(&secured(old(word))), Err(Error::Invalid(_))), "{word}");
     }
@@ -96,16 +99,16 @@ fn the_new_field_wins_and_both_know_a_name_with_its_prefix() {
 
 #[test]
 fn a_privileged_container_has_the_profile_that_it_names_and_no_default() {
-    let privileged = |kind, name| {
-        let apparmor = field(kind, name);
+    let privileged = |apparmor| {
         asked(&secured(cri::LinuxContainerSecurityContext {
             privileged: true,
             apparmor,
             ..Default::default()
         }))
     };
-    assert_eq!(privileged(ProfileType::RuntimeDefault, "").unwrap(), Asked::Nothing);
-    assert_eq!(privileged(ProfileType::Localhost, "a").unwrap(), Asked::Localhost("a".into()));
+    assert_eq!(privileged(None).unwrap(), Asked::Unconfined);
+    assert_eq!(privileged(field(ProfileType::RuntimeDefault, "")).unwrap(), Asked::Unconfined);
+    assert_eq!(privileged(field(ProfileType::Localhost, "a")).unwrap(), Asked::Localhost("a".into()));
 }
 
 #[test]
@@ -195,7 +198,27 @@ fn the_default_profile_is_loaded_where_it_is_not_yet() {
     fs::remove_file(&policy).unwrap();
     assert!(profile().unwrap_err().to_string().contains(policy.to_str().unwrap()));
     fs::write(host.root.path().join("enabled"), "N").unwrap();
-    assert_eq!(profile().unwrap(), None, "no AppArmor, no default");
+    let error = profile().unwrap_err().to_string();
+    assert!(error.contains(DEFAULT_PROFILE) && error.contains("apparmor=1"), "{error}");
+}
+
+#[test]
+fn who_says_nothing_has_the_default_profile_where_the_host_has_apparmor() {
+    let host = Host::new();
+    let policy = host.root.path().join("policy");
+    fs::write(&policy, "default").unwrap();
+    let profile = |config| on_host(&host.kernel(), &config, &policy).map(|got| got.profile);
+    let unsaid = cri::ContainerConfig::default;
+    assert_eq!(profile(unsaid()).unwrap().as_deref(), Some(DEFAULT_PROFILE));
+    assert_eq!(fs::read(host.place(".replace")).unwrap(), b"default");
+    assert_eq!(profile(secured(old("unconfined"))).unwrap(), None);
+
+    // huskd does not see where policy goes: an error for who asks for it alone.
+    fs::remove_dir_all(host.place("policy")).unwrap();
+    assert_eq!(profile(unsaid()).unwrap(), None);
+    assert!(matches!(profile(secured(old("runtime/default"))), Err(Error::NotMounted { .. })));
+    fs::write(host.root.path().join("enabled"), "N").unwrap();
+    assert_eq!(profile(unsaid()).unwrap(), None);
 }
 
 #[test]
@@ -204,7 +227,10 @@ fn a_machine_has_the_default_profile_of_its_own() {
     fs::write(host.root.path().join("enabled"), "N").unwrap();
     let got = in_machine(&host.kernel(), &secured(old("runtime/default")), &[]).unwrap();
     assert_eq!(got.profile.as_deref(), Some(DEFAULT_PROFILE));
-    assert!(got.for_machine.is_some_and(|it| it.default_profile && it.policies.is_empty()));
-    let none = in_machine(&host.kernel(), &cri::ContainerConfig::default(), &[]).unwrap();
+    assert!(got.for_machine.is_some_and(|it| it.default_profile && !it.unless_off && it.policies.is_empty()));
+    let unsaid = in_machine(&host.kernel(), &cri::ContainerConfig::default(), &[]).unwrap();
+    assert_eq!(unsaid.profile.as_deref(), Some(DEFAULT_PROFILE));
+    assert!(unsaid.for_machine.is_some_and(|it| it.default_profile && it.unless_off));
+    let none = in_machine(&host.kernel(), &secured(old("unconfined")), &[]).unwrap();
     assert!(none.profile.is_none() && none.for_machine.is_none());
 }
