@@ -25,6 +25,14 @@ pub enum Error {
         /// The kernel's answer.
         cause: io::Error,
     },
+    /// The namespace that it belongs to cannot be entered.
+    #[error("enter the pod's IPC namespace {path}: {cause}")]
+    Enter {
+        /// Where it is.
+        path: PathBuf,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
 }
 
 /// Kernel parameters of an IPC namespace, with those below `fs.mqueue`.
@@ -44,11 +52,16 @@ pub fn check(name: &str, host: Option<&Host>) -> Result<(), Error> {
     let Some(host) = host else { return Ok(()) };
     let path = path(name).ok_or_else(|| Error::Name(name.to_owned()))?;
     let below = path.strip_prefix("/proc/sys").unwrap_or(&path);
-    let dotted = below.to_string_lossy().replace('/', ".");
-    let own = (below.starts_with("net") && host.netns.is_some())
-        || (below.starts_with("fs/mqueue") && host.own_ipc)
-        || (IPC.contains(&dotted.as_str()) && host.own_ipc);
+    let own = (below.starts_with("net") && host.netns.is_some()) || (is_of_ipc(name) && host.own_ipc);
     if own { Ok(()) } else { Err(Error::NotOfThePod(name.to_owned())) }
+}
+
+/// Whether the parameter is one of an IPC namespace.
+pub fn is_of_ipc(name: &str) -> bool {
+    let Some(path) = path(name) else { return false };
+    let below = path.strip_prefix("/proc/sys").unwrap_or(&path);
+    let dotted = below.to_string_lossy().replace('/', ".");
+    below.starts_with("fs/mqueue") || IPC.contains(&dotted.as_str())
 }
 
 /// Sets one parameter.
@@ -59,6 +72,64 @@ pub fn set(name: &str, value: &str) -> Result<(), Error> {
         io::Write::write_all(&mut &file, value.as_bytes())
     });
     written.map_err(|cause| Error::Refused { name: name.to_owned(), value: value.to_owned(), cause })
+}
+
+/// Sets parameters of an IPC namespace that is not the agent's: it is pinned at
+/// `namespace` and belongs to a user namespace with this `root`.
+pub fn set_in(
+    namespace: &Path,
+    root: u32,
+    sysctls: impl IntoIterator<Item = (String, String)> + Send,
+) -> Result<(), Error> {
+    // A thread has namespaces and a user of its own, and takes them along when it ends.
+    std::thread::scope(|scope| {
+        let setter = scope.spawn(|| {
+            enter(namespace).map_err(|cause| Error::Enter { path: namespace.to_owned(), cause })?;
+            for (name, value) in sysctls {
+                set_as_either_root(&name, &value, root)?;
+            }
+            Ok(())
+        });
+        setter.join().unwrap_or_else(|_| {
+            Err(Error::Enter {
+                path: namespace.to_owned(),
+                cause: io::Error::other("its thread ended early"),
+            })
+        })
+    })
+}
+
+fn enter(namespace: &Path) -> io::Result<()> {
+    let file = fs::File::open(namespace)?;
+    Ok(nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWIPC)?)
+}
+
+/// Until Linux 6.8 these parameters are the machine's root's to write, since
+/// 6.9 the namespace's root's alone (`ipc_permissions` in `ipc/ipc_sysctl.c`).
+fn set_as_either_root(name: &str, value: &str, root: u32) -> Result<(), Error> {
+    match set(name, value) {
+        Err(Error::Refused { cause, .. }) if cause.kind() == io::ErrorKind::PermissionDenied => {
+            become_user(root).map_err(|cause| Error::Refused {
+                name: name.to_owned(),
+                value: value.to_owned(),
+                cause,
+            })?;
+            let done = set(name, value);
+            // The next one may be another's to write.
+            let _ = become_user(0);
+            done
+        }
+        other => other,
+    }
+}
+
+/// Changes this thread's effective user, not the process's, as the C library
+/// would.
+fn become_user(user: u32) -> io::Result<()> {
+    let unchanged = u32::MAX;
+    // SAFETY: setresuid(2) touches no memory.
+    nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, unchanged, user, unchanged) })?;
+    Ok(())
 }
 
 /// The file of a parameter. Its first separator tells which of the two
@@ -112,6 +183,16 @@ mod tests {
         }
         for name in ["kernel.panic", "vm.swappiness", "fs.file-max", "kernel.core_pattern"] {
             assert!(matches!(check(name, Some(&own)), Err(Error::NotOfThePod(_))), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_parameters_of_ipc_are_known_in_both_notations() {
+        for name in ["kernel.shm_rmid_forced", "kernel/msgmax", "fs.mqueue.msg_max", "fs/mqueue/queues_max"] {
+            assert!(is_of_ipc(name), "{name}");
+        }
+        for name in ["kernel.panic", "fs.file-max", "net.core.somaxconn", "fs.mqueuex", ""] {
+            assert!(!is_of_ipc(name), "{name}");
         }
     }
 

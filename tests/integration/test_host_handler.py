@@ -194,10 +194,13 @@ class TheHostsOwn(HostTest):
         users = {"mode": 0, "uids": [{"host_id": 200000, "container_id": 0, "length": 65536}]}
         users["gids"] = users["uids"]
         security = {"security_context": {"namespace_options": {"userns_options": users}}}
-        pod, sandbox = self.pod(linux=security)
+        sysctls = {"kernel.shmmax": "123456", "fs.mqueue.msg_max": "100", "net.ipv4.ip_unprivileged_port_start": "70"}
+        pod, sandbox = self.pod(linux={"sysctls": sysctls, **security})
         container = self.container(pod, sandbox, command=["sh", "-c", "exec sleep 876543"], linux=security)
         run = lambda *words: self.node.crictl("exec", "-s", container, *words)  # noqa: E731
         self.assertEqual(run("cat", "/proc/self/uid_map").split(), ["0", "200000", "65536"])
+        files = ["/proc/sys/" + name.replace(".", "/") for name in sysctls]
+        self.assertEqual(run("cat", *files).split(), list(sysctls.values()))
         self.assertEqual(run("stat", "-c", "%u:%g", "/etc/passwd"), "0:0")
         run("sh", "-c", "echo mine > /file && chown 33:33 /file")
         self.assertEqual(run("stat", "-c", "%u:%g", "/file"), "33:33")

@@ -121,8 +121,12 @@ class Security(PodTest):
     def test_users_of_a_user_namespace_are_others_in_the_machine(self):
         users = {"mode": POD, "uids": [{"host_id": 100000, "container_id": 0, "length": 65536}]}
         users["gids"] = users["uids"]
-        pod, sandbox = self.pod(linux={"security_context": {"namespace_options": {"userns_options": users}}})
+        # With a user namespace comes a new IPC namespace, whose parameters are asked for too.
+        sysctls = {"kernel.shm_rmid_forced": "1", "kernel.shmmax": "123456", "fs.mqueue.msg_max": "100", "net.core.somaxconn": "77"}
+        pod, sandbox = self.pod(linux={"sysctls": sysctls, "security_context": {"namespace_options": {"userns_options": users}}})
         container = self.secured(pod, sandbox, "mapped", namespace_options={"userns_options": users})
+        files = ["/proc/sys/" + name.replace(".", "/") for name in sysctls]
+        self.assertEqual(self.does(container, "cat", *files).split(), list(sysctls.values()))
         self.assertEqual(self.does(container, "cat", "/proc/self/uid_map").split(), ["0", "100000", "65536"])
         self.assertEqual(self.does(container, "id", "-u"), "0")
         self.assertEqual(self.does(container, "stat", "-c", "%u:%g", "/etc/passwd"), "0:0")

@@ -87,9 +87,14 @@ pub async fn create(
     let private = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mounts::mount("shm", &shm, "tmpfs", private, &format!("mode=1777,size={shm_size}")).stage("mount shm")?;
 
-    // After the interfaces: some parameters are theirs.
-    for (name, value) in &request.sysctls {
+    // After the interfaces: some parameters are theirs. Others belong to the
+    // IPC namespace, which is a new one with a user namespace.
+    let (of_ipc, others): (Vec<_>, Vec<_>) = (request.sysctls.clone().into_iter())
+        .partition(|(name, _)| request.user_namespace.is_some() && sysctl::is_of_ipc(name));
+    for (name, _) in &request.sysctls {
         sysctl::check(name, mode::host()).invalid("sysctls")?;
+    }
+    for (name, value) in &others {
         sysctl::set(name, value).invalid("sysctls")?;
     }
     if let Some(wanted) = &request.user_namespace {
@@ -100,6 +105,9 @@ pub async fn create(
             mounts::mount("sysfs", &sys, "sysfs", private, "").stage("mount sysfs")?;
         }
         map_users(&agent, wanted, &request.sysctls).await?;
+        if let Some((root, _)) = userns::owner(wanted).filter(|_| !of_ipc.is_empty()) {
+            sysctl::set_in(&mode::at(paths::IPC_NAMESPACE), root, of_ipc).invalid("sysctls")?;
+        }
     } else if request.shared_pid_namespace {
         share_pid_namespace(&agent).await?;
     }
