@@ -85,6 +85,9 @@ pub fn complete(
     if !environment.iter().any(|variable| variable.starts_with("HOME=")) {
         environment.push(format!("HOME={}", identity.home));
     }
+    if terminal {
+        name_terminal(environment);
+    }
     // Not the agent's own, which runc's child would inherit.
     if process.oom_score_adj().is_none() {
         process.set_oom_score_adj(Some(0));
@@ -115,20 +118,23 @@ pub fn identity(spec: &Spec) -> husk_proto::agent::Identity {
     husk_proto::agent::Identity { uid: user.uid(), gid: user.gid(), groups }
 }
 
+/// A terminal has a kind, unless somebody has said another one.
+fn name_terminal(environment: &mut Vec<String>) {
+    if !environment.iter().any(|variable| variable.starts_with("TERM=")) {
+        environment.push("TERM=xterm".into());
+    }
+}
+
 /// What an exec runs: other arguments as the same user, in the same
-/// environment and directory, with the same capabilities as the container. A
-/// terminal has a kind, also where the container has none.
+/// environment and directory, with the same capabilities as the container,
+/// whether that has a terminal or not.
 pub fn exec_process(spec: &Spec, args: Vec<String>, terminal: bool) -> Result<Process, Error> {
     let mut process = spec.process().clone().ok_or(Error::Missing("process"))?;
     process.set_args(Some(args));
     process.set_terminal(Some(terminal));
     process.set_console_size(None);
     if terminal {
-        let mut env = process.env().clone().unwrap_or_default();
-        if !env.iter().any(|variable| variable.starts_with("TERM=")) {
-            env.push("TERM=xterm".into());
-        }
-        process.set_env(Some(env));
+        name_terminal(process.env_mut().get_or_insert_default());
     }
     Ok(process)
 }
@@ -205,6 +211,18 @@ mod tests {
         assert!(matches!(parse(&vec![b' '; MAX_JSON + 1]), Err(Error::TooLarge(_))));
         let without_args = JSON.replace(r#"["nginx"]"#, "[]");
         assert!(matches!(parse(without_args.as_bytes()), Err(Error::Missing("process.args"))));
+    }
+
+    #[test]
+    fn a_terminal_has_the_kind_that_is_said_or_else_a_usual_one() {
+        for (said, kind) in [("A=b", "TERM=xterm"), ("TERM=vt100", "TERM=vt100")] {
+            let mut spec = parse(JSON.as_bytes()).unwrap();
+            spec.process_mut().as_mut().unwrap().set_env(Some(vec![said.into()]));
+            complete(&mut spec, Path::new("/r"), &identity(), &User::default(), true).unwrap();
+            let env = spec.process().as_ref().unwrap().env().clone().unwrap();
+            let kinds: Vec<_> = env.iter().filter(|variable| variable.starts_with("TERM=")).collect();
+            assert_eq!(kinds, [kind]);
+        }
     }
 
     #[test]

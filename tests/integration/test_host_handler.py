@@ -129,6 +129,7 @@ class TheHostsOwn(HostTest):
         crictl = self.node.crictl
         self.assertEqual(set(crictl("exec", "-s", container, "ls", "/sys/class/net").split()), set(os.listdir("/sys/class/net")))
         self.assertEqual(crictl("exec", "-s", container, "hostname"), os.uname().nodename)
+        self.assertIn(f"HOSTNAME={os.uname().nodename}", crictl("exec", "-s", container, "env").split("\n"))
         self.assertFalse(crictl_status(self, pod)["network"].get("ip"))
 
     def test_a_pod_with_the_hosts_processes_sees_them(self):

@@ -138,11 +138,9 @@ fn args(input: &Input<'_>) -> Result<Vec<String>, Error> {
 /// The image's variables, then the client's over them.
 fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
     let mut env = vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
-    if input.config.tty {
-        env.push("TERM=xterm".into());
-    }
-    if !input.sandbox.hostname.is_empty() {
-        env.push(format!("HOSTNAME={}", input.sandbox.hostname));
+    let hostname = host_name(input);
+    if !hostname.is_empty() {
+        env.push(format!("HOSTNAME={hostname}"));
     }
     let mut wanted = input.image.env().clone().unwrap_or_default();
     for variable in &input.config.envs {
@@ -158,6 +156,14 @@ fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
         }
     }
     Ok(env)
+}
+
+/// The pod's, or the node's for a pod in the host's network, which has that name.
+fn host_name(input: &Input<'_>) -> String {
+    if input.host.is_some() && super::host_network(input.sandbox) {
+        return nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
+    }
+    input.sandbox.hostname.clone()
 }
 
 fn cwd(input: &Input<'_>) -> String {

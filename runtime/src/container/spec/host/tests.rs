@@ -88,6 +88,8 @@ fn the_hosts_namespaces_are_had_by_having_none() {
     let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
     assert!(namespaces.iter().all(|one| one.typ() != LinuxNamespaceType::Pid), "{namespaces:?}");
     assert_eq!(source_at(&spec, "/dev/shm"), Path::new("/dev/shm"));
+    let node = format!("HOSTNAME={}", nix::unistd::gethostname().unwrap().to_string_lossy());
+    assert!(spec.process().as_ref().unwrap().env().as_ref().unwrap().contains(&node), "the node's name");
     assert!(host_network(&sandbox) && host_ipc(&sandbox));
     assert!(!host_network(&cri::PodSandboxConfig::default()));
 }
