@@ -3,14 +3,12 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use husk_proto::agent::{ImageVolume, Rootfs};
-use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
 use oci_spec::runtime::Spec;
 
@@ -18,7 +16,7 @@ use crate::disks::Disks;
 use crate::idmap::{self, Mapped};
 use crate::images::{self, Image, Images};
 use crate::mode::{self, Mode};
-use crate::{fd, layer, mounts, userns};
+use crate::{copy, fd, layer, mounts, userns};
 
 const BUNDLES: &str = "/run/husk/bundles";
 
@@ -50,6 +48,14 @@ pub enum Error {
         /// Why it cannot.
         cause: images::Error,
     },
+    /// What the image has in a directory that it declares as a volume.
+    #[error("fill the image's volume at {destination}: {cause}")]
+    Copy {
+        /// Where it is in the container.
+        destination: PathBuf,
+        /// What failed.
+        cause: copy::Error,
+    },
     /// Its directories and files.
     #[error("{doing} {path}: {cause}")]
     Files {
@@ -69,6 +75,8 @@ pub struct Bundle {
     layer: PathBuf,
     image: Image,
     volumes: Vec<Volume>,
+    /// Where the container has directories of its own.
+    directories: Vec<PathBuf>,
     mapped: Mapped,
     mounted: AtomicBool,
 }
@@ -100,6 +108,7 @@ impl Bundle {
             layer: layers().join(id),
             image,
             volumes: Vec::new(),
+            directories: Vec::new(),
             mapped: Mapped::of(id),
             mounted: AtomicBool::new(true),
         };
@@ -155,15 +164,59 @@ impl Bundle {
         Ok(())
     }
 
-    /// Destinations of the images that are volumes, and where they are.
+    /// Makes the directories that the image declares as volumes: beside the
+    /// writable layer, with what the image has there, and mounted where the
+    /// pod's users find their way to them too.
+    pub async fn add_directories(
+        &mut self,
+        destinations: Vec<PathBuf>,
+        mapped_root: Option<(u32, u32)>,
+    ) -> Result<(), Error> {
+        let (user, group) = mapped_root.unwrap_or_default();
+        for destination in destinations {
+            let number = self.directories.len();
+            let (place, point) = (self.layer.join(format!("volume-{number}")), self.directory(number));
+            for directory in [&place, &point] {
+                fs::create_dir(directory).map_err(files("make directory", directory))?;
+            }
+            std::os::unix::fs::chown(&place, Some(user), Some(group)).map_err(files("give away", &place))?;
+            // Nothing is written yet, so this is what the image has.
+            let below = destination.strip_prefix("/").unwrap_or(&destination);
+            match fd::find_in_root(&self.rootfs(), below) {
+                Ok(from) => {
+                    let to = place.clone();
+                    let copied = tokio::task::spawn_blocking(move || copy::directory(&from, &to)).await;
+                    copied
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+                        .map_err(|cause| Error::Copy { destination: destination.clone(), cause })?;
+                }
+                Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+                Err(cause) => return Err(files("find in the image", &destination)(cause)),
+            }
+            self.directories.push(destination);
+            let bind = MsFlags::MS_BIND;
+            mounts::mount(&place.to_string_lossy(), &point, "none", bind, "")?;
+        }
+        Ok(())
+    }
+
+    /// Where a directory of the container's own is mounted.
+    fn directory(&self, number: usize) -> PathBuf {
+        self.path.join(format!("directory-{number}"))
+    }
+
+    /// Destinations of the images that are volumes and of the container's own
+    /// directories, and where they are.
     pub fn volumes(&self) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
         let source = |volume: &Volume| {
             let root = volume.mapped.as_deref().unwrap_or_else(|| volume.image.path());
-            let source =
-                beneath(root, &volume.sub_path).map_err(files("find in the image", &volume.sub_path))?;
+            let source = fd::find_in_root(root, &volume.sub_path)
+                .map_err(files("find in the image", &volume.sub_path))?;
             Ok((volume.destination.clone(), source))
         };
-        self.volumes.iter().map(source).collect()
+        let own = self.directories.iter().enumerate();
+        let own = own.map(|(number, destination)| Ok((destination.clone(), self.directory(number))));
+        self.volumes.iter().map(source).chain(own).collect()
     }
 
     /// Mounts the volumes of a configuration that are to be seen with the ids of
@@ -211,6 +264,10 @@ impl Bundle {
         let mapped = self.mapped_image();
         mounts::when_idle(|| mounts::unmount(&mapped)).await?;
         self.mapped.remove().map_err(files("unmount volumes in", self.mapped.folder()))?;
+        for number in 0..self.directories.len() {
+            let point = self.directory(number);
+            mounts::when_idle(|| mounts::unmount(&point)).await?;
+        }
         for volume in &self.volumes {
             if let Some(mapped) = &volume.mapped {
                 mounts::when_idle(|| mounts::unmount(mapped)).await?;
@@ -236,6 +293,7 @@ impl Drop for Bundle {
                 tracing::warn!("unmount volumes in {}: {error}", self.mapped.folder().display());
             }
             self.volumes.iter().filter_map(|volume| volume.mapped.as_deref()).for_each(mounts::detach);
+            (0..self.directories.len()).for_each(|number| mounts::detach(&self.directory(number)));
             for tree in [&self.path, &self.layer] {
                 if let Err(error) = layer::remove(tree) {
                     tracing::warn!("remove {}: {error}", tree.display());
@@ -245,48 +303,7 @@ impl Drop for Bundle {
     }
 }
 
-/// The file or directory of an image that never changes.
-fn beneath(root: &Path, sub_path: &Path) -> io::Result<PathBuf> {
-    if sub_path.as_os_str().is_empty() {
-        return Ok(root.to_owned());
-    }
-    let directory = fs::File::open(root)?;
-    let found = fd::open_in_root(&directory, sub_path, OFlag::O_PATH)?;
-    fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
-}
-
 fn files(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |cause| Error::Files { doing, path, cause }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    #[test]
-    fn links_of_an_image_do_not_lead_out_of_it() {
-        let parent = tempfile::tempdir().unwrap();
-        let root = parent.path().join("image");
-        fs::create_dir_all(root.join("etc")).unwrap();
-        fs::write(root.join("etc/passwd"), "").unwrap();
-        fs::write(parent.path().join("secret"), "").unwrap();
-        for (link, to) in
-            [("absolute", "/etc"), ("up", "../secret"), ("good", "etc/passwd"), ("far", "../../../../etc")]
-        {
-            symlink(to, root.join(link)).unwrap();
-        }
-        let found = |path: &str| beneath(&root, Path::new(path)).map_err(|error| error.kind());
-        assert_eq!(found(""), Ok(root.clone()));
-        assert_eq!(found("etc"), Ok(root.join("etc")));
-        assert_eq!(found("absolute/passwd"), Ok(root.join("etc/passwd")));
-        assert_eq!(found("good"), Ok(root.join("etc/passwd")));
-        assert_eq!(found("far"), Ok(root.join("etc")));
-        assert_eq!(found("up"), Err(io::ErrorKind::NotFound));
-        assert_eq!(found("../secret"), Err(io::ErrorKind::NotFound));
-        assert_eq!(found("missing"), Err(io::ErrorKind::NotFound));
-    }
 }

@@ -22,6 +22,7 @@ mod cgroup;
 mod clock;
 mod connection;
 mod container;
+mod copy;
 mod disks;
 mod etc;
 mod fd;

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use husk_proto::agent::User;
+use husk_proto::agent::{OWN_DIRECTORY, User};
 use oci_spec::runtime::{Process, Spec};
 
 use crate::cgroup::Cgroup;
@@ -95,12 +95,20 @@ pub fn complete(
     Ok(())
 }
 
-/// Gives the mounts of images that are volumes their sources, by destination.
-pub fn place_images(spec: &mut Spec, images: &[(PathBuf, PathBuf)]) -> Result<(), Error> {
-    for (destination, source) in images {
+/// Where a container has directories of its own.
+pub fn own_directories(spec: &Spec) -> Vec<PathBuf> {
+    let mounts = spec.mounts().iter().flatten();
+    let own = mounts.filter(|mount| mount.source().as_deref() == Some(Path::new(OWN_DIRECTORY)));
+    own.map(|mount| mount.destination().clone()).collect()
+}
+
+/// Gives the mounts of images that are volumes, and of a container's own
+/// directories, their sources, by destination.
+pub fn place_volumes(spec: &mut Spec, volumes: &[(PathBuf, PathBuf)]) -> Result<(), Error> {
+    for (destination, source) in volumes {
         let mounts = spec.mounts_mut().iter_mut().flatten();
         let mount = { mounts }.find(|mount| mount.destination() == destination);
-        mount.ok_or(Error::Missing("mount for an image volume"))?.set_source(Some(source.clone()));
+        mount.ok_or(Error::Missing("mount for a volume"))?.set_source(Some(source.clone()));
     }
     Ok(())
 }
@@ -182,11 +190,36 @@ mod tests {
     }
 
     #[test]
+    fn a_containers_own_directories_get_the_sources_that_were_made() {
+        let json = r#"{"ociVersion":"1.0.2","mounts":[{"destination":"/data","type":"bind","source":"own-directory"},
+            {"destination":"/etc/hosts","type":"bind","source":"/run/hosts"}]}"#;
+        let mut spec: Spec = serde_json::from_str(json).unwrap();
+        assert_eq!(own_directories(&spec), [Path::new("/data")]);
+        place_volumes(&mut spec, &[("/data".into(), "/made".into())]).unwrap();
+        let sources = spec.mounts().iter().flatten().map(|mount| mount.source().clone().unwrap());
+        assert_eq!(sources.collect::<Vec<_>>(), ["/made", "/run/hosts"].map(PathBuf::from));
+        assert!(own_directories(&spec).is_empty());
+        assert!(place_volumes(&mut spec, &[("/none".into(), "/made".into())]).is_err());
+    }
+
+    #[test]
     fn a_home_that_is_set_stays() {
         let mut spec = parse(JSON.as_bytes()).unwrap();
         spec.process_mut().as_mut().unwrap().set_env(Some(vec!["HOME=/data".into()]));
         complete(&mut spec, Path::new("/r"), &identity(), &User::default(), false).unwrap();
         assert_eq!(spec.process().as_ref().unwrap().env().as_ref().unwrap(), &["HOME=/data"]);
+    }
+
+    #[test]
+    fn a_terminal_has_the_kind_that_is_said_or_else_a_usual_one() {
+        for (said, kind) in [("A=b", "TERM=xterm"), ("TERM=vt100", "TERM=vt100")] {
+            let mut spec = parse(JSON.as_bytes()).unwrap();
+            spec.process_mut().as_mut().unwrap().set_env(Some(vec![said.into()]));
+            complete(&mut spec, Path::new("/r"), &identity(), &User::default(), true).unwrap();
+            let env = spec.process().as_ref().unwrap().env().clone().unwrap();
+            let kinds: Vec<_> = env.iter().filter(|variable| variable.starts_with("TERM=")).collect();
+            assert_eq!(kinds, [kind]);
+        }
     }
 
     #[test]
@@ -211,18 +244,6 @@ mod tests {
         assert!(matches!(parse(&vec![b' '; MAX_JSON + 1]), Err(Error::TooLarge(_))));
         let without_args = JSON.replace(r#"["nginx"]"#, "[]");
         assert!(matches!(parse(without_args.as_bytes()), Err(Error::Missing("process.args"))));
-    }
-
-    #[test]
-    fn a_terminal_has_the_kind_that_is_said_or_else_a_usual_one() {
-        for (said, kind) in [("A=b", "TERM=xterm"), ("TERM=vt100", "TERM=vt100")] {
-            let mut spec = parse(JSON.as_bytes()).unwrap();
-            spec.process_mut().as_mut().unwrap().set_env(Some(vec![said.into()]));
-            complete(&mut spec, Path::new("/r"), &identity(), &User::default(), true).unwrap();
-            let env = spec.process().as_ref().unwrap().env().clone().unwrap();
-            let kinds: Vec<_> = env.iter().filter(|variable| variable.starts_with("TERM=")).collect();
-            assert_eq!(kinds, [kind]);
-        }
     }
 
     #[test]

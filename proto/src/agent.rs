@@ -28,6 +28,11 @@ pub const LIFE_PORT: u32 = 1022;
 /// The AppArmor profile of containers that ask for the runtime's default.
 pub const DEFAULT_PROFILE: &str = "husk-default";
 
+/// In an OCI configuration, the source of a mount that is a directory of the
+/// container's own, with what its image has at that place: the agent makes it,
+/// beside the container's writable layer.
+pub const OWN_DIRECTORY: &str = "own-directory";
+
 /// Places in the guest that exist after `CreateSandbox`. On the host they are
 /// in the pod's directory, which stands for [`BASE`](paths::BASE).
 pub mod paths {

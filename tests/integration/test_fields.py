@@ -2,7 +2,8 @@
 
 import pathlib
 
-from pods import PodTest, machines, wait_until
+from pods import USER_NAMESPACE, PodTest, machines, wait_until
+from test_host_handler import HostTest
 
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
@@ -64,3 +65,39 @@ class Fields(PodTest):
         [found] = self.node.crictl_json("images", self.node.image("busybox"))["images"]
         self.assertEqual((status["imageId"], status["imageRef"]), (found["id"], found["repoDigests"][0]))
         self.assertFalse(found.get("pinned"))
+
+
+class DeclaredVolumes:
+    """What an image declares as volumes, wherever its containers are."""
+
+    def test_directories_that_an_image_declares_are_the_containers_own(self):
+        self.node.crictl("pull", self.node.image("volumes"))
+        folder = self.node.root / "declared"
+        folder.mkdir(exist_ok=True)
+        mounts = [{"container_path": "/srv/mounted", "host_path": str(folder)}]
+        sealed = {"security_context": {**USER_NAMESPACE["security_context"], "readonly_rootfs": True}}
+        pod, sandbox = self.pod(linux=USER_NAMESPACE)
+        first = self.container(pod, sandbox, "first", image="volumes", mounts=mounts, linux=sealed)
+
+        def sh(container, script):
+            return self.node.crictl("exec", "-s", container, "sh", "-ec", script)
+
+        self.assertIn("ead-only", self.fails("exec", "-s", first, "touch", "/srv/file"))
+        seen = sh(first, "cd /srv && stat -c %a:%u:%g data data/deep/file new && cat data/deep/file")
+        self.assertEqual(seen.split("\n"), ["1770:0:0", "4640:0:0", "755:0:0", "of the image"])
+        sh(first, "cd /srv && echo mine > data/deep/file && touch data/made new/made && chown 33:44 new/made")
+        # On the disk itself, which databases want, and not what the client mounts.
+        kinds = [line.split()[1:3] for line in sh(first, "cat /proc/mounts").split("\n") if " /srv/" in line]
+        self.assertEqual(sorted(place for place, _ in kinds), ["/srv/data", "/srv/mounted", "/srv/new"])
+        self.assertNotIn("overlay", [kind for _, kind in kinds])
+        self.node.crictl("rm", "-f", first)
+        second = self.container(pod, sandbox, "second", image="volumes", mounts=mounts, linux=sealed)
+        self.assertEqual(sh(second, "cat /srv/data/deep/file; ls /srv/data /srv/new").split(), ["of", "the", "image", "/srv/data:", "deep", "/srv/new:"])
+
+
+class DeclaredInMachines(DeclaredVolumes, PodTest):
+    pass
+
+
+class DeclaredOnTheHost(DeclaredVolumes, HostTest):
+    pass

@@ -57,6 +57,7 @@ pub async fn create(
     let mut bundle = Bundle::prepare(&id, &rootfs, &agent.images, &agent.disks, root, &request.image_volumes)
         .await
         .stage("mount the root filesystem")?;
+    bundle.add_directories(spec::own_directories(&config), root).await.stage("make an image's volumes")?;
     bundle.map_ids(&mut config).await.map_err(|error| Error::Precondition(error.to_string()))?;
     let created = create_in(&agent, &request, config, cgroup, &bundle).await;
     let (init, cgroup, identity) = match created {
@@ -107,7 +108,7 @@ async fn create_in(
     if spec::joins(&config, &mode::at(paths::PID_NAMESPACE)) {
         sandbox::share_pid_namespace(agent).await?;
     }
-    spec::place_images(&mut config, &bundle.volumes().stage("mount an image volume")?)
+    spec::place_volumes(&mut config, &bundle.volumes().stage("mount an image volume")?)
         .invalid("image_volumes")?;
     spec::complete(&mut config, &bundle.rootfs(), &identity, &asked, request.terminal)
         .invalid("spec_json")?;

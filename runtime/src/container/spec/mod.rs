@@ -21,6 +21,7 @@ use crate::id::ContainerId;
 use crate::storage::image_volumes::ImageVolume;
 use crate::storage::volumes::Volume;
 
+mod declared;
 mod devices;
 pub mod hooks;
 mod host;
@@ -87,7 +88,7 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
         .version("1.0.2")
         .root(RootBuilder::default().path("rootfs").readonly(security.readonly_rootfs).build()?)
         .process(process::build(input, &security)?)
-        .mounts(mounts::build(&security, mapped, input.volumes, input.image_volumes)?)
+        .mounts(mounts::build(input, &security, mapped)?)
         .annotations(annotations(input))
         .linux(linux(input, &security, mapped)?);
     let mut spec = spec.build()?;

@@ -1,21 +1,20 @@
 //! The filesystems that every container has, and its volumes.
 
-use husk_proto::agent::paths;
+use std::path::Path;
+
+use husk_proto::agent::{OWN_DIRECTORY, paths};
 use husk_proto::cri::{self, NamespaceMode};
 use oci_spec::runtime::{Mount, MountBuilder};
 
-use super::Error;
-use crate::storage::image_volumes::ImageVolume;
-use crate::storage::volumes::Volume;
+use super::{Error, Input, declared};
 
 /// `mapped` says that the container is in a user namespace. The machine's
 /// network does not belong to that, so `/sys`, which shows it, can only be
 /// shown, not mounted anew (sysfs(5), user_namespaces(7)).
 pub(super) fn build(
+    input: &Input<'_>,
     security: &cri::LinuxContainerSecurityContext,
     mapped: bool,
-    volumes: &[Volume],
-    images: &[ImageVolume],
 ) -> Result<Vec<Mount>, Error> {
     // A privileged container may write the kernel's files: its own machine's.
     let access = if security.privileged { "rw" } else { "ro" };
@@ -57,8 +56,15 @@ pub(super) fn build(
         mount("/etc/hostname", "bind", paths::HOSTNAME, &["rbind", "rprivate", files])?,
         mount("/etc/resolv.conf", "bind", paths::RESOLV_CONF, &["rbind", "rprivate", files])?,
     ];
-    let mut added = Vec::with_capacity(volumes.len() + images.len());
-    for volume in volumes {
+    let mut added = Vec::with_capacity(input.volumes.len() + input.image_volumes.len());
+    for place in declared::wanted(input.image, &input.config.mounts)? {
+        // What every container has at a place is what belongs there.
+        if mounts.iter().all(|own| *own.destination() != place) {
+            let options = ["rbind", "rprivate", "rw"];
+            added.push(mount(&place.to_string_lossy(), "bind", OWN_DIRECTORY, &options)?);
+        }
+    }
+    for volume in input.volumes {
         let folder = if volume.live { paths::LIVE } else { paths::SHARED };
         let source = format!("{folder}/{}", volume.name);
         let access = if volume.read_only_inside { "ro" } else { "rw" };
@@ -67,7 +73,7 @@ pub(super) fn build(
         let options: Vec<_> = ["rbind", "rprivate", access].into_iter().chain(more).collect();
         added.push(mount(&target, "bind", &source, &options)?);
     }
-    for image in images {
+    for image in input.image_volumes {
         let target = image.container_path.to_string_lossy();
         // The agent knows the source. As Kubernetes says: nothing in it can be executed.
         let options = ["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
@@ -79,4 +85,9 @@ pub(super) fn build(
     added.sort_by_key(|mount| mount.destination().components().count());
     mounts.extend(added);
     Ok(mounts)
+}
+
+/// The agent makes the mount's source.
+pub(super) fn is_own_directory(mount: &Mount) -> bool {
+    mount.source().as_deref() == Some(Path::new(OWN_DIRECTORY))
 }

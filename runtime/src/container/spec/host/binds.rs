@@ -8,13 +8,15 @@ use husk_proto::cri::{self, MountPropagation};
 use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
+use crate::container::spec::mounts::is_own_directory;
 use crate::mountinfo;
 use crate::storage::image_volumes::{ImageVolume, is_image};
 use crate::storage::volumes;
 
 /// Adds them to the mounts that every container has, in place of those at the
-/// same destination. Those of images are there already. Answers the
-/// propagation that the root filesystem needs.
+/// same destination. Those of images, and directories that the container's own
+/// image declares, are there already. Answers the propagation that the root
+/// filesystem needs.
 pub(super) fn add(
     mounts: &mut Vec<Mount>,
     asked: &[cri::Mount],
@@ -38,10 +40,9 @@ pub(super) fn add(
         binds.push(bind);
     }
     mounts.retain(|mount| binds.iter().all(|bind| bind.destination() != mount.destination()));
-    binds.extend(
-        mounts
-            .extract_if(.., |mount| images.iter().any(|image| image.container_path == *mount.destination())),
-    );
+    binds.extend(mounts.extract_if(.., |mount| {
+        is_own_directory(mount) || images.iter().any(|image| image.container_path == *mount.destination())
+    }));
     // A mount must not cover one that is inside of it.
     binds.sort_by_key(|bind| bind.destination().components().count());
     mounts.append(&mut binds);
