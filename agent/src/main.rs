@@ -23,6 +23,7 @@ mod clock;
 mod connection;
 mod container;
 mod copy;
+mod devices;
 mod disks;
 mod etc;
 mod fd;

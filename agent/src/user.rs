@@ -209,8 +209,7 @@ mod tests {
         www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n\
         1234:x:0:0::/root:\n\
         nohome:x:50:50\n";
-    const GROUP: &str =
-        "root:x:0:\n1234:x:0:\nwww-data:x:33:\nssl:x:104:www-data,root\nmail:x:8:www-data\nbad:x:x:www-data\n";
+    const GROUP: &str = "root:x:0:\n1234:x:0:\nwww-data:x:33:\nssl:x:104:www-data,root\nmail:x:8:www-data\nbad:x:x:www-data\n";
 
     fn found(request: &str) -> (u32, u32, Vec<u32>, String) {
         let identity = look_up(request, false, PASSWD, GROUP).unwrap();

@@ -188,6 +188,9 @@ class TheHostsOwn(HostTest):
         pod, sandbox = self.pod(linux=privileged)
         container = self.container(pod, sandbox, linux=privileged)
         self.assertIn("loop-control", self.node.crictl("exec", "-s", container, "ls", "/dev"))
+        if os.path.exists("/dev/net/tun"):
+            self.node.crictl("exec", "-s", container, "test", "-c", "/dev/net/tun")
+        self.assertIn(container, self.node.crictl("exec", "-s", container, "cat", "/proc/self/cgroup"))
         plain = self.container(pod, sandbox, "plain")
         self.assertNotIn("loop-control", self.node.crictl("exec", "-s", plain, "ls", "/dev"))
 

@@ -49,6 +49,8 @@ class Security(PodTest):
         self.assertEqual((bits(ambient, "CapAmb"), bits(ambient, "CapEff")), (1, 1))
         plain = self.secured(pod, sandbox, "plain")
         self.fails("exec", "-s", plain, "mount", "-t", "tmpfs", "none", "/mnt")
+        self.fails("exec", "-s", plain, "test", "-e", "/dev/loop-control")
+        self.assertEqual(self.does(plain, "cat", "/proc/self/cgroup"), "0::/")
         self.assertIn("privileged", self.refused(pod, sandbox, linux={"security_context": {"privileged": True}}))
         self.node.crictl("rmp", "-f", pod)
         pod, sandbox = self.pod(linux={"security_context": {"privileged": True}})
@@ -56,6 +58,9 @@ class Security(PodTest):
         free = self.secured(pod, sandbox, "free", privileged=True, seccomp=seccomp)
         self.does(free, "sh", "-c", "mkdir -p /mnt && mount -t tmpfs none /mnt && chmod 700 /mnt")
         self.assertGreater(bits(free, "CapEff"), 1 << 39)
+        # Everything of the machine: its devices and its control groups.
+        self.does(free, "sh", "-ec", "for device in fuse loop-control net/tun; do test -c /dev/$device; done")
+        self.assertIn(free, self.does(free, "cat", "/proc/self/cgroup"))
 
     def profile(self):
         path = self.node.root / "no-chmod.json"
@@ -82,6 +87,8 @@ class Security(PodTest):
         self.does(container, "touch", "/x")
         sealed = self.secured(pod, sandbox, "sealed", readonly_rootfs=True)
         self.assertIn("Read-only", self.fails("exec", "-s", sealed, "touch", "/x"))
+        # Nothing is masked that nobody names.
+        self.assertNotIn(" /proc/", self.does(sealed, "cat", "/proc/mounts"))
 
     def test_kernel_parameters_are_the_pods_own(self):
         sysctls = {"kernel.shm_rmid_forced": "1", "fs.mqueue.msg_max": "100", "net.core.somaxconn": "77"}

@@ -19,7 +19,7 @@ use crate::container::Container;
 use crate::mode;
 use crate::process::{Process, Role};
 use crate::stdio::Stdio;
-use crate::{id, resources, runc, shared, spec, user};
+use crate::{devices, id, resources, runc, shared, spec, user};
 
 /// How long a container may take to end once it is killed. Only a process
 /// that waits for a disk takes longer than an instant.
@@ -50,6 +50,9 @@ pub async fn create(
         if !loaded && let Some(process) = config.process_mut() {
             process.set_apparmor_profile(None);
         }
+    }
+    if request.all_devices {
+        devices::add_all(&mut config).stage("list the devices")?;
     }
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;

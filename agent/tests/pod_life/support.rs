@@ -208,6 +208,7 @@ pub fn container(id: &str, args: &[&str]) -> CreateContainerRequest {
         stdin_once: false,
         image_volumes: Vec::new(),
         apparmor: None,
+        all_devices: false,
     }
 }
 

@@ -96,7 +96,7 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
     // The machine has the pod's host name already, and the builder a default.
     spec.set_hostname(None);
     if let Some(pod) = input.host {
-        host::adapt(&mut spec, pod, input, &security)?;
+        host::adapt(&mut spec, pod, input)?;
     }
     user_namespace::map_volumes(&mut spec, &input.config.mounts, user_namespace.as_ref())?;
     Ok(spec)
@@ -105,6 +105,13 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
 /// The security context, empty when the client gave none.
 fn security(config: &cri::ContainerConfig) -> cri::LinuxContainerSecurityContext {
     config.linux.as_ref().and_then(|linux| linux.security_context.clone()).unwrap_or_default()
+}
+
+/// Whether the container may do everything in its machine, or on the host.
+#[must_use]
+pub fn privileged(config: &cri::ContainerConfig) -> bool {
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    security.is_some_and(|security| security.privileged)
 }
 
 /// What would otherwise be dropped in silence.
@@ -197,9 +204,9 @@ fn linux(
         .resources(resources::build(input.config, rules, security.privileged)?)
         .devices(devices);
     if !security.privileged {
-        linux = linux
-            .masked_paths(or_default(&security.masked_paths, MASKED_PATHS))
-            .readonly_paths(or_default(&security.readonly_paths, READONLY_PATHS));
+        // As the client says: the kubelet sends the usual paths, and none for `procMount: Unmasked`.
+        linux =
+            linux.masked_paths(security.masked_paths.clone()).readonly_paths(security.readonly_paths.clone());
         if let Some(profile) = seccomp::build(security)? {
             linux = linux.seccomp(profile);
         }
@@ -238,7 +245,11 @@ fn namespaces(
             return Err(Error::Invalid(format!("pid namespace mode {}", options.pid)));
         }
     };
-    let mut namespaces = vec![own(LinuxNamespaceType::Mount)?, own(LinuxNamespaceType::Cgroup)?];
+    let mut namespaces = vec![own(LinuxNamespaceType::Mount)?];
+    if !security.privileged {
+        // A privileged container sees all groups, as with other runtimes.
+        namespaces.push(own(LinuxNamespaceType::Cgroup)?);
+    }
     if let Some(pid) = pid {
         namespaces.push(pid.build()?);
     }
@@ -266,29 +277,6 @@ pub fn shares_pid_namespace(sandbox: &cri::PodSandboxConfig) -> bool {
         .and_then(|security| security.namespace_options.as_ref())
         .is_none_or(|options| options.pid == NamespaceMode::Pod as i32)
 }
-
-fn or_default(given: &[String], default: &[&str]) -> Vec<String> {
-    if given.is_empty() { default.iter().map(|path| (*path).to_owned()).collect() } else { given.to_vec() }
-}
-
-/// Kernel interfaces that a container has no business with.
-const MASKED_PATHS: &[&str] = &[
-    "/proc/asound",
-    "/proc/acpi",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/sys/devices/virtual/powercap",
-    "/sys/firmware",
-];
-
-/// Kernel interfaces that it may only read.
-const READONLY_PATHS: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 #[cfg(test)]
 mod tests;

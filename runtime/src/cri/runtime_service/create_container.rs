@@ -219,6 +219,7 @@ async fn make(
         stdin: record.config.stdin,
         stdin_once: record.config.stdin_once,
         apparmor,
+        all_devices: spec::privileged(&record.config),
     };
     let made = machine
         .agent

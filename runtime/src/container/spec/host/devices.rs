@@ -1,5 +1,5 @@
-//! Devices of the host in a container: those that the client names, or all of
-//! them for a privileged one.
+//! Devices of the host in a container: those that the client names. To a
+//! privileged one the agent gives all others too.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,35 +11,8 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, Linu
 use super::Error;
 use crate::container::spec::devices::rule;
 
-/// Filesystems of their own below `/dev`, or not of devices.
-const NOT_DEVICES: &[&str] = &["fd", "hugepages", "mqueue", "net", "pts", "shm"];
-
 /// Most devices that one request leads to.
 const MAX: usize = 4096;
-
-/// All of the host, at the same places.
-pub(super) fn all() -> Result<Vec<LinuxDevice>, Error> {
-    let mut devices = Vec::new();
-    let mut folders = vec![PathBuf::from("/dev")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-            let (path, name) = (entry.path(), entry.file_name());
-            let top = folder == Path::new("/dev");
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                if !(top && NOT_DEVICES.iter().any(|other| *other == name)) {
-                    folders.push(path);
-                }
-            // A container's console is its own.
-            } else if !(top && name == "console")
-                && let Some(device) = device(&path, &path)?
-                && devices.len() < MAX
-            {
-                devices.push(device);
-            }
-        }
-    }
-    Ok(devices)
-}
 
 /// Those that the client names, with the rules that let them be used.
 pub(super) fn asked(asked: &[cri::Device]) -> Result<(Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>), Error> {
@@ -145,12 +118,5 @@ mod tests {
             let error = asked(&wanted(path, permissions)).unwrap_err().to_string();
             assert!(error.contains(path), "{error}");
         }
-    }
-
-    #[test]
-    fn a_privileged_container_has_the_hosts_devices() {
-        let devices = all().unwrap();
-        assert!(devices.iter().any(|device| device.path() == Path::new("/dev/null")));
-        assert!(devices.iter().all(|device| !device.path().starts_with("/dev/pts")));
     }
 }

@@ -45,12 +45,7 @@ fn namespace_options(sandbox: &cri::PodSandboxConfig) -> Option<&cri::NamespaceO
 }
 
 /// Moves a machine's configuration to the host.
-pub(super) fn adapt(
-    spec: &mut Spec,
-    pod: &HostPod,
-    input: &Input<'_>,
-    security: &cri::LinuxContainerSecurityContext,
-) -> Result<(), Error> {
+pub(super) fn adapt(spec: &mut Spec, pod: &HostPod, input: &Input<'_>) -> Result<(), Error> {
     let shm = if host_ipc(input.sandbox) { Some("/dev/shm") } else { None };
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
@@ -90,13 +85,8 @@ pub(super) fn adapt(
     if let Some(asked) = asked {
         choose_cpus(resources, asked);
     }
-    let devices = if security.privileged {
-        devices::all()?
-    } else {
-        let (devices, rules) = devices::asked(&input.config.devices)?;
-        resources.devices_mut().get_or_insert_default().extend(rules);
-        devices
-    };
+    let (devices, rules) = devices::asked(&input.config.devices)?;
+    resources.devices_mut().get_or_insert_default().extend(rules);
     if !devices.is_empty() {
         linux.set_devices(Some(devices));
     }
