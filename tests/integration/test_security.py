@@ -73,6 +73,11 @@ class Security(PodTest):
         for name, kind, expected in (("default", DEFAULT, "2"), ("unconfined", UNCONFINED, "0")):
             container = self.secured(pod, sandbox, name, seccomp={"profile_type": kind})
             self.assertEqual(self.does(container, *mode).split()[1], expected)
+            if name == "default":
+                self.assertIn("not permitted", self.fails("exec", "-s", container, "unshare", "-U", "true"))
+                self.does(container, "linux32", "true")
+            else:
+                self.does(container, "unshare", "-U", "true")
         own = self.secured(pod, sandbox, "own", seccomp={"profile_type": LOCALHOST, "localhost_ref": self.profile()})
         self.assertIn("Operation not permitted", self.fails("exec", "-s", own, "chmod", "400", "/"))
         for path in ("relative.json", "/no/such/profile.json", "/etc/passwd"):

@@ -1,86 +1,33 @@
-//! Seccomp profiles: a file of the host's, or `RuntimeDefault`: everything but
-//! what could change the machine as a whole, reach into the kernel's rarely
-//! used parts, or escape a container. There, a call is allowed again by the
-//! capability that governs it.
+//! Seccomp profiles: a file of the host's, or `RuntimeDefault`: the calls that
+//! programs make, and none that could change the machine as a whole, reach into
+//! the kernel's rarely used parts, or escape a container. Some of those come
+//! with the capability that governs them.
 
 use std::path::Path;
 
 use husk_proto::cri::{self, security_profile::ProfileType};
 use oci_spec::runtime::{
-    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArgBuilder, LinuxSeccompBuilder,
+    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompBuilder,
     LinuxSeccompOperator, LinuxSyscall, LinuxSyscallBuilder,
 };
 
 use super::Error;
 use crate::text_file;
 
-/// Calls that need a capability, by its name in CRI requests.
-const GOVERNED: &[(&str, &[&str])] = &[
-    (
-        "SYS_ADMIN",
-        &[
-            "bpf",
-            "fanotify_init",
-            "fsconfig",
-            "fsmount",
-            "fsopen",
-            "fspick",
-            "lookup_dcookie",
-            "mount",
-            "mount_setattr",
-            "move_mount",
-            "open_tree",
-            "perf_event_open",
-            "pivot_root",
-            "quotactl",
-            "quotactl_fd",
-            "setdomainname",
-            "sethostname",
-            "setns",
-            "swapoff",
-            "swapon",
-            "umount",
-            "umount2",
-            "unshare",
-        ],
-    ),
-    ("SYS_BOOT", &["kexec_file_load", "kexec_load", "reboot"]),
-    ("SYS_MODULE", &["create_module", "delete_module", "finit_module", "init_module", "query_module"]),
-    ("SYS_PACCT", &["acct"]),
-    ("SYS_PTRACE", &["kcmp", "pidfd_getfd", "process_madvise", "process_vm_readv", "process_vm_writev"]),
-    ("SYS_RAWIO", &["ioperm", "iopl"]),
-    ("SYS_TIME", &["clock_adjtime", "clock_settime", "settimeofday", "stime"]),
-    ("SYS_TTY_CONFIG", &["vhangup"]),
-    ("SYS_NICE", &["mbind", "migrate_pages", "move_pages", "set_mempolicy", "set_mempolicy_home_node"]),
-    ("SYSLOG", &["syslog"]),
-];
-
-/// Calls that no capability brings back.
-const NEVER: &[&str] = &[
-    "_sysctl",
-    "add_key",
-    "get_kernel_syms",
-    "io_uring_enter",
-    "io_uring_register",
-    "io_uring_setup",
-    "keyctl",
-    "nfsservctl",
-    "open_by_handle_at",
-    "request_key",
-    "sysfs",
-    "uselib",
-    "userfaultfd",
-    "ustat",
-    "vm86",
-    "vm86old",
-];
+mod calls;
 
 /// `CLONE_NEW*` of `clone(2)`: time, mount, cgroup, uts, ipc, user, pid and net.
 const CLONE_NEW: u64 =
     0x80 | 0x0002_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
 
-const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
+
+/// `AF_VSOCK` of `socket(2)`: it reaches the host, past the pod's network.
+const AF_VSOCK: u64 = 40;
+
+/// What `personality(2)` may ask for: Linux as it is, its 32-bit machine, each
+/// with an old kernel's version, and which one there is.
+const PERSONALITIES: [u64; 5] = [0, 0x8, 0x0002_0000, 0x0002_0008, 0xffff_ffff];
 
 /// Largest profile that is read from a file, bytes.
 const MAX_PROFILE: u64 = 1 << 20;
@@ -158,46 +105,50 @@ fn default_profile(security: &cri::LinuxContainerSecurityContext) -> Result<Linu
             name == "ALL" || name.strip_prefix("CAP_").unwrap_or(&name) == capability
         })
     };
-    let mut rules = vec![refuse(NEVER, EPERM)?];
-    for (_, calls) in GOVERNED.iter().filter(|(capability, _)| !has(capability)) {
-        rules.push(refuse(calls, EPERM)?);
+    let mut rules = vec![allow(calls::allowed(has), None)?];
+    rules.push(allow_if("socket", LinuxSeccompOperator::ScmpCmpNe, AF_VSOCK, None)?);
+    for personality in PERSONALITIES {
+        rules.push(allow_if("personality", LinuxSeccompOperator::ScmpCmpEq, personality, None)?);
     }
     if !has("SYS_ADMIN") {
-        // One rule a flag: an argument can be compared under one mask at a time.
-        for bit in (0..64).map(|shift| 1u64 << shift).filter(|bit| CLONE_NEW & bit != 0) {
-            let flag = LinuxSeccompArgBuilder::default()
-                .index(0usize)
-                .value(bit)
-                .value_two(bit)
-                .op(LinuxSeccompOperator::ScmpCmpMaskedEq)
-                .build()?;
-            rules.push(
-                LinuxSyscallBuilder::default()
-                    .names(vec!["clone".to_owned()])
-                    .action(LinuxSeccompAction::ScmpActErrno)
-                    .errno_ret(EPERM)
-                    .args(vec![flag])
-                    .build()?,
-            );
-        }
+        rules.push(allow_if("clone", LinuxSeccompOperator::ScmpCmpMaskedEq, CLONE_NEW, Some(0))?);
         // Its flags are behind a pointer, out of a filter's sight; libraries
         // fall back to clone when it does not exist.
-        rules.push(refuse(&["clone3"], ENOSYS)?);
+        let missing = LinuxSyscallBuilder::default().names(vec!["clone3".to_owned()]);
+        rules.push(missing.action(LinuxSeccompAction::ScmpActErrno).errno_ret(ENOSYS).build()?);
     }
+    // Everything else fails with EPERM.
     let profile = LinuxSeccompBuilder::default()
-        .default_action(LinuxSeccompAction::ScmpActAllow)
+        .default_action(LinuxSeccompAction::ScmpActErrno)
         .architectures(vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32])
         .syscalls(rules)
         .build()?;
     Ok(profile)
 }
 
-fn refuse(calls: &[&str], errno: u32) -> Result<LinuxSyscall, Error> {
-    Ok(LinuxSyscallBuilder::default()
-        .names(calls.iter().map(|call| (*call).to_owned()).collect::<Vec<_>>())
-        .action(LinuxSeccompAction::ScmpActErrno)
-        .errno_ret(errno)
-        .build()?)
+fn allow(calls: Vec<String>, argument: Option<LinuxSeccompArg>) -> Result<LinuxSyscall, Error> {
+    let rule = LinuxSyscallBuilder::default().names(calls).action(LinuxSeccompAction::ScmpActAllow);
+    Ok(match argument {
+        Some(argument) => rule.args(vec![argument]),
+        None => rule,
+    }
+    .build()?)
+}
+
+/// Allows a call whose first argument compares so. With a second value, the
+/// first one is a mask.
+fn allow_if(
+    call: &str,
+    operator: LinuxSeccompOperator,
+    value: u64,
+    second: Option<u64>,
+) -> Result<LinuxSyscall, Error> {
+    let argument = LinuxSeccompArgBuilder::default().index(0usize).value(value).op(operator);
+    let argument = match second {
+        Some(second) => argument.value_two(second),
+        None => argument,
+    };
+    allow(vec![call.to_owned()], Some(argument.build()?))
 }
 
 #[cfg(test)]
@@ -246,6 +197,41 @@ mod tests {
             assert!(localhost(path).is_err(), "{path}");
         }
         assert!(file(&" ".repeat(2 << 20)).unwrap_err().to_string().contains("larger"));
+    }
+
+    #[test]
+    fn the_default_allows_what_it_names_and_looks_at_arguments() {
+        let profile = |capability: &str| {
+            let added = vec![capability.to_owned()];
+            let capabilities = cri::Capability { add_capabilities: added, ..Default::default() };
+            let security =
+                cri::LinuxContainerSecurityContext { capabilities: Some(capabilities), ..Default::default() };
+            default_profile(&security).unwrap()
+        };
+        assert_eq!(profile("NET_ADMIN").default_action(), LinuxSeccompAction::ScmpActErrno);
+        // What is done with a call, and how its first argument must compare.
+        let rules = |capability: &str, call: &str| {
+            let rules = profile(capability).syscalls().clone().unwrap();
+            let rules = rules.into_iter().filter(|rule| rule.names().iter().any(|name| name == call));
+            rules
+                .map(|rule| {
+                    let argument = rule.args().as_ref().and_then(|all| all.first().copied());
+                    let argument = argument.map(|it| (it.op(), it.value(), it.value_two()));
+                    (rule.action(), argument, rule.errno_ret())
+                })
+                .collect::<Vec<_>>()
+        };
+        let (allow, refuse) = (LinuxSeccompAction::ScmpActAllow, LinuxSeccompAction::ScmpActErrno);
+        assert_eq!(rules("NET_ADMIN", "openat"), [(allow, None, None)]);
+        assert!(rules("NET_ADMIN", "mount").is_empty() && rules("ALL", "io_uring_setup").is_empty());
+        assert_eq!(rules("CAP_SYS_ADMIN", "mount"), [(allow, None, None)]);
+        assert_eq!(rules("all", "clone3"), [(allow, None, None)]);
+        assert_eq!(rules("NET_ADMIN", "clone3"), [(refuse, None, Some(ENOSYS))]);
+        let socket = (LinuxSeccompOperator::ScmpCmpNe, AF_VSOCK, None);
+        assert_eq!(rules("ALL", "socket"), [(allow, Some(socket), None)]);
+        let clone = (LinuxSeccompOperator::ScmpCmpMaskedEq, CLONE_NEW, Some(0));
+        assert_eq!(rules("NET_ADMIN", "clone"), [(allow, Some(clone), None)]);
+        assert_eq!(rules("ALL", "personality").len(), PERSONALITIES.len());
     }
 
     #[test]

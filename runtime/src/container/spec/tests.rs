@@ -96,6 +96,64 @@ fn what_the_machine_shares_is_not_made_again() {
 }
 
 #[test]
+fn what_an_image_declares_as_a_volume_can_be_written() {
+    let volumes = ["/data".to_owned(), "/proc".to_owned()];
+    let image = ConfigBuilder::default().volumes(volumes).cmd(["true".to_owned()]).build().unwrap();
+    let security = cri::LinuxContainerSecurityContext { readonly_rootfs: true, ..Default::default() };
+    let (id, sandbox, config) =
+        (ContainerId::from("c"), cri::PodSandboxConfig::default(), with_security(security));
+    let spec = build(&Input {
+        id: &id,
+        config: &config,
+        sandbox: &sandbox,
+        image: &image,
+        hooks: &Hooks::default(),
+        volumes: &[],
+        image_volumes: &[],
+        target_pid: None,
+        apparmor: None,
+        host: None,
+    })
+    .unwrap();
+    let mounts = spec.mounts().clone().unwrap();
+    let own: Vec<_> = mounts.iter().filter(|mount| mounts::is_own_directory(mount)).collect();
+    assert_eq!(own.len(), 1, "{own:?}");
+    assert_eq!(own[0].destination(), std::path::Path::new("/data"));
+    assert!(own[0].options().as_ref().unwrap().contains(&"rw".to_owned()));
+}
+
+#[test]
+fn paths_are_masked_as_the_client_says_and_not_for_the_privileged() {
+    let paths = |privileged, masked: &[&str]| {
+        let masked_paths: Vec<_> = masked.iter().map(|path| (*path).to_owned()).collect();
+        let security = cri::LinuxContainerSecurityContext {
+            privileged,
+            readonly_paths: masked_paths.clone(),
+            masked_paths,
+            ..Default::default()
+        };
+        let spec = built(&with_security(security)).unwrap();
+        let linux = spec.linux().clone().unwrap();
+        assert_eq!(linux.masked_paths(), linux.readonly_paths());
+        linux.masked_paths().clone().unwrap()
+    };
+    assert_eq!(paths(false, &["/proc/kcore"]), ["/proc/kcore"]);
+    assert!(paths(false, &[]).is_empty(), "the kubelet's words for procMount: Unmasked");
+    assert!(paths(true, &["/proc/kcore"]).is_empty());
+}
+
+#[test]
+fn a_privileged_container_sees_all_control_groups() {
+    for privileged in [false, true] {
+        let spec =
+            built(&with_security(cri::LinuxContainerSecurityContext { privileged, ..Default::default() }));
+        let namespaces = spec.unwrap().linux().as_ref().unwrap().namespaces().clone().unwrap();
+        let own = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup);
+        assert_eq!(own, !privileged);
+    }
+}
+
+#[test]
 fn a_user_comes_from_the_client_or_else_the_image() {
     let of = |security: cri::LinuxContainerSecurityContext| {
         let (id, sandbox, image, config) =
@@ -125,28 +183,6 @@ fn a_user_comes_from_the_client_or_else_the_image() {
     assert!(of(group).is_err());
     let negative = cri::LinuxContainerSecurityContext { run_as_user: value(-1), ..Default::default() };
     assert!(of(negative).unwrap_err().to_string().contains("-1"));
-}
-
-#[test]
-fn the_default_seccomp_profile_gives_way_to_capabilities() {
-    let calls = |add: &[&str]| {
-        let capabilities = cri::Capability {
-            add_capabilities: add.iter().map(|name| (*name).into()).collect(),
-            ..Default::default()
-        };
-        let seccomp = cri::SecurityProfile { profile_type: 0, ..Default::default() };
-        let config = with_security(cri::LinuxContainerSecurityContext {
-            capabilities: Some(capabilities),
-            seccomp: Some(seccomp),
-            ..Default::default()
-        });
-        let spec = built(&config).unwrap();
-        let profile = spec.linux().as_ref().unwrap().seccomp().clone().unwrap();
-        profile.syscalls().clone().unwrap().iter().flat_map(|rule| rule.names().clone()).collect::<Vec<_>>()
-    };
-    assert!(calls(&[]).contains(&"mount".to_owned()));
-    assert!(!calls(&["SYS_ADMIN"]).contains(&"mount".to_owned()));
-    assert!(calls(&["ALL"]).contains(&"keyctl".to_owned()));
 }
 
 proptest! {
@@ -227,8 +263,9 @@ proptest! {
                 "{path:?}"
             );
         }
+        let hidden = if privileged { Vec::new() } else { security.masked_paths };
+        prop_assert_eq!(linux.masked_paths().as_ref().unwrap(), &hidden);
         if !privileged {
-            prop_assert!(!linux.masked_paths().as_ref().unwrap().is_empty());
             let devices = linux.resources().as_ref().unwrap().devices().clone().unwrap();
             prop_assert!(devices.iter().all(|rule| !rule.allow() || rule.major().is_some()), "{devices:?}");
         }
