@@ -12,7 +12,9 @@ pub async fn write(agent: Arc<Agent>, request: WriteVolumeRequest) -> Result<Wri
     id::check("name", &request.name)?;
     sandbox::check_created(&agent)?;
     let _one_at_a_time = agent.live.lock().await;
-    match live::write(&request.name, &request.entries) {
+    // The agent has one thread, which serves the pod's streams meanwhile.
+    let written = tokio::task::spawn_blocking(move || live::write(&request.name, &request.entries)).await;
+    match written.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())) {
         Err(live::Error::Invalid(problem)) => Err(Error::Invalid(format!("entries: {problem}"))),
         written => written.stage("write the volume").map(|()| WriteVolumeResponse {}),
     }

@@ -57,7 +57,7 @@ pub enum Error {
 }
 
 /// A volume of a container, as it is recorded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Volume {
     /// Its name in the shared directory.
     pub name: String,
@@ -70,6 +70,9 @@ pub struct Volume {
     /// It is copied into the guest, see [`live`], and not mounted on the host.
     #[serde(default)]
     pub live: bool,
+    /// Then: what the guest has of it. Not recorded: a new huskd copies it anew.
+    #[serde(skip)]
+    pub copied: live::Copied,
     /// It is mounted read-only in the container too. Not so when the host has
     /// mounts below it that may be written: to the guest all is one.
     pub read_only_inside: bool,
@@ -155,10 +158,11 @@ fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> 
         )));
     }
     let read_only_inside = mode.read_only && (mode.recursive || !shared::has_mounts_below(&source.path)?);
-    let live = mode.read_only && kind.is_dir() && live::is_live(&source.path);
+    let live = mode.read_only && kind.is_dir() && live::is_live(file.as_fd());
     let same = known.iter().find(|other| other.source == source && other.mode == mode && other.live == live);
     let name = same.map_or_else(|| free_name(known), |other| other.name.clone());
-    let volume = Volume { name, source, mode, container_path, live, read_only_inside, options };
+    let copied = same.map(|other| other.copied.clone()).unwrap_or_default();
+    let volume = Volume { name, source, mode, container_path, live, copied, read_only_inside, options };
     Ok(Prepared { volume, file })
 }
 
