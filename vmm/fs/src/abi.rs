@@ -110,7 +110,7 @@ numbers! {
     /// Flags of OPEN and CREATE.
     open: u32 { KILL_SUIDGID = 1 << 0 }
     /// Flags of the answer to OPEN.
-    opened: u32 { KEEP_CACHE = 1 << 1 }
+    opened: u32 { KEEP_CACHE = 1 << 1, NOFLUSH = 1 << 5 }
     /// Flags of WRITE.
     write: u32 { KILL_SUIDGID = 1 << 2 }
     /// Flags of FSYNC.

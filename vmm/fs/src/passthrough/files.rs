@@ -1,8 +1,10 @@
 //! Open files: reading, writing, and what else is done to one.
 
+use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom};
+use rustix::io::ReadWriteFlags;
 
 use super::nodes::{Node, path, stat};
 use super::{MAX_DATA, Passthrough};
@@ -30,11 +32,20 @@ pub(super) const fn is_writable(flags: OFlags) -> bool {
 
 /// Opens a regular file. Anything else is opened by the guest alone: here it
 /// might be a device, or a pipe that nobody writes to.
+///
+/// Not to append: a descriptor that does so appends whatever is written to it,
+/// and a guest writes elsewhere too, after `fcntl(2)` or from a mapping of the
+/// file. Each write says where it goes.
 pub(super) fn open_node(node: &Node, flags: OFlags) -> Result<OwnedFd, Errno> {
     if node.kind != FileType::RegularFile {
         return Err(Errno::INVAL);
     }
-    rustix::fs::openat(CWD, path(&node.fd()), flags, Mode::empty())
+    let open = |flags| rustix::fs::openat(CWD, path(&node.fd()), flags, Mode::empty());
+    match open(flags.difference(OFlags::APPEND)) {
+        // Of a file to which one can only append (chattr(1), `+a`), that is true.
+        Err(Errno::PERM) if flags.contains(OFlags::APPEND) => open(flags),
+        opened => opened,
+    }
 }
 
 impl Passthrough {
@@ -46,7 +57,10 @@ impl Passthrough {
         let file = killing_set_id(kill, || open_node(&node, flags))?;
         let unchanged = node.is_unchanged(&stat(&file)?);
         let handle = self.handles.add(file, is_writable(flags))?;
-        let open_flags = if unchanged { abi::opened::KEEP_CACHE } else { 0 };
+        let keep = if unchanged { abi::opened::KEEP_CACHE } else { 0 };
+        // The end of what was only read is no message: nothing is to be flushed.
+        let quiet = if is_writable(flags) { 0 } else { abi::opened::NOFLUSH };
+        let open_flags = keep | quiet;
         answer.put(&OpenOut { handle, open_flags, ..OpenOut::default() });
         Ok(())
     }
@@ -63,7 +77,16 @@ impl Passthrough {
         let data = request.bytes(write.size as usize)?;
         let handle = self.handles.get(write.handle)?;
         let kill = write.write_flags & abi::write::KILL_SUIDGID != 0;
-        let size = killing_set_id(kill, || rustix::io::pwrite(&handle.file, data, write.offset))?;
+        // The guest's offset is where it believes the end to be; the host may have
+        // appended meanwhile.
+        let append = OFlags::from_bits_retain(write.flags).contains(OFlags::APPEND);
+        let size = killing_set_id(kill, || {
+            if append {
+                rustix::io::pwritev2(&handle.file, &[IoSlice::new(data)], 0, ReadWriteFlags::APPEND)
+            } else {
+                rustix::io::pwrite(&handle.file, data, write.offset)
+            }
+        })?;
         answer.put(&WriteOut { size: size as u32, padding: 0 });
         Ok(())
     }

@@ -53,7 +53,7 @@ impl Passthrough {
         let flags = OFlags::from_bits_retain(create.flags);
         let wanted = super::files::open_flags(create.flags);
         let made = as_user(request.header.uid, request.header.gid, || {
-            let flags = wanted | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+            let flags = wanted.difference(OFlags::APPEND) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
             rustix::fs::openat(parent.fd(), name, flags, mode(create.mode))
         });
         let (file, (node, stat)) = match made {

@@ -154,6 +154,76 @@ fn what_a_guest_remembers_of_a_file_holds_until_it_changes() {
 }
 
 #[test]
+fn a_write_appends_if_it_says_so_and_only_then() {
+    let guest = Guest::new();
+    let path = guest.path("file");
+    fs::write(&path, "0123").unwrap();
+    let node = guest.lookup(ROOT, "file").unwrap().node;
+    let write = |handle: u64, offset: u64, flags: i32, data: &str| {
+        let write =
+            WriteIn { handle, offset, size: data.len() as u32, flags: flags as u32, ..WriteIn::default() };
+        guest.get::<WriteOut>(opcode::WRITE, node, &[write.as_bytes(), data.as_bytes()].concat())
+    };
+    let appending = libc::O_RDWR | libc::O_APPEND;
+    let handle = guest.open(node, appending).unwrap();
+    // Of what the host has appended meanwhile the guest does not know.
+    fs::write(&path, "012345").unwrap();
+    assert_eq!(write(handle, 4, appending, "end").unwrap().size, 3);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "012345end");
+    // A page of a mapping, or a program that has cleared the flag since.
+    write(handle, 1, 0, "x").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "0x2345end");
+    // And one that has set it.
+    let handle = guest.open(node, libc::O_WRONLY).unwrap();
+    write(handle, 0, libc::O_WRONLY | libc::O_APPEND, "!").unwrap();
+    write(handle, 0, libc::O_WRONLY, "y").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "yx2345end!");
+
+    let flags = (libc::O_CREAT | appending) as u32;
+    let create = CreateIn { flags, mode: libc::S_IFREG | 0o600, ..CreateIn::default() };
+    let body = guest.ask(opcode::CREATE, ROOT, &with(create, "new")).unwrap();
+    let (_, opened) = EntryOut::read_from_prefix(&body).unwrap();
+    let handle = OpenOut::read_from_bytes(opened).unwrap().handle;
+    write(handle, 0, appending, "ab").unwrap();
+    write(handle, 0, 0, "c").unwrap();
+    assert_eq!(fs::read_to_string(guest.path("new")).unwrap(), "cb");
+}
+
+#[test]
+fn a_file_that_can_only_be_appended_to_is_opened_for_that() {
+    use rustix::fs::{IFlags, ioctl_setflags};
+    let guest = Guest::new();
+    fs::write(guest.path("log"), "one").unwrap();
+    let file = fs::File::open(guest.path("log")).unwrap();
+    if ioctl_setflags(&file, IFlags::APPEND).is_err() {
+        return; // the file system of /tmp has no such files, or this user may not make them
+    }
+    let node = guest.lookup(ROOT, "log").unwrap().node;
+    let refused = guest.open(node, libc::O_WRONLY);
+    let flags = libc::O_WRONLY | libc::O_APPEND;
+    let written = guest.open(node, flags).and_then(|handle| {
+        let write = WriteIn { handle, size: 3, flags: flags as u32, ..WriteIn::default() };
+        guest.ask(opcode::WRITE, node, &[write.as_bytes(), b"two"].concat())
+    });
+    ioctl_setflags(&file, IFlags::empty()).unwrap();
+    assert_eq!(refused.unwrap_err(), libc::EPERM);
+    written.unwrap();
+    assert_eq!(fs::read_to_string(guest.path("log")).unwrap(), "onetwo");
+}
+
+#[test]
+fn only_what_may_be_written_is_flushed_when_it_is_closed() {
+    let guest = Guest::new();
+    fs::write(guest.path("file"), "").unwrap();
+    let node = guest.lookup(ROOT, "file").unwrap().node;
+    for (flags, quiet) in [(libc::O_RDONLY, true), (libc::O_WRONLY, false), (libc::O_RDWR, false)] {
+        let open = OpenIn { flags: flags as u32, open_flags: 0 };
+        let opened = guest.get::<OpenOut>(opcode::OPEN, node, open.as_bytes()).unwrap();
+        assert_eq!(opened.open_flags & opened::NOFLUSH != 0, quiet, "{flags}");
+    }
+}
+
+#[test]
 fn links_are_shown_and_never_followed() {
     let guest = Guest::new();
     symlink("/etc/passwd", guest.path("link")).unwrap();
