@@ -48,6 +48,12 @@ class Volumes(MappedVolumes, PodTest):
             if not os.path.lexists(self.folder / key):
                 os.symlink(f"..data/{key}", self.folder / key)
 
+    def mount_on_host(self, where, *what):
+        """A mount of the host's own, as the kubelet makes them for a pod; it goes after the pod."""
+        subprocess.run(["mount", *map(str, what), str(where)], check=True)
+        self.addCleanup(subprocess.run, ["umount", str(where)], check=True)
+        self.mounts_before = leftovers.mounts()
+
     def sh(self, container, script):
         return self.node.crictl("exec", "-s", container, "sh", "-c", script)
 
@@ -98,11 +104,26 @@ class Volumes(MappedVolumes, PodTest):
     def test_a_large_file_arrives_whole_both_ways(self):
         data = os.urandom(1 << 20) * 24
         (self.folder / "down").write_bytes(data)
-        _, _, container = self.with_volume()
+        # The kubelet makes an emptyDir: a directory of its disk, or a tmpfs with the size that is asked for.
+        disk, memory = self.folder / "disk", self.folder / "memory"
+        for folder in (disk, memory):
+            folder.mkdir()
+        self.mount_on_host(memory, "-t", "tmpfs", "-o", "size=1m,mode=0777", "none")
+        disk.chmod(0o777)
+        _, _, container = self.with_volume(self.mount(), self.mount("/disk", disk), self.mount("/memory", memory))
         digest = hashlib.sha256(data).hexdigest()
         self.assertIn(digest, self.sh(container, "sha256sum /data/down"))
         self.sh(container, "cp /data/down /data/up && sync")
         self.assertEqual(hashlib.sha256((self.folder / "up").read_bytes()).hexdigest(), digest)
+
+        host = os.statvfs(disk)
+        sizes = self.sh(container, "stat -f -c %b:%s /memory /disk; stat -c %a /memory /disk").split()
+        self.assertEqual(sizes, ["256:4096", f"{host.f_blocks}:{host.f_bsize}", "777", "777"])
+        said = self.fails("exec", "-s", container, "dd", "if=/dev/zero", "of=/memory/large", "bs=64k", "count=20")
+        self.assertIn("No space left", said)
+        self.assertEqual((memory / "large").stat().st_size, 1 << 20)
+        self.sh(container, "rm /memory/large && echo fits >/memory/small && echo fits >/disk/small")
+        self.assertEqual([(folder / "small").read_text() for folder in (memory, disk)], ["fits\n"] * 2)
 
     def test_many_files(self):
         _, _, container = self.with_volume()
@@ -130,16 +151,27 @@ class Volumes(MappedVolumes, PodTest):
 
     def test_a_single_file_and_a_directory_below_another(self):
         (self.folder / "hosts").write_text("10.0.0.1 elsewhere\n")
-        (self.folder / "sub").mkdir()
+        (self.folder / "sub/part").mkdir(parents=True)
+        # The kubelet mounts a subPath in a place of its own, and that is what the container gets.
+        part, single = self.folder / "paths/0", self.folder / "paths/1"
+        part.mkdir(parents=True)
+        single.touch()
+        self.mount_on_host(part, "--bind", self.folder / "sub/part")
+        self.mount_on_host(single, "--bind", self.folder / "hosts")
         _, _, container = self.with_volume(
             self.mount("/data/below", self.folder / "sub"),
             self.mount("/data"),
             self.mount("/etc/hosts", self.folder / "hosts"),
+            self.mount("/part", part),
+            self.mount("/single", single, readonly=True),
         )
         self.assertEqual(self.sh(container, "cat /etc/hosts"), "10.0.0.1 elsewhere")
         self.sh(container, "echo 10.0.0.2 added >>/etc/hosts; touch /data/below/file")
         self.assertIn("added", (self.folder / "hosts").read_text())
-        self.assertEqual(os.listdir(self.folder / "sub"), ["file"])
+        self.assertEqual(sorted(os.listdir(self.folder / "sub")), ["file", "part"])
+        self.sh(container, "echo of the part >/part/file && grep -q added /single")
+        self.assertEqual((self.folder / "sub/part/file").read_text(), "of the part\n")
+        self.assertIn("Read-only", self.fails("exec", "-s", container, "sh", "-c", "echo x >/single"))
 
     def test_what_is_read_only_is_so_on_the_host(self):
         (self.folder / "file").write_text("safe")
