@@ -13,6 +13,12 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::vm::Control;
 
+mod bounds;
+#[cfg(test)]
+pub(crate) mod fake;
+
+pub use bounds::Bounded;
+
 /// Most time until the guest has accepted a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -44,7 +50,8 @@ impl Agent {
             }))
             .await
             .map_err(|error| chain(&error))?;
-        Ok(Self { client: AgentClient::new(channel), vsock, timeout, machine: None })
+        let client = AgentClient::new(channel).max_decoding_message_size(bounds::MAX_ANSWER);
+        Ok(Self { client, vsock, timeout, machine: None })
     }
 
     /// Names the machine that it runs in, to be looked at when it is silent.
@@ -54,24 +61,29 @@ impl Agent {
         self
     }
 
-    /// For calls that end by themselves: each gets the handler's time limit.
+    /// For calls that end by themselves: each gets the handler's time limit,
+    /// and no answer is longer than it may be.
     ///
     /// # Errors
     /// The agent's, or `DeadlineExceeded`.
-    pub async fn call<T>(
+    pub async fn call<T: Bounded>(
         &self,
         stage: &'static str,
         call: impl AsyncFnOnce(AgentClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
     ) -> Result<T, Error> {
         match tokio::time::timeout(self.timeout, call(self.client.clone())).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(Error { stage, status: Box::new(status) }),
+            Ok(Ok(response)) => {
+                let mut answer = response.into_inner();
+                answer.bound();
+                Ok(answer)
+            }
+            Ok(Err(status)) => Err(Error::of(stage, &status)),
             Err(_) => {
                 if let Some(machine) = &self.machine {
                     machine.log_inspection().await;
                 }
                 let late = format!("no answer within {} s", self.timeout.as_secs());
-                Err(Error { stage, status: Box::new(tonic::Status::deadline_exceeded(late)) })
+                Err(Error::of(stage, &tonic::Status::deadline_exceeded(late)))
             }
         }
     }
@@ -125,6 +137,14 @@ pub struct Error {
     pub stage: &'static str,
     /// Its answer.
     pub status: Box<tonic::Status>,
+}
+
+impl Error {
+    /// The agent's answer to `stage`, as far as it is passed on.
+    #[must_use]
+    pub fn of(stage: &'static str, status: &tonic::Status) -> Self {
+        Self { stage, status: Box::new(bounds::status(status)) }
+    }
 }
 
 /// As [`connect_port`], for a port that the agent is known to listen on: a
@@ -189,9 +209,54 @@ fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::sync::Arc;
+
+    use husk_proto::agent::{CreateContainerRequest, CreateContainerResponse, Identity};
     use tokio::net::UnixListener;
 
     use super::*;
+
+    #[tokio::test]
+    async fn no_more_is_taken_of_an_answer_than_huskd_has_a_use_for() {
+        let identity = Identity { uid: 1, gid: 1, groups: (0..65_536).collect() };
+        let fake = fake::Fake {
+            created: CreateContainerResponse {
+                pid: 7,
+                identity: Some(identity),
+                start_error: "x".repeat(100_000),
+            },
+            ..Default::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
+        let create = async |mut agent: AgentClient<Channel>| {
+            agent.create_container(CreateContainerRequest::default()).await
+        };
+        let answer = agent.call("create container", create).await.unwrap();
+        let groups = answer.identity.unwrap().groups;
+        assert_eq!((answer.pid, groups.len(), groups.last()), (7, 1024, Some(&1023)));
+        assert_eq!(answer.start_error.len(), 4096);
+
+        let refuse = async |_| Err::<tonic::Response<()>, _>(tonic::Status::internal("é".repeat(100_000)));
+        let error = agent.call("refuse", refuse).await.unwrap_err();
+        assert_eq!(error.status.code(), tonic::Code::Internal);
+        assert!((4000..=4096).contains(&error.status.message().len()));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_too_long_is_an_error() {
+        let fake = fake::Fake {
+            created: CreateContainerResponse { start_error: "x".repeat(2 << 20), ..Default::default() },
+            ..Default::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
+        let create = async |mut agent: AgentClient<Channel>| {
+            agent.create_container(CreateContainerRequest::default()).await
+        };
+        let error = agent.call("create container", create).await.unwrap_err();
+        assert_eq!(error.status.code(), tonic::Code::OutOfRange);
+    }
 
     #[tokio::test]
     async fn a_guest_that_is_slow_is_asked_again_and_a_vmm_that_has_gone_is_not() {

@@ -1,0 +1,135 @@
+//! What an agent answers is the word of a guest: it may be as long as it likes.
+//! No more of it than this is kept or passed on.
+
+use husk_proto::agent::*;
+use tonic::Status;
+
+/// Largest answer that is read. The longest true one, the figures of a full
+/// pod, has half of it.
+pub(super) const MAX_ANSWER: usize = 1 << 20;
+
+/// Most bytes of a text for people, such as an error.
+const MAX_TEXT: usize = 4096;
+
+/// Most bytes of a name.
+const MAX_NAME: usize = 256;
+
+/// Most supplementary groups that are told of a container's user. Its process
+/// has all of them, up to the kernel's 65,536.
+const MAX_GROUPS: usize = 1024;
+
+/// Most containers that figures are taken from: as many as an agent has.
+const MAX_CONTAINERS: usize = 1024;
+
+/// Most network interfaces that figures are taken from.
+const MAX_INTERFACES: usize = 256;
+
+/// An answer that can be cut down to what is taken from it. Numbers need
+/// nothing.
+pub trait Bounded {
+    /// Leaves out what is too much.
+    fn bound(&mut self) {}
+}
+
+impl Bounded for () {}
+impl Bounded for ShutdownResponse {}
+impl Bounded for StartContainerResponse {}
+impl Bounded for RemoveContainerResponse {}
+impl Bounded for UpdateContainerResponse {}
+impl Bounded for ExecProcessResponse {}
+impl Bounded for SignalProcessResponse {}
+impl Bounded for ResizeTerminalResponse {}
+impl Bounded for WriteVolumeResponse {}
+
+impl Bounded for CreateSandboxResponse {
+    fn bound(&mut self) {
+        cut(&mut self.agent_version, MAX_NAME);
+    }
+}
+
+impl Bounded for CreateContainerResponse {
+    fn bound(&mut self) {
+        cut(&mut self.start_error, MAX_TEXT);
+        if let Some(identity) = &mut self.identity {
+            shorten(&mut identity.groups, MAX_GROUPS);
+        }
+    }
+}
+
+impl Bounded for ContainerStatsResponse {
+    fn bound(&mut self) {
+        shorten(&mut self.containers, MAX_CONTAINERS);
+        for container in &mut self.containers {
+            cut(&mut container.container_id, MAX_NAME);
+        }
+        if let Some(machine) = &mut self.machine {
+            shorten(&mut machine.interfaces, MAX_INTERFACES);
+            for interface in &mut machine.interfaces {
+                cut(&mut interface.name, MAX_NAME);
+            }
+        }
+    }
+}
+
+/// An error as it is passed on.
+pub(super) fn status(status: &Status) -> Status {
+    let mut message = status.message().to_owned();
+    cut(&mut message, MAX_TEXT);
+    Status::new(status.code(), message)
+}
+
+/// Cuts at a character's end, and says so.
+fn cut(text: &mut String, most: usize) {
+    const CUT: &str = "…";
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most.saturating_sub(CUT.len())));
+        text.push_str(CUT);
+        text.shrink_to_fit();
+    }
+}
+
+fn shorten<T>(list: &mut Vec<T>, most: usize) {
+    if list.len() > most {
+        list.truncate(most);
+        list.shrink_to_fit();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_at_a_characters_end() {
+        for (before, most, after) in [
+            ("short", 5, "short"),
+            ("longer", 5, "lo…"),
+            ("éééé", 6, "é…"),
+            ("éééé", 8, "éééé"),
+            ("xx", 0, "…"),
+        ] {
+            let mut text = before.to_owned();
+            cut(&mut text, most);
+            assert_eq!(text, after);
+        }
+    }
+
+    #[test]
+    fn figures_are_of_so_many_things_and_no_more() {
+        let long = "x".repeat(MAX_NAME + 1);
+        let container = ContainerStat { container_id: long.clone(), ..Default::default() };
+        let interface = InterfaceStat { name: long, ..Default::default() };
+        let machine = MachineStat { interfaces: vec![interface; MAX_INTERFACES + 1], ..Default::default() };
+        let mut answer = ContainerStatsResponse {
+            containers: vec![container; MAX_CONTAINERS + 1],
+            machine: Some(machine),
+        };
+        answer.bound();
+        let interfaces = answer.machine.unwrap().interfaces;
+        assert_eq!((answer.containers.len(), interfaces.len()), (MAX_CONTAINERS, MAX_INTERFACES));
+        assert!(answer.containers.iter().all(|container| container.container_id.len() <= MAX_NAME));
+        assert!(interfaces.iter().all(|interface| interface.name.len() <= MAX_NAME));
+    }
+}

@@ -1,0 +1,168 @@
+//! An agent for tests: it does as it is told, and notes what is asked of it.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use husk_proto::agent::agent_server::{Agent as Service, AgentServer};
+use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::*;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Agent, read_line};
+use crate::sandbox::lock;
+
+/// What the agent does.
+#[derive(Debug, Default)]
+pub struct Fake {
+    /// How long a command takes to start.
+    pub start_takes: Duration,
+    /// What every command says.
+    pub stdout: Vec<u8>,
+    /// What every command complains of.
+    pub stderr: Vec<u8>,
+    /// Commands end when they are killed, and not before.
+    pub endless: bool,
+    /// No stream can be opened.
+    pub without_streams: bool,
+    /// The answer to CreateContainer.
+    pub created: CreateContainerResponse,
+    /// The answer to ContainerStats.
+    pub stats: Mutex<ContainerStatsResponse>,
+    /// The signals that were sent, each with the process it was for.
+    pub signals: Mutex<Vec<(String, u32)>>,
+    /// A signal has killed the command.
+    pub killed: watch::Sender<bool>,
+}
+
+impl Fake {
+    /// Serves below `folder`; answers with the connection to it.
+    pub async fn serve(self: &Arc<Self>, folder: &Path, timeout: Duration) -> Agent {
+        let path = folder.join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (calls, incoming) = mpsc::channel(8);
+        let service = AgentServer::new(Endpoint(self.clone()));
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(ReceiverStream::new(incoming)),
+        );
+        let fake = self.clone();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let port = read_line(&mut socket).await.unwrap();
+                socket.write_all(b"OK 1\n").await.unwrap();
+                if port == format!("CONNECT {GRPC_PORT}") {
+                    calls.send(Ok::<_, std::io::Error>(socket)).await.unwrap();
+                } else {
+                    tokio::spawn(fake.clone().stream(socket));
+                }
+            }
+        });
+        Agent::connect(path, timeout).await.unwrap()
+    }
+
+    /// Waits until `count` signals were sent, and answers with them.
+    pub async fn signals(&self, count: usize) -> Vec<(String, u32)> {
+        loop {
+            let signals = lock(&self.signals).clone();
+            if signals.len() >= count {
+                return signals;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn stream(self: Arc<Self>, mut socket: UnixStream) {
+        let greeting: Greeting = read_line(&mut socket).await.unwrap().parse().unwrap();
+        if self.without_streams {
+            socket.write_all(b"ERR out of streams\n").await.unwrap();
+            return;
+        }
+        socket.write_all(b"OK\n").await.unwrap();
+        let said = if greeting.kind == Kind::Stderr { &self.stderr } else { &self.stdout };
+        // Who reads it may go.
+        let _ = socket.write_all(said).await;
+        self.command_ends().await;
+    }
+
+    async fn command_ends(&self) {
+        if self.endless {
+            let _ = self.killed.subscribe().wait_for(|killed| *killed).await;
+        }
+    }
+}
+
+struct Endpoint(Arc<Fake>);
+
+type Answer<T> = Result<Response<T>, Status>;
+
+fn done<T: Default>() -> Answer<T> {
+    Ok(Response::new(T::default()))
+}
+
+#[tonic::async_trait]
+impl Service for Endpoint {
+    async fn create_sandbox(&self, _: Request<CreateSandboxRequest>) -> Answer<CreateSandboxResponse> {
+        done()
+    }
+
+    async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {
+        done()
+    }
+
+    async fn create_container(&self, _: Request<CreateContainerRequest>) -> Answer<CreateContainerResponse> {
+        Ok(Response::new(self.0.created.clone()))
+    }
+
+    async fn start_container(&self, _: Request<StartContainerRequest>) -> Answer<StartContainerResponse> {
+        done()
+    }
+
+    async fn remove_container(&self, _: Request<RemoveContainerRequest>) -> Answer<RemoveContainerResponse> {
+        done()
+    }
+
+    async fn update_container(&self, _: Request<UpdateContainerRequest>) -> Answer<UpdateContainerResponse> {
+        done()
+    }
+
+    async fn exec_process(&self, _: Request<ExecProcessRequest>) -> Answer<ExecProcessResponse> {
+        // To its end, whoever waits for it, as the agent does.
+        let started = tokio::spawn(tokio::time::sleep(self.0.start_takes));
+        started.await.unwrap();
+        done()
+    }
+
+    async fn signal_process(&self, request: Request<SignalProcessRequest>) -> Answer<SignalProcessResponse> {
+        let request = request.into_inner();
+        lock(&self.0.signals).push((request.process_id, request.signal));
+        if request.signal == libc::SIGKILL.unsigned_abs() {
+            self.0.killed.send_replace(true);
+        }
+        done()
+    }
+
+    async fn wait_process(&self, _: Request<WaitProcessRequest>) -> Answer<WaitProcessResponse> {
+        self.0.command_ends().await;
+        done()
+    }
+
+    async fn resize_terminal(&self, _: Request<ResizeTerminalRequest>) -> Answer<ResizeTerminalResponse> {
+        done()
+    }
+
+    async fn write_volume(&self, _: Request<WriteVolumeRequest>) -> Answer<WriteVolumeResponse> {
+        done()
+    }
+
+    async fn container_stats(&self, _: Request<ContainerStatsRequest>) -> Answer<ContainerStatsResponse> {
+        Ok(Response::new(lock(&self.0.stats).clone()))
+    }
+}
