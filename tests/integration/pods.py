@@ -107,6 +107,14 @@ class PodTest(unittest.TestCase):
         self.node.daemon.send_signal(signal.SIGKILL)
         self.node.daemon.wait()
 
+    def in_background(self, *arguments):
+        """crictl, which is killed at the end of the test if it still runs."""
+        command = [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
     def fails(self, *arguments):
         """What crictl says when it fails, as it must."""
         done = self.node.crictl(*arguments, check=False)

@@ -30,6 +30,12 @@ class Life(PodTest):
         self.assertIn("timed out", self.fails("exec", "-s", "--timeout", "2", container, "sleep", "600"))
         self.assertLess(time.monotonic() - started, 60)
         self.assertIn("not found", self.fails("exec", "-s", container, "no-such-program"))
+        # What a caller does not wait for any more ends.
+        runs = lambda: "sleep 601" in self.node.crictl("exec", "-s", container, "ps")
+        caller = self.in_background("exec", "-s", container, "sleep", "601")
+        wait_until(runs, 60, "wait for the command")
+        caller.kill()
+        wait_until(lambda: not runs(), 60, "wait for the end of the command")
 
     def test_stop_asks_first_and_kills_then(self):
         pod, sandbox = self.pod()

@@ -25,6 +25,9 @@ pub enum Error {
     /// It took too long.
     #[error("{0}")]
     DeadlineExceeded(String),
+    /// More than there is room for.
+    #[error("{0}")]
+    ResourceExhausted(String),
     /// The image is not here.
     #[error("image `{0}` not found: pull it first")]
     NoImage(String),
@@ -91,6 +94,7 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::FailedPrecondition(_) => Code::FailedPrecondition,
             Self::DeadlineExceeded(_) | Self::Vm(vm::Error::Silent { .. }) => Code::DeadlineExceeded,
+            Self::ResourceExhausted(_) => Code::ResourceExhausted,
             Self::NoImage(_) | Self::Lookup(LookupError::Unknown { .. }) => Code::NotFound,
             Self::Lookup(LookupError::Ambiguous { .. }) => Code::InvalidArgument,
             Self::NameTaken(_) => Code::AlreadyExists,

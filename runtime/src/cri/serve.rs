@@ -16,7 +16,7 @@ use super::runtime_service::Runtime;
 use crate::node::Node;
 
 /// Largest message, as the kubelet has it.
-const MAX_MESSAGE: usize = 16 * 1024 * 1024;
+pub(super) const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 
 /// Serves until `stop` resolves; requests under way are finished.
 ///

@@ -168,8 +168,8 @@ impl RuntimeService for Runtime {
     }
 
     async fn exec_sync(&self, request: Request<ExecSyncRequest>) -> Answer<ExecSyncResponse> {
-        let node = self.node.clone();
-        to_its_end(async move { exec_sync::exec_sync(&node, request.into_inner()).await }).await
+        // This one ends with its client, and its command with it.
+        answer(exec_sync::exec_sync(&self.node, request.into_inner()).await)
     }
 
     async fn exec(&self, request: Request<ExecRequest>) -> Answer<ExecResponse> {
