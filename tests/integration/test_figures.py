@@ -63,7 +63,9 @@ class Updates(PodTest):
         return self.status(container)["resources"]["linux"]
 
     def test_new_limits_hold_in_the_guest_and_are_told(self):
-        limit = {"resources": {"memory_limit_in_bytes": 64 << 20, "cpu_shares": 512}}
+        limit = {"resources": {
+            "memory_limit_in_bytes": 64 << 20, "memory_swap_limit_in_bytes": 64 << 20, "cpu_shares": 512,
+        }}
         _, container = self.running(linux=limit)
         read = lambda name: self.node.crictl("exec", "-s", container, "cat", f"/sys/fs/cgroup/{name}")
         self.assertEqual(read("memory.max"), str(64 << 20))
@@ -72,6 +74,7 @@ class Updates(PodTest):
         self.assertEqual(read("cpu.max"), "50000 100000")
         told = self.limits(container)
         self.assertEqual((told["memoryLimitInBytes"], told["cpuQuota"], told["cpuShares"]), (str(96 << 20), "50000", "512"))
+        self.assertEqual(told["memorySwapLimitInBytes"], str(96 << 20))
         self.node.daemon.send_signal(signal.SIGKILL)
         self.node.daemon.wait()
         self.node.start_daemon()
@@ -99,6 +102,9 @@ class Updates(PodTest):
         _, container = self.running(linux={"resources": {"memory_limit_in_bytes": 64 << 20}})
         before = self.limits(container)
         self.assertIn("cpu", self.fails("update", "--cpu-quota", "1", "--cpu-period", "100000", container))
+        # Nor does what the machine does not have.
+        for more in (("--memory", str(8 << 30)), ("--cpu-quota", "6400000", "--cpu-period", "100000")):
+            self.assertIn("cannot grow", self.fails("update", *more, container))
         self.assertEqual(self.limits(container), before)
 
 

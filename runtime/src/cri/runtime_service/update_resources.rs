@@ -18,7 +18,7 @@ use crate::config::Kind;
 use crate::container::{Container, State, spec};
 use crate::cri::error::Error;
 use crate::node::Node;
-use crate::sandbox::{Sandbox, cpus};
+use crate::sandbox::{Sandbox, Size, cpus};
 
 pub(super) async fn of_container(
     node: &Arc<Node>,
@@ -36,6 +36,9 @@ pub(super) async fn of_container(
     let _verb = container.verb.lock().await;
     let old = container.record().config.linux.clone().unwrap_or_default().resources.unwrap_or_default();
     let new = merge(&old, asked);
+    if let Some(size) = sandbox.record().size {
+        check_size(&old, &new, size)?;
+    }
     let mut resources = spec::resource_limits(&new)?;
     if sandbox.record().kind == Kind::Host {
         spec::choose_cpus(&mut resources, &new);
@@ -105,8 +108,50 @@ fn merge(old: &LinuxContainerResources, new: LinuxContainerResources) -> LinuxCo
         cpuset_mems: text(&old.cpuset_mems, new.cpuset_mems),
         hugepage_limits,
         unified,
-        memory_swap_limit_in_bytes: number(old.memory_swap_limit_in_bytes, new.memory_swap_limit_in_bytes),
+        memory_swap_limit_in_bytes: match new.memory_swap_limit_in_bytes {
+            0 => swap_limit(old, new.memory_limit_in_bytes),
+            named => named,
+        },
     }
+}
+
+/// The limit of memory and swap together, when a request names the memory's
+/// alone: what is left for swap stays as it was.
+const fn swap_limit(old: &LinuxContainerResources, memory: i64) -> i64 {
+    let both = old.memory_swap_limit_in_bytes;
+    if memory <= 0 || both <= 0 {
+        return both;
+    }
+    if old.memory_limit_in_bytes <= 0 {
+        // As for a new container.
+        return 0;
+    }
+    memory.saturating_add(both.saturating_sub(old.memory_limit_in_bytes))
+}
+
+/// A limit that is larger than the machine limits nothing, and a new container
+/// may have it. Who changes one to that wants more than there is.
+fn check_size(old: &LinuxContainerResources, new: &LinuxContainerResources, size: Size) -> Result<(), Error> {
+    /// The kernel's, where none is named; microseconds.
+    const PERIOD: u64 = 100_000;
+    let cpus = |limit: &LinuxContainerResources| {
+        let period = if limit.cpu_period > 0 { limit.cpu_period.unsigned_abs() } else { PERIOD };
+        if limit.cpu_quota > 0 { limit.cpu_quota.unsigned_abs().div_ceil(period) } else { 0 }
+    };
+    let mib =
+        |limit: &LinuxContainerResources| limit.memory_limit_in_bytes.max(0).unsigned_abs().div_ceil(1 << 20);
+    for (what, old, new, most) in [
+        ("vCPUs", cpus(old), cpus(new), u64::from(size.vcpus)),
+        ("MiB of memory", mib(old), mib(new), u64::from(size.memory_mib)),
+    ] {
+        if new != old && new > most {
+            return Err(Error::FailedPrecondition(format!(
+                "update resources: the limit takes {new} {what}, the pod's machine has {most} and cannot grow while it \
+                 runs: make the pod anew"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The size of a machine is decided when it starts. What fits into it is noted;
@@ -147,6 +192,8 @@ pub(super) async fn of_sandbox(
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use husk_proto::cri::HugepageLimit;
 
     use super::*;
@@ -179,5 +226,64 @@ mod tests {
         assert_eq!(new.cpuset_cpus, "0");
         assert_eq!(new.hugepage_limits.iter().map(|limit| limit.limit).collect::<Vec<_>>(), [5, 6]);
         assert_eq!(new.unified.get("memory.high").map(String::as_str), Some("2"));
+    }
+
+    fn limits(memory: i64, both: i64) -> LinuxContainerResources {
+        LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            memory_swap_limit_in_bytes: both,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_new_limit_of_memory_leaves_as_much_for_swap_as_before() {
+        for (old, asked, both) in [
+            // All that was there was memory, and so it is again.
+            ((100, 100), (200, 0), 200),
+            ((100, 150), (200, 0), 250),
+            ((100, 150), (20, 0), 70),
+            ((100, 100), (200, 900), 900),
+            ((100, 100), (0, 0), 100),
+            // Without one it is the memory's when the limit is set.
+            ((100, 0), (200, 0), 0),
+            ((0, 100), (200, 0), 0),
+            ((100, -1), (200, 0), -1),
+            ((1, i64::MAX), (i64::MAX, 0), i64::MAX),
+        ] {
+            let new = merge(&limits(old.0, old.1), limits(asked.0, asked.1));
+            assert_eq!(new.memory_swap_limit_in_bytes, both, "{old:?} {asked:?}");
+        }
+    }
+
+    #[test]
+    fn what_changes_must_fit_into_the_machine() {
+        const MIB: i64 = 1 << 20;
+        let size = Size { vcpus: 2, memory_mib: 512 };
+        let limits = |memory: i64, cpu_quota, cpu_period| LinuxContainerResources {
+            memory_limit_in_bytes: memory * MIB,
+            cpu_quota,
+            cpu_period,
+            ..Default::default()
+        };
+        let none = LinuxContainerResources::default();
+        for (new, fits) in [
+            (limits(512, 200_000, 100_000), true),
+            (limits(513, 0, 0), false),
+            (limits(8 << 10, 0, 0), false),
+            (limits(0, 200_001, 100_000), false),
+            (limits(0, 200_001, 0), false),
+            (limits(0, -1, 100_000), true),
+            (limits(0, 50_000, 10_000), false),
+            (limits(-1, i64::MAX, 1), false),
+        ] {
+            assert_eq!(check_size(&none, &new, size).is_ok(), fits, "{new:?}");
+        }
+        // What was so before does not stand in the way of what else changes.
+        let before = limits(1024, 300_000, 100_000);
+        let shares = LinuxContainerResources { cpu_shares: 9, ..before.clone() };
+        assert!(check_size(&before, &shares, size).is_ok());
+        let error = check_size(&before, &limits(2048, 300_000, 100_000), size).unwrap_err().to_string();
+        assert!(error.contains("2048 MiB") && error.contains("512"), "{error}");
     }
 }
