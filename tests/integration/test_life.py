@@ -44,8 +44,15 @@ class Life(PodTest):
         time.sleep(1)
         self.node.crictl("stop", "--timeout", "60", polite)
         self.assertEqual(self.status(polite)["exitCode"], 5)
+        # Who has less patience does not wait for who has more.
+        patient = self.in_background("stop", "--timeout", "500", deaf)
+        time.sleep(2)
+        self.assertIsNone(patient.poll())
+        started = time.monotonic()
         self.node.crictl("stop", "--timeout", "1", deaf)
+        self.assertLess(time.monotonic() - started, 120)
         self.assertEqual(self.status(deaf)["exitCode"], 137)
+        self.assertEqual(patient.wait(60), 0)
         self.node.crictl("stop", deaf)
 
     def test_names_are_reserved_and_given_back(self):

@@ -157,6 +157,8 @@ pub struct Container {
     /// record's lock.
     forgotten: AtomicBool,
     exited: watch::Sender<bool>,
+    /// It has got its stop signal.
+    pub asked_to_stop: AtomicBool,
     log: Mutex<Option<Arc<log::LogFile>>>,
     /// Its output, for those who are attached.
     pub output: fanout::Output,
@@ -195,6 +197,7 @@ impl Container {
             path,
             forgotten: AtomicBool::new(false),
             exited,
+            asked_to_stop: AtomicBool::new(false),
             log: Mutex::default(),
             output: fanout::Output::default(),
             stdin: tokio::sync::Mutex::default(),
@@ -303,16 +306,16 @@ pub fn now() -> i64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
 
-    fn container(folder: &std::path::Path) -> Container {
-        std::fs::create_dir(folder.join("containers")).unwrap();
-        let record = Record {
-            id: ContainerId::from("c"),
-            sandbox_id: SandboxId::from("s"),
+    /// Of a container that runs.
+    pub(crate) fn record(id: &str, sandbox: &str) -> Record {
+        Record {
+            id: ContainerId::from(id),
+            sandbox_id: SandboxId::from(sandbox),
             config: cri::ContainerConfig::default(),
             image_id: String::new(),
             image_ref: String::new(),
@@ -329,8 +332,12 @@ mod tests {
             start_error: String::new(),
             poststop: false,
             state: State::Running,
-        };
-        Container::create(folder, record).unwrap()
+        }
+    }
+
+    fn container(folder: &std::path::Path) -> Container {
+        std::fs::create_dir(folder.join("containers")).unwrap();
+        Container::create(folder, record("c", "s")).unwrap()
     }
 
     #[test]

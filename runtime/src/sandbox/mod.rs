@@ -245,3 +245,42 @@ pub fn write_json<T: Serialize>(path: &Path, record: &T) -> std::io::Result<()> 
     }
     written
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::agent::Agent;
+    use crate::container;
+    use crate::vm::{Control, Keeper, Slots};
+
+    /// A pod that is ready, and a container that runs, to be added to it.
+    pub(crate) fn running(folder: &Path, id: &str, events: Events) -> (Arc<Sandbox>, Arc<Container>) {
+        let record = Record {
+            id: SandboxId::from(id),
+            config: cri::PodSandboxConfig::default(),
+            handler: "kata-runtime".into(),
+            kind: Kind::Vm,
+            created_at: 1,
+            phase: Phase::Ready,
+            ips: Vec::new(),
+            netns: PathBuf::new(),
+            vmm_pid: 0,
+            cgroup: None,
+            size: Some(Size { vcpus: 1, memory_mib: 256 }),
+            boot: BootTimes::default(),
+            problem: String::new(),
+        };
+        let sandbox = Arc::new(Sandbox::create(folder.join(id), record, events).unwrap());
+        let record = container::tests::record(&format!("c-of-{id}"), id);
+        let container = Arc::new(Container::create(sandbox.directory(), record).unwrap());
+        (sandbox, container)
+    }
+
+    /// A machine of which nothing is there but the agent.
+    pub(crate) fn machine(agent: Agent) -> Arc<Machine> {
+        let keeper = Keeper::Vmm(Control::new(PathBuf::from("/nowhere")));
+        Arc::new(Machine { keeper, agent, slots: Slots::unlimited() })
+    }
+}

@@ -1,14 +1,18 @@
 //! StopContainer: the stop signal, the time of grace, then SIGKILL. A container
-//! that is not known or does not run is stopped already.
+//! that is not known or does not run is stopped already. Of several calls the one
+//! whose time is over first kills.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use husk_proto::cri::{self, StopContainerRequest, StopContainerResponse};
+use tonic::Code;
 
-use crate::container::{State, supervise};
+use crate::container::{Container, State, supervise};
 use crate::cri::error::Error;
 use crate::node::Node;
+use crate::sandbox::Sandbox;
 use crate::sandbox::registry::LookupError;
 
 /// Most time that a container gets to end after SIGKILL: as long as a disk may
@@ -23,21 +27,34 @@ pub(super) async fn stop_container(
         Err(LookupError::Unknown { .. }) => return Ok(StopContainerResponse {}),
         found => found?,
     };
-    let _verb = container.verb.lock().await;
-    let machine = match (container.state(), sandbox.machine()) {
-        (State::Running, Some(machine)) => machine,
-        _ => return Ok(StopContainerResponse {}),
-    };
-    let grace = u64::try_from(request.timeout).unwrap_or(0);
-    if grace > 0 {
-        let signal = container.record().stop_signal;
-        supervise::signal(&machine, &container.id, signal, false).await?;
-        if tokio::time::timeout(Duration::from_secs(grace), container.wait_exited()).await.is_ok() {
-            tracing::info!(container = %container.id, signal, "container stopped");
-            return Ok(StopContainerResponse {});
+    let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or(0));
+    stop(&sandbox, &container, grace).await?;
+    Ok(StopContainerResponse {})
+}
+
+/// No lock is held while the container takes its time: whoever wants it gone
+/// sooner comes in between, and the end is everyone's.
+async fn stop(sandbox: &Sandbox, container: &Container, grace: Duration) -> Result<(), Error> {
+    let machine = {
+        let _verb = container.verb.lock().await;
+        let (State::Running, Some(machine)) = (container.state(), sandbox.machine()) else { return Ok(()) };
+        // Asked once: some programs take a second signal for less patience.
+        if !grace.is_zero() && !container.asked_to_stop.load(Ordering::Relaxed) {
+            let signal = container.record().stop_signal;
+            supervise::signal(&machine, &container.id, signal, false).await?;
+            container.asked_to_stop.store(true, Ordering::Relaxed);
         }
+        machine
+    };
+    if tokio::time::timeout(grace, container.wait_exited()).await.is_ok() {
+        tracing::info!(container = %container.id, "container stopped");
+        return Ok(());
     }
-    supervise::signal(&machine, &container.id, libc::SIGKILL, true).await?;
+    match supervise::signal(&machine, &container.id, libc::SIGKILL, true).await {
+        // It is being removed, or is already.
+        Err(error) if matches!(error.status.code(), Code::FailedPrecondition | Code::NotFound) => {}
+        sent => sent?,
+    }
     if tokio::time::timeout(AFTER_KILL, container.wait_exited()).await.is_err() {
         return Err(Error::DeadlineExceeded(format!(
             "container `{}` did not end within {} s of SIGKILL",
@@ -46,7 +63,7 @@ pub(super) async fn stop_container(
         )));
     }
     tracing::info!(container = %container.id, "container killed");
-    Ok(StopContainerResponse {})
+    Ok(())
 }
 
 /// The signal that asks a container to stop: the client's, else the image's,
@@ -111,6 +128,39 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::agent::fake::Fake;
+    use crate::container::Exit;
+    use crate::events::Events;
+    use crate::sandbox::tests::{machine, running};
+
+    #[tokio::test]
+    async fn a_later_call_with_less_time_does_not_wait_for_an_earlier_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = Arc::new(Fake::default());
+        let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
+        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        sandbox.set_machine(Some(machine(agent)));
+
+        let call = |grace| {
+            let (sandbox, container) = (sandbox.clone(), container.clone());
+            tokio::spawn(async move { stop(&sandbox, &container, Duration::from_secs(grace)).await })
+        };
+        let patient = call(600);
+        fake.signals(1).await;
+        let again = call(500);
+        // A removal would find the lock free.
+        drop(tokio::time::timeout(Duration::from_secs(20), container.verb.lock()).await.unwrap());
+        let at_once = call(0);
+        let signals = tokio::time::timeout(Duration::from_secs(20), fake.signals(2)).await.unwrap();
+        assert_eq!(signals, [(String::new(), 15), (String::new(), 9)], "it is asked once");
+        assert!(!patient.is_finished() && !at_once.is_finished());
+
+        Events::default().container_ended(&sandbox, &container, Exit::reported(137, false, 1));
+        for call in [patient, again, at_once] {
+            tokio::time::timeout(Duration::from_secs(20), call).await.unwrap().unwrap().unwrap();
+        }
+        assert_eq!(fake.signals(0).await.len(), 2);
+    }
 
     #[test]
     fn signals_have_many_names() {
