@@ -10,6 +10,7 @@ pub mod apparmor;
 pub mod cdi;
 pub mod config;
 pub mod container;
+pub mod cpu_rate;
 pub mod cri;
 pub mod events;
 pub mod heap;

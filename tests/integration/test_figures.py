@@ -25,6 +25,11 @@ class Cost(PodTest):
         self.assertGreater(memory, 20 << 20)
         self.assertGreaterEqual(int(linux["process"]["processCount"]["value"]), 1)
         self.assertEqual(linux["network"]["defaultInterface"]["name"], "eth0")
+        # A second look tells how much is used at present.
+        time.sleep(2)
+        linux = self.node.crictl_json("statsp", "--id", pod)["stats"][0]["linux"]
+        for cpu in (linux["cpu"], linux["containers"][0]["cpu"]):
+            self.assertGreater(int(cpu["usageNanoCores"]["value"]), 20_000_000)
 
 
 class Figures(PodTest):

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::cpu_rate::CpuRate;
 use crate::id::{ContainerId, SandboxId};
 use crate::sandbox::{lock, read_json, write_json};
 use crate::storage::image_volumes::ImageVolume;
@@ -159,6 +160,8 @@ pub struct Container {
     exited: watch::Sender<bool>,
     /// It has got its stop signal.
     pub asked_to_stop: AtomicBool,
+    /// How much processor time it takes.
+    pub cpu_rate: CpuRate,
     log: Mutex<Option<Arc<log::LogFile>>>,
     /// Its output, for those who are attached.
     pub output: fanout::Output,
@@ -198,6 +201,7 @@ impl Container {
             forgotten: AtomicBool::new(false),
             exited,
             asked_to_stop: AtomicBool::new(false),
+            cpu_rate: CpuRate::default(),
             log: Mutex::default(),
             output: fanout::Output::default(),
             stdin: tokio::sync::Mutex::default(),

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Kind;
 use crate::container::Container;
+use crate::cpu_rate::CpuRate;
 use crate::events::Events;
 use crate::id::SandboxId;
 use crate::storage::volumes::Volume;
@@ -108,6 +109,8 @@ pub struct Sandbox {
     pub events: Events,
     record: Mutex<Record>,
     machine: Mutex<Option<Arc<Machine>>>,
+    /// How much processor time it takes.
+    pub cpu_rate: CpuRate,
     containers: Mutex<Vec<Arc<Container>>>,
     directory: PathBuf,
 }
@@ -143,6 +146,7 @@ impl Sandbox {
             events,
             record: Mutex::new(record),
             machine: Mutex::default(),
+            cpu_rate: CpuRate::default(),
             containers: Mutex::default(),
             directory,
         }

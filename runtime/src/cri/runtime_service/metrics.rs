@@ -13,7 +13,7 @@ use husk_proto::cri::{
     MetricType, PodSandboxMetrics,
 };
 
-use super::stats::{figures, records, value};
+use super::stats::{Figure, figures, value};
 use crate::container::{Record, now};
 use crate::node::Node;
 use crate::sandbox::{Phase, Sandbox};
@@ -256,7 +256,7 @@ pub(super) async fn pod_sandbox_metrics(node: &Arc<Node>) -> Vec<PodSandboxMetri
 }
 
 async fn of_sandbox(sandbox: &Sandbox) -> Option<PodSandboxMetrics> {
-    let figures = figures(sandbox, records(sandbox)).await?;
+    let figures = figures(sandbox, sandbox.containers()).await?;
     let record = sandbox.record().clone();
     let pod = record.config.metadata.unwrap_or_default();
     let timestamp = now();
@@ -266,7 +266,7 @@ async fn of_sandbox(sandbox: &Sandbox) -> Option<PodSandboxMetrics> {
     for interface in &cost.guest.interfaces {
         metrics.extend(values(INTERFACE, interface, &own, &interface.name, timestamp));
     }
-    let container_metrics = figures.containers.into_iter().map(|(record, stat)| {
+    let container_metrics = figures.containers.into_iter().map(|Figure { record, stat, .. }| {
         let labels = container_labels(&pod.name, &pod.namespace, &record);
         let id = record.id.to_string();
         let timestamp = stat.time_unix_nanos;
@@ -320,7 +320,12 @@ mod tests {
             .collect();
         let sample = Sample {
             stat: ContainerStat { cpu_usage_nanos: 2_500_000_000, ..Default::default() },
-            resources: LinuxContainerResources { cpu_shares: 2, cpu_period: 1, ..Default::default() },
+            resources: LinuxContainerResources {
+                cpu_shares: 2,
+                cpu_period: 1,
+                cpu_quota: 3,
+                ..Default::default()
+            },
             started_at: 5,
         };
         let interface = InterfaceStat { name: "eth0".into(), rx_bytes: 7, ..Default::default() };

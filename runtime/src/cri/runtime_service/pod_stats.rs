@@ -5,6 +5,7 @@
 //! and processes are counted by the guest.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::future::join_all;
 use husk_proto::agent::{InterfaceStat, MachineStat};
@@ -14,8 +15,9 @@ use husk_proto::cri::{
 };
 
 use super::sandboxes::has_labels;
-use super::stats::{Figures, figures, records, to_cri, value};
+use super::stats::{Figures, figures, to_cri, value};
 use crate::container::now;
+use crate::cpu_rate::CpuRate;
 use crate::cri::error::Error;
 use crate::node::Node;
 use crate::sandbox::{Phase, Sandbox};
@@ -58,7 +60,7 @@ pub(super) async fn of_sandboxes(
 }
 
 async fn of_sandbox(sandbox: &Sandbox) -> Option<cri::PodSandboxStats> {
-    let figures = figures(sandbox, records(sandbox)).await?;
+    let figures = figures(sandbox, sandbox.containers()).await?;
     let record = sandbox.record().clone();
     let timestamp = now();
     let cost = record.cgroup.as_deref().and_then(vm::usage);
@@ -70,15 +72,11 @@ async fn of_sandbox(sandbox: &Sandbox) -> Option<cri::PodSandboxStats> {
             annotations: record.config.annotations.clone(),
         }),
         linux: Some(cri::LinuxPodSandboxStats {
-            cpu: Some(cpu(timestamp, cost.as_ref(), &figures.machine)),
+            cpu: Some(cpu(timestamp, cost.as_ref(), &figures.machine, &sandbox.cpu_rate)),
             memory: Some(memory(timestamp, cost.as_ref(), &figures.machine)),
             network: Some(network(timestamp, &figures.machine)),
             process: Some(cri::ProcessUsage { timestamp, process_count: value(processes(&figures)) }),
-            containers: figures
-                .containers
-                .iter()
-                .map(|(record, stat)| to_cri(record, stat, sandbox))
-                .collect(),
+            containers: figures.containers.iter().map(|figure| to_cri(figure, sandbox)).collect(),
             io: None,
         }),
         windows: None,
@@ -86,9 +84,15 @@ async fn of_sandbox(sandbox: &Sandbox) -> Option<cri::PodSandboxStats> {
 }
 
 /// A host without cgroup v2 has nothing to say; the guest then has.
-fn cpu(timestamp: i64, cost: Option<&vm::Usage>, machine: &MachineStat) -> cri::CpuUsage {
+fn cpu(timestamp: i64, cost: Option<&vm::Usage>, machine: &MachineStat, rate: &CpuRate) -> cri::CpuUsage {
     let nanos = cost.map_or(machine.cpu_usage_nanos, |cost| cost.cpu_nanos);
-    cri::CpuUsage { timestamp, usage_core_nano_seconds: value(nanos), usage_nano_cores: None, psi: None }
+    let nano_cores = rate.read(nanos, Instant::now());
+    cri::CpuUsage {
+        timestamp,
+        usage_core_nano_seconds: value(nanos),
+        usage_nano_cores: nano_cores.and_then(value),
+        psi: None,
+    }
 }
 
 fn memory(timestamp: i64, cost: Option<&vm::Usage>, machine: &MachineStat) -> cri::MemoryUsage {
@@ -128,5 +132,5 @@ fn interface(stat: &InterfaceStat) -> cri::NetworkInterfaceUsage {
 }
 
 fn processes(figures: &Figures) -> u64 {
-    figures.containers.iter().fold(0u64, |sum, (_, stat)| sum.saturating_add(stat.processes))
+    figures.containers.iter().fold(0u64, |sum, figure| sum.saturating_add(figure.stat.processes))
 }

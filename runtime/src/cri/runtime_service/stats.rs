@@ -2,7 +2,7 @@
 //! StreamContainerStats. The guest counts.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use husk_proto::agent::{self, ContainerStat, MachineStat};
@@ -12,7 +12,7 @@ use husk_proto::cri::{
 };
 
 use super::sandboxes::has_labels;
-use crate::container::{Record, State};
+use crate::container::{Container, Record, State};
 use crate::cri::error::Error;
 use crate::node::Node;
 use crate::sandbox::Sandbox;
@@ -25,9 +25,20 @@ const PER_MACHINE: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct Figures {
     /// Of the containers that run.
-    pub(super) containers: Vec<(Record, ContainerStat)>,
+    pub(super) containers: Vec<Figure>,
     /// Of the machine as a whole.
     pub(super) machine: MachineStat,
+}
+
+/// What a container has used.
+#[derive(Debug)]
+pub(super) struct Figure {
+    /// The container.
+    pub(super) record: Record,
+    /// What was counted.
+    pub(super) stat: ContainerStat,
+    /// Processor time that it takes at present, nanoseconds per second.
+    pub(super) nano_cores: Option<u64>,
 }
 
 pub(super) async fn container_stats(
@@ -35,14 +46,13 @@ pub(super) async fn container_stats(
     request: ContainerStatsRequest,
 ) -> Result<ContainerStatsResponse, Error> {
     let (sandbox, container) = node.registry.container(&request.container_id)?;
-    let record = container.record().clone();
-    let figures = figures(&sandbox, vec![record.clone()]).await;
+    let figures = figures(&sandbox, vec![container.clone()]).await;
     match figures.and_then(|mut figures| figures.containers.pop()) {
-        Some((record, stat)) => Ok(ContainerStatsResponse { stats: Some(to_cri(&record, &stat, &sandbox)) }),
+        Some(figure) => Ok(ContainerStatsResponse { stats: Some(to_cri(&figure, &sandbox)) }),
         None => Err(Error::FailedPrecondition(format!(
             "container `{}` is {} and has no figures",
-            record.id,
-            record.state.word()
+            container.id,
+            container.state().word()
         ))),
     }
 }
@@ -66,25 +76,22 @@ pub(super) async fn of_containers(
             && has_labels(&record.config.labels, &filter.label_selector)
     };
     let machines = node.registry.sandboxes().into_iter().map(|sandbox| async move {
-        let records: Vec<_> = records(&sandbox).into_iter().filter(wanted).collect();
-        if records.is_empty() {
+        let containers = sandbox.containers().into_iter();
+        let containers: Vec<_> = containers.filter(|container| wanted(&container.record())).collect();
+        if containers.is_empty() {
             return Vec::new();
         }
-        let figures = figures(&sandbox, records).await.unwrap_or_default();
-        figures.containers.iter().map(|(record, stat)| to_cri(record, stat, &sandbox)).collect()
+        let figures = figures(&sandbox, containers).await.unwrap_or_default();
+        figures.containers.iter().map(|figure| to_cri(figure, &sandbox)).collect()
     });
     join_all(machines).await.into_iter().flatten().collect()
 }
 
-/// The records of a pod's containers.
-pub(super) fn records(sandbox: &Sandbox) -> Vec<Record> {
-    sandbox.containers().iter().map(|container| container.record().clone()).collect()
-}
-
-/// Asks a pod's machine for the figures of those of `records` that run. `None`
-/// when it does not answer, or not in time.
-pub(super) async fn figures(sandbox: &Sandbox, records: Vec<Record>) -> Option<Figures> {
-    let running: Vec<_> = records.into_iter().filter(|record| record.state == State::Running).collect();
+/// Asks a pod's machine for the figures of those of `containers` that run.
+/// `None` when it does not answer, or not in time.
+pub(super) async fn figures(sandbox: &Sandbox, containers: Vec<Arc<Container>>) -> Option<Figures> {
+    let running: Vec<_> =
+        containers.into_iter().filter(|container| container.state() == State::Running).collect();
     let machine = sandbox.machine()?;
     // One container by its id. Several as all that there are: one of them may
     // be removed meanwhile, and the others' figures are still wanted.
@@ -105,9 +112,12 @@ pub(super) async fn figures(sandbox: &Sandbox, records: Vec<Record>) -> Option<F
             return None;
         }
     };
-    let containers = running.into_iter().filter_map(|record| {
-        let stat = answer.containers.iter().find(|stat| stat.container_id == record.id.as_str())?.clone();
-        Some((record, stat))
+    let read = Instant::now();
+    let containers = running.into_iter().filter_map(|container| {
+        let stats = &answer.containers;
+        let stat = stats.iter().find(|stat| stat.container_id == container.id.as_str())?.clone();
+        let nano_cores = container.cpu_rate.read(stat.cpu_usage_nanos, read);
+        Some(Figure { record: container.record().clone(), stat, nano_cores })
     });
     Some(Figures { containers: containers.collect(), machine: answer.machine.unwrap_or_default() })
 }
@@ -116,7 +126,8 @@ pub(super) const fn value(value: u64) -> Option<cri::UInt64Value> {
     Some(cri::UInt64Value { value })
 }
 
-pub(super) fn to_cri(record: &Record, stat: &ContainerStat, sandbox: &Sandbox) -> cri::ContainerStats {
+pub(super) fn to_cri(figure: &Figure, sandbox: &Sandbox) -> cri::ContainerStats {
+    let Figure { record, stat, nano_cores } = figure;
     let timestamp = stat.time_unix_nanos;
     // Without a limit there is no telling what is left.
     let available = stat.memory_limit_bytes.checked_sub(stat.memory_working_set_bytes);
@@ -130,7 +141,7 @@ pub(super) fn to_cri(record: &Record, stat: &ContainerStat, sandbox: &Sandbox) -
         cpu: Some(cri::CpuUsage {
             timestamp,
             usage_core_nano_seconds: value(stat.cpu_usage_nanos),
-            usage_nano_cores: None,
+            usage_nano_cores: nano_cores.and_then(value),
             psi: None,
         }),
         memory: Some(cri::MemoryUsage {
