@@ -35,6 +35,8 @@ mod start_container;
 mod stats;
 mod stop_container;
 mod stop_pod_sandbox;
+#[cfg(test)]
+mod tests;
 mod update_resources;
 
 pub use containers::status_of as container_status_of;
