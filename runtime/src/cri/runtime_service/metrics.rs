@@ -151,6 +151,9 @@ static CONTAINER: &[Family<Sample>] = &[
     gauge("container_spec_cpu_period", "Period of the processor time limit, microseconds.", |s| {
         positive(s.resources.cpu_period)
     }),
+    gauge("container_spec_cpu_quota", "Processor time limit per period, microseconds.", |s| {
+        positive(s.resources.cpu_quota)
+    }),
     gauge("container_spec_cpu_shares", "Share of processor time.", |s| positive(s.resources.cpu_shares)),
     gauge("container_spec_memory_limit_bytes", "Memory limit, 0 for none.", |s| {
         Some(s.stat.memory_limit_bytes)
@@ -341,6 +344,7 @@ mod tests {
         }
         let of = |name: &str| all.iter().find(|metric| metric.name == name).unwrap();
         assert_eq!(of("container_cpu_usage_seconds_total").value.unwrap().value, 2);
+        assert_eq!(of("container_spec_cpu_quota").value.unwrap().value, 3);
         assert_eq!(of("container_network_receive_bytes_total").label_values.last().unwrap(), "eth0");
     }
 
