@@ -37,9 +37,6 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection that carries nothing more waits for the guest to say
 /// that it has noticed.
 const LINGER: Duration = Duration::from_secs(10);
-/// How long a host client may take none of the last bytes of a guest that has
-/// gone.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -47,7 +44,8 @@ enum State {
     Requested,
     /// Both sides agree on it.
     Open,
-    /// The guest is done with it, the host still gets what is in the buffer.
+    /// The guest is done with it. The host still gets what is in the buffer, for
+    /// as long as it has its end open: whoever reads slowly shall lose nothing.
     Draining,
     /// To be forgotten.
     Over,
@@ -167,13 +165,13 @@ impl Connection {
 
     /// A packet from the guest; its payload is `payload` from
     /// [`HEADER_LEN`] on, and is `header.len` long.
-    pub fn receive(&mut self, header: &Header, payload: &Buffers<'_>, now: Instant) {
+    pub fn receive(&mut self, header: &Header, payload: &Buffers<'_>) {
         self.credit.learn(header);
         if self.credit.window() > 0 {
             self.asked_for_credit = false;
         }
         match (header.op(), self.state) {
-            (Some(Op::Reset), _) => self.detach(now),
+            (Some(Op::Reset), _) => self.detach(),
             (Some(Op::Response), State::Requested) => self.open(),
             (Some(Op::Data), State::Open) => self.receive_data(header.len.get(), payload),
             (Some(Op::Shutdown), State::Open) => self.receive_shutdown(header.flags.get()),
@@ -185,10 +183,10 @@ impl Connection {
 
     /// The guest knows nothing of it any more. What it has sent still goes to
     /// the host.
-    pub fn detach(&mut self, now: Instant) {
+    pub fn detach(&mut self) {
         self.owed = Owed::default();
         self.state = if self.buffer.is_empty() { State::Over } else { State::Draining };
-        self.deadline = Some(now + DRAIN_TIMEOUT);
+        self.deadline = None;
     }
 
     /// Ends it at once, with an RST.
@@ -249,7 +247,7 @@ impl Connection {
     }
 
     /// The event loop saw something at the socket.
-    pub fn host_event(&mut self, events: EventSet, now: Instant) {
+    pub fn host_event(&mut self, events: EventSet) {
         // Whatever else there is shows when the socket is read.
         self.readable |= events != EventSet::OUT;
         if events.contains(EventSet::HANG_UP) {
@@ -258,14 +256,13 @@ impl Connection {
             }
             self.host_takes_no_more();
         }
-        if events.contains(EventSet::OUT) && self.flush() > 0 && self.state == State::Draining {
-            self.deadline = Some(now + DRAIN_TIMEOUT);
+        if events.contains(EventSet::OUT) {
+            self.flush();
         }
     }
 
     /// Gives the socket what it takes of the buffer.
-    fn flush(&mut self) -> usize {
-        let mut total = 0;
+    fn flush(&mut self) {
         while !self.buffer.is_empty() {
             let (front, _) = self.buffer.as_slices();
             let sent = self.socket.as_ref().map(|socket| send_bytes(socket, front));
@@ -274,13 +271,11 @@ impl Connection {
                 break;
             }
             self.buffer.drain(..len);
-            total += len;
         }
         if self.buffer.is_empty() {
             // An idle connection holds no memory.
             self.buffer = VecDeque::new();
         }
-        total
     }
 
     /// Counts bytes that the socket took; none if it is full or broken.
@@ -342,12 +337,8 @@ impl Connection {
             return;
         }
         self.deadline = None;
-        match self.state {
-            State::Requested | State::Open => self.abort(),
-            State::Draining | State::Over => {
-                self.buffer = VecDeque::new();
-                self.state = State::Over;
-            }
+        if self.is_known_to_guest() {
+            self.abort();
         }
     }
 

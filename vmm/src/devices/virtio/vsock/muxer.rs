@@ -171,7 +171,7 @@ impl Muxer {
         let now = Instant::now();
         for name in self.connections.names() {
             if let Some(slot) = self.connections.get_mut(name) {
-                slot.connection.detach(now);
+                slot.connection.detach();
             }
             self.settle(name, now);
         }
@@ -208,7 +208,7 @@ impl Muxer {
         } else if token >= FIRST_CONNECTION {
             let name = (token - FIRST_CONNECTION) as usize;
             if let Some(slot) = self.connections.get_mut(name) {
-                slot.connection.host_event(events, now);
+                slot.connection.host_event(events);
             }
             self.settle(name, now);
         } else if token >= FIRST_HANDSHAKE {
@@ -305,7 +305,7 @@ impl Muxer {
                 if header.len.get() as usize > chain.len().saturating_sub(HEADER_LEN) {
                     slot.connection.abort();
                 } else {
-                    slot.connection.receive(header, chain, now);
+                    slot.connection.receive(header, chain);
                 }
             }
             return self.settle(name, now);

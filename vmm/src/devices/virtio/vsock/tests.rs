@@ -225,6 +225,9 @@ fn a_slow_client_gets_all_of_a_guest_that_has_left() {
             guest.say(host, 1, Op::Data, 0, b"x");
             guest.expect(Op::Reset);
         }
+        // A client that looks at what it has for a while shall not lose the rest.
+        guest.lock().muxer.tick(Instant::now() + Duration::from_secs(3600));
+        guest.run();
         let mut received = Vec::new();
         let reader = std::thread::spawn(move || {
             (&client).read_to_end(&mut received).unwrap();
@@ -240,6 +243,19 @@ fn a_slow_client_gets_all_of_a_guest_that_has_left() {
         guest.run();
         assert_eq!(guest.lock().muxer.connections(), 0);
     }
+}
+
+#[test]
+fn a_client_that_leaves_what_the_guest_left_is_not_waited_for() {
+    let mut guest = Guest::new();
+    let (host, client) = guest.open(1);
+    fill(&mut guest, host, 1);
+    guest.say(host, 1, Op::Reset, 0, &[]);
+    guest.run();
+    assert_eq!(guest.lock().muxer.connections(), 1);
+    drop(client);
+    guest.run();
+    assert_eq!(guest.lock().muxer.connections(), 0);
 }
 
 #[test]
