@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::cgroup::Cgroup;
 use crate::connection::Connection;
 use crate::fd::AsyncFile;
-use crate::pump::{self, End, Input};
+use crate::pump::{self, End, Input, Whose};
 use crate::reaper::{self, Exit, Exited};
 use crate::stdio::Ends;
 
@@ -40,6 +40,7 @@ pub enum Role {
 /// A process and its standard streams.
 pub struct Process {
     pid: Pid,
+    role: Role,
     exited: Exited,
     ended: watch::Receiver<Option<Outcome>>,
     stdin: Option<mpsc::Sender<Input<Connection>>>,
@@ -66,8 +67,12 @@ impl Process {
         let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<Connection>> {
             let (clients, receiver) = mpsc::channel(1);
             // Who asked for an exec is the only one who wants its output.
-            let once = role == Role::Exec;
-            let pump = pump::output(AsyncFile::reader(end)?, receiver, once, exited.clone());
+            let whose = match (role, terminal) {
+                (Role::Init, _) => Whose::Container,
+                (Role::Exec, false) => Whose::Command,
+                (Role::Exec, true) => Whose::Session,
+            };
+            let pump = pump::output(AsyncFile::reader(end)?, receiver, whose, exited.clone());
             let exited = exited.clone();
             outputs.push(AbortOnDropHandle::new(tokio::spawn(async move {
                 if pump.await == End::Abandoned && terminal {
@@ -104,7 +109,7 @@ impl Process {
             ended_sender.send_replace(Some(Outcome { exit, oom_killed }));
         })));
 
-        Ok(Self { pid, exited, ended, stdin, stdout, stderr, terminal: ends.terminal, _tasks: tasks })
+        Ok(Self { pid, role, exited, ended, stdin, stdout, stderr, terminal: ends.terminal, _tasks: tasks })
     }
 
     /// Its pid in the guest. Only meaningful while [`Self::has_exited`] is false.
@@ -133,13 +138,17 @@ impl Process {
     }
 
     /// Waits until it has ended and its output is handed over, or until it is
-    /// removed; `None` if that comes before its end. Holds nothing of it.
+    /// removed; `None` if that comes before its end, or before somebody has all
+    /// the output of a command: what is cut off shall not look like a success.
+    /// Holds nothing of it.
     pub fn ended(&self) -> impl Future<Output = Option<Outcome>> + use<> {
         let mut ended = self.ended.clone();
         let exited = self.exited.clone();
+        let role = self.role;
         async move {
             match ended.wait_for(Option::is_some).await {
                 Ok(outcome) => *outcome,
+                Err(_) if role == Role::Exec => None,
                 Err(_) => exited.borrow().map(|exit| Outcome { exit, oom_killed: false }),
             }
         }

@@ -3,9 +3,13 @@
 //!
 //! An output is read one chunk ahead of its client and no further: the rest
 //! waits in the process's pipe, which holds the process up when it is full.
-//! Once the process has ended, its output ends at end-of-file; or, when a
-//! child that it left behind keeps the stream open, [`LINGER`] later with
-//! nothing more to read; or when no client has taken a byte for [`PATIENCE`].
+//! Once the process has ended, its output ends at end-of-file, or earlier:
+//!
+//! | [`Whose`]   | children that keep the stream open | a client that takes nothing   |
+//! | ----------- | ---------------------------------- | ----------------------------- |
+//! | `Container` | are waited for for [`LINGER`]      | is waited for for [`PATIENCE`] |
+//! | `Command`   | are heard like the command         | is waited for while it is there |
+//! | `Session`   | are waited for for [`LINGER`]      | is waited for while it is there |
 
 use std::time::Duration;
 
@@ -23,11 +27,36 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How long after a process's end a client may fail to take its output.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long after a command's end its output waits for somebody to ask for it:
+/// longer than huskd takes to open both, if it does.
+const UNCLAIMED: Duration = Duration::from_secs(60);
+
 /// Most bytes read after [`LINGER`], from a pipe that never runs dry. More
 /// than a pipe holds.
 const LATE_BYTES: usize = 1024 * 1024;
 
 const CHUNK: usize = 16 * 1024;
+
+/// Whose output it is, on which depends who hears it, and until when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// A container's: clients come and go, and its children end with it.
+    Container,
+    /// A command's: its first client is the only one.
+    Command,
+    /// The same with a terminal, which its children lose when it ends.
+    Session,
+}
+
+impl Whose {
+    const fn has_one_client(self) -> bool {
+        matches!(self, Self::Command | Self::Session)
+    }
+
+    const fn ends_without_its_children(self) -> bool {
+        matches!(self, Self::Container | Self::Session)
+    }
+}
 
 /// How an output came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,10 +75,10 @@ pub struct Input<C> {
     pub early: Vec<u8>,
 }
 
-/// Sends what `source` yields to the newest of `clients`, until its end; with
-/// `once`, until the first client has gone. The connection is then closed: its
+/// Sends what `source` yields to the newest of `clients`, until its end; of a
+/// command, until the first client has gone. The connection is then closed: its
 /// end is the stream's.
-pub async fn output<C>(source: AsyncFile, mut clients: mpsc::Receiver<C>, once: bool, exited: Exited) -> End
+pub async fn output<C>(source: AsyncFile, mut clients: mpsc::Receiver<C>, whose: Whose, exited: Exited) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {
@@ -57,6 +86,7 @@ where
     let mut client = None;
     let mut late = LATE_BYTES;
     while late > 0 {
+        let unclaimed = whose.has_one_client() && client.is_none();
         let chunk = select! {
             biased;
             newer = clients.recv() => match newer {
@@ -67,20 +97,21 @@ where
                 None => return End::Over,
             },
             chunk = source.read(CHUNK) => chunk,
-            () = gone(client.as_mut()), if once => return End::Abandoned,
-            () = after_exit(exited.clone(), opened, LINGER) => break,
+            () = gone(client.as_mut()), if whose.has_one_client() => return End::Abandoned,
+            () = after_exit(exited.clone(), opened, LINGER), if whose.ends_without_its_children() => break,
+            () = after_exit(exited.clone(), opened, UNCLAIMED), if unclaimed => return End::Over,
         };
         match chunk {
             Ok(chunk) if chunk.is_empty() => break,
             Ok(chunk) => {
-                if !deliver(&chunk, &mut client, &mut clients, once, &exited).await {
+                if !deliver(&chunk, &mut client, &mut clients, whose, &exited).await {
                     return End::Over;
                 }
-                if once && client.is_none() {
+                if whose.has_one_client() && client.is_none() {
                     return End::Abandoned;
                 }
                 let ended = exited.borrow().as_ref().map(|exit| exit.instant);
-                if ended.is_some_and(|ended| ended.elapsed() > LINGER) {
+                if whose.ends_without_its_children() && ended.is_some_and(|ended| ended.elapsed() > LINGER) {
                     late = late.saturating_sub(chunk.len());
                 }
             }
@@ -105,13 +136,14 @@ async fn gone<C: AsyncRead + Unpin>(client: Option<&mut C>) {
     }
 }
 
-/// Hands `chunk` over to its last byte; false when nobody takes it. With `once`,
-/// no client is left when the first has gone.
+/// Hands `chunk` over to its last byte; false when nobody takes it. A command
+/// has no client left when its first has gone; while it is there it may take
+/// its time, as what it does not get looks like the end to it.
 async fn deliver<C>(
     mut chunk: &[u8],
     client: &mut Option<C>,
     clients: &mut mpsc::Receiver<C>,
-    once: bool,
+    whose: Whose,
     exited: &Exited,
 ) -> bool
 where
@@ -119,6 +151,11 @@ where
 {
     let mut progress = Instant::now();
     while !chunk.is_empty() {
+        let patience = match (whose, &client) {
+            (Whose::Container, _) => Some(PATIENCE),
+            (Whose::Command | Whose::Session, None) => Some(UNCLAIMED),
+            (Whose::Command | Whose::Session, Some(_)) => None,
+        };
         let write = async {
             match client.as_mut() {
                 Some(client) => client.write(chunk).await,
@@ -137,13 +174,16 @@ where
                     progress = Instant::now();
                 }
                 // The client is gone; another may come for the rest.
-                _ if once => {
+                _ if whose.has_one_client() => {
                     *client = None;
                     return true;
                 }
                 _ => *client = None,
             },
-            () = after_exit(exited.clone(), progress, PATIENCE) => return false,
+            () = after_exit(exited.clone(), progress, patience.unwrap_or_default()), if patience.is_some() => {
+                tracing::warn!("nobody takes the rest of the output of a process that has ended: it is lost");
+                return false;
+            }
         }
     }
     true

@@ -28,14 +28,14 @@ struct Output {
 }
 
 fn start_output() -> Output {
-    start(false)
+    start(Whose::Container)
 }
 
-fn start(once: bool) -> Output {
+fn start(whose: Whose) -> Output {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (clients, receiver) = mpsc::channel(1);
     let (exit, exited) = watch::channel(None);
-    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, once, exited));
+    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, whose, exited));
     Output { process: File::from(writer), clients, exit, pump }
 }
 
@@ -78,7 +78,7 @@ async fn a_client_that_breaks_off_is_followed_by_another() {
 async fn the_only_client_of_a_stream_takes_it_along() {
     // Silent or not, its process is told when it writes again.
     for silent in [true, false] {
-        let mut stream = start(true);
+        let mut stream = start(Whose::Command);
         let mut client = stream.connect().await;
         stream.process.write_all(b"x").unwrap();
         client.read_u8().await.unwrap();
@@ -132,6 +132,60 @@ async fn a_child_left_behind_does_not_hold_the_stream_for_long() {
     stream.pump.await.unwrap();
     assert!(before.elapsed() < LINGER * 2, "the pipe's write end is still open here");
     assert_eq!(read_to_end(client).await, b"last words");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_terminal_is_not_held_for_long_by_a_child_left_behind() {
+    let mut stream = start(Whose::Session);
+    let client = stream.connect().await;
+    stream.process.write_all(b"last words").unwrap();
+    stream.exit.send_replace(ended());
+    assert_eq!(stream.pump.await.unwrap(), End::Over);
+    assert_eq!(read_to_end(client).await, b"last words");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_command_is_over_when_its_children_are() {
+    let mut stream = start(Whose::Command);
+    let client = stream.connect().await;
+    stream.exit.send_replace(ended());
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    stream.process.write_all(b"of a child").unwrap();
+    drop(stream.process);
+    assert_eq!(stream.pump.await.unwrap(), End::Over);
+    assert_eq!(read_to_end(client).await, b"of a child");
+}
+
+#[tokio::test]
+async fn a_command_waits_for_its_client_to_take_what_it_said() {
+    for whose in [Whose::Command, Whose::Session] {
+        let mut stream = start(whose);
+        let client = stream.connect().await;
+        let data: Vec<u8> = (0..1_000_000u32).map(|n| n as u8).collect();
+        let expected = data.clone();
+        let writer = std::thread::spawn(move || stream.process.write_all(&data));
+        stream.exit.send_replace(ended());
+        // Until the socket and the pipe are full.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::pause();
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert!(!stream.pump.is_finished(), "{whose:?}");
+        tokio::time::resume();
+        assert!(read_to_end(client).await == expected, "{whose:?}");
+        writer.join().unwrap().unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_command_that_nobody_asks_about_is_given_up_after_its_end() {
+    for says in [&b"lost"[..], b""] {
+        let mut stream = start(Whose::Command);
+        stream.process.write_all(says).unwrap();
+        stream.exit.send_replace(ended());
+        let before = Instant::now();
+        assert_eq!(stream.pump.await.unwrap(), End::Over);
+        assert!(before.elapsed() >= UNCLAIMED && before.elapsed() < UNCLAIMED * 3);
+    }
 }
 
 #[tokio::test]

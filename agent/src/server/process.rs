@@ -70,7 +70,10 @@ pub async fn wait(agent: &Agent, request: &WaitProcessRequest) -> Result<WaitPro
     // it from being removed.
     let ended = agent.containers.get(&request.container_id)?.process(&request.process_id)?.ended();
     let outcome = ended.await.ok_or_else(|| {
-        Error::NotFound(format!("container {} was removed before its process ended", request.container_id))
+        Error::NotFound(format!(
+            "container {} was removed before its process ended, or before all its output was taken",
+            request.container_id
+        ))
     })?;
     Ok(WaitProcessResponse {
         exit_code: outcome.exit.code,

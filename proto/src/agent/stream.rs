@@ -9,7 +9,8 @@
 //! While no connection is open for an output stream, its bytes wait in the
 //! container's pipe. A connection to a stream that has one already replaces it.
 //! An exec's streams belong to their first client: when it goes, they are
-//! closed, and a terminal is hung up.
+//! closed, and a terminal is hung up. While it is there they end when the last
+//! process that has them open does, and a terminal with its first process.
 //!
 //! A [`PortGreeting`] asks for a connection to a port of the pod instead. It is
 //! answered once the pod has taken the connection or refused it; bytes then
