@@ -5,9 +5,9 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// How long each of the pod's loopback addresses may take to answer.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
@@ -17,6 +17,9 @@ const MAX_FORWARDS: usize = 256;
 
 /// Bytes held for each direction.
 const BUFFER: usize = 16 * 1024;
+
+/// How often to look whether the host is still there while the port is silent.
+const LOOK: Duration = Duration::from_secs(10);
 
 static FORWARDS: AtomicUsize = AtomicUsize::new(0);
 
@@ -72,25 +75,59 @@ pub struct Forward<C> {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Forward<C> {
-    /// Copies both ways until both have ended, each alone.
+    /// Copies both ways until both have ended, each alone, or until either side
+    /// has gone: the other is then closed.
     pub async fn copy(self) {
-        let Self { mut host, mut target, early } = self;
-        let socket = &mut target.socket;
-        let _ = socket.set_nodelay(true);
-        if socket.write_all(&early).await.is_err() {
-            return;
+        let Self { host, mut target, early } = self;
+        let _ = target.socket.set_nodelay(true);
+        let (mut from_host, mut to_host) = split(host);
+        let (mut from_port, mut to_port) = target.socket.split();
+        let up = async {
+            to_port.write_all(&early).await?;
+            drop(early);
+            let mut buffer = vec![0; BUFFER];
+            loop {
+                let count = from_host.read(&mut buffer).await?;
+                if count == 0 {
+                    return to_port.shutdown().await;
+                }
+                to_port.write_all(buffer.get(..count).unwrap_or_default()).await?;
+            }
+        };
+        let down = async {
+            let mut buffer = vec![0; BUFFER];
+            loop {
+                let count = tokio::select! {
+                    count = from_port.read(&mut buffer) => count?,
+                    gone = gone(&mut to_host) => return Err(gone),
+                };
+                if count == 0 {
+                    return to_host.shutdown().await;
+                }
+                to_host.write_all(buffer.get(..count).unwrap_or_default()).await?;
+            }
+        };
+        let _ = tokio::try_join!(up, down);
+    }
+}
+
+/// Waits until nobody can hear any more what is written to `host`. That it says
+/// no more tells nothing of that: a half-closed connection still waits for the
+/// port's answer. But a write fails then, even one of nothing.
+async fn gone(host: &mut (impl AsyncWrite + Unpin)) -> io::Error {
+    loop {
+        sleep(LOOK).await;
+        if let Err(error) = host.write(&[]).await {
+            return error;
         }
-        drop(early);
-        // Either may break off at any time; the other is then closed.
-        let _ = copy_bidirectional_with_sizes(&mut host, socket, BUFFER, BUFFER).await;
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use tokio::io::{AsyncReadExt, duplex};
-    use tokio::net::TcpListener;
+    use tokio::io::duplex;
+    use tokio::net::{TcpListener, UnixStream};
 
     use super::*;
 
@@ -112,6 +149,44 @@ mod tests {
         client.read_to_string(&mut heard).await.unwrap();
         assert_eq!(heard, "answer after the question's end");
         copying.await.unwrap();
+    }
+
+    /// A port whose server takes what it gets and says nothing, behind a host.
+    async fn silent_port(host: UnixStream) -> (TcpStream, tokio::task::JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = connect(listener.local_addr().unwrap().port()).await.unwrap();
+        let (pod, _) = listener.accept().await.unwrap();
+        (pod, tokio::spawn(Forward { host, target, early: Vec::new() }.copy()))
+    }
+
+    #[tokio::test]
+    async fn a_host_that_has_gone_is_noticed_though_the_port_is_silent() {
+        let (mut client, host) = UnixStream::pair().unwrap();
+        let (mut pod, copying) = silent_port(host).await;
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        pod.read_to_end(&mut heard).await.unwrap();
+        // It has said its last, and waits for days.
+        tokio::time::pause();
+        sleep(Duration::from_secs(3 * 86_400)).await;
+        assert!(!copying.is_finished());
+        drop(client);
+        sleep(LOOK * 2).await;
+        assert!(copying.is_finished());
+    }
+
+    #[tokio::test]
+    async fn a_host_that_has_gone_is_noticed_though_the_port_takes_nothing() {
+        let (mut client, host) = UnixStream::pair().unwrap();
+        let (pod, copying) = silent_port(host).await;
+        let flood = vec![0; 1 << 20];
+        while timeout(Duration::from_millis(200), client.write_all(&flood)).await.is_ok() {}
+        tokio::time::pause();
+        drop(client);
+        sleep(LOOK * 2).await;
+        assert!(copying.is_finished());
+        drop(pod);
     }
 
     #[tokio::test]
