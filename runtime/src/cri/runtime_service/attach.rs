@@ -11,6 +11,7 @@ use futures::FutureExt;
 use husk_proto::agent::stream::{Greeting, Kind};
 use husk_proto::cri::{AttachRequest, AttachResponse};
 use tokio::io::AsyncWriteExt;
+use tokio::task::JoinHandle;
 
 use super::exec::{check, resize};
 use super::exec_sync::running;
@@ -41,19 +42,18 @@ pub(super) fn attach(node: &Arc<Node>, request: &AttachRequest) -> Result<Attach
 }
 
 /// The client has come.
-async fn run(agent: &Agent, container: &Container, client: Client) -> Ending {
+async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> Ending {
     let Client { stdin, sizes, stdout, stderr, gone } = client;
     let (once, terminal) = {
         let config = &container.record().config;
         (config.stdin_once, config.tty)
     };
+    // Before it types: it shall see what the container makes of it.
+    let stdout = stdout.map(|to| (container.output.stdout.subscribe(), to));
+    let stderr = stderr.map(|to| (container.output.stderr.subscribe(), to));
     let output = async {
         // The first that is late ends both.
-        let shown = tokio::try_join!(
-            show(stdout.map(|to| (container.output.stdout.subscribe(), to))),
-            show(stderr.map(|to| (container.output.stderr.subscribe(), to))),
-        );
-        match shown {
+        match tokio::try_join!(show(stdout), show(stderr)) {
             // Without either, the container's end is what is left to wait for.
             Ok((Shown::NotWanted, Shown::NotWanted)) => container.wait_exited().await,
             Ok(_) => {}
@@ -63,12 +63,13 @@ async fn run(agent: &Agent, container: &Container, client: Client) -> Ending {
         }
         Ending::Success
     };
+    let typing = stdin.map(|stdin| type_all(agent.clone(), container.clone(), stdin, once && !terminal));
     let typed = async {
-        match stdin {
-            Some(stdin) => feed(agent, container, stdin, once && !terminal).await,
-            None => std::future::pending().await,
-        }
-        if once && !terminal {
+        let whole = match typing {
+            Some(typing) => typing.await.is_ok_and(|whole| whole),
+            None => false,
+        };
+        if !whole || once && !terminal {
             // It goes on to see what the container makes of it.
             std::future::pending().await
         }
@@ -104,6 +105,18 @@ async fn show(stream: Option<(Subscription, Outgoing)>) -> Result<Shown, Late> {
     }
     let _ = to.finish().await;
     if from.was_dropped() { Err(Late) } else { Ok(Shown::Whole) }
+}
+
+/// Passes on all that the client types, as a task of its own: what it has said
+/// reaches the container, and so does its end, even if it has gone by then.
+/// False if the container ended first.
+fn type_all(agent: Agent, container: Arc<Container>, from: Incoming, once: bool) -> JoinHandle<bool> {
+    tokio::spawn(async move {
+        tokio::select! {
+            () = feed(&agent, &container, from, once) => true,
+            () = container.wait_exited() => false,
+        }
+    })
 }
 
 /// Passes on what the client types, for as long as the container takes it. With
@@ -150,3 +163,6 @@ async fn type_into(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
