@@ -8,8 +8,7 @@ use bytes::Bytes;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, sleep};
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, interval};
 
 use super::pipe::{Incoming, Outgoing};
 use super::spdy::{Session, Stream};
@@ -17,10 +16,6 @@ use super::{Connect, pump};
 
 /// How long one stream of a connection may wait for the other.
 const PAIR_DEADLINE: Duration = Duration::from_secs(30);
-
-/// How long a pod may be silent after its client has closed its half. Clients
-/// that have lost interest say no more than that.
-const HALF_CLOSED_IDLE: Duration = Duration::from_secs(600);
 
 /// Serves one client until it goes.
 pub async fn serve(mut session: Session, connect: Connect) {
@@ -111,10 +106,10 @@ async fn forward(pair: Pair, connect: Connect) {
     let _ = error.outgoing.finish().await;
 }
 
-/// Copies both ways; each ends alone.
+/// Copies both ways; each ends alone, however long the other goes on: a client
+/// that has asked its last may wait for days for the answer.
 async fn copy(socket: UnixStream, mut from_client: Incoming, to_client: Outgoing) {
     let (reader, mut writer) = socket.into_split();
-    let client_is_done = CancellationToken::new();
     let up = async {
         while let Some(bytes) = from_client.recv().await {
             if writer.write_all(&bytes).await.is_err() {
@@ -122,23 +117,19 @@ async fn copy(socket: UnixStream, mut from_client: Incoming, to_client: Outgoing
             }
         }
         let _ = writer.shutdown().await;
-        client_is_done.cancel();
     };
     let down = async {
         loop {
-            let idle = async {
-                client_is_done.cancelled().await;
-                sleep(HALF_CLOSED_IDLE).await;
-            };
-            let piece = tokio::select! {
-                piece = pump::read(reader.as_ref()) => piece.unwrap_or_default(),
-                () = idle => break,
-            };
-            if piece.is_empty() || to_client.send(piece.freeze()).await.is_err() {
-                break;
+            // What breaks off is reset: it shall not look like an end.
+            let Ok(piece) = pump::read(reader.as_ref()).await else { return };
+            if piece.is_empty() {
+                let _ = to_client.finish().await;
+                return;
+            }
+            if to_client.send(piece.freeze()).await.is_err() {
+                return;
             }
         }
-        let _ = to_client.finish().await;
     };
     tokio::join!(up, down);
 }

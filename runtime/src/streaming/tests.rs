@@ -175,6 +175,40 @@ async fn ports_are_forwarded_in_pairs_of_streams() {
 }
 
 #[tokio::test]
+async fn a_half_closed_forward_waits_for_days_for_the_answer() {
+    let streaming = serving();
+    let (asked, mut pods) = tokio::sync::mpsc::channel(1);
+    let connect = move |_| {
+        let asked = asked.clone();
+        async move {
+            let (ours, pod) = UnixStream::pair()?;
+            asked.send(pod).await.unwrap();
+            Ok(ours)
+        }
+        .boxed()
+    };
+    let url = streaming.offer(Offer::Ports(Arc::new(connect))).unwrap();
+    let (socket, _) =
+        request(&url, &format!("{SPDY}X-Stream-Protocol-Version: portforward.k8s.io\r\n")).await;
+    let mut client = TestClient::new(socket);
+    let error = client.open(&[("streamtype", "error"), ("port", "80")]).await;
+    let data = client.open(&[("streamtype", "data"), ("port", "80")]).await;
+    client.data(data, b"question", true).await;
+    let mut pod = pods.recv().await.unwrap();
+    let mut question = Vec::new();
+    timeout(SOON, pod.read_to_end(&mut question)).await.unwrap().unwrap();
+    assert_eq!(question, b"question");
+    tokio::time::pause();
+    tokio::time::sleep(Duration::from_secs(3 * 86_400)).await;
+    tokio::time::resume();
+    pod.write_all(b"answer").await.unwrap();
+    drop(pod);
+    assert_eq!(client.hear().await, Some(Heard::Data(data, b"answer".to_vec(), false)));
+    assert_eq!(client.hear().await, Some(Heard::Data(data, Vec::new(), true)));
+    assert_eq!(client.hear().await, Some(Heard::Data(error, Vec::new(), true)));
+}
+
+#[tokio::test]
 async fn a_client_that_goes_before_its_streams_are_open_leaves_nothing() {
     let streaming = serving();
     let held = Arc::new(());
