@@ -7,12 +7,13 @@
 //! ```text
 //!            ┌── SPDY/3.1 ─────────── one stream each: stdin, stdout, … ──┐
 //! client ────┤                                                            ├── Client ── verb
-//!            ├── WebSocket v4, v5 ─── one channel each ───────────────────┘
+//!            ├── WebSocket ────────── one channel each ───────────────────┘
 //!            └── SPDY/3.1, or SPDY/3.1 in a WebSocket ── ports ─────────────── socket in the guest
 //! ```
 //!
 //! Nothing is buffered beyond a few pieces of each stream, no connection ends
-//! for being idle, and the last byte of an output is sent before its end is.
+//! for being idle, and the last byte of an output is sent before its end is,
+//! however long the client takes to read it.
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};

@@ -1,7 +1,12 @@
-//! Tells whether a client has gone while nobody can read its connection,
-//! because what it has sent already is waiting to be taken. As long as more is on
-//! its way than the kernel has room for, its end cannot arrive; the client's
-//! kernel then gives up after a while, which is noticed too.
+//! Tells whether a client is still there.
+//!
+//! While it is, it may take as long as it likes to read what it was sent: a pager
+//! that waits for a key is no error. Whether its machine is there the kernel
+//! knows, see `server.rs`. A client that leaves while nobody can read its
+//! connection, because what it has sent already is waiting to be taken, is
+//! looked for. As long as more is on its way than the kernel has room for, its
+//! end cannot arrive; the client's kernel then gives up after a while, which is
+//! noticed too.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -9,9 +14,25 @@ use std::time::Duration;
 use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 /// How often to look.
 const INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long what is still to be said to a client that says nothing more may take.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// How long a client may take to close once the kernel has everything that it is
+/// to get. Until then what it still sends is read and dropped: a socket closed
+/// over unread bytes would take back what the client has not read yet. Long
+/// enough to read slowly what the kernel's buffers hold.
+pub const CLOSE_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// Returns when a client has gone and had time to take the rest.
+pub async fn left_alone(gone: &CancellationToken) {
+    gone.cancelled().await;
+    tokio::time::sleep(LAST_WORDS).await;
+}
 
 /// A second descriptor of a client's socket.
 #[derive(Debug)]

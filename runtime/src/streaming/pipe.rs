@@ -4,10 +4,14 @@
 //! A stream's incoming bytes wait in a queue of [`INCOMING`] pieces; while that
 //! is full, nothing more is read from the connection. Outgoing pieces of all
 //! streams wait in one queue of [`OUTGOING`]; while that is full, whoever has
-//! more waits.
+//! more waits. What cannot wait, because nobody is left to do it, is [`Owed`].
+
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+
+use crate::sandbox::lock;
 
 /// Longest piece, bytes.
 pub const PIECE: usize = 32 * 1024;
@@ -42,19 +46,52 @@ pub enum Command {
     Close,
 }
 
+/// What the client is to be told as soon as the connection takes something,
+/// however full its queue is. It cannot grow beyond the connection's streams:
+/// each is reset once.
+#[derive(Debug, Default)]
+pub struct Owed {
+    resets: Mutex<Vec<u32>>,
+    something: Notify,
+}
+
+impl Owed {
+    fn reset(&self, stream: u32) {
+        lock(&self.resets).push(stream);
+        self.remind();
+    }
+
+    /// Has the task that writes look what there is to be said.
+    pub fn remind(&self) {
+        self.something.notify_one();
+    }
+
+    /// Returns once it shall look, even if it was told so before.
+    pub async fn something(&self) {
+        self.something.notified().await;
+    }
+
+    /// The streams that are to be reset.
+    #[must_use]
+    pub fn take_resets(&self) -> Vec<u32> {
+        std::mem::take(&mut lock(&self.resets))
+    }
+}
+
 /// A stream to the client. Reset when it is dropped unfinished.
 #[derive(Debug)]
 pub struct Outgoing {
     id: u32,
     commands: mpsc::Sender<Command>,
+    owed: Arc<Owed>,
     open: bool,
 }
 
 impl Outgoing {
     /// The stream `id` of the connection that `commands` leads to.
     #[must_use]
-    pub const fn new(id: u32, commands: mpsc::Sender<Command>) -> Self {
-        Self { id, commands, open: true }
+    pub const fn new(id: u32, commands: mpsc::Sender<Command>, owed: Arc<Owed>) -> Self {
+        Self { id, commands, owed, open: true }
     }
 
     /// Sends bytes, at most [`PIECE`], once there is room for them.
@@ -77,10 +114,12 @@ impl Outgoing {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        if self.open {
-            // With a full queue the connection is on its way out, and takes
-            // its streams with it.
-            let _ = self.commands.try_send(Command::Reset(self.id));
+        if self.open
+            && let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(Command::Reset(self.id))
+        {
+            // It then overtakes what is queued; clients drop bytes of a stream
+            // that was reset.
+            self.owed.reset(self.id);
         }
     }
 }

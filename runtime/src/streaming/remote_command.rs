@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::negotiate::Protocol;
-use super::pipe::Outgoing;
+use super::pipe::{Gone, Outgoing};
 use super::resize::Sizes;
 use super::spdy::{Session, Stream};
 use super::{Client, Run, Wanted};
@@ -20,29 +20,27 @@ pub async fn serve(mut session: Session, wanted: Wanted, protocol: Protocol, run
     let resizes = wanted.terminal && protocol.resizes;
     let Ok(Some(streams)) = timeout(STREAMS_DEADLINE, Streams::open(&mut session, wanted, resizes)).await
     else {
-        tracing::debug!("a streaming client did not open the streams that it asked for");
-        return session.close().await;
+        return tracing::debug!("a streaming client did not open the streams that it asked for");
     };
     let Some((client, error, silent)) = streams.into_client(&session) else { return };
-    let running = run(client);
-    let ending = tokio::select! {
-        ending = running => ending,
-        // What the client opens beyond those streams, it gets back.
-        () = async { while session.accept().await.is_some() {} std::future::pending().await } => return,
-    };
-    let words = ending.encode(protocol.language);
     let said = async {
+        let words = run(client).await.encode(protocol.language);
         if !words.is_empty() {
             error.send(Bytes::from(words)).await?;
         }
         error.finish().await?;
+        // Clients look for the end of each stream before that of the connection.
         for stream in silent {
             stream.finish().await?;
         }
-        Ok::<_, super::pipe::Gone>(())
+        Ok::<_, Gone>(())
     };
-    // Clients look for the end of each stream before that of the connection.
-    if timeout(STREAMS_DEADLINE, said).await.is_ok() {
+    let said = tokio::select! {
+        said = said => said,
+        // What the client opens beyond those streams, it gets back.
+        () = async { while session.accept().await.is_some() {} std::future::pending().await } => return,
+    };
+    if said.is_ok() {
         session.close().await;
     }
 }

@@ -3,7 +3,13 @@
 //!
 //! A WebSocket's halves do not close one by one, so version 5 has a channel for
 //! it: 255, with the number of the channel that its sender is done with.
+//!
+//! Nothing is read while nobody takes what was read last, so a ping behind it is
+//! not heard; and clients leave when nobody answers for a minute. They are told
+//! unasked, with pongs, that somebody is there.
 
+use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -11,7 +17,7 @@ use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -20,8 +26,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::negotiate::Protocol;
-use super::peer::Peer;
-use super::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, PIECE};
+use super::peer::{CLOSE_DEADLINE, Peer, left_alone};
+use super::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, Owed, PIECE};
 use super::resize::Sizes;
 use super::{Client, Run, Wanted};
 
@@ -32,8 +38,8 @@ const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 const CLOSE: u8 = 255;
 
-/// How long a client may take to take the last bytes, and again to close.
-const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
+/// How often a client whose input nobody takes is told that it is not alone.
+const REASSURANCE: Duration = Duration::from_secs(15);
 
 /// Serves one client to the end.
 pub async fn serve<S>(socket: WebSocketStream<S>, peer: Peer, wanted: Wanted, protocol: Protocol, run: Run)
@@ -44,34 +50,46 @@ where
     let (commands, queue) = mpsc::channel(OUTGOING);
     let gone = CancellationToken::new();
     let (stdin, resize, channels) = Channels::new(wanted, protocol);
-    let (read, written) = (gone.clone(), gone.clone());
+    let (read, written, pongs) = (gone.clone(), gone.clone(), commands.clone());
     let reader = AbortOnDropHandle::new(tokio::spawn(async move {
-        channels.read(stream, &peer).await;
+        channels.read(stream, &peer, &pongs).await;
         read.cancel();
     }));
     let writer = AbortOnDropHandle::new(tokio::spawn(async move {
-        if let Err(error) = write(sink, queue).await {
+        let result = tokio::select! {
+            result = write(sink, queue) => result,
+            () = left_alone(&written) => Err(Error::ConnectionClosed),
+        };
+        if let Err(error) = result {
             tracing::debug!(%error, "streaming client");
             written.cancel();
         }
     }));
-    let channel = |number: u8| Outgoing::new(number.into(), commands.clone());
+    // Channels are not reset one by one, so nothing is ever owed.
+    let owed = Arc::<Owed>::default();
+    let channel = |number: u8| Outgoing::new(number.into(), commands.clone(), owed.clone());
     let (stdout, stderr) = (wanted.stdout.then(|| channel(STDOUT)), wanted.stderr.then(|| channel(STDERR)));
     // Some clients wait for a word before they send theirs.
     if let Some(first) = stdout.as_ref().or(stderr.as_ref()) {
         let _ = first.send(Bytes::new()).await;
     }
-    let client = Client { stdin, sizes: resize.map(Sizes::new), stdout, stderr, gone };
+    let client = Client { stdin, sizes: resize.map(Sizes::new), stdout, stderr, gone: gone.clone() };
     let words = run(client).await.encode(protocol.language);
-    let flushed = async {
-        let _ = commands.send(Command::Data(ERROR.into(), words.into())).await;
-        let _ = commands.send(Command::Close).await;
-        let _ = writer.await;
-    };
-    // As with SPDY: what the client still sends is read and dropped, so that
-    // closing does not take back what it has not read.
-    if timeout(CLOSE_DEADLINE, flushed).await.is_ok() {
+    let _ = commands.send(Command::Data(ERROR.into(), words.into())).await;
+    let _ = commands.send(Command::Close).await;
+    let _ = writer.await;
+    if !gone.is_cancelled() {
         let _ = timeout(CLOSE_DEADLINE, reader).await;
+    }
+}
+
+/// Says every now and then that somebody is there; for ever.
+async fn reassure(pongs: &mpsc::Sender<Command>, answered: &mut Instant) -> Infallible {
+    loop {
+        sleep_until(*answered + REASSURANCE).await;
+        // One that cannot be told will find out by itself.
+        let _ = pongs.send(Command::Control(Bytes::new())).await;
+        *answered = Instant::now();
     }
 }
 
@@ -91,20 +109,33 @@ impl Channels {
     }
 
     /// Leads messages to their channels until the client has gone.
-    async fn read<S>(mut self, mut stream: SplitStream<WebSocketStream<S>>, peer: &Peer)
-    where
+    async fn read<S>(
+        mut self,
+        mut stream: SplitStream<WebSocketStream<S>>,
+        peer: &Peer,
+        pongs: &mpsc::Sender<Command>,
+    ) where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        let mut answered = Instant::now();
         loop {
             let message = match stream.next().await {
                 Some(Ok(Message::Binary(bytes))) => bytes,
                 Some(Ok(Message::Text(text))) => text.into(),
                 Some(Ok(Message::Close(_))) | None => return,
                 // Pings are answered by the WebSocket itself.
-                Some(Ok(_)) => continue,
+                Some(Ok(_)) => {
+                    answered = Instant::now();
+                    continue;
+                }
                 Some(Err(error)) => return tracing::debug!(%error, "streaming client"),
             };
-            if !self.lead(message, peer).await {
+            let led = tokio::select! {
+                biased;
+                led = self.lead(message, peer) => led,
+                never = reassure(pongs, &mut answered) => match never {},
+            };
+            if !led {
                 return;
             }
         }
@@ -161,8 +192,9 @@ where
                 let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
                 return sink.send(Message::Close(Some(normal))).await;
             }
+            Command::Control(bytes) => sink.send(Message::Pong(bytes)).await?,
             // A channel's end is the connection's.
-            Command::Finish(_) | Command::Reset(_) | Command::Control(_) => {
+            Command::Finish(_) | Command::Reset(_) => {
                 if commands.is_empty() {
                     sink.flush().await?;
                 }

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -16,14 +15,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::frame::{Control, Error, HEAD, Head};
 use super::header::{Block, Deflater, Inflater};
 use crate::sandbox::lock;
-use crate::streaming::peer::Peer;
-use crate::streaming::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, PIECE};
+use crate::streaming::peer::{CLOSE_DEADLINE, Peer, left_alone};
+use crate::streaming::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, Owed, PIECE};
 
 /// Most streams at a time: a port-forward has two for each connection.
 pub const MAX_STREAMS: usize = 512;
-
-/// How long a client may take to take the last bytes, and again to close.
-const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Bytes that are put together for one write.
 const BATCH: usize = 64 * 1024;
@@ -69,24 +65,28 @@ impl Session {
             peer,
             opened,
             commands: commands.clone(),
+            owed: Arc::default(),
             gone: gone.clone(),
             inflater: Inflater::default(),
             deflater: Deflater::default(),
             highest: 0,
-            window: 0,
         };
-        let ended = gone.clone();
+        let (ended, owed) = (gone.clone(), reading.owed.clone());
         let reader = tokio::spawn(async move {
             let mut reader = tokio::io::BufReader::with_capacity(PIECE, reader);
             if let Err(error) = reading.frames(&mut reader).await {
                 tracing::debug!(%error, "streaming client");
             }
             // The streams' queues close with the table's entries.
-            lock(&reading.table.0).clear();
+            lock(&reading.table.streams).clear();
             reading.gone.cancel();
         });
         let writer = tokio::spawn(async move {
-            if let Err(error) = write(writer, queue, &table).await {
+            let written = tokio::select! {
+                written = write(writer, queue, &table, &owed) => written,
+                () = left_alone(&ended) => Err(io::ErrorKind::TimedOut.into()),
+            };
+            if let Err(error) = written {
                 tracing::debug!(%error, "streaming client");
                 ended.cancel();
             }
@@ -111,26 +111,26 @@ impl Session {
         &self.gone
     }
 
-    /// Ends the session once the client has everything that was sent. What it
-    /// still sends is read and dropped: a socket closed over unread bytes would
-    /// take back what the client has not read yet.
+    /// Ends the session once the client has everything that was sent, or has
+    /// gone.
     pub async fn close(self) {
-        let Self { streams, commands, reader, writer, .. } = self;
+        let Self { streams, commands, gone, reader, writer } = self;
         drop(streams);
-        let flushed = async {
-            let _ = commands.send(Command::Close).await;
-            drop(commands);
-            let _ = writer.await;
-        };
-        if timeout(CLOSE_DEADLINE, flushed).await.is_ok() {
+        let _ = commands.send(Command::Close).await;
+        let _ = writer.await;
+        if !gone.is_cancelled() {
             let _ = timeout(CLOSE_DEADLINE, reader).await;
         }
     }
 }
 
-/// The streams that are open in at least one direction.
 #[derive(Debug, Default)]
-struct Table(Mutex<HashMap<u32, Entry>>);
+struct Table {
+    /// Those that are open in at least one direction.
+    streams: Mutex<HashMap<u32, Entry>>,
+    /// Bytes of the session's window that have not been given back.
+    window: Mutex<u32>,
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -145,7 +145,7 @@ struct Entry {
 
 impl Table {
     fn client_finished(&self, stream: u32) {
-        let mut entries = lock(&self.0);
+        let mut entries = lock(&self.streams);
         if let Some(entry) = entries.get_mut(&stream) {
             entry.incoming = None;
             if entry.finished {
@@ -155,7 +155,7 @@ impl Table {
     }
 
     fn we_finished(&self, stream: u32) {
-        let mut entries = lock(&self.0);
+        let mut entries = lock(&self.streams);
         if let Some(entry) = entries.get_mut(&stream) {
             entry.finished = true;
             if entry.incoming.is_none() {
@@ -165,9 +165,32 @@ impl Table {
     }
 
     fn reset(&self, stream: u32) {
-        if let Some(entry) = lock(&self.0).remove(&stream) {
+        if let Some(entry) = lock(&self.streams).remove(&stream) {
             entry.reset.cancel();
         }
+    }
+
+    /// Counts bytes that have found room in a buffer; true if enough have for
+    /// the client to be told.
+    fn give_back(&self, stream: u32, bytes: u32) -> bool {
+        let mut session = lock(&self.window);
+        *session = session.saturating_add(bytes);
+        let mut streams = lock(&self.streams);
+        let stream = streams.get_mut(&stream).map_or(0, |entry| {
+            entry.window = entry.window.saturating_add(bytes);
+            entry.window
+        });
+        stream.max(*session) >= WINDOW_STEP
+    }
+
+    /// Where the client may send more, and how much; 0 is the session.
+    fn take_windows(&self) -> Vec<(u32, u32)> {
+        let mut session = lock(&self.window);
+        let mut streams = lock(&self.streams);
+        let streams = streams.iter_mut().map(|(stream, entry)| (*stream, &mut entry.window));
+        let windows = std::iter::once((0, &mut *session)).chain(streams);
+        let due = windows.filter(|(_, window)| **window >= WINDOW_STEP);
+        due.map(|(stream, window)| (stream, std::mem::take(window) & 0x7fff_ffff)).collect()
     }
 }
 
@@ -176,13 +199,12 @@ struct Reading {
     peer: Peer,
     opened: mpsc::Sender<Stream>,
     commands: mpsc::Sender<Command>,
+    owed: Arc<Owed>,
     gone: CancellationToken,
     inflater: Inflater,
     deflater: Deflater,
     /// Highest stream that the client has opened.
     highest: u32,
-    /// Bytes of the session's window that have not been given back.
-    window: u32,
 }
 
 impl Reading {
@@ -227,46 +249,20 @@ impl Reading {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             left = left.saturating_sub(read);
-            let queue = lock(&self.table.0).get(&stream).and_then(|entry| entry.incoming.clone());
+            let queue = lock(&self.table.streams).get(&stream).and_then(|entry| entry.incoming.clone());
             if let Some(queue) = queue
                 && !self.peer.enqueue(&queue, piece.freeze()).await
             {
                 return Ok(false);
             }
-            self.give_back(stream, read);
+            if self.table.give_back(stream, u32::try_from(read).unwrap_or(u32::MAX)) {
+                self.owed.remind();
+            }
         }
         if fin {
             self.table.client_finished(stream);
         }
         Ok(true)
-    }
-
-    /// Tells the client that bytes of its windows are free again, when it is
-    /// worth a frame and there is room for one.
-    fn give_back(&mut self, stream: u32, read: usize) {
-        let read = u32::try_from(read).unwrap_or(u32::MAX);
-        self.window = self.window.saturating_add(read);
-        if self.window >= WINDOW_STEP && self.try_window_update(0, self.window) {
-            self.window = 0;
-        }
-        let mut due = 0;
-        if let Some(entry) = lock(&self.table.0).get_mut(&stream) {
-            entry.window = entry.window.saturating_add(read);
-            due = entry.window;
-        }
-        if due >= WINDOW_STEP
-            && self.try_window_update(stream, due)
-            && let Some(entry) = lock(&self.table.0).get_mut(&stream)
-        {
-            entry.window = 0;
-        }
-    }
-
-    fn try_window_update(&mut self, stream: u32, delta: u32) -> bool {
-        let mut frame = BytesMut::new();
-        let update = Control::WindowUpdate { stream, delta: delta & 0x7fff_ffff };
-        update.write(&mut self.deflater, &mut frame).is_ok()
-            && self.commands.try_send(Command::Control(frame.freeze())).is_ok()
     }
 
     async fn send(&mut self, control: Control) -> Result<bool, Error> {
@@ -304,7 +300,7 @@ impl Reading {
     }
 
     async fn open(&mut self, stream: u32, fin: bool, headers: Block) -> Result<bool, Error> {
-        if lock(&self.table.0).len() >= MAX_STREAMS {
+        if lock(&self.table.streams).len() >= MAX_STREAMS {
             return self.send(Control::RstStream { stream, status: Control::REFUSED_STREAM }).await;
         }
         // The client drops data that comes before this.
@@ -315,8 +311,8 @@ impl Reading {
         let reset = self.gone.child_token();
         let entry =
             Entry { incoming: (!fin).then_some(queue), finished: false, reset: reset.clone(), window: 0 };
-        lock(&self.table.0).insert(stream, entry);
-        let outgoing = Outgoing::new(stream, self.commands.clone());
+        lock(&self.table.streams).insert(stream, entry);
+        let outgoing = Outgoing::new(stream, self.commands.clone(), self.owed.clone());
         // Nobody may be interested in streams any more.
         let _ = self.opened.send(Stream { id: stream, headers, incoming, outgoing, reset }).await;
         Ok(true)
@@ -328,41 +324,27 @@ async fn write(
     mut writer: impl AsyncWrite + Unpin,
     mut commands: mpsc::Receiver<Command>,
     table: &Table,
+    owed: &Owed,
 ) -> io::Result<()> {
-    // These have no headers.
-    let control = |control: Control, out: &mut BytesMut| {
-        control.write(&mut Deflater::default(), out).map_err(io::Error::other)
-    };
     let mut out = BytesMut::with_capacity(BATCH);
-    while let Some(mut command) = commands.recv().await {
+    loop {
         let mut close = false;
-        loop {
-            match command {
-                Command::Data(stream, bytes) => {
-                    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-                    Head::Data { stream, fin: false, length }.write(&mut out);
-                    out.extend_from_slice(&bytes);
+        tokio::select! {
+            biased;
+            () = owed.something() => write_owed(table, owed, &mut out)?,
+            command = commands.recv() => {
+                let Some(mut command) = command else { return Ok(()) };
+                loop {
+                    close = matches!(command, Command::Close);
+                    write_command(command, table, &mut out)?;
+                    if close || out.len() >= BATCH {
+                        break;
+                    }
+                    match commands.try_recv() {
+                        Ok(next) => command = next,
+                        Err(_) => break,
+                    }
                 }
-                Command::Finish(stream) => {
-                    Head::Data { stream, fin: true, length: 0 }.write(&mut out);
-                    table.we_finished(stream);
-                }
-                Command::Reset(stream) => {
-                    control(Control::RstStream { stream, status: Control::CANCEL }, &mut out)?;
-                    table.reset(stream);
-                }
-                Command::Control(bytes) => out.extend_from_slice(&bytes),
-                Command::Close => {
-                    control(Control::GoAway { last: 0, status: 0 }, &mut out)?;
-                    close = true;
-                }
-            }
-            if close || out.len() >= BATCH {
-                break;
-            }
-            match commands.try_recv() {
-                Ok(next) => command = next,
-                Err(_) => break,
             }
         }
         writer.write_all(&out).await?;
@@ -372,5 +354,40 @@ async fn write(
             return writer.shutdown().await;
         }
     }
+}
+
+fn write_command(command: Command, table: &Table, out: &mut BytesMut) -> io::Result<()> {
+    match command {
+        Command::Data(stream, bytes) => {
+            let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+            Head::Data { stream, fin: false, length }.write(out);
+            out.extend_from_slice(&bytes);
+        }
+        Command::Finish(stream) => {
+            Head::Data { stream, fin: true, length: 0 }.write(out);
+            table.we_finished(stream);
+        }
+        Command::Reset(stream) => {
+            write_control(&Control::RstStream { stream, status: Control::CANCEL }, out)?;
+            table.reset(stream);
+        }
+        Command::Control(bytes) => out.extend_from_slice(&bytes),
+        Command::Close => write_control(&Control::GoAway { last: 0, status: 0 }, out)?,
+    }
     Ok(())
+}
+
+fn write_owed(table: &Table, owed: &Owed, out: &mut BytesMut) -> io::Result<()> {
+    for stream in owed.take_resets() {
+        write_command(Command::Reset(stream), table, out)?;
+    }
+    for (stream, delta) in table.take_windows() {
+        write_control(&Control::WindowUpdate { stream, delta }, out)?;
+    }
+    Ok(())
+}
+
+/// Writes a frame that has no headers.
+fn write_control(control: &Control, out: &mut BytesMut) -> io::Result<()> {
+    control.write(&mut Deflater::default(), out).map_err(io::Error::other)
 }

@@ -96,22 +96,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TestClient<S> {
 
     async fn hear_new(&mut self) -> Option<Heard> {
         loop {
-            let mut head = [0; HEAD];
-            timeout(SOON, self.io.read_exact(&mut head)).await.unwrap().ok()?;
-            match Head::parse(head).unwrap() {
-                Head::Data { stream, fin, length } => {
-                    let mut bytes = vec![0; length as usize];
-                    self.io.read_exact(&mut bytes).await.unwrap();
-                    return Some(Heard::Data(stream, bytes, fin));
-                }
-                Head::Control { kind, flags, length } => {
-                    let mut payload = vec![0; length as usize];
-                    self.io.read_exact(&mut payload).await.unwrap();
-                    let control = reply(kind, flags, &payload, &mut self.inflater);
-                    if !matches!(control, Control::WindowUpdate { .. }) {
-                        return Some(Heard::Control(control));
-                    }
-                }
+            match self.hear_any().await? {
+                Heard::Control(Control::WindowUpdate { .. }) => {}
+                other => return Some(other),
+            }
+        }
+    }
+
+    /// The same with window updates.
+    async fn hear_any(&mut self) -> Option<Heard> {
+        let mut head = [0; HEAD];
+        timeout(SOON, self.io.read_exact(&mut head)).await.unwrap().ok()?;
+        match Head::parse(head).unwrap() {
+            Head::Data { stream, fin, length } => {
+                let mut bytes = vec![0; length as usize];
+                self.io.read_exact(&mut bytes).await.unwrap();
+                Some(Heard::Data(stream, bytes, fin))
+            }
+            Head::Control { kind, flags, length } => {
+                let mut payload = vec![0; length as usize];
+                self.io.read_exact(&mut payload).await.unwrap();
+                Some(Heard::Control(reply(kind, flags, &payload, &mut self.inflater)))
             }
         }
     }
@@ -347,6 +352,79 @@ async fn closing_waits_for_the_client_to_hear_everything() {
     assert_eq!((bytes.len(), ended), (32 * PIECE, true));
     drop(client);
     timeout(SOON, serving).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn closing_waits_for_a_client_that_pauses_for_an_hour() {
+    let (mut client, mut session) = session();
+    let number = client.open(&[("streamtype", "stdout")]).await;
+    let stream = session.accept().await.unwrap();
+    let serving = tokio::spawn(async move {
+        for _ in 0..32 {
+            stream.outgoing.send(vec![7; PIECE].into()).await.unwrap();
+        }
+        stream.outgoing.finish().await.unwrap();
+        session.close().await;
+    });
+    // First with more to come than the session holds, then with its end alone.
+    let mut heard = 0;
+    while heard < 31 * PIECE {
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        let Some(Heard::Data(_, bytes, false)) = client.hear().await else { panic!("cut after {heard}") };
+        heard += bytes.len();
+    }
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!(client.hear_all().await[&number], (vec![7; PIECE], true));
+    drop(client);
+    serving.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_has_gone_is_not_waited_for() {
+    let (mut client, mut session) = session();
+    client.open(&[("streamtype", "stdout")]).await;
+    let stream = session.accept().await.unwrap();
+    // It says no more and reads nothing, but does not close either.
+    let (mut reader, mut writer) = tokio::io::split(client.io);
+    writer.shutdown().await.unwrap();
+    assert!(session.accept().await.is_none());
+    let before = tokio::time::Instant::now();
+    for _ in 0..3 {
+        stream.outgoing.send(vec![7; PIECE].into()).await.unwrap();
+    }
+    session.close().await;
+    assert!(before.elapsed() < Duration::from_secs(60));
+    while reader.read(&mut [0; 100]).await.unwrap() > 0 {}
+}
+
+#[tokio::test]
+async fn a_full_queue_holds_up_no_reset_and_no_window() {
+    let (mut client, mut session) = session();
+    let number = client.open(&[("streamtype", "stdout")]).await;
+    let Stream { mut incoming, outgoing, .. } = session.accept().await.unwrap();
+    let refused = client.open(&[("streamtype", "data")]).await;
+    let stream = session.accept().await.unwrap();
+    let mut sent = 0;
+    while timeout(Duration::from_millis(100), outgoing.send(vec![0; PIECE].into())).await.is_ok() {
+        sent += 1;
+    }
+    drop(stream);
+    let taking = tokio::spawn(async move { while incoming.recv().await.is_some() {} });
+    client.data(number, &[0; PIECE], true).await;
+    taking.await.unwrap();
+    let (mut reset, mut given, mut heard) = (false, HashMap::new(), 0);
+    while heard < sent * PIECE {
+        match client.hear_any().await.unwrap() {
+            Heard::Data(_, bytes, _) => heard += bytes.len(),
+            Heard::Control(Control::RstStream { stream, .. }) => reset |= stream == refused,
+            Heard::Control(Control::WindowUpdate { stream, delta }) => {
+                given.insert(stream, delta);
+            }
+            Heard::Control(other) => panic!("{other:?}"),
+        }
+    }
+    assert!(reset, "the client would wait for ever for the end of a stream that nobody serves");
+    assert_eq!(given, HashMap::from([(0, PIECE as u32), (number, PIECE as u32)]));
 }
 
 #[tokio::test]

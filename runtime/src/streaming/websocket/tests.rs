@@ -141,6 +141,45 @@ async fn a_command_survives_days_of_silence() {
     assert_eq!(out, b"still there?");
 }
 
+#[tokio::test(start_paused = true)]
+async fn closing_waits_for_a_client_that_pauses_for_half_an_hour() {
+    let mut socket = start(V5, async |client: Client| {
+        for _ in 0..5 {
+            client.stdout.as_ref().unwrap().send(vec![7; PIECE].into()).await.unwrap();
+        }
+        Ending::Exit(3)
+    })
+    .await;
+    // First with more to come than the connection holds, then with its end alone.
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_secs(1800)).await;
+        assert_eq!(socket.next().await.unwrap().unwrap().len(), PIECE + 1);
+    }
+    tokio::time::sleep(Duration::from_secs(1800)).await;
+    let [_, out, _, error] = hear_all(&mut socket).await;
+    assert_eq!(out, b"");
+    assert!(String::from_utf8_lossy(&error).contains("NonZeroExitCode"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_whose_input_nobody_takes_is_told_that_somebody_is_there() {
+    let socket = start(V5, async |client: Client| {
+        client.gone.cancelled().await;
+        drop(client.stdin);
+        Ending::Success
+    })
+    .await;
+    let (mut sink, mut stream) = socket.split();
+    let typing =
+        tokio::spawn(async move { while sink.send(Message::binary(vec![STDIN; PIECE])).await.is_ok() {} });
+    // More often than clients that wait for a minute need it.
+    for _ in 0..10 {
+        let heard = timeout(Duration::from_secs(20), stream.next()).await.unwrap().unwrap().unwrap();
+        assert_eq!(heard, Message::Pong(Bytes::new()));
+    }
+    typing.abort();
+}
+
 proptest! {
     /// Whatever a client puts into its messages, only input is input.
     #[test]
