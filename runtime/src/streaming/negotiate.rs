@@ -33,28 +33,36 @@ pub struct Protocol {
     pub resizes: bool,
     /// The client can close its half of a WebSocket's channel.
     pub closes: bool,
+    /// A WebSocket's messages are text.
+    pub base64: bool,
 }
 
-const fn protocol(name: &'static str, language: Language, resizes: bool, closes: bool) -> Protocol {
-    Protocol { name, language, resizes, closes }
+const fn protocol(name: &'static str, language: Language, resizes: bool) -> Protocol {
+    Protocol { name, language, resizes, closes: false, base64: false }
 }
 
-/// Spoken to clients that name none.
-pub const OLDEST: Protocol = protocol("channel.k8s.io", Language::Text, false, false);
+/// Spoken over SPDY to clients that name none.
+pub const OLDEST: Protocol = protocol("channel.k8s.io", Language::Text, false);
 
 /// Over SPDY.
 pub const SPDY_PROTOCOLS: [Protocol; 4] = [
-    protocol("v4.channel.k8s.io", Language::Status, true, false),
-    protocol("v3.channel.k8s.io", Language::Text, true, false),
-    protocol("v2.channel.k8s.io", Language::Text, false, false),
+    protocol("v4.channel.k8s.io", Language::Status, true),
+    protocol("v3.channel.k8s.io", Language::Text, true),
+    protocol("v2.channel.k8s.io", Language::Text, false),
     OLDEST,
 ];
 
-/// Over WebSocket.
-pub const WEBSOCKET_PROTOCOLS: [Protocol; 2] = [
-    protocol("v5.channel.k8s.io", Language::Status, true, true),
-    protocol("v4.channel.k8s.io", Language::Status, true, false),
+/// Over WebSocket. There is a channel for the terminal's size in all of them.
+pub const WEBSOCKET_PROTOCOLS: [Protocol; 5] = [
+    Protocol { closes: true, ..protocol("v5.channel.k8s.io", Language::Status, true) },
+    protocol("v4.channel.k8s.io", Language::Status, true),
+    Protocol { base64: true, ..protocol("v4.base64.channel.k8s.io", Language::Status, true) },
+    OLDEST_WEBSOCKET,
+    Protocol { base64: true, ..protocol("base64.channel.k8s.io", Language::Text, true) },
 ];
+
+/// Spoken over WebSocket to clients that name none.
+pub const OLDEST_WEBSOCKET: Protocol = protocol("channel.k8s.io", Language::Text, true);
 
 /// What is to carry the streams.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -157,19 +157,22 @@ fn over_websocket(
     offer: Offer,
     (peer, permit): (Peer, OwnedSemaphorePermit),
 ) -> Response<String> {
-    let mut names = negotiate::values(request.headers(), SEC_WEBSOCKET_PROTOCOL.as_str());
+    let names: Vec<&str> = negotiate::values(request.headers(), SEC_WEBSOCKET_PROTOCOL.as_str()).collect();
     let protocol = match &offer {
+        // As over SPDY.
+        Offer::Exec(..) | Offer::Attach(..) if names.is_empty() => Some((negotiate::OLDEST_WEBSOCKET, "")),
         Offer::Exec(..) | Offer::Attach(..) => {
-            negotiate::choose(names, &negotiate::WEBSOCKET_PROTOCOLS).map(|chosen| (chosen, chosen.name))
+            negotiate::choose(names.into_iter(), &negotiate::WEBSOCKET_PROTOCOLS)
+                .map(|chosen| (chosen, chosen.name))
         }
         Offer::Ports(_) => names
-            .any(|name| name == negotiate::PORTS_TUNNELLED)
+            .contains(&negotiate::PORTS_TUNNELLED)
             .then_some((negotiate::OLDEST, negotiate::PORTS_TUNNELLED)),
     };
     let Some((protocol, name)) = protocol else {
         let ours = match offer {
             Offer::Ports(_) => negotiate::PORTS_TUNNELLED.to_owned(),
-            _ => negotiate::WEBSOCKET_PROTOCOLS.map(|protocol| protocol.name).join(" and "),
+            _ => negotiate::WEBSOCKET_PROTOCOLS.map(|protocol| protocol.name).join(", "),
         };
         return refuse(StatusCode::BAD_REQUEST, &format!("spoken here over WebSocket: {ours}"));
     };
@@ -189,7 +192,9 @@ fn over_websocket(
     });
     let mut answer = switch("websocket");
     add(&mut answer, SEC_WEBSOCKET_ACCEPT, accept);
-    add(&mut answer, SEC_WEBSOCKET_PROTOCOL, name);
+    if !name.is_empty() {
+        add(&mut answer, SEC_WEBSOCKET_PROTOCOL, name);
+    }
     answer
 }
 

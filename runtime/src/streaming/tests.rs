@@ -1,6 +1,6 @@
 //! The server as a client on the network meets it.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::time::Duration;
 
@@ -89,6 +89,68 @@ async fn exec_over_spdy_in_every_version() {
 }
 
 #[tokio::test]
+async fn exec_over_websocket_in_every_version() {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    use futures::{SinkExt, StreamExt};
+    use tokio_tungstenite::WebSocketStream;
+    use tokio_tungstenite::tungstenite::Message;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+    let streaming = serving();
+    let run: fn() -> Run = || {
+        Box::new(|client| {
+            async {
+                let Client { stdin, stdout, .. } = client;
+                let typed = stdin.unwrap().recv().await.unwrap();
+                stdout.unwrap().send(typed).await.unwrap();
+                Ending::Exit(3)
+            }
+            .boxed()
+        })
+    };
+    for (name, base64, status) in [
+        ("v5.channel.k8s.io", false, true),
+        ("v4.channel.k8s.io", false, true),
+        ("v4.base64.channel.k8s.io", true, true),
+        ("channel.k8s.io", false, false),
+        ("base64.channel.k8s.io", true, false),
+        ("", false, false),
+    ] {
+        let url = streaming.offer(Offer::Exec(ALL, run())).unwrap();
+        let mut headers = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                           Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+            .to_owned();
+        if !name.is_empty() {
+            headers += &format!("Sec-WebSocket-Protocol: {name}\r\n");
+        }
+        let (socket, answer) = request(&url, &headers).await;
+        let answer = answer.to_lowercase();
+        let told = answer.lines().find_map(|line| line.strip_prefix("sec-websocket-protocol: "));
+        assert_eq!(told.unwrap_or_default(), name);
+        let mut socket = WebSocketStream::from_raw_socket(socket, Role::Client, None).await;
+        let (typed, first, output) = match base64 {
+            true => (Message::text("0aGk="), Message::text("1"), Message::text("1aGk=")),
+            false => (
+                Message::binary(&b"\0hi"[..]),
+                Message::binary(&b"\x01"[..]),
+                Message::binary(&b"\x01hi"[..]),
+            ),
+        };
+        socket.send(typed).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), first, "{name}");
+        assert_eq!(socket.next().await.unwrap().unwrap(), output, "{name}");
+        let words = socket.next().await.unwrap().unwrap().into_data();
+        let words = match base64 {
+            true => STANDARD.decode(&words[1..]).unwrap(),
+            false => words[1..].to_vec(),
+        };
+        let words = String::from_utf8(words).unwrap();
+        assert!(words.contains("non-zero exit code: 3"), "{name}: {words}");
+        assert_eq!(words.contains("NonZeroExitCode"), status, "{name}: {words}");
+    }
+}
+
+#[tokio::test]
 async fn wrong_tokens_and_requests_are_refused() {
     let streaming = serving();
     let offer = || streaming.offer(Offer::Exec(ALL, repeat(Ending::Success))).unwrap();
@@ -107,7 +169,10 @@ async fn wrong_tokens_and_requests_are_refused() {
     refused(&offer(), &other, "403", "x-accepted-stream-protocol-versions: v4.channel.k8s.io").await;
     let websocket = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                      Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
-    refused(&offer(), websocket, "400", "v5.channel.k8s.io").await;
+    let other = format!("{websocket}Sec-WebSocket-Protocol: v9.channel.k8s.io\r\n");
+    refused(&offer(), &other, "400", "v5.channel.k8s.io").await;
+    let ports = || streaming.offer(Offer::Ports(Arc::new(|_| unreachable!()))).unwrap();
+    refused(&ports(), websocket, "400", "SPDY/3.1+portforward.k8s.io").await;
     refused(&offer(), &format!("X: {}\r\n", "x".repeat(20_000)), "431", "").await;
 }
 

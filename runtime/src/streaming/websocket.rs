@@ -12,6 +12,8 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
@@ -47,6 +49,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let (sink, stream) = socket.split();
+    let base64 = protocol.base64;
     let (commands, queue) = mpsc::channel(OUTGOING);
     let gone = CancellationToken::new();
     let (stdin, resize, channels) = Channels::new(wanted, protocol);
@@ -57,7 +60,7 @@ where
     }));
     let writer = AbortOnDropHandle::new(tokio::spawn(async move {
         let result = tokio::select! {
-            result = write(sink, queue) => result,
+            result = write(sink, queue, base64) => result,
             () = left_alone(&written) => Err(Error::ConnectionClosed),
         };
         if let Err(error) = result {
@@ -75,7 +78,9 @@ where
     }
     let client = Client { stdin, sizes: resize.map(Sizes::new), stdout, stderr, gone: gone.clone() };
     let words = run(client).await.encode(protocol.language);
-    let _ = commands.send(Command::Data(ERROR.into(), words.into())).await;
+    if !words.is_empty() {
+        let _ = commands.send(Command::Data(ERROR.into(), words.into())).await;
+    }
     let _ = commands.send(Command::Close).await;
     let _ = writer.await;
     if !gone.is_cancelled() {
@@ -98,6 +103,7 @@ struct Channels {
     stdin: Option<mpsc::Sender<Bytes>>,
     resize: Option<mpsc::Sender<Bytes>>,
     closes: bool,
+    base64: bool,
 }
 
 impl Channels {
@@ -105,7 +111,8 @@ impl Channels {
         let open = |wanted: bool| wanted.then(|| mpsc::channel(INCOMING)).unzip();
         let (stdin_sender, stdin) = open(wanted.stdin);
         let (resize_sender, resize) = open(wanted.terminal && protocol.resizes);
-        (stdin, resize, Self { stdin: stdin_sender, resize: resize_sender, closes: protocol.closes })
+        let Protocol { closes, base64, .. } = protocol;
+        (stdin, resize, Self { stdin: stdin_sender, resize: resize_sender, closes, base64 })
     }
 
     /// Leads messages to their channels until the client has gone.
@@ -130,6 +137,9 @@ impl Channels {
                 }
                 Some(Err(error)) => return tracing::debug!(%error, "streaming client"),
             };
+            let Some(message) = self.unpack(message) else {
+                return tracing::debug!("streaming client: a message that is no base64");
+            };
             let led = tokio::select! {
                 biased;
                 led = self.lead(message, peer) => led,
@@ -139,6 +149,17 @@ impl Channels {
                 return;
             }
         }
+    }
+
+    /// As the binary protocols have it. In the others the channel is a digit, and
+    /// base64 what follows.
+    fn unpack(&self, message: Bytes) -> Option<Bytes> {
+        let Some((channel, rest)) = message.split_first().filter(|_| self.base64) else {
+            return Some(message);
+        };
+        let mut unpacked = vec![channel.wrapping_sub(b'0')];
+        STANDARD.decode_vec(rest, &mut unpacked).ok()?;
+        Some(unpacked.into())
     }
 
     /// False if the client goes before there is room for what it said.
@@ -173,6 +194,7 @@ impl Channels {
 async fn write<S>(
     mut sink: SplitSink<WebSocketStream<S>, Message>,
     mut commands: mpsc::Receiver<Command>,
+    base64: bool,
 ) -> Result<(), Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -180,10 +202,7 @@ where
     while let Some(command) = commands.recv().await {
         match command {
             Command::Data(channel, bytes) => {
-                let mut message = BytesMut::with_capacity(bytes.len().saturating_add(1));
-                message.put_u8(u8::try_from(channel).unwrap_or(ERROR));
-                message.put_slice(&bytes);
-                sink.feed(Message::Binary(message.freeze())).await?;
+                sink.feed(pack(u8::try_from(channel).unwrap_or(ERROR), &bytes, base64)).await?;
                 if commands.is_empty() {
                     sink.flush().await?;
                 }
@@ -202,6 +221,17 @@ where
         }
     }
     Ok(())
+}
+
+/// The other way round than [`Channels::unpack`].
+fn pack(channel: u8, bytes: &[u8], base64: bool) -> Message {
+    if base64 {
+        return Message::text(format!("{channel}{}", STANDARD.encode(bytes)));
+    }
+    let mut message = BytesMut::with_capacity(bytes.len().saturating_add(1));
+    message.put_u8(channel);
+    message.put_slice(bytes);
+    Message::Binary(message.freeze())
 }
 
 #[cfg(test)]
