@@ -14,10 +14,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::negotiate::{self, Carrier};
 use super::peer::Peer;
-use super::{Offer, Streaming, ports, remote_command, spdy, tunnel, websocket};
+use super::{Offer, Streaming, ports, remote_command, spdy, tokens, tunnel, websocket};
 
 /// Most connections at a time; more wait in the backlog.
 const MAX_CONNECTIONS: usize = 1000;
@@ -30,6 +31,13 @@ const MAX_HEAD: usize = 16 * 1024;
 
 /// Serves for ever.
 pub async fn serve(listener: TcpListener, streaming: Arc<Streaming>) {
+    let forgetting = streaming.clone();
+    let _forgetting = AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(tokens::LIFETIME).await;
+            forgetting.tokens.forget_expired();
+        }
+    }));
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(permit) = connections.clone().acquire_owned().await else { return };

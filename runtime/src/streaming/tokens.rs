@@ -62,6 +62,12 @@ impl<T> Tokens<T> {
         Ok(token)
     }
 
+    /// Lets go what nobody has come for: it may hold a machine that has ended.
+    pub fn forget_expired(&self) {
+        let now = Instant::now();
+        lock(&self.0).retain(|_, (until, _)| *until > now);
+    }
+
     /// What the token stands for: once, and in time.
     pub fn take(&self, token: &str) -> Option<T> {
         let (until, what) = lock(&self.0).remove(token)?;
@@ -99,5 +105,17 @@ mod tests {
         assert_eq!(tokens.take(&first), None);
         assert!(tokens.give(0).is_ok());
         assert_eq!(lock(&tokens.0).len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_comes_for_is_let_go() {
+        let tokens = Tokens::default();
+        let what = std::sync::Arc::new(());
+        tokens.give(what.clone()).unwrap();
+        tokens.forget_expired();
+        assert_eq!(std::sync::Arc::strong_count(&what), 2);
+        tokio::time::advance(LIFETIME).await;
+        tokens.forget_expired();
+        assert_eq!(std::sync::Arc::strong_count(&what), 1);
     }
 }
