@@ -70,6 +70,9 @@ class Exec(StreamingTest):
                 self.assertIn(b"exit code 7", failed.stderr)
                 missing = self.exec(container, "no-such-program", transport=transport)
                 self.assertIn(b"not found", missing.stderr)
+        # What a child says after the command has ended is output of the command.
+        done = self.exec(container, "sh", "-c", "(sleep 4; echo late) & echo now")
+        self.assertEqual((done.returncode, done.stdout), (0, b"now\nlate\n"), done.stderr)
 
     def test_the_end_of_input_reaches_the_command(self):
         _, container = self.running()
@@ -95,13 +98,32 @@ class Exec(StreamingTest):
 
     def test_a_slow_reader_holds_the_command_up_and_loses_nothing(self):
         _, container = self.running()
-        process = self.start("exec", container, "sh", "-c", "seq 400000; echo end")
         before = self.memory_of_daemon()
+        script = "seq 400000; echo end; exit 7"
+        processes = [self.start("exec", "--transport", transport, container, "sh", "-c", script) for transport in TRANSPORTS]
         time.sleep(10)
         self.assertLess(self.memory_of_daemon() - before, 16 << 20)
-        output, _ = process.communicate(timeout=300)
-        self.assertEqual(output.split()[-2:], [b"400000", b"end"])
-        self.assertEqual(len(output.split()), 400001)
+        outputs = [self.read_some(process, 2_400_000) for process in processes]
+        # A pause near the end, where the command has ended already, costs nothing either.
+        time.sleep(12)
+        for process, output in zip(processes, outputs):
+            rest, errors = process.communicate(timeout=300)
+            lines = (output + rest).split()
+            self.assertEqual((len(lines), lines[-2:]), (400001, [b"400000", b"end"]))
+            self.assertIn(b"exit code 7", errors)
+            self.assertNotEqual(process.returncode, 0)
+
+    def read_some(self, process, size):
+        """At least so many bytes, without Python's buffer: `communicate` does not know it."""
+        output, deadline = b"", time.monotonic() + 300
+        while len(output) < size:
+            left = deadline - time.monotonic()
+            self.assertGreater(left, 0, f"only {len(output)} bytes came")
+            if select.select([process.stdout], [], [], left)[0]:
+                piece = os.read(process.stdout.fileno(), 65536)
+                self.assertTrue(piece, f"{len(output)} bytes are all")
+                output += piece
+        return output
 
     def memory_of_daemon(self):
         with open(f"/proc/{self.node.daemon.pid}/status") as status:
@@ -233,6 +255,21 @@ class Attach(StreamingTest):
                 done = self.run_crictl("attach", "--transport", transport, "-i", container, stdin=b"echo $((6*7)); exit 4\n")
                 self.assertEqual((done.stdout, done.returncode), (b"42\n", 0), done.stderr)
                 self.assertEqual(self.wait_exited(container)["exitCode"], 4)
+                self.check_input_ends_with_a_client_that_vanishes(pod, sandbox, transport)
+
+    def check_input_ends_with_a_client_that_vanishes(self, pod, sandbox, transport):
+        """Whether it has typed, as over one transport, or not."""
+        container = self.container(pod, sandbox, "second", command=["sh", "-c", "cat; exit 5"], stdin=True, stdin_once=True)
+        client = self.start("attach", "--transport", transport, "-i", container)
+        if transport == "spdy":
+            client.stdin.write(b"typed\n")
+            client.stdin.flush()
+            self.read_until(client.stdout, b"typed")
+        else:
+            time.sleep(6)
+        client.kill()
+        client.wait()
+        self.assertEqual(self.wait_exited(container)["exitCode"], 5)
 
     def test_input_stays_open_for_the_next_client(self):
         _, container = self.running(command=["cat"], stdin=True)
