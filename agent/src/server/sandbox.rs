@@ -91,7 +91,7 @@ pub async fn create(
     // IPC namespace, which is a new one with a user namespace.
     let (of_ipc, others): (Vec<_>, Vec<_>) = (request.sysctls.clone().into_iter())
         .partition(|(name, _)| request.user_namespace.is_some() && sysctl::is_of_ipc(name));
-    for (name, _) in &request.sysctls {
+    for name in request.sysctls.keys() {
         sysctl::check(name, mode::host()).invalid("sysctls")?;
     }
     for (name, value) in &others {

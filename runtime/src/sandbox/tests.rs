@@ -7,12 +7,13 @@ use std::os::unix::net::UnixListener;
 
 use super::recover::{recover, recover_within};
 use super::*;
+use crate::agent::Agent;
 use crate::config::{self, Config};
 use crate::container::{self, State};
 use crate::cri::runtime_service::remove_container::take_apart;
 use crate::id::ContainerId;
 use crate::node::Node;
-use crate::vm;
+use crate::vm::{self, Control, Keeper, Slots};
 
 /// A node without a network or a machine.
 pub(crate) fn node(folder: &Path) -> Arc<Node> {
@@ -22,6 +23,35 @@ pub(crate) fn node(folder: &Path) -> Arc<Node> {
     let (state_dir, run_dir) = (folder.join("state"), folder.join("run"));
     let config = Config { state_dir, run_dir, network, streaming, ..Default::default() };
     Arc::new(Node::open(config).unwrap())
+}
+
+/// A pod that is ready, and a container that runs, to be added to it.
+pub(crate) fn running(folder: &Path, id: &str, events: Events) -> (Arc<Sandbox>, Arc<Container>) {
+    let record = Record {
+        id: SandboxId::from(id),
+        config: cri::PodSandboxConfig::default(),
+        handler: config::DEFAULT_HANDLER.into(),
+        kind: Kind::Vm,
+        created_at: 1,
+        phase: Phase::Ready,
+        ips: Vec::new(),
+        netns: PathBuf::new(),
+        vmm_pid: 0,
+        cgroup: None,
+        size: Some(Size { vcpus: 1, memory_mib: 256 }),
+        boot: BootTimes::default(),
+        problem: String::new(),
+    };
+    let sandbox = Arc::new(Sandbox::create(folder.join(id), record, events).unwrap());
+    let record = container::tests::record(&format!("c-of-{id}"), id);
+    let container = Arc::new(Container::create(sandbox.directory(), record).unwrap());
+    (sandbox, container)
+}
+
+/// A machine of which nothing is there but the agent.
+pub(crate) fn machine(agent: Agent) -> Arc<Machine> {
+    let keeper = Keeper::Vmm(Control::new(PathBuf::from("/nowhere")));
+    Arc::new(Machine { keeper, agent, slots: Slots::unlimited() })
 }
 
 /// A sandbox of which there is a record and nothing else.

@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
-
 use bytes::Bytes;
 use husk_proto::cri::ContainerConfig;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -14,8 +12,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::container::{Exit, Record, State};
-use crate::id::{ContainerId, SandboxId};
+use crate::container::{self, Exit, Record};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -32,23 +29,8 @@ impl Fake {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("containers")).unwrap();
         let record = Record {
-            id: ContainerId::from("c"),
-            sandbox_id: SandboxId::from("s"),
             config: ContainerConfig { stdin: true, stdin_once, tty, ..ContainerConfig::default() },
-            image_id: String::new(),
-            image_ref: String::new(),
-            image_slot: String::new(),
-            image_rootfs: PathBuf::new(),
-            image_volumes: Vec::new(),
-            volumes: Vec::new(),
-            log_path: PathBuf::new(),
-            stop_signal: 15,
-            guest_pid: 1,
-            created_at: 1,
-            started_at: 2,
-            user: None,
-            start_error: String::new(),
-            state: State::Running,
+            ..container::tests::record("c", "s")
         };
         let container = Arc::new(Container::create(folder.path(), record).unwrap());
         let path = folder.path().join("vsock");

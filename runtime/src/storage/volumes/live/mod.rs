@@ -237,7 +237,7 @@ mod tests {
             calls.push(began.elapsed().as_secs());
             if calls.len() <= 3 { Err("no answer") } else { Ok(()) }
         };
-        let following = keep_up(folder.path(), || update());
+        let following = keep_up(folder.path(), update);
         timeout(Duration::from_secs(100), following).await.unwrap_err();
         // After 1, 2 and 4 s, then a minute of silence.
         assert_eq!(*calls.lock().unwrap(), [0, 1, 3, 7, 67]);
