@@ -9,10 +9,11 @@ use std::time::Duration;
 use husk_proto::cri::{self, StopContainerRequest, StopContainerResponse};
 use tonic::Code;
 
+use super::create_container::ready_machine;
 use crate::container::{Container, State, supervise};
 use crate::cri::error::Error;
 use crate::node::Node;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Phase, Sandbox};
 use crate::sandbox::registry::LookupError;
 
 /// Most time that a container gets to end after SIGKILL: as long as a disk may
@@ -37,7 +38,14 @@ pub(super) async fn stop_container(
 async fn stop(sandbox: &Sandbox, container: &Container, grace: Duration) -> Result<(), Error> {
     let machine = {
         let _verb = container.verb.lock().await;
-        let (State::Running, Some(machine)) = (container.state(), sandbox.machine()) else { return Ok(()) };
+        if !matches!(container.state(), State::Running) {
+            return Ok(());
+        }
+        let machine = match ready_machine(sandbox) {
+            // It has gone, and the container with it.
+            Err(_) if sandbox.record().phase != Phase::Ready => return Ok(()),
+            found => found?,
+        };
         // Asked once: some programs take a second signal for less patience.
         if !grace.is_zero() && !container.asked_to_stop.load(Ordering::Relaxed) {
             let signal = container.record().stop_signal;
