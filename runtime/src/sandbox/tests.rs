@@ -25,23 +25,29 @@ pub(crate) fn node(folder: &Path) -> Arc<Node> {
     Arc::new(Node::open(config).unwrap())
 }
 
-/// A pod that is ready, and a container that runs, to be added to it.
-pub(crate) fn running(folder: &Path, id: &str, events: Events) -> (Arc<Sandbox>, Arc<Container>) {
-    let record = Record {
-        id: SandboxId::from(id),
+fn record(id: SandboxId, kind: Kind, phase: Phase) -> Record {
+    let handler = if kind == Kind::Host { config::HOST_HANDLER } else { config::DEFAULT_HANDLER };
+    Record {
+        id,
         config: cri::PodSandboxConfig::default(),
-        handler: config::DEFAULT_HANDLER.into(),
-        kind: Kind::Vm,
+        handler: handler.into(),
+        kind,
         created_at: 1,
-        phase: Phase::Ready,
+        phase,
         ips: Vec::new(),
         netns: PathBuf::new(),
         vmm_pid: 0,
         cgroup: None,
-        size: Some(Size { vcpus: 1, memory_mib: 256 }),
+        size: None,
         boot: BootTimes::default(),
         problem: String::new(),
-    };
+    }
+}
+
+/// A pod that is ready, and a container that runs, to be added to it.
+pub(crate) fn running(folder: &Path, id: &str, events: Events) -> (Arc<Sandbox>, Arc<Container>) {
+    let size = Some(Size { vcpus: 1, memory_mib: 256 });
+    let record = Record { size, ..record(id.into(), Kind::Vm, Phase::Ready) };
     let sandbox = Arc::new(Sandbox::create(folder.join(id), record, events).unwrap());
     let record = container::tests::record(&format!("c-of-{id}"), id);
     let container = Arc::new(Container::create(sandbox.directory(), record).unwrap());
@@ -57,47 +63,19 @@ pub(crate) fn machine(agent: Agent) -> Arc<Machine> {
 /// A sandbox of which there is a record and nothing else.
 pub(crate) fn sandbox(node: &Node, kind: Kind, phase: Phase) -> Arc<Sandbox> {
     let id = SandboxId::random();
-    let name = if kind == Kind::Host { config::HOST_HANDLER } else { config::DEFAULT_HANDLER };
-    let record = Record {
-        id: id.clone(),
-        config: cri::PodSandboxConfig::default(),
-        handler: name.into(),
-        kind,
-        created_at: 1,
-        phase,
-        ips: Vec::new(),
-        netns: PathBuf::new(),
-        vmm_pid: 0,
-        cgroup: Some(node.config.run_dir.join("no-such-group")),
-        size: None,
-        boot: BootTimes::default(),
-        problem: String::new(),
-    };
+    let cgroup = Some(node.config.run_dir.join("no-such-group"));
+    let record = Record { cgroup, ..record(id.clone(), kind, phase) };
     let directory = node.sandboxes_dir().join(id.as_str());
     Arc::new(Sandbox::create(directory, record, node.events.clone()).unwrap())
 }
 
 /// A container of it, by its record.
 pub(crate) fn container(sandbox: &Sandbox, state: State) -> Arc<Container> {
+    let id = ContainerId::random();
     let record = container::Record {
-        id: ContainerId::random(),
-        sandbox_id: sandbox.id.clone(),
-        config: cri::ContainerConfig::default(),
-        image_id: String::new(),
-        image_ref: String::new(),
         image_slot: "image-0".into(),
-        image_rootfs: PathBuf::new(),
-        image_volumes: Vec::new(),
-        volumes: Vec::new(),
-        log_path: PathBuf::new(),
-        stop_signal: 15,
-        guest_pid: 1,
-        created_at: 1,
-        started_at: 2,
-        user: None,
-        start_error: String::new(),
-        poststop: false,
         state,
+        ..container::tests::record(id.as_str(), sandbox.id.as_str())
     };
     Arc::new(Container::create(sandbox.directory(), record).unwrap())
 }

@@ -13,8 +13,8 @@ use super::create_container::ready_machine;
 use crate::container::{Container, State, supervise};
 use crate::cri::error::Error;
 use crate::node::Node;
-use crate::sandbox::{Phase, Sandbox};
 use crate::sandbox::registry::LookupError;
+use crate::sandbox::{Phase, Sandbox};
 
 /// Most time that a container gets to end after SIGKILL: as long as a disk may
 /// hold a process in the kernel.
