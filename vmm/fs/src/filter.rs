@@ -34,6 +34,7 @@ const FILES: &[i64] = &[
     libc::SYS_fdatasync,
     libc::SYS_syncfs,
     libc::SYS_lseek,
+    libc::SYS_dup,
     libc::SYS_pread64,
     libc::SYS_pwrite64,
     libc::SYS_pwritev2,

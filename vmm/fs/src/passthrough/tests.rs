@@ -3,7 +3,8 @@
 
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
-use std::{fs, sync::Once};
+use std::sync::Once;
+use std::{fs, thread};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -11,6 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::Passthrough;
 use crate::abi::*;
+use crate::filter;
 
 struct Guest {
     files: Passthrough,
@@ -33,14 +35,18 @@ impl Guest {
         self.folder.path().join(name)
     }
 
-    /// The answer's body, or the errno.
+    /// The answer's body, or the errno; with the system calls that the process has
+    /// and no others.
     fn ask(&self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
         let header =
             InHeader { len: (40 + body.len()) as u32, opcode, unique: 3, node, ..InHeader::default() };
         let packet = [header.as_bytes(), body].concat();
-        let mut buffer = Vec::new();
-        let answer = self.files.answer(&packet, &mut buffer).unwrap();
-        let (header, body) = OutHeader::read_from_prefix(answer).unwrap();
+        let restricted = || {
+            filter::install().unwrap();
+            self.files.answer(&packet, &mut Vec::new()).unwrap().to_vec()
+        };
+        let answer = thread::scope(|scope| scope.spawn(restricted).join().unwrap());
+        let (header, body) = OutHeader::read_from_prefix(&answer).unwrap();
         assert_eq!((header.len as usize, header.unique), (answer.len(), 3));
         if header.error == 0 { Ok(body.to_vec()) } else { Err(-header.error) }
     }
