@@ -88,8 +88,8 @@ class Updates(PodTest):
         self.assertGreater(int(available), 64 << 20)
 
     def test_a_lower_limit_ends_in_an_oom_kill(self):
-        command = ["sh", "-c", "x=$(head -c 40000000 /dev/zero | tr '\\0' x); while :; do x=$x$x; done"]
-        _, container = self.running(command=["sh", "-c", "until [ -e /go ]; do sleep 0.1; done; exec sh -c \"$0\"", command[2]])
+        fill = "until [ -e /go ]; do sleep 0.1; done; x=a; while :; do x=$x$x; done"
+        _, container = self.running(command=["sh", "-c", fill])
         self.node.crictl("update", "--memory", str(24 << 20), container)
         self.node.crictl("exec", "-s", container, "touch", "/go")
         status = self.wait_exited(container)
