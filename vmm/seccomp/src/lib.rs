@@ -131,7 +131,7 @@ impl List {
     }
 
     /// Restricts the calling thread, and those that it makes from now on, to the
-    /// list, on top of what it is restricted to already.
+    /// list.
     ///
     /// # Errors
     /// The kernel has no seccomp.
@@ -139,6 +139,16 @@ impl List {
         // The C library falls back to `clone`.
         let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
         apply(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
+        self.narrow(refusal)
+    }
+
+    /// Restricts a thread for which a list was installed to this one as well. The
+    /// kernel asks all of them at each call, so there is one program for it and no
+    /// more.
+    ///
+    /// # Errors
+    /// The kernel has no seccomp.
+    pub fn narrow(self, refusal: Refusal) -> Result<(), Error> {
         let refused = match refusal {
             Refusal::Signal => SeccompAction::Trap,
             Refusal::Error => SeccompAction::Errno(libc::EPERM as u32),
