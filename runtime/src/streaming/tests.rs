@@ -185,6 +185,14 @@ async fn a_client_that_says_nothing_is_not_waited_for() {
     let _ = timeout(SOON * 3, socket.read_to_end(&mut answer)).await.unwrap();
 }
 
+/// A client of port-forward, with no stream yet.
+async fn ports_over_spdy(streaming: &Streaming, connect: Connect) -> TestClient<TcpStream> {
+    let url = streaming.offer(Offer::Ports(connect)).unwrap();
+    let (socket, _) =
+        request(&url, &format!("{SPDY}X-Stream-Protocol-Version: portforward.k8s.io\r\n")).await;
+    TestClient::new(socket)
+}
+
 #[tokio::test]
 async fn ports_are_forwarded_in_pairs_of_streams() {
     let streaming = serving();
@@ -203,10 +211,7 @@ async fn ports_are_forwarded_in_pairs_of_streams() {
         }
         .boxed()
     };
-    let url = streaming.offer(Offer::Ports(Arc::new(connect))).unwrap();
-    let (socket, _) =
-        request(&url, &format!("{SPDY}X-Stream-Protocol-Version: portforward.k8s.io\r\n")).await;
-    let mut client = TestClient::new(socket);
+    let mut client = ports_over_spdy(&streaming, Arc::new(connect)).await;
     let mut pairs = Vec::new();
     for (id, port) in [("0", "80"), ("1", "81"), ("2", "80")] {
         let headers = |kind| [("streamtype", kind), ("port", port), ("requestid", id)];
@@ -252,10 +257,7 @@ async fn a_half_closed_forward_waits_for_days_for_the_answer() {
         }
         .boxed()
     };
-    let url = streaming.offer(Offer::Ports(Arc::new(connect))).unwrap();
-    let (socket, _) =
-        request(&url, &format!("{SPDY}X-Stream-Protocol-Version: portforward.k8s.io\r\n")).await;
-    let mut client = TestClient::new(socket);
+    let mut client = ports_over_spdy(&streaming, Arc::new(connect)).await;
     let error = client.open(&[("streamtype", "error"), ("port", "80")]).await;
     let data = client.open(&[("streamtype", "data"), ("port", "80")]).await;
     client.data(data, b"question", true).await;

@@ -17,13 +17,14 @@ fn image() -> ImageConfig {
         .unwrap()
 }
 
-fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
-    let (id, sandbox, image) = (ContainerId::from("c1"), cri::PodSandboxConfig::default(), image());
-    build(&Input {
+/// What `make` makes of a container that has nothing but these.
+fn of<T>(config: &cri::ContainerConfig, image: &ImageConfig, make: impl FnOnce(&Input<'_>) -> T) -> T {
+    let (id, sandbox) = (ContainerId::from("c1"), cri::PodSandboxConfig::default());
+    make(&Input {
         id: &id,
         config,
         sandbox: &sandbox,
-        image: &image,
+        image,
         hooks: &Hooks::default(),
         volumes: &[],
         image_volumes: &[],
@@ -31,6 +32,10 @@ fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
         apparmor: None,
         host: None,
     })
+}
+
+fn built(config: &cri::ContainerConfig) -> Result<Spec, Error> {
+    of(config, &image(), build)
 }
 
 fn with_security(security: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
@@ -100,21 +105,7 @@ fn what_an_image_declares_as_a_volume_can_be_written() {
     let volumes = ["/data".to_owned(), "/proc".to_owned()];
     let image = ConfigBuilder::default().volumes(volumes).cmd(["true".to_owned()]).build().unwrap();
     let security = cri::LinuxContainerSecurityContext { readonly_rootfs: true, ..Default::default() };
-    let (id, sandbox, config) =
-        (ContainerId::from("c"), cri::PodSandboxConfig::default(), with_security(security));
-    let spec = build(&Input {
-        id: &id,
-        config: &config,
-        sandbox: &sandbox,
-        image: &image,
-        hooks: &Hooks::default(),
-        volumes: &[],
-        image_volumes: &[],
-        target_pid: None,
-        apparmor: None,
-        host: None,
-    })
-    .unwrap();
+    let spec = of(&with_security(security), &image, build).unwrap();
     let mounts = spec.mounts().clone().unwrap();
     let own: Vec<_> = mounts.iter().filter(|mount| mounts::is_own_directory(mount)).collect();
     assert_eq!(own.len(), 1, "{own:?}");
@@ -155,22 +146,7 @@ fn a_privileged_container_sees_all_control_groups() {
 
 #[test]
 fn a_user_comes_from_the_client_or_else_the_image() {
-    let of = |security: cri::LinuxContainerSecurityContext| {
-        let (id, sandbox, image, config) =
-            (ContainerId::from("c"), cri::PodSandboxConfig::default(), image(), with_security(security));
-        user(&Input {
-            id: &id,
-            config: &config,
-            sandbox: &sandbox,
-            image: &image,
-            hooks: &Hooks::default(),
-            volumes: &[],
-            image_volumes: &[],
-            target_pid: None,
-            apparmor: None,
-            host: None,
-        })
-    };
+    let of = |security| of(&with_security(security), &image(), user);
     let value = |value| Some(cri::Int64Value { value });
     assert_eq!(of(Default::default()).unwrap().user, "www-data");
     let both = cri::LinuxContainerSecurityContext {
