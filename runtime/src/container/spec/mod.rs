@@ -25,6 +25,7 @@ mod declared;
 mod devices;
 pub mod hooks;
 mod host;
+mod host_name;
 mod mounts;
 mod process;
 mod resources;
@@ -32,6 +33,7 @@ mod seccomp;
 mod user_namespace;
 
 pub use host::{HostPod, choose_cpus, host_ipc, host_network};
+pub use host_name::host_name;
 pub use process::user;
 pub use resources::{limits as resource_limits, oom_score_adj};
 pub use user_namespace::of_pod as user_namespace;

@@ -8,7 +8,7 @@ use oci_spec::runtime::{
     ProcessBuilder, UserBuilder,
 };
 
-use super::{Error, Input};
+use super::{Error, Input, host_name};
 
 /// What a container may do unless it is told otherwise: what containers have
 /// come to expect since Docker chose it.
@@ -138,7 +138,7 @@ fn args(input: &Input<'_>) -> Result<Vec<String>, Error> {
 /// The image's variables, then the client's over them.
 fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
     let mut env = vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
-    let hostname = host_name(input);
+    let hostname = host_name(input.sandbox, input.host.is_some());
     if !hostname.is_empty() {
         env.push(format!("HOSTNAME={hostname}"));
     }
@@ -156,14 +156,6 @@ fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
         }
     }
     Ok(env)
-}
-
-/// The pod's, or the node's for a pod in the host's network, which has that name.
-fn host_name(input: &Input<'_>) -> String {
-    if input.host.is_some() && super::host_network(input.sandbox) {
-        return nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
-    }
-    input.sandbox.hostname.clone()
 }
 
 fn cwd(input: &Input<'_>) -> String {

@@ -19,7 +19,9 @@ fn image() -> ImageConfig {
 
 /// What `make` makes of a container that has nothing but these.
 fn of<T>(config: &cri::ContainerConfig, image: &ImageConfig, make: impl FnOnce(&Input<'_>) -> T) -> T {
-    let (id, sandbox) = (ContainerId::from("c1"), cri::PodSandboxConfig::default());
+    let metadata = cri::PodSandboxMetadata { name: "the-pod".into(), ..Default::default() };
+    let sandbox = cri::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
+    let id = ContainerId::from("c1");
     make(&Input {
         id: &id,
         config,
@@ -64,6 +66,7 @@ fn a_clients_variable_wins_over_the_images() {
     let env = spec.process().as_ref().unwrap().env().clone().unwrap();
     assert!(env.contains(&"A=client=1".to_owned()) && env.contains(&"B=image".to_owned()), "{env:?}");
     assert_eq!(env.iter().filter(|variable| variable.starts_with("A=")).count(), 1);
+    assert!(env.contains(&"HOSTNAME=the-pod".to_owned()), "the pod's own name: {env:?}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::Instant;
 use husk_proto::agent::{self, CreateSandboxRequest};
 use husk_proto::cri;
 
-use super::run_pod_sandbox::{asked_dns, guest_dns, hostname, millis, pod_ref, port_mappings};
+use super::run_pod_sandbox::{asked_dns, guest_dns, millis, pod_ref, port_mappings};
 use crate::config::Handler;
 use crate::container::spec;
 use crate::cri::error::Error;
@@ -58,7 +58,7 @@ pub(super) async fn bring_up(
         agent::Interface { name: "eth0".into(), addresses: addresses.collect(), ..Default::default() };
     let request = CreateSandboxRequest {
         sandbox_id: sandbox.id.to_string(),
-        hostname: host_name(config)?,
+        hostname: spec::host_name(config, true),
         dns: dns_of(config, dns),
         interfaces: if ips.is_empty() { Vec::new() } else { vec![interface] },
         sysctls: config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default(),
@@ -94,16 +94,6 @@ pub(super) async fn bring_up(
         "host pod ready"
     );
     Ok(())
-}
-
-/// A pod in the host's network has the host's name.
-fn host_name(config: &cri::PodSandboxConfig) -> Result<String, Error> {
-    if !spec::host_network(config) || !config.hostname.is_empty() {
-        return Ok(hostname(config));
-    }
-    let name = nix::unistd::gethostname()
-        .map_err(|errno| Error::Internal(format!("read the host's name: {errno}")))?;
-    Ok(name.to_string_lossy().into_owned())
 }
 
 /// What the client says of DNS, else what the network's plugins say, else none:

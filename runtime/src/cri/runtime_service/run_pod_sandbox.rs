@@ -137,7 +137,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     let configuring = Instant::now();
     let request = CreateSandboxRequest {
         sandbox_id: sandbox.id.to_string(),
-        hostname: hostname(config),
+        hostname: spec::host_name(config, false),
         dns: Some(guest_dns(config, or_hosts(config, dns))),
         interfaces: guest_interfaces,
         routes: routes.into_iter().map(guest_route).collect(),
@@ -284,19 +284,6 @@ fn memory_mib(config: &cri::PodSandboxConfig, handler: &Handler) -> u32 {
     handler.memory_mib.saturating_add(limit)
 }
 
-/// As asked, else the pod's name; a name may be longer than a host name, and
-/// is cut as the kubelet cuts it.
-pub(super) fn hostname(config: &cri::PodSandboxConfig) -> String {
-    match (&config.metadata, config.hostname.as_str()) {
-        (Some(pod), "") => {
-            let cut =
-                pod.name.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= 63).last();
-            pod.name.get(..cut.unwrap_or(0)).unwrap_or_default().trim_end_matches(['-', '.']).to_owned()
-        }
-        (_, hostname) => hostname.to_owned(),
-    }
-}
-
 /// The host's, where neither client nor network says anything.
 fn or_hosts(config: &cri::PodSandboxConfig, network: Dns) -> Dns {
     if asked_dns(config).is_none() && network == Dns::default() { resolv_conf::of_host() } else { network }
@@ -368,22 +355,5 @@ mod tests {
         let asked = pod(Some(options));
         assert_eq!(guest_dns(&asked, or_hosts(&asked, network())).options, ["ndots:5"]);
         assert!(servers(&asked).is_empty(), "what is asked for stands alone");
-    }
-
-    #[test]
-    fn a_pods_name_is_cut_to_a_host_name() {
-        let named = |name: &str, hostname: &str| {
-            let metadata = cri::PodSandboxMetadata { name: name.into(), ..Default::default() };
-            super::hostname(&cri::PodSandboxConfig {
-                metadata: Some(metadata),
-                hostname: hostname.into(),
-                ..Default::default()
-            })
-        };
-        assert_eq!(named("pod", ""), "pod");
-        assert_eq!(named("pod", "host"), "host");
-        assert_eq!(named(&"a".repeat(70), ""), "a".repeat(63));
-        assert_eq!(named(&format!("{}-.tail", "a".repeat(61)), ""), "a".repeat(61));
-        assert_eq!(named(&"é".repeat(40), "").len(), 62);
     }
 }
