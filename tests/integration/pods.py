@@ -17,8 +17,8 @@ from node import Failed, Node, can_connect, wait_until
 
 @functools.cache
 def the_node():
-    """One for all tests, as long as each leaves it empty: it takes half a minute to make one under emulation."""
-    node = Node("test")
+    """One for all tests of this process, as long as each leaves it empty: under emulation it takes half a minute to make."""
+    node = Node(os.environ.get("HUSK_TEST_NODE", "test"))
     node.masquerade = False
     atexit.register(node.stop)
     node.start()
@@ -64,7 +64,7 @@ class PodTest(unittest.TestCase):
             left += [str(path) for path in leases(node)]
             left += [f"machine {process}" for process in machines()]
             left += [f"husk-agent {process}" for process in named("husk-agent")]
-            left += sorted(leftovers.block_devices())
+            left += sorted(leftovers.block_devices([node.root, node.state]))
             return left
 
         deadline = time.monotonic() + 10

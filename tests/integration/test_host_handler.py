@@ -24,7 +24,7 @@ class HostTest(PodTest):
 
     def setUp(self):
         super().setUp()
-        self.before = leftovers.snapshot([self.node.state / "sandboxes"])
+        self.before = self.snapshot()
 
     def tearDown(self):
         super().tearDown()
@@ -34,8 +34,11 @@ class HostTest(PodTest):
             time.sleep(0.2)
         self.assertEqual({kind: names for kind, names in left.items() if names}, {})
 
+    def snapshot(self):
+        return leftovers.snapshot([self.node.state / "sandboxes"], disks_below=[self.node.root, self.node.state])
+
     def left(self):
-        left = leftovers.difference(self.before, leftovers.snapshot([self.node.state / "sandboxes"]))
+        left = leftovers.difference(self.before, self.snapshot())
         # Tests may have started the daemon again, and the kernel remembers connections.
         left["processes"] = [line for line in left["processes"] if "bin/huskd" not in line]
         return left

@@ -71,10 +71,16 @@ def mounts():
         return {line.split()[4] for line in lines} - STANDING_MOUNTS
 
 
-def block_devices():
-    """Loop devices with a file behind them, and device-mapper's."""
-    found = {str(place.parent) for place in Path("/sys/block").glob("loop*/loop")}
-    return found | {str(place.parent) for place in Path("/sys/block").glob("dm-*/dm")}
+def block_devices(below):
+    """Loop devices with a file behind them that is in one of these directories, and device-mapper's."""
+    found = {str(place.parent) for place in Path("/sys/block").glob("dm-*/dm")}
+    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if file.read_text().startswith(tuple(f"{directory}/" for directory in below)):
+                found.add(str(file.parent.parent))
+        except OSError:
+            continue  # it was let go while we looked
+    return found
 
 
 def cgroups():
@@ -109,15 +115,15 @@ KINDS = {
     "network devices": network_devices,
     "network namespaces": network_namespaces,
     "mounts": mounts,
-    "block devices": block_devices,
     "cgroups": cgroups,
     "packet filter rules": rules,
 }
 
 
-def snapshot(places):
+def snapshot(places, disks_below=("",)):
     """Everything of every kind; `places` are the directories whose files count."""
     taken = {kind: look() for kind, look in KINDS.items()}
+    taken["block devices"] = block_devices(disks_below)
     taken["files"] = files(places)
     return taken
 
