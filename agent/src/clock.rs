@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
@@ -22,6 +23,28 @@ pub fn unix_nanos() -> i64 {
 pub fn set(nanos: i64) -> io::Result<()> {
     let since = Duration::from_nanos(u64::try_from(nanos).map_err(io::Error::other)?);
     Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(since))?)
+}
+
+/// From here on a difference is made up for at once. A smaller one is made up
+/// for by a clock that goes a little faster or slower for some time, and never
+/// back.
+const STEP_NANOS: u64 = 500_000_000;
+
+/// Moves the wall clock by `nanos`.
+pub fn adjust(nanos: i64) -> io::Result<()> {
+    if nanos == 0 {
+        return Ok(());
+    }
+    if nanos.unsigned_abs() >= STEP_NANOS {
+        return set(unix_nanos().saturating_add(nanos));
+    }
+    // SAFETY: all-zero bytes are a valid timex.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    change.offset = nanos / 1000;
+    // SAFETY: the kernel reads and writes `change`, which is one, during the call.
+    Errno::result(unsafe { libc::adjtimex(&raw mut change) })?;
+    Ok(())
 }
 
 /// Header of `RNDADDENTROPY`'s argument (`struct rand_pool_info`), with room

@@ -3,11 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::time::Instant;
-
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroup;
-use crate::layer::DiskUsage;
+use crate::layer::Measured;
 use crate::process::Process;
 use crate::server::Error;
 
@@ -30,8 +28,8 @@ pub struct Container {
     pub init: Process,
     phase: Mutex<Phase>,
     execs: Mutex<HashMap<String, ExecSlot>>,
-    /// The writable layer when it was last measured.
-    pub measured: Mutex<Option<(Instant, DiskUsage)>>,
+    /// The size of its writable layer.
+    pub measured: Arc<Measured>,
 }
 
 /// How far the container has come; that it has exited is known by its init.
@@ -58,7 +56,7 @@ impl Container {
             init,
             phase: Mutex::new(Phase::Created),
             execs: Mutex::default(),
-            measured: Mutex::default(),
+            measured: Arc::default(),
         }
     }
 

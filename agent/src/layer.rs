@@ -6,12 +6,15 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use nix::dir::{Dir, Entry};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Most entries that are measured. A layer with more is told too small,
 /// instead of holding up the agent.
@@ -27,6 +30,15 @@ pub struct DiskUsage {
     pub bytes: u64,
     /// Files, directories and all else.
     pub inodes: u64,
+}
+
+/// What is known of the size of a layer.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// When it was last measured, and what came out.
+    pub last: watch::Sender<Option<(Instant, DiskUsage)>>,
+    /// It is being measured, or will be.
+    pub under_way: AtomicBool,
 }
 
 /// Adds up the tree at `root` without following links. What vanishes

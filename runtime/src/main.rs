@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
@@ -9,6 +10,9 @@ use husk_runtime::config::{Config, Kind};
 use husk_runtime::node::Node;
 use husk_runtime::{cri, heap, sandbox, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
+
+/// How long threads may take to end that nobody waits for any more.
+const LAST_THREADS: Duration = Duration::from_secs(2);
 
 /// The CRI server of a node: pods in virtual machines of their own.
 #[derive(Debug, Parser)]
@@ -25,14 +29,17 @@ fn main() -> anyhow::Result<()> {
     telemetry::start();
     // The one TLS provider that is linked; a second call would be the error.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(64)
         .thread_stack_size(1 << 20)
         .enable_all()
         .build()
-        .context("start threads")?
-        .block_on(run(arguments))
+        .context("start threads")?;
+    let ended = runtime.block_on(run(arguments));
+    // What a thread still unpacks is thrown away at the next start.
+    runtime.shutdown_timeout(LAST_THREADS);
+    ended
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {

@@ -50,8 +50,10 @@ class Fields(PodTest):
 
     def test_an_image_is_told_as_it_was_named(self):
         pod, sandbox = self.pod()
+        [found] = self.node.crictl_json("images", self.node.image("busybox"))["images"]
+        # As the kubelet names it.
         image = {
-            "image": self.node.image("busybox"), "user_specified_image": "the-users:name",
+            "image": found["id"], "user_specified_image": "the-users:name",
             "runtime_handler": "kata-runtime", "annotations": {"of.the/client": "kept"},
         }
         config = self.node.write_json("container-named.json", {
@@ -62,7 +64,7 @@ class Fields(PodTest):
         status = self.status(container)
         self.assertEqual(status["image"]["userSpecifiedImage"], "the-users:name")
         self.assertEqual(status["image"]["annotations"], {"of.the/client": "kept"})
-        [found] = self.node.crictl_json("images", self.node.image("busybox"))["images"]
+        self.assertEqual(status["image"]["image"], found["repoTags"][0])
         self.assertEqual((status["imageId"], status["imageRef"]), (found["id"], found["repoDigests"][0]))
         self.assertFalse(found.get("pinned"))
 

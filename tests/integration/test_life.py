@@ -55,6 +55,17 @@ class Life(PodTest):
         self.assertEqual(patient.wait(60), 0)
         self.node.crictl("stop", deaf)
 
+    def test_a_machines_clock_follows_the_hosts(self):
+        security = {"security_context": {"privileged": True}}
+        pod, sandbox = self.pod(linux=security)
+        container = self.container(pod, sandbox, linux=security)
+        right = lambda: abs(int(self.node.crictl("exec", "-s", container, "date", "+%s")) - time.time()) < 5
+        self.assertTrue(right())
+        # For the machine this is as if the host's clock had been set.
+        self.node.crictl("exec", "-s", container, "date", "-s", "@1000000000")
+        self.assertFalse(right())
+        wait_until(right, 120, "wait for the right time")
+
     def test_names_are_reserved_and_given_back(self):
         pod, sandbox = self.pod("twin")
         self.assertIn("AlreadyExists", self.fails("runp", sandbox))

@@ -52,6 +52,8 @@ pub struct Agent {
     /// The machine's user and group for root in the containers, when the pod
     /// has a user namespace.
     mapped_root: OnceLock<(u32, u32)>,
+    /// Held while a writable layer is measured: one at a time.
+    measuring: Arc<tokio::sync::Mutex<()>>,
     power_off: Notify,
 }
 
@@ -69,6 +71,7 @@ impl Agent {
             sandbox: OnceLock::new(),
             pid_namespace: tokio::sync::Mutex::default(),
             mapped_root: OnceLock::new(),
+            measuring: Arc::default(),
             power_off: Notify::new(),
         }
     }
@@ -111,6 +114,10 @@ type Answer<T> = Result<Response<T>, Status>;
 impl Service for Endpoint {
     async fn create_sandbox(&self, request: Request<CreateSandboxRequest>) -> Answer<CreateSandboxResponse> {
         to_the_end(sandbox::create(self.0.clone(), request.into_inner())).await
+    }
+
+    async fn adjust_clock(&self, request: Request<AdjustClockRequest>) -> Answer<AdjustClockResponse> {
+        Ok(Response::new(sandbox::adjust_clock(&request.into_inner())?))
     }
 
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {

@@ -9,8 +9,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use husk_proto::agent::{
-    CreateSandboxRequest, CreateSandboxResponse, GuestFile, RemoveContainerRequest, ShutdownResponse,
-    UserNamespace,
+    AdjustClockRequest, AdjustClockResponse, CreateSandboxRequest, CreateSandboxResponse, GuestFile,
+    RemoveContainerRequest, ShutdownResponse, UserNamespace,
 };
 use husk_proto::agent::{Dns, paths};
 use nix::mount::MsFlags;
@@ -117,6 +117,15 @@ pub async fn create(
     }
     let release = nix::sys::utsname::uname().stage("uname")?.release().to_string_lossy().into_owned();
     Ok(CreateSandboxResponse { kernel_release: release, agent_version: env!("CARGO_PKG_VERSION").into() })
+}
+
+/// `AdjustClock`.
+pub fn adjust_clock(request: &AdjustClockRequest) -> Result<AdjustClockResponse, Error> {
+    if mode::host().is_some() {
+        return Err(Error::Precondition("the clock is the host's".into()));
+    }
+    clock::adjust(request.by_nanos).stage("adjust the clock")?;
+    Ok(AdjustClockResponse { time_unix_nanos: clock::unix_nanos() })
 }
 
 /// What a machine has of its own: clock, disk, interfaces.

@@ -1,18 +1,24 @@
 //! What containers and the machine use.
 
-use std::sync::{Arc, PoisonError};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use husk_proto::agent::{ContainerStat, ContainerStatsRequest, ContainerStatsResponse};
-use tokio::time::Instant;
+use tokio::sync::Mutex;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Agent, Error};
-use crate::container::Container;
-use crate::layer::{self, DiskUsage};
+use crate::layer::{self, DiskUsage, Measured};
 use crate::{clock, machine};
 
 /// How old a measure of a writable layer may be: it is a walk over all files.
 const DISK_USAGE_AGE: Duration = Duration::from_secs(10);
+
+/// How long an answer waits for layers that are being measured. After that it
+/// has the figures from before.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// `ContainerStats`.
 pub async fn read(agent: &Agent, request: ContainerStatsRequest) -> Result<ContainerStatsResponse, Error> {
@@ -22,8 +28,10 @@ pub async fn read(agent: &Agent, request: ContainerStatsRequest) -> Result<Conta
         request.container_ids.iter().map(|id| agent.containers.get(id)).collect::<Result<_, _>>()?
     };
     let mut containers = Vec::with_capacity(wanted.len());
+    let deadline = Instant::now() + PATIENCE;
     for container in wanted {
-        let disk = disk_usage(&container).await;
+        let disk =
+            disk_usage(&container.measured, container.bundle.upper(), &agent.measuring, deadline).await;
         let usage = container.cgroup.usage();
         containers.push(ContainerStat {
             container_id: container.id.clone(),
@@ -62,15 +70,58 @@ pub async fn read(agent: &Agent, request: ContainerStatsRequest) -> Result<Conta
     Ok(ContainerStatsResponse { containers, machine: Some(machine::stat()) })
 }
 
-async fn disk_usage(container: &Arc<Container>) -> DiskUsage {
-    let last = *container.measured.lock().unwrap_or_else(PoisonError::into_inner);
+/// What the layer `upper` holds, or held when it was last measured.
+async fn disk_usage(
+    measured: &Arc<Measured>,
+    upper: PathBuf,
+    turn: &Arc<Mutex<()>>,
+    deadline: Instant,
+) -> DiskUsage {
+    let mut news = measured.last.subscribe();
+    let last = *news.borrow_and_update();
     if let Some((when, usage)) = last
         && when.elapsed() < DISK_USAGE_AGE
     {
         return usage;
     }
-    let upper = container.bundle.upper();
+    if !measured.under_way.swap(true, Ordering::Relaxed) {
+        // To its end, whoever waits for it: a large layer would else be measured
+        // again and again, and never be known.
+        tokio::spawn(measure(measured.clone(), upper, turn.clone()));
+    }
+    let now = match timeout_at(deadline, news.changed()).await {
+        Ok(Ok(())) => *news.borrow(),
+        Ok(Err(_)) | Err(_) => last,
+    };
+    now.map(|(_, usage)| usage).unwrap_or_default()
+}
+
+async fn measure(measured: Arc<Measured>, upper: PathBuf, turn: Arc<Mutex<()>>) {
+    let _turn = turn.lock().await;
     let usage = tokio::task::spawn_blocking(move || layer::measure(&upper)).await.unwrap_or_default();
-    *container.measured.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), usage));
-    usage
+    measured.last.send_replace(Some((Instant::now(), usage)));
+    measured.under_way.store(false, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_layer_that_takes_long_to_measure_holds_nothing_up_and_is_known_in_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("file"), "x".repeat(5000)).unwrap();
+        let (measured, turn) = (Arc::<Measured>::default(), Arc::<Mutex<()>>::default());
+        let soon = || Instant::now() + Duration::from_millis(50);
+        let ask = || disk_usage(&measured, folder.path().into(), &turn, soon());
+        // Another one is being measured.
+        let other = turn.lock().await;
+        assert_eq!((ask().await, ask().await), (DiskUsage::default(), DiskUsage::default()));
+        drop(other);
+        measured.last.subscribe().wait_for(Option::is_some).await.unwrap();
+        let usage = ask().await;
+        assert_eq!((usage.inodes, usage.bytes >= 5000), (1, true));
+    }
 }

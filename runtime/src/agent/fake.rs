@@ -13,7 +13,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::{Agent, read_line};
 use crate::sandbox::lock;
@@ -33,8 +33,12 @@ pub struct Fake {
     pub without_streams: bool,
     /// The answer to CreateContainer.
     pub created: CreateContainerResponse,
+    /// What StartContainer and RemoveContainer answer first, one after the other.
+    pub refusals: Mutex<Vec<Code>>,
     /// The answer to ContainerStats.
     pub stats: Mutex<ContainerStatsResponse>,
+    /// What its clock shows, standing still.
+    pub clock: Mutex<i64>,
     /// The signals that were sent, each with the process it was for.
     pub signals: Mutex<Vec<(String, u32)>>,
     /// A signal has killed the command.
@@ -79,6 +83,11 @@ impl Fake {
         }
     }
 
+    fn refused(&self) -> Option<Status> {
+        let code = lock(&self.refusals).pop()?;
+        Some(Status::new(code, "refused"))
+    }
+
     async fn stream(self: Arc<Self>, mut socket: UnixStream) {
         let greeting: Greeting = read_line(&mut socket).await.unwrap().parse().unwrap();
         if self.without_streams {
@@ -113,6 +122,12 @@ impl Service for Endpoint {
         done()
     }
 
+    async fn adjust_clock(&self, request: Request<AdjustClockRequest>) -> Answer<AdjustClockResponse> {
+        let mut clock = lock(&self.0.clock);
+        *clock += request.into_inner().by_nanos;
+        Ok(Response::new(AdjustClockResponse { time_unix_nanos: *clock }))
+    }
+
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {
         done()
     }
@@ -122,11 +137,11 @@ impl Service for Endpoint {
     }
 
     async fn start_container(&self, _: Request<StartContainerRequest>) -> Answer<StartContainerResponse> {
-        done()
+        self.0.refused().map_or_else(done, Err)
     }
 
     async fn remove_container(&self, _: Request<RemoveContainerRequest>) -> Answer<RemoveContainerResponse> {
-        done()
+        self.0.refused().map_or_else(done, Err)
     }
 
     async fn update_container(&self, _: Request<UpdateContainerRequest>) -> Answer<UpdateContainerResponse> {

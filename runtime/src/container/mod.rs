@@ -31,6 +31,9 @@ pub struct Record {
     pub config: cri::ContainerConfig,
     /// Id of the image.
     pub image_id: String,
+    /// A tag of the image, for people; empty if it had none.
+    #[serde(default)]
+    pub image_tag: String,
     /// What the image is to be called in answers: a digest reference if there is one.
     pub image_ref: String,
     /// Serial number of the block device that holds the image in the guest.
@@ -322,6 +325,7 @@ pub(crate) mod tests {
             sandbox_id: SandboxId::from(sandbox),
             config: cri::ContainerConfig::default(),
             image_id: String::new(),
+            image_tag: String::new(),
             image_ref: String::new(),
             image_slot: String::new(),
             image_rootfs: PathBuf::new(),

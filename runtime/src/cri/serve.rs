@@ -3,11 +3,14 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use husk_proto::cri::image_service_server::ImageServiceServer;
 use husk_proto::cri::runtime_service_server::RuntimeServiceServer;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
+use tokio::time::sleep;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
@@ -18,7 +21,12 @@ use crate::node::Node;
 /// Largest message, as the kubelet has it.
 pub(super) const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 
-/// Serves until `stop` resolves; requests under way are finished.
+/// How long requests under way may take to end once huskd is to stop. Some wait
+/// for a container's end or for a registry; whoever asks again asks the next
+/// huskd, which takes up or takes apart whatever they had begun.
+const LAST_REQUESTS: Duration = Duration::from_secs(10);
+
+/// Serves until `stop` resolves, and a little longer for requests under way.
 ///
 /// # Errors
 /// A socket that cannot be had, for one because another huskd has it.
@@ -33,15 +41,29 @@ pub async fn serve(node: Arc<Node>, stop: impl Future<Output = ()>) -> anyhow::R
     let runtime = RuntimeServiceServer::new(Runtime::new(node))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
-    Server::builder()
-        .add_service(runtime)
-        .add_service(images)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+    let (told, stopping) = oneshot::channel();
+    let serving = Server::builder().add_service(runtime).add_service(images).serve_with_incoming_shutdown(
+        UnixListenerStream::new(listener),
+        async move {
             stop.await;
             events.close();
-        })
-        .await
-        .context("serve CRI")?;
+            let _ = told.send(());
+        },
+    );
+    let enough = async {
+        if stopping.await.is_err() {
+            // It ends by itself.
+            std::future::pending::<()>().await;
+        }
+        sleep(LAST_REQUESTS).await;
+    };
+    tokio::select! {
+        served = serving => served.context("serve CRI")?,
+        () = enough => {
+            let seconds = LAST_REQUESTS.as_secs();
+            tracing::warn!(seconds, "requests under way have not ended, and are given up");
+        }
+    }
     let _ = std::fs::remove_file(&path);
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use husk_proto::agent::ShutdownRequest;
 use husk_proto::cri::ContainerEventType;
 
-use super::{Phase, Sandbox};
+use super::{Phase, Sandbox, clock};
 use crate::config::Kind;
 use crate::container::{Exit, State, supervise};
 use crate::cri::error::Error;
@@ -23,12 +23,25 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// little more than the agent gives them.
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(25);
 
-/// Watches a machine, so that its end is known when nobody asked for it.
+/// Watches a machine, so that its end is known when nobody asked for it, and
+/// keeps its clock.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
-    let (sandbox, keeper) = (sandbox.clone(), machine.keeper.clone());
-    let cgroup = sandbox.record().cgroup.clone();
+    let (sandbox, keeper, agent) = (sandbox.clone(), machine.keeper.clone(), machine.agent.clone());
+    let (kind, cgroup) = {
+        let record = sandbox.record();
+        (record.kind, record.cgroup.clone())
+    };
     tokio::spawn(async move {
-        let problem = keeper.wait(cgroup.as_deref()).await;
+        let clock = async {
+            match kind {
+                Kind::Vm => clock::keep(&agent).await,
+                Kind::Host => std::future::pending().await,
+            }
+        };
+        let problem = tokio::select! {
+            problem = keeper.wait(cgroup.as_deref()) => problem,
+            never = clock => match never {},
+        };
         if sandbox.record().phase != Phase::Ready {
             return;
         }
@@ -49,6 +62,10 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
     let had_machine = sandbox.set_machine(None).is_some();
     for container in sandbox.containers() {
         container.dismiss();
+        if container.state() == State::Creating {
+            // Nobody knows it, and whoever makes it undoes it.
+            continue;
+        }
         let exit = Exit::machine_gone(if problem.is_empty() { "the pod was stopped" } else { problem });
         sandbox.events.container_ended(sandbox, &container, exit);
     }
@@ -86,6 +103,7 @@ pub async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, problem: &str) -> Res
         tokio::join!(end_machine(node, sandbox, cgroup.as_deref()), node.network.detach(sandbox.id.as_str()));
     machine?;
     ended(sandbox, problem);
+    forget_unmade(node, sandbox)?;
     network?;
     // The machine's file server goes with the machine.
     Shared::of(&node.config.run_dir, &sandbox.id).close()?;
@@ -104,6 +122,18 @@ pub async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, problem: &str) -> Res
         }
         _ => Ok(()),
     }
+}
+
+/// Forgets containers that were never made, and could not be taken apart while
+/// there was a machine.
+fn forget_unmade(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
+    for container in sandbox.containers() {
+        if container.state() == State::Creating {
+            container.forget()?;
+            node.registry.remove_container(&container);
+        }
+    }
+    Ok(())
 }
 
 /// Removes what the containers of a host pod have written, which may be much.

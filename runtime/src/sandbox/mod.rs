@@ -18,6 +18,7 @@ use crate::id::SandboxId;
 use crate::storage::volumes::Volume;
 use crate::vm::Machine;
 
+mod clock;
 pub mod cpus;
 pub mod lifecycle;
 pub mod recover;
@@ -54,6 +55,9 @@ pub struct Record {
     /// What its machine was made with.
     #[serde(default)]
     pub size: Option<Size>,
+    /// How many slots for images its machine was made with.
+    #[serde(default)]
+    pub image_slots: Option<u8>,
     /// How long each step of its start took.
     pub boot: BootTimes,
     /// Why it is not ready, if something went wrong.

@@ -15,11 +15,11 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Phase, Sandbox, lifecycle, strays};
-use crate::config::Kind;
+use crate::config::{Handler, Kind};
 use crate::container::{Container, State, supervise};
 use crate::cri::error::Error;
 use crate::cri::names;
-use crate::cri::runtime_service::remove_container;
+use crate::cri::runtime_service::{remove_container, start_container};
 use crate::host;
 use crate::id::SandboxId;
 use crate::node::Node;
@@ -211,12 +211,10 @@ async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error
 /// is one and its handler's time lasts.
 async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<Arc<Machine>, Error> {
     let record = sandbox.record().clone();
-    let Some((_, handler)) = node.config.handler(&record.handler) else {
-        return Err(Error::FailedPrecondition(format!(
-            "the configuration has no handler `{}` any more",
-            record.handler
-        )));
-    };
+    // Pods of a handler that the configuration has no more live on.
+    let handler =
+        node.config.handler(&record.handler).map_or_else(Handler::default, |(_, found)| found.clone());
+    let image_slots = record.image_slots.unwrap_or(handler.image_slots);
     let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
     let limit = Duration::from_secs(handler.agent_timeout_seconds);
     let deadline = Instant::now() + limit;
@@ -228,7 +226,7 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<Arc<Machine>, Erro
         });
         let (reached, lives) = match (record.kind, &record.cgroup) {
             (Kind::Vm, _) => {
-                let slots = Slots::new(handler.image_slots).in_use(used);
+                let slots = Slots::new(image_slots).in_use(used);
                 let reached = vm::reattach(&run_dir, slots, limit).await.map_err(Error::from);
                 (reached, vm::lives(&run_dir).await)
             }
@@ -269,11 +267,17 @@ async fn problem_of(node: &Node, sandbox: &Sandbox, error: &Error) -> String {
 
 /// Goes on with a container where an earlier huskd left it. What goes wrong
 /// concerns no other.
-async fn resume(node: &Node, sandbox: &Arc<Sandbox>, machine: &Arc<Machine>, container: &Arc<Container>) {
+async fn resume(
+    node: &Arc<Node>,
+    sandbox: &Arc<Sandbox>,
+    machine: &Arc<Machine>,
+    container: &Arc<Container>,
+) {
     match container.state() {
         State::Creating => {
             if let Err(error) = remove_container::take_apart(node, sandbox, container).await {
                 tracing::warn!(container = %container.id, %error, "take apart a container that was never made");
+                remove_container::take_apart_later(node, sandbox, container);
             }
         }
         // Its program cannot be started; the agent knows nothing of it.
@@ -281,6 +285,9 @@ async fn resume(node: &Node, sandbox: &Arc<Sandbox>, machine: &Arc<Machine>, con
         State::Created | State::Running => {
             supervise::resume(sandbox, machine, container).await;
             live::follow(machine, container);
+            if container.state() == State::Running {
+                start_container::catch_up(sandbox, machine, container).await;
+            }
         }
         State::Exited(_) => {}
     }

@@ -39,6 +39,7 @@ fn record(id: SandboxId, kind: Kind, phase: Phase) -> Record {
         vmm_pid: 0,
         cgroup: None,
         size: None,
+        image_slots: None,
         boot: BootTimes::default(),
         problem: String::new(),
     }
@@ -133,6 +134,7 @@ async fn a_mute_guest_holds_up_nobody_and_is_not_ended_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
     let mute = sandbox(&node, Kind::Host, Phase::Ready);
+    mute.update(|record| record.handler = "of-an-earlier-configuration".into()).unwrap();
     let inside = container(&mute, State::Running);
     let gone = sandbox(&node, Kind::Vm, Phase::Ready);
     let run_dir = vm::run_dir(&node.config.run_dir, &mute.id);
@@ -153,6 +155,21 @@ async fn a_mute_guest_holds_up_nobody_and_is_not_ended_at_once() {
     let refused = take_apart(&node, &mute, &inside).await.unwrap_err();
     assert!(refused.to_string().contains("has not answered"), "{refused}");
     assert!(node.registry.container(inside.id.as_str()).is_ok());
+}
+
+#[tokio::test]
+async fn a_container_that_was_never_made_is_no_exited_one_when_its_pod_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(folder.path());
+    let pod = sandbox(&node, Kind::Vm, Phase::Ready);
+    let unmade = container(&pod, State::Creating);
+    node.registry.add_sandbox(pod.clone());
+    node.registry.add_container(pod.clone(), unmade.clone());
+    lifecycle::ended(&pod, "the machine panicked");
+    assert_eq!(unmade.state(), State::Creating);
+    lifecycle::stop(&node, &pod).await.unwrap();
+    assert!(node.registry.container(unmade.id.as_str()).is_err());
+    assert_eq!(std::fs::read_dir(pod.directory().join("containers")).unwrap().count(), 0);
 }
 
 #[tokio::test]

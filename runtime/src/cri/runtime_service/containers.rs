@@ -41,7 +41,7 @@ pub fn status_of(record: &Record) -> cri::ContainerStatus {
         exit_code: exit.as_ref().map_or(0, |exit| exit.code),
         reason: exit.as_ref().map(|exit| exit.reason.clone()).unwrap_or_default(),
         message: exit.map(|exit| exit.message).unwrap_or_default(),
-        image: record.config.image.clone(),
+        image: record.config.image.clone().map(|asked| named(asked, &record.image_tag)),
         image_ref: record.image_ref.clone(),
         image_id: record.image_id.clone(),
         labels: record.config.labels.clone(),
@@ -52,6 +52,11 @@ pub fn status_of(record: &Record) -> cri::ContainerStatus {
         user: record.user.clone().map(|linux| cri::ContainerUser { linux: Some(linux) }),
         stop_signal: super::stop_container::cri_signal(record.stop_signal).into(),
     }
+}
+
+/// The image as a status tells it: by a tag, as people know it.
+fn named(asked: cri::ImageSpec, tag: &str) -> cri::ImageSpec {
+    if tag.is_empty() { asked } else { cri::ImageSpec { image: tag.to_owned(), ..asked } }
 }
 
 fn verbose(record: &Record, sandbox: &crate::id::SandboxId) -> HashMap<String, String> {

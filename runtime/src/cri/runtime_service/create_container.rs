@@ -88,6 +88,7 @@ pub(super) async fn create_container(
         id: id.clone(),
         sandbox_id: sandbox.id.clone(),
         image_id: image.id.to_string(),
+        image_tag: tag_of(&image, &config),
         image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.to_string()),
         image_slot,
         image_rootfs: image.rootfs.clone(),
@@ -124,10 +125,13 @@ pub(super) async fn create_container(
         mount_volumes(node, &sandbox, &machine, &prepared, &in_use).await?;
         make(&sandbox, &machine, &container, &spec, user, confinement.for_machine).await
     };
-    if let Err(error) = made.await {
+    // The machine may have ended meanwhile: whoever noted that left this one out.
+    let made = made.await.and_then(|()| ready_machine(&sandbox).map(drop));
+    if let Err(error) = made {
         tracing::warn!(container = %id, %error, "container was not made; undoing");
         if let Err(undo) = remove_container::take_apart(node, &sandbox, &container).await {
-            tracing::warn!(container = %id, error = %undo, "undo a container that was not made");
+            tracing::warn!(container = %id, error = %undo, "undo a container that was not made; trying again");
+            remove_container::take_apart_later(node, &sandbox, &container);
         }
         return Err(error);
     }
@@ -316,6 +320,14 @@ fn image_of(node: &Node, config: &cri::ContainerConfig) -> Result<Image, Error> 
         return Err(Error::InvalidArgument("container configuration names no image".into()));
     }
     resolve(node, name)
+}
+
+/// What the image is called: as the client says, if that is one of its tags.
+/// The kubelet names an image by its id.
+fn tag_of(image: &Image, config: &cri::ContainerConfig) -> String {
+    let asked = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
+    let tag = image.repo_tags.iter().find(|tag| *tag == asked).or_else(|| image.repo_tags.first());
+    tag.cloned().unwrap_or_default()
 }
 
 fn resolve(node: &Node, name: &str) -> Result<Image, Error> {

@@ -31,7 +31,7 @@ mod run_host_pod;
 mod run_pod_sandbox;
 mod sandbox_config;
 mod sandboxes;
-mod start_container;
+pub mod start_container;
 mod stats;
 mod stop_container;
 mod stop_pod_sandbox;

@@ -21,6 +21,13 @@ use crate::vm::{self, file_server};
 /// end.
 const END: Duration = Duration::from_secs(5);
 
+/// How soon a container that could not be taken apart is tried again, and then
+/// twice as long each time.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long that becomes.
+const AT_THE_LATEST: Duration = Duration::from_secs(60);
+
 pub(super) async fn remove_container(
     node: &Arc<Node>,
     request: RemoveContainerRequest,
@@ -76,6 +83,32 @@ pub async fn take_apart(
     give_back(node, sandbox, container)
 }
 
+/// As [`take_apart`], again until it is done: after a failure nobody else would
+/// come back to it, for no client knows it.
+pub fn take_apart_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>, container: &Arc<Container>) {
+    let (node, sandbox, container) = (node.clone(), sandbox.clone(), container.clone());
+    tokio::spawn(async move {
+        let mut pause = TRY_AGAIN;
+        loop {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(AT_THE_LATEST);
+            let _verb = sandbox.verb.lock().await;
+            if sandbox.record().phase != Phase::Ready {
+                // It goes with its pod.
+                return;
+            }
+            match take_apart(&node, &sandbox, &container).await {
+                Ok(()) => {
+                    return tracing::info!(container = %container.id, "container that was not made is gone");
+                }
+                Err(error) => {
+                    tracing::warn!(container = %container.id, %error, "undo a container that was not made");
+                }
+            }
+        }
+    });
+}
+
 /// Removes it from its machine, if there is one, and gives back its disks.
 async fn leave_machine(sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
     let phase = sandbox.record().phase;
@@ -114,8 +147,32 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::agent::fake::Fake;
     use crate::config::Kind;
-    use crate::sandbox::tests;
+    use crate::sandbox::{lock, tests};
+
+    #[tokio::test]
+    async fn what_could_not_be_taken_apart_is_tried_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = tests::node(folder.path());
+        let sandbox = tests::sandbox(&node, Kind::Vm, Phase::Ready);
+        let container = tests::container(&sandbox, State::Creating);
+        node.registry.add_sandbox(sandbox.clone());
+        node.registry.add_container(sandbox.clone(), container.clone());
+        let refusals = vec![tonic::Code::FailedPrecondition; 2].into();
+        let fake = Arc::new(Fake { refusals, ..Default::default() });
+        let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
+        sandbox.set_machine(Some(tests::machine(agent)));
+        take_apart(&node, &sandbox, &container).await.unwrap_err();
+        take_apart_later(&node, &sandbox, &container);
+        let gone = async {
+            while node.registry.container(container.id.as_str()).is_ok() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(TRY_AGAIN * 10, gone).await.unwrap();
+        assert!(lock(&fake.refusals).is_empty());
+    }
 
     #[tokio::test]
     async fn no_volume_goes_while_a_container_is_made_that_may_count_on_it() {

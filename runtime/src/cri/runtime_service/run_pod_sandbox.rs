@@ -54,6 +54,7 @@ pub(super) async fn run_pod_sandbox(
         vmm_pid: 0,
         cgroup: launch::cgroup_for(parent, &id),
         size: (handler.kind() == Kind::Vm).then(|| size(&config, handler)),
+        image_slots: (handler.kind() == Kind::Vm).then_some(handler.image_slots),
         boot: BootTimes::default(),
         problem: String::new(),
         config,
@@ -68,7 +69,9 @@ pub(super) async fn run_pod_sandbox(
     if let Err(error) = up {
         tracing::warn!(sandbox = %id, %error, "pod did not start; undoing");
         if let Err(undo) = lifecycle::stop(node, &sandbox).await {
-            tracing::warn!(sandbox = %id, error = %undo, "undo a pod that did not start; left for the next start");
+            tracing::warn!(sandbox = %id, error = %undo, "undo a pod that did not start; its client can stop and remove it");
+            node.registry.add_sandbox(sandbox.clone());
+            name.keep();
         } else {
             lifecycle::forget(node, &sandbox)?;
         }
