@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use oci_spec::image::ImageConfiguration;
 
+mod chain;
 mod erofs;
 mod hosts;
 mod layer;

@@ -12,6 +12,7 @@ use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest}
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
+use super::chain::ChainId;
 use super::layer::{Failure, Packing, Unpacker};
 use super::registry::{self, Credentials};
 use super::store::{Record, file};
@@ -138,7 +139,7 @@ impl Pull<'_> {
         let (config_text, config) = self.config(&manifest, &workspace.0).await?;
         let diff_ids = config.rootfs().diff_ids().clone();
         let layers = self.layers(&manifest, &diff_ids)?;
-        let chain_id = chain_id(&diff_ids);
+        let chain_id = ChainId::of(&diff_ids).map_err(|cause| self.refused(cause))?;
         let record =
             Record { id: id.clone(), tags, digests, chain_id, size: 0, config: config_text, annotations };
         if !self.store.adopt(record.clone())? {
@@ -413,13 +414,6 @@ fn is_ours(entry: &Descriptor) -> bool {
     entry.platform().as_ref().is_some_and(|platform| {
         platform.os().to_string() == "linux" && platform.architecture().to_string() == "amd64"
     })
-}
-
-/// The name of a stack of layers (OCI image-spec, `config.md`).
-fn chain_id(diff_ids: &[String]) -> String {
-    let mut ids = diff_ids.iter();
-    let first = ids.next().cloned().unwrap_or_else(|| format!("sha256:{}", hex(&Sha256::digest(b""))));
-    ids.fold(first, |chain, diff_id| format!("sha256:{}", hex(&Sha256::digest(format!("{chain} {diff_id}")))))
 }
 
 async fn pause(tries: u32) {

@@ -8,6 +8,7 @@ use oci_spec::image::ImageConfiguration;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
+use super::chain::ChainId;
 use super::pull::Flights;
 use super::reference::{self, Name};
 use super::{Error, Image, ImageConfig};
@@ -23,7 +24,7 @@ pub(super) struct Record {
     pub(super) id: String,
     pub(super) tags: BTreeSet<String>,
     pub(super) digests: BTreeSet<String>,
-    pub(super) chain_id: String,
+    pub(super) chain_id: ChainId,
     pub(super) size: u64,
     /// The configuration's own bytes, which the id is the digest of.
     pub(super) config: String,
@@ -67,7 +68,7 @@ impl ImageStore {
         }
         let database = Database::create(directory.join("metadata.redb")).map_err(metadata)?;
         let write = database.begin_write().map_err(metadata)?;
-        write.open_table(IMAGES).map_err(metadata)?;
+        drop_unread(&mut write.open_table(IMAGES).map_err(metadata)?)?;
         write.commit().map_err(metadata)?;
         let store =
             Self { database, directory, config, flights: Flights::default(), files: Mutex::default() };
@@ -237,9 +238,8 @@ impl ImageStore {
     }
 
     /// Where the EROFS file of a chain id is.
-    pub(super) fn rootfs(&self, chain_id: &str) -> PathBuf {
-        let digits = chain_id.strip_prefix("sha256:").unwrap_or(chain_id);
-        self.directory.join("rootfs").join(format!("{digits}.erofs"))
+    pub(super) fn rootfs(&self, chain_id: &ChainId) -> PathBuf {
+        self.directory.join("rootfs").join(format!("{}.erofs", chain_id.digits()))
     }
 
     /// Where pulls work.
@@ -264,6 +264,23 @@ impl ImageStore {
             config: Arc::new(config),
         })
     }
+}
+
+/// Drops records that tell nothing, or name a file as no pull would: a pull
+/// brings such an image back. What they name is left alone.
+fn drop_unread(table: &mut redb::Table<'_, &'static str, &'static [u8]>) -> Result<(), Error> {
+    let mut dropped = Vec::new();
+    for row in table.iter().map_err(metadata)? {
+        let (id, value) = row.map_err(metadata)?;
+        if let Err(error) = serde_json::from_slice::<Record>(value.value()) {
+            tracing::warn!(id = id.value(), %error, "image record does not read; removed");
+            dropped.push(id.value().to_owned());
+        }
+    }
+    for id in dropped {
+        table.remove(id.as_str()).map_err(metadata)?;
+    }
+    Ok(())
 }
 
 fn all(table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Vec<Record>, Error> {
@@ -297,12 +314,17 @@ mod tests {
 
     use super::*;
 
-    fn record(id: char, tags: &[&str], chain: &str) -> Record {
+    /// The name of a stack of one layer, whose digest has that digit alone.
+    fn chain(digit: char) -> ChainId {
+        format!("sha256:{}", String::from(digit).repeat(64)).try_into().unwrap()
+    }
+
+    fn record(id: char, tags: &[&str], layer: char) -> Record {
         Record {
             id: format!("sha256:{}", String::from(id).repeat(64)),
             tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
             digests: BTreeSet::from([format!("docker.io/library/x@sha256:{}", String::from(id).repeat(64))]),
-            chain_id: chain.into(),
+            chain_id: chain(layer),
             size: 1,
             config: r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{}}"#
                 .into(),
@@ -325,7 +347,7 @@ mod tests {
     fn an_image_is_found_by_all_its_names_also_after_a_restart() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
+        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
         drop(store);
         let store = open(root.path());
         let digest = format!("x@sha256:{}", "a".repeat(64));
@@ -342,8 +364,8 @@ mod tests {
     fn a_tag_leads_to_the_image_that_was_pulled_last() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
-        settle(&store, record('b', &["docker.io/library/x:1"], "sha256:22"));
+        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
+        settle(&store, record('b', &["docker.io/library/x:1"], '2'));
         assert!(store.resolve("x:1").unwrap().unwrap().id.contains("bbb"));
         assert!(store.resolve("aaaa").unwrap().unwrap().repo_tags.is_empty());
     }
@@ -352,9 +374,9 @@ mod tests {
     fn files_go_with_the_last_image_that_has_them() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
-        assert!(store.adopt(record('b', &["docker.io/library/x:2"], "sha256:11")).unwrap());
-        let rootfs = store.rootfs("sha256:11");
+        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
+        assert!(store.adopt(record('b', &["docker.io/library/x:2"], '1')).unwrap());
+        let rootfs = store.rootfs(&chain('1'));
         store.remove("x:1").unwrap();
         assert!(rootfs.exists());
         store.remove("x:1").unwrap();
@@ -366,11 +388,11 @@ mod tests {
     fn an_image_without_its_files_is_not_here() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        let image = || record('a', &["docker.io/library/x:1"], "sha256:11");
+        let image = || record('a', &["docker.io/library/x:1"], '1');
         assert!(!store.adopt(image()).unwrap());
         assert!(store.records().unwrap().is_empty());
         settle(&store, image());
-        std::fs::remove_file(store.rootfs("sha256:11")).unwrap();
+        std::fs::remove_file(store.rootfs(&chain('1'))).unwrap();
         assert!(store.resolve("x:1").unwrap().is_none() && store.list().unwrap().is_empty());
         settle(&store, image());
         assert_eq!(store.resolve("x:1").unwrap().unwrap().size, 5);
@@ -381,18 +403,18 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
         for _ in 0..50 {
-            settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
+            settle(&store, record('a', &["docker.io/library/x:1"], '1'));
             let start = std::sync::Barrier::new(2);
             let adopted = std::thread::scope(|scope| {
                 let adopts = scope.spawn(|| {
                     start.wait();
-                    store.adopt(record('b', &["docker.io/library/x:2"], "sha256:11")).unwrap()
+                    store.adopt(record('b', &["docker.io/library/x:2"], '1')).unwrap()
                 });
                 start.wait();
                 store.remove("x:1").unwrap();
                 adopts.join().unwrap()
             });
-            assert_eq!(store.rootfs("sha256:11").exists(), adopted);
+            assert_eq!(store.rootfs(&chain('1')).exists(), adopted);
             assert_eq!(store.resolve("x:2").unwrap().is_some(), adopted);
             store.remove("x:2").unwrap();
         }
@@ -404,7 +426,7 @@ mod tests {
         let store = open(root.path());
         std::fs::create_dir_all(store.pulls().join("1/files")).unwrap();
         std::fs::write(store.pulls().join("stray"), "").unwrap();
-        std::fs::write(store.rootfs("sha256:33"), "unpublished").unwrap();
+        std::fs::write(store.rootfs(&chain('3')), "unpublished").unwrap();
         // Deeper than a path can name and a stack is.
         let mut inner = root.path().join("seed");
         std::fs::create_dir(&inner).unwrap();
@@ -418,31 +440,60 @@ mod tests {
         drop(store);
         let store = open(root.path());
         assert_eq!(std::fs::read_dir(store.pulls()).unwrap().count(), 0);
-        assert!(!store.rootfs("sha256:33").exists());
+        assert!(!store.rootfs(&chain('3')).exists());
     }
 
     #[test]
     fn what_cannot_be_swept_does_not_keep_the_images_away() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], "sha256:11"));
+        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
         // A folder where only files are removed.
-        std::fs::create_dir_all(store.rootfs("sha256:33").join("full")).unwrap();
-        std::fs::write(store.rootfs("sha256:44"), "unpublished").unwrap();
+        std::fs::create_dir_all(store.rootfs(&chain('3')).join("full")).unwrap();
+        std::fs::write(store.rootfs(&chain('4')), "unpublished").unwrap();
         drop(store);
         let store = open(root.path());
         assert!(store.resolve("x:1").unwrap().is_some());
-        assert!(!store.rootfs("sha256:44").exists(), "the others are swept");
+        assert!(!store.rootfs(&chain('4')).exists(), "the others are swept");
+    }
+
+    #[test]
+    fn a_record_that_names_a_file_elsewhere_is_dropped_and_the_file_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
+        settle(&store, record('b', &["docker.io/library/x:2"], '2'));
+        let elsewhere = root.path().join("disk.erofs");
+        std::fs::write(&elsewhere, "of the host").unwrap();
+        let write = store.database.begin_write().unwrap();
+        {
+            let mut table = write.open_table(IMAGES).unwrap();
+            for (id, chain) in [('c', root.path().join("disk").to_str().unwrap()), ('d', "../../disk")] {
+                let record = record(id, &[], '3');
+                let mut value = serde_json::to_value(&record).unwrap();
+                value["chain_id"] = chain.into();
+                table.insert(record.id.as_str(), serde_json::to_vec(&value).unwrap().as_slice()).unwrap();
+            }
+        }
+        write.commit().unwrap();
+        drop(store);
+        let store = open(root.path());
+        assert_eq!(store.list().unwrap().len(), 2);
+        store.remove("cccc").unwrap();
+        store.remove("dddd").unwrap();
+        store.remove("x:1").unwrap();
+        assert!(elsewhere.exists());
+        assert!(store.resolve("x:2").unwrap().is_some());
     }
 
     #[test]
     fn an_id_that_fits_two_images_is_ambiguous() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        let mut one = record('a', &[], "sha256:11");
+        let mut one = record('a', &[], '1');
         one.id.replace_range(60.., "00000000000");
         settle(&store, one);
-        settle(&store, record('a', &[], "sha256:22"));
+        settle(&store, record('a', &[], '2'));
         assert!(matches!(store.resolve("aaaa"), Err(Error::Ambiguous(_))));
     }
 }
