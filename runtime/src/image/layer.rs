@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,45 +52,58 @@ pub(super) enum Failure {
     Disk(&'static str, PathBuf, io::Error),
 }
 
+/// Whether a media type is that of a layer.
+pub(super) fn is_layer(media_type: &str) -> bool {
+    matches!(
+        media_type,
+        "application/vnd.oci.image.layer.v1.tar"
+            | "application/vnd.oci.image.layer.v1.tar+gzip"
+            | "application/vnd.oci.image.layer.v1.tar+zstd"
+            | "application/vnd.oci.image.layer.nondistributable.v1.tar"
+            | "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+            | "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd"
+            | "application/vnd.docker.image.rootfs.diff.tar"
+            | "application/vnd.docker.image.rootfs.diff.tar.gzip"
+            | "application/vnd.docker.image.rootfs.diff.tar.zstd"
+            | "application/vnd.docker.image.rootfs.foreign.diff.tar"
+            | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+    )
+}
+
 /// How a layer is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Packing {
+enum Packing {
     Plain,
     Gzip,
     Zstd,
 }
 
 impl Packing {
-    /// By the media type of the layer's descriptor.
-    pub(super) fn of(media_type: &str) -> Option<Self> {
-        match media_type {
-            "application/vnd.oci.image.layer.v1.tar"
-            | "application/vnd.oci.image.layer.nondistributable.v1.tar"
-            | "application/vnd.docker.image.rootfs.diff.tar" => Some(Self::Plain),
-            "application/vnd.oci.image.layer.v1.tar+gzip"
-            | "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
-            | "application/vnd.docker.image.rootfs.diff.tar.gzip"
-            | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip" => Some(Self::Gzip),
-            "application/vnd.oci.image.layer.v1.tar+zstd"
-            | "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd"
-            | "application/vnd.docker.image.rootfs.diff.tar.zstd" => Some(Self::Zstd),
-            _ => None,
+    /// By the layer's first bytes: its media type may say another, and other
+    /// runtimes do not ask it.
+    const fn of(first: &[u8]) -> Self {
+        match first {
+            [0x1f, 0x8b, ..] => Self::Gzip,
+            // What comes first may be a frame to be skipped.
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
+            _ => Self::Plain,
         }
     }
+}
 
-    fn open(self, file: File) -> io::Result<Box<dyn Read>> {
-        let file = BufReader::with_capacity(128 * 1024, file);
-        Ok(match self {
-            Self::Plain => Box::new(file),
-            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
-            Self::Zstd => {
-                let mut decoder = zstd::Decoder::with_buffer(file)?;
-                // 128 MiB of window: what `zstd --ultra --long=27` may ask for.
-                decoder.window_log_max(27)?;
-                Box::new(decoder)
-            }
-        })
-    }
+/// A layer's unpacked bytes.
+fn unpacked(file: File) -> io::Result<Box<dyn Read>> {
+    let mut file = BufReader::with_capacity(128 * 1024, file);
+    Ok(match Packing::of(file.fill_buf()?) {
+        Packing::Plain => Box::new(file),
+        Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
+        Packing::Zstd => {
+            let mut decoder = zstd::Decoder::with_buffer(file)?;
+            // 128 MiB of window: what `zstd --ultra --long=27` may ask for.
+            decoder.window_log_max(27)?;
+            Box::new(decoder)
+        }
+    })
 }
 
 /// The folder that layers are applied to, and what is left of the limits.
@@ -112,9 +125,9 @@ impl Unpacker {
     }
 
     /// Applies one layer, whose unpacked bytes must have the digest `diff_id`.
-    pub(super) fn apply(&mut self, blob: &Path, packing: Packing, diff_id: &str) -> Result<(), Failure> {
+    pub(super) fn apply(&mut self, blob: &Path, diff_id: &str) -> Result<(), Failure> {
         let disk = |error| Failure::Disk("read layer", blob.into(), error);
-        let reader = packing.open(File::open(blob).map_err(disk)?).map_err(disk)?;
+        let reader = File::open(blob).and_then(unpacked).map_err(disk)?;
         // The archive's own overhead is at most a few blocks an entry.
         let room =
             self.left.bytes.saturating_add(self.left.entries.saturating_mul(4096)).saturating_add(1 << 20);

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
 use super::chain::ChainId;
-use super::layer::{Failure, Packing, Unpacker};
+use super::layer::{Failure, Unpacker, is_layer};
 use super::registry::{self, Credentials};
 use super::store::{Record, file};
 use super::{Error, ImageStore, erofs, reference};
@@ -32,6 +32,9 @@ const MAX_DOCUMENT: usize = 4 << 20;
 const MAX_ANNOTATIONS: usize = 64 << 10;
 /// As many layers as other runtimes take.
 const MAX_LAYERS: usize = 127;
+/// Most entries of an index, which do not say what they are for, that are
+/// looked into.
+const MAX_SILENT: usize = 16;
 /// How often a blob is asked for before the pull is given up.
 const TRIES: u32 = 3;
 
@@ -114,7 +117,14 @@ impl ImageStore {
 
 impl Pull<'_> {
     async fn run(&self) -> Result<String, Error> {
-        let (manifest, digest) = self.manifest().await?;
+        let workspace = self.store.pulls().join(format!(
+            "{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
+        std::fs::create_dir_all(&workspace).map_err(file("make folder", &workspace))?;
+        let workspace = Arc::new(Workspace(workspace));
+        let (manifest, digest) = self.manifest(&workspace.0).await?;
         let id = manifest.config().digest().to_string();
         let mut tags = BTreeSet::new();
         if self.reference.digest().is_none() {
@@ -129,13 +139,6 @@ impl Pull<'_> {
             }
         }
 
-        let workspace = self.store.pulls().join(format!(
-            "{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        ));
-        std::fs::create_dir_all(&workspace).map_err(file("make folder", &workspace))?;
-        let workspace = Arc::new(Workspace(workspace));
         let (config_text, config) = self.config(&manifest, &workspace.0).await?;
         let diff_ids = config.rootfs().diff_ids().clone();
         let layers = self.layers(&manifest, &diff_ids)?;
@@ -143,8 +146,8 @@ impl Pull<'_> {
         let record =
             Record { id: id.clone(), tags, digests, chain_id, size: 0, config: config_text, annotations };
         if !self.store.adopt(record.clone())? {
-            self.fetch(&layers, &workspace.0).await?;
-            self.unpack(layers, diff_ids, &workspace).await?;
+            self.fetch(layers, &workspace.0).await?;
+            self.unpack(diff_ids, &workspace).await?;
             let packed = workspace.0.join("rootfs.erofs");
             erofs::pack(&workspace.0.join("files"), &packed).await?;
             // On disk before it has the name that says that it is whole.
@@ -180,27 +183,47 @@ impl Pull<'_> {
     }
 
     /// The manifest for this machine, and the digest that the reference leads to.
-    async fn manifest(&self) -> Result<(ImageManifest, String), Error> {
+    async fn manifest(&self, workspace: &Path) -> Result<(ImageManifest, String), Error> {
         let (bytes, digest) = self.document(self.reference.digest()).await?;
-        let bytes = match serde_json::from_slice::<ImageIndex>(&bytes) {
-            Ok(index) => {
-                let entry = index
-                    .manifests()
-                    .iter()
-                    .find(|entry| is_ours(entry))
-                    .ok_or_else(|| self.refused("the image is not there for linux/amd64".into()))?;
-                self.document(Some(entry.digest().as_ref())).await?.0
-            }
-            Err(_) => bytes,
+        let manifest = match serde_json::from_slice::<ImageIndex>(&bytes) {
+            Ok(index) => self.choose(&index, workspace).await?,
+            Err(_) => self.parse(&bytes)?,
         };
-        let manifest = serde_json::from_slice::<ImageManifest>(&bytes)
-            .map_err(|error| self.refused(format!("the manifest does not read: {error}")))?;
-        if manifest.layers().len() > MAX_LAYERS {
-            return Err(
-                self.refused(format!("{} layers are more than {MAX_LAYERS}", manifest.layers().len()))
-            );
-        }
         Ok((manifest, digest))
+    }
+
+    /// What an index has for this machine. An entry that does not say what it is
+    /// for is taken if its configuration does not speak of another machine.
+    async fn choose(&self, index: &ImageIndex, workspace: &Path) -> Result<ImageManifest, Error> {
+        if let Some(entry) = index.manifests().iter().find(|entry| is_ours(entry)) {
+            return self.entry(entry).await;
+        }
+        let silent = index.manifests().iter().filter(|entry| entry.platform().is_none());
+        for entry in silent.take(MAX_SILENT) {
+            let manifest = self.entry(entry).await?;
+            let (_, config) = self.config(&manifest, workspace).await?;
+            if [(config.os().to_string(), "linux"), (config.architecture().to_string(), "amd64")]
+                .iter()
+                .all(|(said, ours)| said.is_empty() || said == ours)
+            {
+                return Ok(manifest);
+            }
+        }
+        Err(self.refused("the image is not there for linux/amd64".into()))
+    }
+
+    async fn entry(&self, entry: &Descriptor) -> Result<ImageManifest, Error> {
+        self.parse(&self.document(Some(entry.digest().as_ref())).await?.0)
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Result<ImageManifest, Error> {
+        let manifest = serde_json::from_slice::<ImageManifest>(bytes)
+            .map_err(|error| self.refused(format!("the manifest does not read: {error}")))?;
+        let count = manifest.layers().len();
+        if count > MAX_LAYERS {
+            return Err(self.refused(format!("{count} layers are more than {MAX_LAYERS}")));
+        }
+        Ok(manifest)
     }
 
     /// The bytes of the manifest with that digest, or of the one that the tag
@@ -253,12 +276,12 @@ impl Pull<'_> {
         Ok((text, config))
     }
 
-    /// Each layer with how it is packed.
-    fn layers(
+    /// The layers, as many and of such types as can be.
+    fn layers<'a>(
         &self,
-        manifest: &ImageManifest,
+        manifest: &'a ImageManifest,
         diff_ids: &[String],
-    ) -> Result<Vec<(Descriptor, Packing)>, Error> {
+    ) -> Result<&'a [Descriptor], Error> {
         if diff_ids.len() != manifest.layers().len() {
             return Err(self.refused(format!(
                 "{} layers, and the configuration speaks of {}",
@@ -266,19 +289,17 @@ impl Pull<'_> {
                 diff_ids.len()
             )));
         }
-        let packing = |layer: &Descriptor| {
-            let media_type = layer.media_type().to_string();
-            Packing::of(&media_type)
-                .map(|packing| (layer.clone(), packing))
-                .ok_or_else(|| self.refused(format!("a layer is of unknown type `{media_type}`")))
-        };
-        manifest.layers().iter().map(packing).collect()
+        let mut types = manifest.layers().iter().map(|layer| layer.media_type().to_string());
+        match types.find(|media_type| !is_layer(media_type)) {
+            Some(unknown) => Err(self.refused(format!("a layer is of unknown type `{unknown}`"))),
+            None => Ok(manifest.layers()),
+        }
     }
 
-    async fn fetch(&self, layers: &[(Descriptor, Packing)], workspace: &Path) -> Result<(), Error> {
+    async fn fetch(&self, layers: &[Descriptor], workspace: &Path) -> Result<(), Error> {
         let count = layers.len();
         let mut fetches = Vec::with_capacity(count);
-        for (number, (layer, _)) in layers.iter().enumerate() {
+        for (number, layer) in layers.iter().enumerate() {
             let stage = format!("fetch layer {} of {count}", number + 1);
             fetches.push(async move { self.blob(stage, layer, &layer_path(workspace, number)).await });
         }
@@ -343,12 +364,7 @@ impl Pull<'_> {
 
     /// A pull that is given up lets the thread go, which stops at its next read
     /// and has the folder for itself until then.
-    async fn unpack(
-        &self,
-        layers: Vec<(Descriptor, Packing)>,
-        diff_ids: Vec<String>,
-        workspace: &Arc<Workspace>,
-    ) -> Result<(), Error> {
+    async fn unpack(&self, diff_ids: Vec<String>, workspace: &Arc<Workspace>) -> Result<(), Error> {
         let workspace = workspace.clone();
         let limits = self.store.config.limits.clone();
         let cancel = Cancel::default();
@@ -359,9 +375,9 @@ impl Pull<'_> {
             std::fs::create_dir(&folder)
                 .map_err(|error| Failure::Disk("make folder", folder.clone(), error))?;
             let mut unpacker = Unpacker::new(&folder, &limits, cancelled)?;
-            for (number, ((_, packing), diff_id)) in layers.into_iter().zip(diff_ids).enumerate() {
+            for (number, diff_id) in diff_ids.iter().enumerate() {
                 let blob = layer_path(workspace, number);
-                unpacker.apply(&blob, packing, &diff_id)?;
+                unpacker.apply(&blob, diff_id)?;
                 let _ = std::fs::remove_file(&blob);
             }
             Ok(())
@@ -409,10 +425,13 @@ fn layer_path(workspace: &Path, number: usize) -> PathBuf {
     workspace.join(format!("layer-{number}"))
 }
 
-/// Whether a manifest of an index is for this machine.
+/// Whether an index says that an entry is for this machine. Of the variants
+/// only the first runs on every such machine.
 fn is_ours(entry: &Descriptor) -> bool {
     entry.platform().as_ref().is_some_and(|platform| {
-        platform.os().to_string() == "linux" && platform.architecture().to_string() == "amd64"
+        platform.os().to_string() == "linux"
+            && platform.architecture().to_string() == "amd64"
+            && matches!(platform.variant().as_deref(), None | Some("" | "v1"))
     })
 }
 

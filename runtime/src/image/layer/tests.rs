@@ -76,12 +76,15 @@ impl Image {
                 out.write_all(bytes).unwrap();
                 out.finish().unwrap()
             }
-            Packing::Zstd => zstd::encode_all(bytes, 1).unwrap(),
+            // After a frame that is to be skipped, as some tools write.
+            Packing::Zstd => {
+                [&b"\x50\x2a\x4d\x18\x02\0\0\0xx"[..], &zstd::encode_all(bytes, 1).unwrap()].concat()
+            }
         };
         let blob = self.folder.path().join("blob");
         std::fs::write(&blob, plain).unwrap();
         let diff_id = format!("sha256:{}", hex(&Sha256::digest(bytes)));
-        self.unpacker.apply(&blob, packing, &diff_id).map_err(|failure| match failure {
+        self.unpacker.apply(&blob, &diff_id).map_err(|failure| match failure {
             Failure::Refused(why) => why,
             Failure::Disk(stage, path, error) => panic!("{stage} {}: {error}", path.display()),
         })
@@ -357,12 +360,14 @@ fn a_wrong_diff_id_and_a_truncated_archive_are_refused() {
     let bytes = Archive::new().file("x", "text").bytes();
     let blob = image.folder.path().join("blob");
     std::fs::write(&blob, &bytes).unwrap();
-    let wrong = image.unpacker.apply(&blob, Packing::Plain, "sha256:00");
+    let wrong = image.unpacker.apply(&blob, "sha256:00");
     assert!(matches!(wrong, Err(Failure::Refused(why)) if why.contains("digest")));
     std::fs::write(&blob, &bytes[..514]).unwrap();
-    assert!(matches!(image.unpacker.apply(&blob, Packing::Plain, "sha256:00"), Err(Failure::Refused(_))));
-    std::fs::write(&blob, b"not gzip").unwrap();
-    assert!(matches!(image.unpacker.apply(&blob, Packing::Gzip, "sha256:00"), Err(Failure::Refused(_))));
+    assert!(matches!(image.unpacker.apply(&blob, "sha256:00"), Err(Failure::Refused(_))));
+    for text in [&b"no archive"[..], b"\x1f\x8bnot gzip", b"\x28\xb5\x2f\xfdnot zstd"] {
+        std::fs::write(&blob, text).unwrap();
+        assert!(matches!(image.unpacker.apply(&blob, "sha256:00"), Err(Failure::Refused(_))), "{text:?}");
+    }
 }
 
 proptest! {

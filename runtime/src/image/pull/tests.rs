@@ -47,6 +47,24 @@ fn layer(name: &str, text: &str) -> (Vec<u8>, String) {
     (gzip.finish().unwrap(), digest(&tar))
 }
 
+/// What an image says of itself.
+fn config(architecture: &str) -> serde_json::Value {
+    let (_, diff_id) = layer("etc/motd", "hello");
+    json!({
+        "architecture": architecture, "os": "linux", "config": {"Cmd": ["/hello"]},
+        "rootfs": {"type": "layers", "diff_ids": [diff_id]},
+    })
+}
+
+/// What an index says of an image.
+fn platform(architecture: &str, variant: Option<&str>) -> serde_json::Value {
+    let mut platform = json!({"os": "linux", "architecture": architecture});
+    if let Some(variant) = variant {
+        platform["variant"] = variant.into();
+    }
+    platform
+}
+
 impl Behaviour {
     fn put(&mut self, path: &str, kind: &str, body: &[u8]) {
         self.answers.insert(path.to_owned(), (kind.to_owned(), body.to_vec()));
@@ -58,37 +76,46 @@ impl Behaviour {
         digest
     }
 
-    /// An honest registry with `app:1` for two platforms.
-    fn honest() -> Self {
-        let mut registry = Self::default();
-        let (blob, diff_id) = layer("etc/motd", "hello");
-        let config = json!({
-            "architecture": "amd64", "os": "linux", "config": {"Cmd": ["/hello"]},
-            "rootfs": {"type": "layers", "diff_ids": [diff_id]},
-        })
-        .to_string();
-        let config_digest = registry.blob(config.as_bytes());
-        let layer_digest = registry.blob(&blob);
+    /// An image with one layer of this type; answers the digest of its manifest.
+    fn image(&mut self, config: &serde_json::Value, layer_type: &str) -> String {
+        let (blob, _) = layer("etc/motd", "hello");
+        let config = config.to_string();
+        let config_digest = self.blob(config.as_bytes());
+        let layer_digest = self.blob(&blob);
         let manifest = json!({
             "schemaVersion": 2, "mediaType": MANIFEST,
             "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config_digest, "size": config.len()},
-            "layers": [{"mediaType": LAYER, "digest": layer_digest, "size": blob.len()}],
+            "layers": [{"mediaType": layer_type, "digest": layer_digest, "size": blob.len()}],
             "annotations": {"version": "1"},
         })
         .to_string();
-        let entry = |architecture: &str, digest: String| {
-            json!({"mediaType": MANIFEST, "digest": digest, "size": manifest.len(),
-                   "platform": {"os": "linux", "architecture": architecture}})
+        let digest = digest(manifest.as_bytes());
+        for name in [digest.as_str(), "plain"] {
+            self.put(&format!("/v2/app/manifests/{name}"), MANIFEST, manifest.as_bytes());
+        }
+        digest
+    }
+
+    /// `app:1` for several platforms: each with the digest of its manifest.
+    fn index(&mut self, manifests: &[(serde_json::Value, &str)]) {
+        let entry = |(platform, digest): &(serde_json::Value, &str)| {
+            let mut entry = json!({"mediaType": MANIFEST, "digest": digest, "size": 1});
+            if !platform.is_null() {
+                entry["platform"] = platform.clone();
+            }
+            entry
         };
-        let ours = digest(manifest.as_bytes());
-        let index = json!({
-            "schemaVersion": 2, "mediaType": INDEX,
-            "manifests": [entry("arm64", digest(b"other")), entry("amd64", ours.clone())],
-        })
-        .to_string();
-        registry.put(&format!("/v2/app/manifests/{ours}"), MANIFEST, manifest.as_bytes());
-        registry.put("/v2/app/manifests/1", INDEX, index.as_bytes());
-        registry.put("/v2/app/manifests/plain", MANIFEST, manifest.as_bytes());
+        let manifests: Vec<_> = manifests.iter().map(entry).collect();
+        let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests}).to_string();
+        self.put("/v2/app/manifests/1", INDEX, index.as_bytes());
+    }
+
+    /// An honest registry with `app:1` for two platforms.
+    fn honest() -> Self {
+        let mut registry = Self::default();
+        let ours = registry.image(&config("amd64"), LAYER);
+        let (other, ours) = (digest(b"other"), ours.as_str());
+        registry.index(&[(platform("arm64", None), &other), (platform("amd64", None), ours)]);
         registry.put("/v2/", "text/plain", b"");
         registry
     }
@@ -282,15 +309,11 @@ async fn a_pull_that_is_given_up_while_it_unpacks_stops_and_leaves_nothing() {
             pipe.write_all(&[0; 4096]).is_err()
         })
     });
-    let layer = serde_json::from_value(json!({
-        "mediaType": LAYER, "digest": digest(b""), "size": 1,
-    }));
-    let layers = vec![(layer.unwrap(), Packing::Plain)];
     let reference = reference::parse("x:1").unwrap();
     let pull = Pull { store: &node.store, sources: Vec::new(), reference, name: "x:1".into() };
     let workspace = Arc::new(Workspace(path.clone()));
     let given_up =
-        tokio::time::timeout(Duration::from_millis(300), pull.unpack(layers, vec![digest(b"")], &workspace));
+        tokio::time::timeout(Duration::from_millis(300), pull.unpack(vec![digest(b"")], &workspace));
     assert!(given_up.await.is_err());
     drop(workspace);
     assert!(tokio::task::spawn_blocking(|| writer.join().unwrap()).await.unwrap(), "the thread goes on");
@@ -319,6 +342,88 @@ async fn lies_are_refused_and_leave_nothing() {
         let error = node.pull("app:1").await.unwrap_err();
         assert!(matches!(&error, Error::Refused { .. } | Error::Registry { .. }), "{what}: {error}");
         node.assert_nothing_left().await;
+    }
+}
+
+#[tokio::test]
+async fn an_image_does_not_choose_a_file_of_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("disk.erofs");
+    std::fs::write(&file, "of the host").unwrap();
+    let absolute = folder.path().join("disk").to_str().unwrap().to_owned();
+    for diff_id in [absolute.clone(), format!("sha256:{absolute}"), "../../stray".into(), "./stray".into()] {
+        let mut registry = Behaviour::default();
+        let mut config = config("amd64");
+        config["rootfs"]["diff_ids"] = json!([diff_id]);
+        registry.image(&config, LAYER);
+        let node = Node::with(registry).await;
+        let images = node.root.path().join("images");
+        for stray in [node.root.path().join("stray.erofs"), images.join("rootfs/stray.erofs")] {
+            std::fs::write(stray, "of the host").unwrap();
+        }
+        let error = node.pull("app:plain").await.unwrap_err();
+        assert!(matches!(&error, Error::Refused { .. }), "{error}");
+        assert!(error.to_string().contains("the image's configuration: diff id"), "{error}");
+        assert!(node.store.list().unwrap().is_empty());
+        node.store.remove(&format!("{}/app:plain", node.registry)).unwrap();
+        assert!(file.exists() && node.root.path().join("stray.erofs").exists());
+    }
+}
+
+#[tokio::test]
+async fn a_layer_is_unpacked_as_its_bytes_say() {
+    let types =
+        ["oci.image.layer.v1.tar", "oci.image.layer.v1.tar+zstd", "docker.image.rootfs.foreign.diff.tar"];
+    for kind in types {
+        let mut registry = Behaviour::default();
+        registry.image(&config("amd64"), &format!("application/vnd.{kind}"));
+        Node::with(registry).await.pull("app:plain").await.unwrap();
+    }
+    let mut registry = Behaviour::default();
+    registry.image(&config("amd64"), "application/octet-stream");
+    let error = Node::with(registry).await.pull("app:plain").await.unwrap_err();
+    assert!(error.to_string().contains("unknown type `application/octet-stream`"), "{error}");
+}
+
+#[tokio::test]
+async fn an_index_leads_to_the_image_that_this_machine_can_run() {
+    let mut images = Behaviour::default();
+    let mut image = |architecture: &str, name: &str| {
+        let mut config = config(architecture);
+        config["config"]["Cmd"] = json!([name]);
+        images.image(&config, LAYER)
+    };
+    let (plain, newer, arm, silent) =
+        (image("amd64", "plain"), image("amd64", "newer"), image("arm64", "arm"), image("", "silent"));
+    let amd64 = |variant| platform("amd64", variant);
+    let nowhere = || json!({"os": "unknown", "architecture": "unknown"});
+    let none = serde_json::Value::Null;
+    for (index, want) in [
+        (vec![(amd64(Some("v3")), &newer), (amd64(None), &plain)], Some("plain")),
+        (vec![(amd64(Some("v2")), &newer), (amd64(Some("v1")), &plain)], Some("plain")),
+        (vec![(amd64(Some("v3")), &newer), (nowhere(), &arm)], None),
+        (vec![(none.clone(), &newer), (amd64(Some("")), &plain)], Some("plain")),
+        (vec![(none.clone(), &arm), (nowhere(), &newer), (none.clone(), &plain)], Some("plain")),
+        (vec![(none.clone(), &silent)], Some("silent")),
+        (vec![(none, &arm)], None),
+    ] {
+        let mut registry = images.clone();
+        let entries: Vec<_> =
+            index.iter().map(|(platform, digest)| (platform.clone(), digest.as_str())).collect();
+        registry.index(&entries);
+        let node = Node::with(registry).await;
+        match (node.pull("app:1").await, want) {
+            (Ok(id), Some(name)) => {
+                let image = node.store.resolve(&id).unwrap().unwrap();
+                let command = image.config.config().as_ref().and_then(|config| config.cmd().clone());
+                assert_eq!(command.unwrap(), [name], "{index:?}");
+            }
+            (Err(error), None) => {
+                assert!(error.to_string().contains("not there for linux/amd64"), "{error}");
+                node.assert_nothing_left().await;
+            }
+            (pulled, _) => panic!("{index:?}: {pulled:?}"),
+        }
     }
 }
 
