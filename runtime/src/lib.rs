@@ -13,6 +13,7 @@ pub mod container;
 pub mod cpu_rate;
 pub mod cri;
 pub mod events;
+pub mod folder;
 pub mod heap;
 pub mod host;
 pub mod id;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::events::Events;
+use crate::folder::{self, PASSAGE, PRIVATE};
 use crate::image::{ImageConfig, ImageStore};
 use crate::network::{Network, NetworkConfig};
 use crate::sandbox::registry::Registry;
@@ -43,13 +44,19 @@ impl Node {
         use anyhow::Context;
         let network_dir = config.state_dir.join("network");
         let scratch_dir = config.state_dir.join("scratch");
-        for folder in [
-            &config.state_dir.join("sandboxes"),
-            &config.run_dir.join("sandboxes"),
-            &network_dir,
-            &scratch_dir,
+        // What pods are told in secret is in records, on disks and in machines'
+        // memory. Through the run directory, the users of host pods with user
+        // namespaces reach their own files.
+        for (folder, mode) in [
+            (&config.state_dir, PASSAGE),
+            (&config.state_dir.join("sandboxes"), PRIVATE),
+            (&config.state_dir.join("templates"), PRIVATE),
+            (&network_dir, PRIVATE),
+            (&scratch_dir, PRIVATE),
+            (&config.run_dir, PASSAGE),
+            (&config.run_dir.join("sandboxes"), PASSAGE),
         ] {
-            std::fs::create_dir_all(folder).with_context(|| format!("make folder {}", folder.display()))?;
+            folder::make(folder, mode).with_context(|| format!("make folder {}", folder.display()))?;
         }
         let images = ImageStore::open(
             &config.state_dir,
@@ -91,5 +98,37 @@ impl Node {
     #[must_use]
     pub fn sandboxes_dir(&self) -> std::path::PathBuf {
         self.config.state_dir.join("sandboxes")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::os::unix::fs::PermissionsExt;
+
+    use crate::sandbox::tests::{node, running};
+
+    #[tokio::test]
+    async fn other_users_of_the_node_read_nothing_of_pods() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let mode = |path: &str| std::fs::metadata(root.join(path)).unwrap().permissions().mode() & 0o7777;
+        // As an earlier huskd, or an administrator, may have left them.
+        for path in ["state/images/pulls", "state/sandboxes", "run/sandboxes"] {
+            std::fs::create_dir_all(root.join(path)).unwrap();
+            std::fs::set_permissions(root.join(path), PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        let node = node(root);
+        running(&node.sandboxes_dir(), "pod", node.events.clone());
+        for path in ["state", "run", "run/sandboxes"] {
+            assert_eq!(mode(path), 0o711, "{path}");
+        }
+        for path in ["images", "network", "sandboxes", "scratch", "templates"] {
+            assert_eq!(mode(&format!("state/{path}")), 0o700, "{path}");
+        }
+        for path in ["sandbox.json", "containers/c-of-pod.json"] {
+            assert_eq!(mode(&format!("state/sandboxes/pod/{path}")), 0o600, "{path}");
+        }
     }
 }

@@ -12,6 +12,7 @@ use super::chain::ChainId;
 use super::pull::Flights;
 use super::reference::{self, Name};
 use super::{Error, Image, ImageConfig};
+use crate::folder;
 use crate::host::remove_tree;
 use crate::sandbox::lock;
 
@@ -63,6 +64,8 @@ impl ImageStore {
     /// The disk's, or a database that another process has open.
     pub fn open(root: &Path, config: ImageConfig) -> Result<Self, Error> {
         let directory = root.join("images");
+        // Programs of images are in it, with the owners and modes that images say.
+        folder::make(&directory, folder::PRIVATE).map_err(file("make folder", &directory))?;
         for folder in ["rootfs", "pulls"].map(|name| directory.join(name)) {
             std::fs::create_dir_all(&folder).map_err(file("make folder", &folder))?;
         }

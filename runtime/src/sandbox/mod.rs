@@ -4,6 +4,8 @@
 //! A record is written before the step that it is needed to undo, so a daemon
 //! that starts after a crash finds everything that may exist.
 
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -242,11 +244,14 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> std::io::Result
     serde_json::from_slice(&std::fs::read(path)?).map_err(std::io::Error::from)
 }
 
-/// Replaces a record as a whole: a reader sees the old one or the new one.
+/// Replaces a record as a whole: a reader sees the old one or the new one. It
+/// may say what is told to a pod in secret, so it is for root alone.
 pub fn write_json<T: Serialize>(path: &Path, record: &T) -> std::io::Result<()> {
     let new = path.with_extension("new");
     let text = serde_json::to_vec_pretty(record)?;
-    let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, path));
+    let mut options = std::fs::File::options();
+    let file = options.write(true).create(true).truncate(true).mode(0o600).open(&new);
+    let written = file.and_then(|mut file| file.write_all(&text)).and_then(|()| std::fs::rename(&new, path));
     if written.is_err() {
         // Half a record helps nobody, and takes room that a full disk has not.
         let _ = std::fs::remove_file(&new);

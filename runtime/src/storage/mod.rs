@@ -10,7 +10,7 @@ pub mod volumes;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -111,7 +111,7 @@ impl Scratch {
 /// Copies what the file holds, and leaves its holes holes.
 fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
-    let target = File::options().write(true).create(true).truncate(true).open(to)?;
+    let target = File::options().write(true).create(true).truncate(true).mode(0o600).open(to)?;
     let length = source.metadata()?.len();
     target.set_len(length)?;
     let mut buffer = vec![0u8; 64 * 1024];

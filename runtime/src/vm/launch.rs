@@ -19,6 +19,7 @@ use super::template::Template;
 use super::{Control, Error, Keeper, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
 use crate::agent::Agent;
 use crate::config::Handler;
+use crate::folder;
 use crate::id::SandboxId;
 
 /// Serial number of the disk with the containers' writable layers.
@@ -103,7 +104,8 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
         let path = path.to_owned();
         move |cause: io::Error| Error::File { stage, path, cause }
     };
-    std::fs::create_dir_all(&plan.run_dir).map_err(file("make folder for sockets", &plan.run_dir))?;
+    // The VMM has no use for paths: all that is in it is passed on open.
+    folder::make(&plan.run_dir, folder::PRIVATE).map_err(file("make folder for sockets", &plan.run_dir))?;
     let control_path = control_path(&plan.run_dir);
     let vsock_path = vsock_path(&plan.run_dir);
     let exit_path = exit_path(&plan.run_dir);

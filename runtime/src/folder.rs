@@ -1,0 +1,43 @@
+//! Folders of huskd's own, and what the node's other users may do in them.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+
+/// For root alone.
+pub const PRIVATE: u32 = 0o700;
+
+/// Others find their way through it to what is theirs, by name.
+pub const PASSAGE: u32 = 0o711;
+
+/// Makes a folder with this mode; one that is there already gets it.
+///
+/// # Errors
+/// The file system's.
+pub fn make(path: &Path, mode: u32) -> io::Result<()> {
+    // From the first moment, and then whatever the umask takes away.
+    DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_folder_has_its_mode_whether_or_not_it_was_there() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("outer/inner");
+        let mode = || fs::metadata(&folder).unwrap().permissions().mode() & 0o7777;
+        for wanted in [PASSAGE, PRIVATE, PASSAGE] {
+            make(&folder, wanted).unwrap();
+            assert_eq!(mode(), wanted);
+        }
+        fs::set_permissions(&folder, Permissions::from_mode(0o1777)).unwrap();
+        make(&folder, PRIVATE).unwrap();
+        assert_eq!(mode(), PRIVATE);
+    }
+}
