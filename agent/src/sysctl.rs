@@ -47,6 +47,17 @@ const IPC: &[&str] = &[
     "kernel.shm_rmid_forced",
 ];
 
+/// What lets every user of a pod bind low ports and send pings, as containers
+/// have come to expect: the network is theirs alone, whoever owns it.
+const OPEN_TO_USERS: &[(&str, &str)] =
+    &[("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+
+/// Parameters that a pod with a network of its own has unless its client wants
+/// others; none for one in the host's network.
+pub fn open_to_users(host: Option<&Host>) -> &'static [(&'static str, &'static str)] {
+    if host.is_none_or(|host| host.netns.is_some()) { OPEN_TO_USERS } else { &[] }
+}
+
 /// On the host, a pod has those parameters alone that its own namespaces have.
 pub fn check(name: &str, host: Option<&Host>) -> Result<(), Error> {
     let Some(host) = host else { return Ok(()) };
@@ -184,6 +195,18 @@ mod tests {
         for name in ["kernel.panic", "vm.swappiness", "fs.file-max", "kernel.core_pattern"] {
             assert!(matches!(check(name, Some(&own)), Err(Error::NotOfThePod(_))), "{name}");
         }
+    }
+
+    #[test]
+    fn a_network_of_the_pods_own_is_open_to_its_users() {
+        let own = Host { netns: Some("/run/netns/p".into()), ..Host::default() };
+        for host in [None, Some(&own)] {
+            for (name, _) in open_to_users(host) {
+                assert!(check(name, host).is_ok(), "{name}");
+            }
+            assert_eq!(open_to_users(host).len(), 2);
+        }
+        assert!(open_to_users(Some(&Host::default())).is_empty(), "the host's own");
     }
 
     #[test]

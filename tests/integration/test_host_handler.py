@@ -1,5 +1,7 @@
 """Pods of the handler `runc`: plain host containers, as a client sees them, and what is left of them."""
 
+import pathlib
+
 from pods import (
     MAPPED, USER_NAMESPACE, MappedVolumes, PodTest, can_connect, leftovers, machines, named, os, signal, subprocess, time,
     wait_until,
@@ -127,7 +129,10 @@ class Life(HostTest):
 
 class TheHostsOwn(HostTest):
     def test_a_pod_in_the_hosts_network_has_its_interfaces_and_name(self):
+        lowest = pathlib.Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        before = lowest.read_text()
         pod, sandbox = self.pod("hostnet", hostname="", linux=namespaces(network=NODE))
+        self.assertEqual(lowest.read_text(), before)
         container = self.container(pod, sandbox, linux=namespaces(network=NODE))
         crictl = self.node.crictl
         self.assertEqual(set(crictl("exec", "-s", container, "ls", "/sys/class/net").split()), set(os.listdir("/sys/class/net")))
@@ -415,6 +420,7 @@ class Refused(HostTest):
         container = self.container(pod, sandbox)
         read = lambda name: self.node.crictl("exec", "-s", container, "cat", f"/proc/sys/{name}")
         self.assertEqual((read("net/ipv4/ip_unprivileged_port_start"), read("kernel/shmmax")), ("81", "123456"))
+        self.assertEqual(read("net/ipv4/ping_group_range").split(), ["0", "2147483647"])
         with open("/proc/sys/kernel/shmmax") as value:
             self.assertNotEqual(value.read().strip(), "123456")
 

@@ -30,6 +30,9 @@ class Security(PodTest):
         user = self.status(container)["user"]["linux"]
         self.assertEqual((user["uid"], user["gid"]), ("1001", "1002"))
         self.assertEqual(sorted(map(int, user["supplementalGroups"])), [7, 1002, 5000])
+        # Low ports and pings are everybody's: the network is the pod's own.
+        self.assertEqual(self.does(container, "sh", "-c", "nc -l -p 80 -e echo hi & sleep 1; nc 127.0.0.1 80"), "hi")
+        self.assertEqual(self.does(container, "cat", "/proc/sys/net/ipv4/ping_group_range").split(), ["0", "2147483647"])
         named = self.secured(pod, sandbox, "name", run_as_username="nobody")
         self.assertEqual(self.does(named, "id", "-un"), "nobody")
         said = self.refused(pod, sandbox, linux={"security_context": {"run_as_group": {"value": 7}}})

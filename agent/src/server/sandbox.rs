@@ -1,6 +1,5 @@
 //! The machine becomes a pod, and ends.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -94,6 +93,10 @@ pub async fn create(
     for name in request.sysctls.keys() {
         sysctl::check(name, mode::host()).invalid("sysctls")?;
     }
+    // First, so that what the client asks for is what holds.
+    for (name, value) in sysctl::open_to_users(mode::host()) {
+        sysctl::set(name, value).stage("open the network to the pod's users")?;
+    }
     for (name, value) in &others {
         sysctl::set(name, value).invalid("sysctls")?;
     }
@@ -104,7 +107,7 @@ pub async fn create(
             mounts::make_mount_point(&sys).stage("mount sysfs")?;
             mounts::mount("sysfs", &sys, "sysfs", private, "").stage("mount sysfs")?;
         }
-        map_users(&agent, wanted, &request.sysctls).await?;
+        map_users(&agent, wanted).await?;
         if let Some((root, _)) = userns::owner(wanted).filter(|_| !of_ipc.is_empty()) {
             sysctl::set_in(&mode::at(paths::IPC_NAMESPACE), root, of_ipc).invalid("sysctls")?;
         }
@@ -174,25 +177,13 @@ fn write_hooks(hooks: &[GuestFile]) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the pod a user namespace, and lets its users do what they could with
-/// a network of their own: the machine's belongs to the machine's root.
-async fn map_users(
-    agent: &Agent,
-    wanted: &UserNamespace,
-    sysctls: &HashMap<String, String>,
-) -> Result<(), Error> {
+/// Gives the pod a user namespace.
+async fn map_users(agent: &Agent, wanted: &UserNamespace) -> Result<(), Error> {
     let mut made = agent.pid_namespace.lock().await;
     userns::create(&agent.reaper, wanted).stage("create the user namespace")?;
     *made = true;
     if let Some(root) = userns::owner(wanted) {
         let _ = agent.mapped_root.set(root);
-    }
-    for (name, value) in
-        [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")]
-    {
-        if !sysctls.contains_key(name) {
-            sysctl::set(name, value).stage("open the network to the pod's users")?;
-        }
     }
     Ok(())
 }
