@@ -166,7 +166,8 @@ fn cwd(input: &Input<'_>) -> String {
     }
 }
 
-fn capabilities(security: &cri::LinuxContainerSecurityContext) -> Result<Capabilities, Error> {
+/// Those that a container may have.
+pub(super) fn capabilities(security: &cri::LinuxContainerSecurityContext) -> Result<Capabilities, Error> {
     if security.privileged {
         return Ok(all_capabilities().collect());
     }

@@ -7,11 +7,11 @@ use std::path::Path;
 
 use husk_proto::cri::{self, security_profile::ProfileType};
 use oci_spec::runtime::{
-    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompBuilder,
-    LinuxSeccompOperator, LinuxSyscall, LinuxSyscallBuilder,
+    Arch, Capabilities, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg,
+    LinuxSeccompArgBuilder, LinuxSeccompBuilder, LinuxSeccompOperator, LinuxSyscall, LinuxSyscallBuilder,
 };
 
-use super::Error;
+use super::{Error, process};
 use crate::text_file;
 
 mod calls;
@@ -37,7 +37,7 @@ pub(super) fn build(security: &cri::LinuxContainerSecurityContext) -> Result<Opt
     match asked(security)? {
         Asked::Unconfined => Ok(None),
         Asked::File(path) => from_file(path).map(Some),
-        Asked::Default => default_profile(security).map(Some),
+        Asked::Default => default_profile(&process::capabilities(security)?).map(Some),
     }
 }
 
@@ -96,15 +96,9 @@ fn from_file(path: &Path) -> Result<LinuxSeccomp, Error> {
     serde_json::from_value(value).map_err(|error| wrong(error.to_string()))
 }
 
-fn default_profile(security: &cri::LinuxContainerSecurityContext) -> Result<LinuxSeccomp, Error> {
-    let added =
-        security.capabilities.as_ref().map(|change| change.add_capabilities.as_slice()).unwrap_or_default();
-    let has = |capability: &str| {
-        added.iter().any(|name| {
-            let name = name.to_ascii_uppercase();
-            name == "ALL" || name.strip_prefix("CAP_").unwrap_or(&name) == capability
-        })
-    };
+/// `capabilities` are all that the container's processes can get.
+fn default_profile(capabilities: &Capabilities) -> Result<LinuxSeccomp, Error> {
+    let has = |name: &str| name.parse().is_ok_and(|one: Capability| capabilities.contains(&one));
     let mut rules = vec![allow(calls::allowed(has), None)?];
     rules.push(allow_if("socket", LinuxSeccompOperator::ScmpCmpNe, AF_VSOCK, None)?);
     for personality in PERSONALITIES {
@@ -199,15 +193,45 @@ mod tests {
         assert!(file(&" ".repeat(2 << 20)).unwrap_err().to_string().contains("larger"));
     }
 
+    fn profile_of(add: &[&str], drop: &[&str], ambient: &[&str]) -> LinuxSeccomp {
+        let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        let capabilities = cri::Capability {
+            add_capabilities: owned(add),
+            drop_capabilities: owned(drop),
+            add_ambient_capabilities: owned(ambient),
+        };
+        let default =
+            cri::SecurityProfile { profile_type: ProfileType::RuntimeDefault as i32, ..Default::default() };
+        let security = cri::LinuxContainerSecurityContext {
+            capabilities: Some(capabilities),
+            seccomp: Some(default),
+            ..Default::default()
+        };
+        build(&security).unwrap().unwrap()
+    }
+
+    #[test]
+    fn calls_come_with_the_capabilities_that_a_container_ends_up_with() {
+        let allows = |profile: &LinuxSeccomp, call: &str| {
+            profile.syscalls().iter().flatten().any(|rule| {
+                rule.action() == LinuxSeccompAction::ScmpActAllow
+                    && rule.args().is_none()
+                    && rule.names().iter().any(|name| name == call)
+            })
+        };
+        let most = profile_of(&["ALL"], &["SYS_ADMIN", "cap_bpf"], &[]);
+        for call in ["mount", "unshare", "clone3", "bpf"] {
+            assert!(!allows(&most, call), "{call}");
+        }
+        assert!(allows(&most, "reboot"));
+        let ambient = profile_of(&[], &["ALL"], &["CAP_SYS_TIME"]);
+        assert!(allows(&ambient, "settimeofday") && !allows(&ambient, "mount"));
+        assert!(allows(&profile_of(&["SYS_ADMIN"], &["ALL"], &[]), "mount"));
+    }
+
     #[test]
     fn the_default_allows_what_it_names_and_looks_at_arguments() {
-        let profile = |capability: &str| {
-            let added = vec![capability.to_owned()];
-            let capabilities = cri::Capability { add_capabilities: added, ..Default::default() };
-            let security =
-                cri::LinuxContainerSecurityContext { capabilities: Some(capabilities), ..Default::default() };
-            default_profile(&security).unwrap()
-        };
+        let profile = |capability: &str| profile_of(&[capability], &[], &[]);
         assert_eq!(profile("NET_ADMIN").default_action(), LinuxSeccompAction::ScmpActErrno);
         // What is done with a call, and how its first argument must compare.
         let rules = |capability: &str, call: &str| {

@@ -88,6 +88,13 @@ mod tests {
     }
 
     #[test]
+    fn every_capability_has_a_name_that_is_known() {
+        for name in GOVERNED.iter().flat_map(|(capabilities, _)| *capabilities) {
+            assert!(name.parse::<oci_spec::runtime::Capability>().is_ok(), "{name}");
+        }
+    }
+
+    #[test]
     fn capabilities_bring_their_calls_and_no_others() {
         let with = |names: &[&str]| -> BTreeSet<String> {
             allowed(|name| names.contains(&name)).into_iter().collect()
