@@ -1,19 +1,18 @@
-//! Limits of containers, as far as they depend on what this machine's kernel
-//! has.
+//! Limits of containers, as far as they depend on what the kernel here has.
 
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources, Spec};
 
-use crate::cgroup;
+use crate::{cgroup, mode};
 
 /// A limit that cannot be set here.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("hugepage_limits: the guest has no huge pages of {0}")]
+#[error("hugepage_limits: there are no huge pages of {0}, or no control group that counts them")]
 pub struct NoSuchPages(String);
 
-/// Leaves out limits on huge pages that the machine does not have: clients
-/// limit all sizes that the host has to nothing.
+/// Leaves out limits on huge pages that are not there: clients limit all sizes
+/// that the host has to nothing, and a machine may have fewer.
 pub fn fit_to_machine(spec: &mut Spec) -> Result<(), NoSuchPages> {
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
     let Some(resources) = resources else { return Ok(()) };
@@ -40,9 +39,14 @@ fn file(size: &str) -> String {
     format!("hugetlb.{size}.max")
 }
 
-/// Whether cgroups count pages of this size; only those below the root do.
+/// Whether the pod's cgroups count pages of this size; only those below the
+/// root do.
 fn has_pages(size: &str) -> bool {
-    !size.contains(['/', '\0']) && Path::new(cgroup::AGENT).join(file(size)).exists()
+    counts(mode::host().map_or(Path::new(cgroup::AGENT), |host| &host.cgroup), size)
+}
+
+fn counts(cgroup: &Path, size: &str) -> bool {
+    !size.contains(['/', '\0']) && cgroup.join(file(size)).exists()
 }
 
 fn existing(
@@ -79,7 +83,17 @@ mod tests {
     }
 
     #[test]
+    fn a_cgroup_says_which_pages_it_counts() {
+        let group = tempfile::tempdir().unwrap();
+        std::fs::write(group.path().join("hugetlb.2MB.max"), "max\n").unwrap();
+        assert!(counts(group.path(), "2MB") && !counts(group.path(), "1GB"));
+    }
+
+    #[test]
     fn a_size_is_not_a_path() {
-        assert!(!has_pages("../../x"));
+        let group = tempfile::tempdir().unwrap();
+        std::fs::create_dir(group.path().join("hugetlb.x")).unwrap();
+        std::fs::write(group.path().join("y.max"), "").unwrap();
+        assert!(!counts(group.path(), "x/../y"));
     }
 }

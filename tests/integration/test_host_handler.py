@@ -107,7 +107,12 @@ class Life(HostTest):
     def test_stats_and_limits_are_the_containers(self):
         limit = {"resources": {"memory_limit_in_bytes": 24 << 20}}
         pod, sandbox = self.pod()
-        busy = self.container(pod, sandbox, "busy", command=["sh", "-c", "while :; do :; done"])
+        # Of what the kernel cannot count, nothing is no limit.
+        pages = {"resources": {"hugepage_limits": [{"page_size": "2MB", "limit": 0}, {"page_size": "3MB", "limit": 0}]}}
+        busy = self.container(pod, sandbox, "busy", command=["sh", "-c", "while :; do :; done"], linux=pages)
+        counted = "hugetlb" in pathlib.Path("/sys/fs/cgroup/cgroup.controllers").read_text()
+        if counted and os.path.exists("/sys/kernel/mm/hugepages/hugepages-2048kB"):
+            self.assertEqual(self.node.crictl("exec", "-s", busy, "cat", "/sys/fs/cgroup/hugetlb.2MB.max"), "0")
         greedy = self.container(pod, sandbox, "greedy", command=["sh", "-c", "x=a; while :; do x=$x$x; done"], linux=limit)
         status = self.wait_exited(greedy)
         self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))

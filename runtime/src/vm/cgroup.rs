@@ -46,13 +46,13 @@ pub fn make(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the controllers that tell what a pod uses turned on from the root down
-/// to it, as far as the host allows: where one is missing, figures are, and
-/// the pod runs all the same.
+/// Has the controllers that tell what a pod uses, or that its containers have
+/// limits of, turned on from the root down to it, as far as the host allows:
+/// where one is missing, its figures are, and the pod runs all the same.
 fn count(path: &Path) {
     let parents: Vec<_> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(ROOT)).collect();
     for parent in parents.into_iter().rev() {
-        for controller in ["+cpu", "+memory", "+cpuset", "+io", "+pids"] {
+        for controller in ["+cpu", "+memory", "+cpuset", "+io", "+pids", "+hugetlb"] {
             let _ = std::fs::write(parent.join("cgroup.subtree_control"), controller);
         }
     }
