@@ -8,6 +8,9 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::{Error, Input, declared};
 
+/// What all containers of a pod share, also in a directory of the client's.
+const OF_THE_POD: [&str; 4] = ["/dev/shm", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+
 /// `mapped` says that the container is in a user namespace. The machine's
 /// network does not belong to that, so `/sys`, which shows it, can only be
 /// shown, not mounted anew (sysfs(5), user_namespaces(7)).
@@ -39,7 +42,7 @@ pub(super) fn build(
     } else {
         mount("/dev/shm", "bind", paths::SHM, &["rbind", "nosuid", "noexec", "nodev", "rw"])?
     };
-    let mut mounts = vec![
+    let mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
         mount(
@@ -79,15 +82,75 @@ pub(super) fn build(
         let options = ["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
         added.push(mount(&target, "bind", "image", &options)?);
     }
-    // A volume in the place of one of ours is what the client wants there.
-    mounts.retain(|own| added.iter().all(|mount| mount.destination() != own.destination()));
+    Ok(merge(mounts, added))
+}
+
+/// The mounts that every container has, with those that are `added` for its
+/// client. One in the place of one of ours is what the client wants there, and
+/// a `/dev` of the client's has all that is below it.
+pub(super) fn merge(mut own: Vec<Mount>, mut added: Vec<Mount>) -> Vec<Mount> {
+    let is_added = |place: &Path| added.iter().any(|mount| mount.destination() == place);
+    let dev = Path::new("/dev");
+    let has_dev = is_added(dev);
+    own.retain(|mount| !is_added(mount.destination()));
+    let of_the_pod = |mount: &Mount| OF_THE_POD.iter().any(|place| mount.destination() == Path::new(place));
+    added.extend(own.extract_if(.., |mount| of_the_pod(mount)));
+    own.retain(|mount| !(has_dev && mount.destination().starts_with(dev)));
     // What lies below another comes after it; the client's order, else.
     added.sort_by_key(|mount| mount.destination().components().count());
-    mounts.extend(added);
-    Ok(mounts)
+    own.extend(added);
+    own
 }
 
 /// The agent makes the mount's source.
 pub(super) fn is_own_directory(mount: &Mount) -> bool {
     mount.source().as_deref() == Some(Path::new(OWN_DIRECTORY))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn places(own: &[&str], added: &[&str]) -> Vec<String> {
+        let mounts = |places: &[&str], source: &str| {
+            let mount = |place: &&str| MountBuilder::default().destination(*place).source(source).build();
+            places.iter().map(mount).collect::<Result<Vec<_>, _>>().unwrap()
+        };
+        let merged = merge(mounts(own, "own"), mounts(added, "client"));
+        let place = |mount: &Mount| {
+            let source = mount.source().as_ref().unwrap().display();
+            format!("{source}:{}", mount.destination().display())
+        };
+        merged.iter().map(place).collect()
+    }
+
+    const OWN: &[&str] = &["/proc", "/dev", "/dev/pts", "/dev/shm", "/sys", "/etc/hosts", "/etc/resolv.conf"];
+
+    #[test]
+    fn the_pods_files_are_in_a_directory_of_the_clients() {
+        assert_eq!(
+            places(OWN, &["/etc/x/y", "/etc", "/etc/hosts/"]),
+            [
+                "own:/proc",
+                "own:/dev",
+                "own:/dev/pts",
+                "own:/sys",
+                "client:/etc",
+                "client:/etc/hosts/",
+                "own:/dev/shm",
+                "own:/etc/resolv.conf",
+                "client:/etc/x/y",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_dev_of_the_clients_has_its_own_below_but_the_pods_memory() {
+        let merged = places(OWN, &["/dev"]);
+        let dev: Vec<_> = merged.iter().filter(|place| place.contains("/dev")).collect();
+        assert_eq!(dev, ["client:/dev", "own:/dev/shm"]);
+        assert!(places(OWN, &["/dev/x", "/devices"]).contains(&"own:/dev/pts".to_owned()));
+    }
 }

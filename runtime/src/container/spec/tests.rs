@@ -105,15 +105,17 @@ fn what_the_machine_shares_is_not_made_again() {
 
 #[test]
 fn what_an_image_declares_as_a_volume_can_be_written() {
-    let volumes = ["/data".to_owned(), "/proc".to_owned()];
+    let volumes = ["/etc".to_owned(), "/proc".to_owned()];
     let image = ConfigBuilder::default().volumes(volumes).cmd(["true".to_owned()]).build().unwrap();
     let security = cri::LinuxContainerSecurityContext { readonly_rootfs: true, ..Default::default() };
     let spec = of(&with_security(security), &image, build).unwrap();
     let mounts = spec.mounts().clone().unwrap();
     let own: Vec<_> = mounts.iter().filter(|mount| mounts::is_own_directory(mount)).collect();
     assert_eq!(own.len(), 1, "{own:?}");
-    assert_eq!(own[0].destination(), std::path::Path::new("/data"));
+    assert_eq!(own[0].destination(), std::path::Path::new("/etc"));
     assert!(own[0].options().as_ref().unwrap().contains(&"rw".to_owned()));
+    let after = mounts.iter().skip_while(|mount| !mounts::is_own_directory(mount));
+    assert!({ after }.any(|mount| mount.destination().ends_with("etc/hosts")), "{mounts:?}");
 }
 
 #[test]

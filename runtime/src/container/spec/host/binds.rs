@@ -8,7 +8,7 @@ use husk_proto::cri::{self, MountPropagation};
 use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::Error;
-use crate::container::spec::mounts::is_own_directory;
+use crate::container::spec::mounts::{is_own_directory, merge};
 use crate::mountinfo;
 use crate::storage::image_volumes::{ImageVolume, is_image};
 use crate::storage::volumes;
@@ -43,9 +43,7 @@ pub(super) fn add(
     binds.extend(mounts.extract_if(.., |mount| {
         is_own_directory(mount) || images.iter().any(|image| image.container_path == *mount.destination())
     }));
-    // A mount must not cover one that is inside of it.
-    binds.sort_by_key(|bind| bind.destination().components().count());
-    mounts.append(&mut binds);
+    *mounts = merge(std::mem::take(mounts), binds);
     Ok(root.map(str::to_owned))
 }
 

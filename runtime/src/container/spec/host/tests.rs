@@ -115,6 +115,24 @@ fn directories_of_the_host_take_the_place_of_the_pods_files() {
 }
 
 #[test]
+fn the_pods_files_are_in_a_directory_of_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let mount = |to: &str| cri::Mount {
+        host_path: folder.path().display().to_string(),
+        container_path: to.into(),
+        ..Default::default()
+    };
+    let config = cri::ContainerConfig { mounts: vec![mount("/etc/"), mount("/dev")], ..Default::default() };
+    let spec = built(config, &cri::PodSandboxConfig::default()).unwrap();
+    let places: Vec<_> = spec.mounts().iter().flatten().map(|mount| mount.destination().clone()).collect();
+    let at = |wanted: &str| places.iter().position(|place| place == Path::new(wanted)).unwrap();
+    for file in ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"] {
+        assert!(at("/etc") < at(file), "{places:?}");
+    }
+    assert!(at("/dev") < at("/dev/shm") && !places.contains(&"/dev/pts".into()), "{places:?}");
+}
+
+#[test]
 fn images_are_mounted_before_what_is_below_them() {
     let folder = tempfile::tempdir().unwrap();
     let host = |to: &str| cri::Mount {
