@@ -124,7 +124,7 @@ impl Passthrough {
         let link: LinkIn = request.take()?;
         let name = request.name()?;
         let parent = self.nodes.get(request.header.node)?;
-        let file = self.nodes.get(link.node)?.fd();
+        let file = self.nodes.get(link.node)?.fd_beside(&parent);
         // The link that is followed is the one in /proc.
         rustix::fs::linkat(CWD, path(&file), parent.fd(), name, AtFlags::SYMLINK_FOLLOW)?;
         self.answer_entry(&parent, name, answer)

@@ -7,7 +7,9 @@
 //!
 //! A directory that is mounted twice is two nodes, because Linux allows a
 //! directory one name. Other files are one node across all mounts; of the
-//! mounts it was found through, it keeps one that may be written.
+//! mounts it was found through, it prefers one that may be written. The others
+//! it keeps as well: a new name of a file must be in the mount that the file is
+//! reached through (link(2), `EXDEV`).
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -43,17 +45,37 @@ pub struct Node {
     key: Key,
     /// Stands for the device in inode numbers.
     device_number: u64,
-    place: Mutex<Place>,
+    places: Mutex<Places>,
     /// As it was when the guest opened it last.
     opened: Mutex<Option<Version>>,
 }
 
-/// Through which mount a node is reached.
-#[derive(Clone, Debug)]
+/// Through which mounts a node is reached.
+#[derive(Debug)]
+struct Places {
+    /// What is done to the node, but for new names, is done through this one.
+    main: Place,
+    main_is_read_only: bool,
+    /// Each with its part in [`Nodes::spares`].
+    others: Vec<(Place, Arc<()>)>,
+}
+
+/// One of them.
+#[derive(Debug)]
 struct Place {
     fd: Arc<OwnedFd>,
     mount: u64,
-    read_only: bool,
+}
+
+impl Places {
+    fn new(fd: OwnedFd, mount: u64, read_only: bool) -> Self {
+        Self { main: Place { fd: Arc::new(fd), mount }, main_is_read_only: read_only, others: Vec::new() }
+    }
+
+    fn in_mount(&self, mount: u64) -> Option<&Place> {
+        let others = self.others.iter().map(|(place, _)| place);
+        [&self.main].into_iter().chain(others).find(|place| place.mount == mount)
+    }
 }
 
 /// What differs between two states of a file's content: nobody can set the
@@ -89,7 +111,13 @@ impl Node {
 
     /// A descriptor that names it and does nothing else (`O_PATH`).
     pub fn fd(&self) -> Arc<OwnedFd> {
-        lock(&self.place).fd.clone()
+        lock(&self.places).main.fd.clone()
+    }
+
+    /// The same, in the mount of `directory` if the node was found there.
+    pub fn fd_beside(&self, directory: &Self) -> Arc<OwnedFd> {
+        let places = lock(&self.places);
+        places.in_mount(directory.key.mount).unwrap_or(&places.main).fd.clone()
     }
 
     /// What the guest is told of it.
@@ -138,6 +166,8 @@ pub struct Nodes {
     root: Arc<Node>,
     limit: usize,
     table: Mutex<Table>,
+    /// Counts, by its owners, the descriptors beyond one of each node.
+    spares: Arc<()>,
 }
 
 #[derive(Debug, Default)]
@@ -150,7 +180,7 @@ struct Table {
 }
 
 impl Nodes {
-    /// A table of at most `limit` nodes below `root`.
+    /// A table of nodes below `root`, with at most `limit` descriptors.
     pub fn new(root: OwnedFd, limit: usize) -> Result<Self, Errno> {
         let stat = stat(&root)?;
         let root = Node {
@@ -159,10 +189,10 @@ impl Nodes {
             key: key(&stat, FileType::Directory),
             // Volumes are what shall have their own inode numbers.
             device_number: 0x7fff,
-            place: Mutex::new(Place { fd: Arc::new(root), mount: stat.stx_mnt_id, read_only: true }),
+            places: Mutex::new(Places::new(root, stat.stx_mnt_id, true)),
             opened: Mutex::default(),
         };
-        Ok(Self { root: Arc::new(root), limit, table: Mutex::new(Table::fresh()) })
+        Ok(Self { root: Arc::new(root), limit, table: Mutex::new(Table::fresh()), spares: Arc::default() })
     }
 
     /// The node that the guest calls so.
@@ -181,16 +211,12 @@ impl Nodes {
         let key = key(&stat, kind);
         let mount = stat.stx_mnt_id;
         if let Some(node) = self.meet_again(key) {
-            let mut place = lock(&node.place);
-            if place.mount != mount && place.read_only && !is_read_only(&fd)? {
-                *place = Place { fd: Arc::new(fd), mount, read_only: false };
-            }
-            drop(place);
+            self.reach(&node, fd, mount)?;
             return Ok((node, stat));
         }
         let read_only = is_read_only(&fd)?;
         let mut table = lock(&self.table);
-        if table.by_id.len() >= self.limit {
+        if table.by_id.len() + self.spares() >= self.limit {
             return Err(Errno::NFILE);
         }
         if let Some(node) = table.count(key) {
@@ -199,11 +225,33 @@ impl Nodes {
         table.last_id += 1;
         let id = table.last_id;
         let device_number = table.device_number(key.device);
-        let place = Mutex::new(Place { fd: Arc::new(fd), mount, read_only });
-        let node = Arc::new(Node { id, kind, key, device_number, place, opened: Mutex::default() });
+        let places = Mutex::new(Places::new(fd, mount, read_only));
+        let node = Arc::new(Node { id, kind, key, device_number, places, opened: Mutex::default() });
         table.by_key.insert(key, id);
         table.by_id.insert(id, (node.clone(), 1));
         Ok((node, stat))
+    }
+
+    /// A node is found again, through this mount. Where there are too many
+    /// descriptors, it gets no second one: nodes need theirs more.
+    fn reach(&self, node: &Node, fd: OwnedFd, mount: u64) -> Result<(), Errno> {
+        let mut places = lock(&node.places);
+        if places.in_mount(mount).is_some() {
+            return Ok(());
+        }
+        if places.main_is_read_only {
+            if !is_read_only(&fd)? {
+                *places = Places::new(fd, mount, false);
+            }
+        } else if self.spares() < self.limit / 8 {
+            places.others.push((Place { fd: Arc::new(fd), mount }, self.spares.clone()));
+        }
+        Ok(())
+    }
+
+    /// Descriptors beyond one of each node.
+    pub fn spares(&self) -> usize {
+        Arc::strong_count(&self.spares) - 1
     }
 
     fn meet_again(&self, key: Key) -> Option<Arc<Node>> {

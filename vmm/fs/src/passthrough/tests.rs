@@ -360,6 +360,52 @@ fn names_move_and_links_count() {
     assert_eq!(guest.lookup(ROOT, "folder").unwrap_err(), libc::ENOENT);
 }
 
+/// Directories that are the test's, each in a mount of its own; none for a user
+/// who may not mount.
+fn mounted(guest: &Guest, count: usize) -> Option<Vec<u64>> {
+    use rustix::mount::{OpenTreeFlags, open_tree};
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mount = |_| open_tree(rustix::fs::CWD, guest.folder.path(), flags).ok();
+    let mounts: Option<Vec<_>> = (0..count).map(mount).collect();
+    mounts.map(|mounts| mounts.into_iter().map(|fd| guest.files.nodes.meet(fd).unwrap().0.id).collect())
+}
+
+#[test]
+fn a_file_gets_names_in_every_mount_that_it_was_found_in() {
+    let guest = Guest::new();
+    fs::write(guest.path("file"), "").unwrap();
+    let Some(folders) = mounted(&guest, 3) else { return };
+    let found = |folder: &u64| guest.lookup(*folder, "file").unwrap().node;
+    let node = found(&folders[0]);
+    let link =
+        |folder: u64, name: &str| guest.ask(opcode::LINK, folder, &with(LinkIn { node }, name)).map(drop);
+    assert_eq!(link(folders[1], "early").unwrap_err(), libc::EXDEV, "nobody has found it there");
+    // As often as it is found, it is kept once a mount.
+    assert!(folders.iter().chain(&folders).all(|folder| found(folder) == node));
+    assert_eq!(guest.files.nodes.spares(), 2);
+    for (number, folder) in folders.iter().enumerate() {
+        link(*folder, &format!("name-{number}")).unwrap();
+    }
+    assert_eq!(fs::metadata(guest.path("file")).unwrap().nlink(), 4);
+    guest.forget(node, u64::MAX);
+    assert_eq!(guest.files.nodes.spares(), 0);
+}
+
+#[test]
+fn files_that_are_found_twice_leave_room_for_others() {
+    let guest = Guest::with_open_files(128);
+    let names: Vec<_> = (0..40).map(|number| number.to_string()).collect();
+    for name in &names {
+        fs::write(guest.path(name), "").unwrap();
+    }
+    let Some(folders) = mounted(&guest, 2) else { return };
+    let known = |folder: u64| names.iter().filter(|name| guest.lookup(folder, name).is_ok()).count();
+    // 32 descriptors for names: two are the folders', and spares are few.
+    assert_eq!(known(folders[0]), 30);
+    assert_eq!(known(folders[1]), 30);
+    assert_eq!(guest.files.nodes.spares(), 4);
+}
+
 #[test]
 fn extended_attributes_are_the_users_own() {
     let guest = Guest::new();
