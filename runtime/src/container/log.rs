@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use chrono::{SecondsFormat, Utc};
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio_util::sync::CancellationToken;
 
 use super::fanout::Fanout;
 use crate::sandbox::lock;
@@ -57,8 +58,9 @@ fn append(path: &Path) -> io::Result<File> {
 }
 
 /// Copies a container's output stream to its log, and then to those who are
-/// attached, until the stream ends. A log that cannot be written (a full disk)
-/// loses text, never blocks the container.
+/// attached, until the stream ends or breaks, or `enough` says that no more of
+/// it is waited for. A log that cannot be written (a full disk) loses text,
+/// never blocks the container.
 ///
 /// # Errors
 /// The stream's.
@@ -67,13 +69,19 @@ pub async fn copy(
     name: &str,
     log: Option<&LogFile>,
     attached: &Fanout,
+    enough: &CancellationToken,
 ) -> io::Result<()> {
     let mut pieces = Pieces::default();
     let mut buffer = vec![0u8; MAX_LINE];
     let mut entry = Vec::new();
     let mut complained = false;
     loop {
-        let length = from.read(&mut buffer).await?;
+        let read = tokio::select! {
+            biased;
+            () = enough.cancelled() => Ok(0),
+            read = from.read(&mut buffer) => read,
+        };
+        let length = *read.as_ref().unwrap_or(&0);
         entry.clear();
         if length == 0 {
             pieces.finish(name, &mut entry);
@@ -93,7 +101,7 @@ pub async fn copy(
             }
         }
         if length == 0 {
-            return Ok(());
+            return read.map(drop);
         }
         attached.publish(buffer.get(..length).unwrap_or_default()).await;
     }
@@ -149,15 +157,23 @@ fn line(out: &mut Vec<u8>, time: &chrono::DateTime<Utc>, name: &str, tag: u8, te
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
     use proptest::prelude::*;
+    use tokio::io::ReadBuf;
 
     use super::*;
+
+    async fn copied(from: impl AsyncRead + Unpin, log: &LogFile) -> io::Result<()> {
+        copy(from, "stdout", Some(log), &Fanout::default(), &CancellationToken::new()).await
+    }
 
     async fn logged(bytes: &[u8]) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/0.log");
         let log = LogFile::open(&path).unwrap();
-        copy(bytes, "stdout", Some(&log), &Fanout::default()).await.unwrap();
+        copied(bytes, &log).await.unwrap();
         std::fs::read_to_string(path).unwrap().lines().map(|line| line[31..].to_owned()).collect()
     }
 
@@ -180,12 +196,29 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
         let log = LogFile::open(&path).unwrap();
-        copy(&b"old\n"[..], "stdout", Some(&log), &Fanout::default()).await.unwrap();
+        copied(&b"old\n"[..], &log).await.unwrap();
         std::fs::rename(&path, folder.path().join("0.log.1")).unwrap();
         log.reopen().unwrap();
-        copy(&b"new\n"[..], "stdout", Some(&log), &Fanout::default()).await.unwrap();
+        copied(&b"new\n"[..], &log).await.unwrap();
         assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout F new\n"));
         assert!(std::fs::read_to_string(folder.path().join("0.log.1")).unwrap().ends_with("stdout F old\n"));
+    }
+
+    struct Broken;
+
+    impl AsyncRead for Broken {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_breaks_off_is_logged_to_its_last_byte() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("0.log");
+        let log = LogFile::open(&path).unwrap();
+        assert!(copied(AsyncReadExt::chain(&b"one\ntwo"[..], Broken), &log).await.is_err());
+        assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout P two\n"));
     }
 
     proptest! {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use husk_proto::agent::stream::{Greeting, Kind};
 use husk_proto::agent::{SignalProcessRequest, WaitProcessRequest};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use super::{Container, Exit, log};
 use crate::agent;
@@ -28,7 +29,7 @@ pub async fn follow(
     machine: &Arc<Machine>,
     container: &Arc<Container>,
 ) -> std::io::Result<()> {
-    let mut output = JoinSet::new();
+    let mut output = Copies::default();
     open_output(machine, container, &mut output).await?;
     tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
     Ok(())
@@ -37,11 +38,42 @@ pub async fn follow(
 /// As [`follow`], for a container that an earlier huskd followed: output that
 /// cannot be had is lost, and its end is awaited all the same.
 pub async fn resume(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>, container: &Arc<Container>) {
-    let mut output = JoinSet::new();
+    let mut output = Copies::default();
     if let Err(error) = open_output(machine, container, &mut output).await {
         tracing::warn!(container = %container.id, %error, "output of a container is lost from here on");
     }
     tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
+}
+
+/// What copies the output.
+#[derive(Default)]
+struct Copies {
+    tasks: JoinSet<std::io::Result<()>>,
+    /// No more is waited for.
+    enough: CancellationToken,
+}
+
+impl Copies {
+    /// Returns once all that was said is in the log, and all that comes within
+    /// [`LAST_BYTES`] if there is no end of it; false then.
+    async fn finish(mut self) -> bool {
+        let drained = async |tasks: &mut JoinSet<_>| while tasks.join_next().await.is_some() {};
+        let whole = tokio::time::timeout(LAST_BYTES, drained(&mut self.tasks)).await.is_ok();
+        // What waits then waits for the stream alone.
+        self.enough.cancel();
+        drained(&mut self.tasks).await;
+        whole
+    }
+}
+
+/// Tells whoever is attached that the output has ended, whyever it is not
+/// followed any more.
+struct End(Arc<Container>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.output.end();
+    }
 }
 
 /// Opens the output streams, and copies what comes into the log and to whoever
@@ -49,7 +81,7 @@ pub async fn resume(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>, container: &
 async fn open_output(
     machine: &Machine,
     container: &Arc<Container>,
-    output: &mut JoinSet<std::io::Result<()>>,
+    output: &mut Copies,
 ) -> std::io::Result<()> {
     let terminal = container.record().config.tty;
     for (kind, name) in [(Kind::Stdout, "stdout"), (Kind::Stderr, "stderr")] {
@@ -61,12 +93,13 @@ async fn open_output(
         let stream = machine.agent.open_stream(&greeting).await?;
         let log = container.log();
         let container = container.clone();
-        output.spawn(async move {
+        let enough = output.enough.clone();
+        output.tasks.spawn(async move {
             let attached = match kind {
                 Kind::Stderr => &container.output.stderr,
                 _ => &container.output.stdout,
             };
-            let copied = log::copy(stream, name, log.as_deref(), attached).await;
+            let copied = log::copy(stream, name, log.as_deref(), attached, &enough).await;
             attached.end();
             copied
         });
@@ -76,20 +109,18 @@ async fn open_output(
 
 /// A machine that ends takes the connection with it; whoever watches the
 /// machine then records the end of its containers.
-async fn await_end(
-    sandbox: Arc<Sandbox>,
-    machine: Arc<Machine>,
-    container: Arc<Container>,
-    mut output: JoinSet<std::io::Result<()>>,
-) {
+async fn await_end(sandbox: Arc<Sandbox>, machine: Arc<Machine>, container: Arc<Container>, output: Copies) {
+    let _end = End(container.clone());
     let request = WaitProcessRequest { container_id: container.id.to_string(), process_id: String::new() };
-    match machine.agent.unlimited().wait_process(request).await {
+    let ended = machine.agent.unlimited().wait_process(request).await;
+    // Its log does not wait for who is attached any more.
+    container.output.hurry();
+    if !output.finish().await {
+        tracing::warn!(container = %container.id, "output did not end with the container: the rest is lost");
+    }
+    match ended {
         Ok(end) => {
             let end = end.into_inner();
-            let drained = async { while output.join_next().await.is_some() {} };
-            if tokio::time::timeout(LAST_BYTES, drained).await.is_err() {
-                tracing::warn!(container = %container.id, "output did not end with the container: the rest is lost");
-            }
             let exit = Exit::reported(end.exit_code, end.oom_killed, end.finished_at_unix_nanos);
             sandbox.events.container_ended(&sandbox, &container, exit);
         }
@@ -119,4 +150,60 @@ pub async fn signal(machine: &Machine, id: &ContainerId, signal: i32, all: bool)
         .call("signal container", async |mut agent| agent.signal_process(request).await)
         .await
         .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::agent::fake::Fake;
+    use crate::container::fanout::PATIENCE;
+    use crate::container::log::LogFile;
+    use crate::events::Events;
+    use crate::sandbox::tests::{machine, running};
+
+    /// Sooner than anybody is late.
+    const SOON: Duration = PATIENCE.saturating_sub(Duration::from_secs(1));
+
+    #[tokio::test]
+    async fn the_end_of_the_log_does_not_wait_for_who_is_attached() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut said = b"0123456789abcde\n".repeat(50_000);
+        said.extend_from_slice(b"last");
+        let fake = Arc::new(Fake { stdout: said.clone(), endless: true, ..Fake::default() });
+        let machine = machine(fake.serve(folder.path(), Duration::from_secs(20)).await);
+        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let path = folder.path().join("0.log");
+        container.set_log(Some(Arc::new(LogFile::open(&path).unwrap())));
+        let mut attached = container.output.stdout.subscribe();
+        follow(&sandbox, &machine, &container).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        fake.killed.send_replace(true);
+        tokio::time::timeout(SOON, container.wait_exited()).await.unwrap();
+        let logged = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(logged.lines().count(), 50_001);
+        assert!(logged.ends_with("stdout P last\n"));
+        let mut heard = Vec::new();
+        while let Some(bytes) = tokio::time::timeout(SOON, attached.next()).await.unwrap() {
+            heard.extend_from_slice(&bytes);
+        }
+        assert!(heard == said && !attached.was_dropped(), "{} bytes", heard.len());
+    }
+
+    #[tokio::test]
+    async fn who_is_attached_to_output_that_is_lost_is_told_of_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = Arc::new(Fake { without_streams: true, endless: true, ..Fake::default() });
+        let machine = machine(fake.serve(folder.path(), Duration::from_secs(20)).await);
+        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        resume(&sandbox, &machine, &container).await;
+        let (mut stdout, mut stderr) =
+            (container.output.stdout.subscribe(), container.output.stderr.subscribe());
+        fake.killed.send_replace(true);
+        for attached in [&mut stdout, &mut stderr] {
+            assert_eq!(tokio::time::timeout(SOON, attached.next()).await.unwrap(), None);
+        }
+        assert!(matches!(container.state(), crate::container::State::Exited(_)));
+    }
 }
