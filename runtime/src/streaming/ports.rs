@@ -2,11 +2,13 @@
 //! what went wrong.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::{Either, select};
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval};
 
@@ -87,49 +89,71 @@ impl Pairs {
 async fn forward(pair: Pair, connect: Connect) {
     let Pair { port, data, error } = pair;
     let Stream { incoming, outgoing, reset, .. } = data;
-    let problem = tokio::select! {
-        connected = connect(port) => match connected {
-            Ok(socket) => {
-                tokio::select! {
-                    () = copy(socket, incoming, outgoing) => {}
-                    () = reset.cancelled() => {}
-                }
+    let connected = tokio::select! {
+        connected = connect(port) => connected,
+        () = reset.cancelled() => {
+            let _ = error.outgoing.finish().await;
+            return;
+        }
+    };
+    let socket = match connected {
+        Ok(socket) => socket,
+        Err(problem) => {
+            let words = format!("error forwarding port {port}: {problem}");
+            let _ = error.outgoing.send(Bytes::from(words)).await;
+            let _ = error.outgoing.finish().await;
+            return;
+        }
+    };
+    // Each way ends alone, however long the other goes on: a client that has
+    // asked its last may wait for days for the answer.
+    let (reader, writer) = socket.into_split();
+    let (up, down) = (pin!(up(incoming, writer)), pin!(down(reader, outgoing)));
+    let answered = async {
+        match select(up, down).await {
+            Either::Left(((), down)) => {
+                down.await;
                 None
             }
-            Err(problem) => Some(problem),
-        },
+            Either::Right(((), up)) => Some(up),
+        }
+    };
+    let rest = tokio::select! {
+        rest = answered => rest,
         () = reset.cancelled() => None,
     };
-    if let Some(problem) = problem {
-        let _ = error.outgoing.send(Bytes::from(format!("error forwarding port {port}: {problem}"))).await;
-    }
+    // Clients wait for this before they close the connection that they forward.
     let _ = error.outgoing.finish().await;
+    if let Some(up) = rest {
+        tokio::select! {
+            () = up => {}
+            () = reset.cancelled() => {}
+        }
+    }
 }
 
-/// Copies both ways; each ends alone, however long the other goes on: a client
-/// that has asked its last may wait for days for the answer.
-async fn copy(socket: UnixStream, mut from_client: Incoming, to_client: Outgoing) {
-    let (reader, mut writer) = socket.into_split();
-    let up = async {
-        while let Some(bytes) = from_client.recv().await {
-            if writer.write_all(&bytes).await.is_err() {
-                break;
-            }
+/// From the client to the port.
+async fn up(mut from_client: Incoming, mut writer: OwnedWriteHalf) {
+    while let Some(bytes) = from_client.recv().await {
+        if writer.write_all(&bytes).await.is_err() {
+            break;
         }
-        let _ = writer.shutdown().await;
-    };
-    let down = async {
-        loop {
-            // What breaks off is reset: it shall not look like an end.
-            let Ok(piece) = pump::read(reader.as_ref()).await else { return };
-            if piece.is_empty() {
-                let _ = to_client.finish().await;
-                return;
-            }
-            if to_client.send(piece.freeze()).await.is_err() {
-                return;
-            }
+    }
+    let _ = writer.shutdown().await;
+}
+
+/// From the port to the client. A connection to the agent that breaks is reset:
+/// it shall not look like an end. One that the agent closes is an end, also
+/// when the port's server has reset its own.
+async fn down(reader: OwnedReadHalf, to_client: Outgoing) {
+    loop {
+        let Ok(piece) = pump::read(reader.as_ref()).await else { return };
+        if piece.is_empty() {
+            let _ = to_client.finish().await;
+            return;
         }
-    };
-    tokio::join!(up, down);
+        if to_client.send(piece.freeze()).await.is_err() {
+            return;
+        }
+    }
 }

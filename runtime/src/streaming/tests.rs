@@ -244,9 +244,9 @@ async fn ports_are_forwarded_in_pairs_of_streams() {
     }
 }
 
-#[tokio::test]
-async fn a_half_closed_forward_waits_for_days_for_the_answer() {
-    let streaming = serving();
+/// A client with one connection to a port: its streams of errors and of data,
+/// and the port's side.
+async fn forwarded(streaming: &Streaming) -> (TestClient<TcpStream>, u32, u32, UnixStream) {
     let (asked, mut pods) = tokio::sync::mpsc::channel(1);
     let connect = move |_| {
         let asked = asked.clone();
@@ -257,11 +257,17 @@ async fn a_half_closed_forward_waits_for_days_for_the_answer() {
         }
         .boxed()
     };
-    let mut client = ports_over_spdy(&streaming, Arc::new(connect)).await;
+    let mut client = ports_over_spdy(streaming, Arc::new(connect)).await;
     let error = client.open(&[("streamtype", "error"), ("port", "80")]).await;
     let data = client.open(&[("streamtype", "data"), ("port", "80")]).await;
+    (client, error, data, pods.recv().await.unwrap())
+}
+
+#[tokio::test]
+async fn a_half_closed_forward_waits_for_days_for_the_answer() {
+    let streaming = serving();
+    let (mut client, error, data, mut pod) = forwarded(&streaming).await;
     client.data(data, b"question", true).await;
-    let mut pod = pods.recv().await.unwrap();
     let mut question = Vec::new();
     timeout(SOON, pod.read_to_end(&mut question)).await.unwrap().unwrap();
     assert_eq!(question, b"question");
@@ -273,6 +279,21 @@ async fn a_half_closed_forward_waits_for_days_for_the_answer() {
     assert_eq!(client.hear().await, Some(Heard::Data(data, b"answer".to_vec(), false)));
     assert_eq!(client.hear().await, Some(Heard::Data(data, Vec::new(), true)));
     assert_eq!(client.hear().await, Some(Heard::Data(error, Vec::new(), true)));
+}
+
+#[tokio::test]
+async fn a_forward_that_the_pod_ends_is_over_for_the_client_which_may_go_on() {
+    let streaming = serving();
+    let (mut client, error, data, mut pod) = forwarded(&streaming).await;
+    pod.write_all(b"bye").await.unwrap();
+    pod.shutdown().await.unwrap();
+    assert_eq!(client.hear().await, Some(Heard::Data(data, b"bye".to_vec(), false)));
+    assert_eq!(client.hear().await, Some(Heard::Data(data, Vec::new(), true)));
+    assert_eq!(client.hear().await, Some(Heard::Data(error, Vec::new(), true)));
+    client.data(data, b"not yet", true).await;
+    let mut heard = String::new();
+    timeout(SOON, pod.read_to_string(&mut heard)).await.unwrap().unwrap();
+    assert_eq!(heard, "not yet");
 }
 
 #[tokio::test]
