@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 /// How long each of the pod's loopback addresses may take to answer.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
@@ -20,6 +21,10 @@ const BUFFER: usize = 16 * 1024;
 
 /// How often to look whether the host is still there while the port is silent.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// How long a port that has given its whole answer may take nothing of what the
+/// host still sends.
+const IGNORED: Duration = Duration::from_secs(3600);
 
 static FORWARDS: AtomicUsize = AtomicUsize::new(0);
 
@@ -75,24 +80,24 @@ pub struct Forward<C> {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Forward<C> {
-    /// Copies both ways until both have ended, each alone, or until either side
-    /// has gone: the other is then closed.
+    /// Copies both ways until both have ended, each alone, or until the host
+    /// has gone or the port has broken off: the other side is then closed.
     pub async fn copy(self) {
         let Self { host, mut target, early } = self;
         let _ = target.socket.set_nodelay(true);
         let (mut from_host, mut to_host) = split(host);
         let (mut from_port, mut to_port) = target.socket.split();
+        let answered = CancellationToken::new();
         let up = async {
-            to_port.write_all(&early).await?;
-            drop(early);
-            let mut buffer = vec![0; BUFFER];
-            loop {
-                let count = from_host.read(&mut buffer).await?;
-                if count == 0 {
-                    return to_port.shutdown().await;
+            if !upload(&mut from_host, &mut to_port, early, &answered).await? {
+                // The port may have answered before it closed. The host shall
+                // not be stuck with what it sends meanwhile.
+                tokio::select! {
+                    ended = discard(&mut from_host) => ended?,
+                    () = answered.cancelled() => {}
                 }
-                to_port.write_all(buffer.get(..count).unwrap_or_default()).await?;
             }
+            Ok(())
         };
         let down = async {
             let mut buffer = vec![0; BUFFER];
@@ -102,6 +107,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Forward<C> {
                     gone = gone(&mut to_host) => return Err(gone),
                 };
                 if count == 0 {
+                    answered.cancel();
                     return to_host.shutdown().await;
                 }
                 to_host.write_all(buffer.get(..count).unwrap_or_default()).await?;
@@ -109,6 +115,50 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Forward<C> {
         };
         let _ = tokio::try_join!(up, down);
     }
+}
+
+/// Copies from the host to the port, to the host's end; false if the port takes
+/// no more. One that has given its whole answer has to take something now and
+/// then: nobody can tell any more whether the host is still there.
+///
+/// # Errors
+/// The host's.
+async fn upload(
+    from_host: &mut (impl AsyncRead + Unpin),
+    to_port: &mut (impl AsyncWrite + Unpin),
+    early: Vec<u8>,
+    answered: &CancellationToken,
+) -> io::Result<bool> {
+    let mut buffer = early;
+    let mut count = buffer.len();
+    loop {
+        let ignored = async {
+            answered.cancelled().await;
+            sleep(IGNORED).await;
+        };
+        let taken = tokio::select! {
+            written = to_port.write_all(buffer.get(..count).unwrap_or_default()) => written.is_ok(),
+            () = ignored => false,
+        };
+        if !taken {
+            return Ok(false);
+        }
+        buffer.resize(BUFFER, 0);
+        count = from_host.read(&mut buffer).await?;
+        if count == 0 {
+            return Ok(to_port.shutdown().await.is_ok());
+        }
+    }
+}
+
+/// Reads what nobody takes, to the host's end.
+///
+/// # Errors
+/// The host's.
+async fn discard(from_host: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    while from_host.read(&mut buffer).await? > 0 {}
+    Ok(())
 }
 
 /// Waits until nobody can hear any more what is written to `host`. That it says
@@ -185,6 +235,51 @@ mod tests {
         tokio::time::pause();
         drop(client);
         sleep(LOOK * 2).await;
+        assert!(copying.is_finished());
+        drop(pod);
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_heard_though_the_port_closes_during_an_upload() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = connect(listener.local_addr().unwrap().port()).await.unwrap();
+        let (mut pod, _) = listener.accept().await.unwrap();
+        // Some of it waits at the port, because the client does not read yet.
+        let answer = vec![b'x'; 2 * BUFFER];
+        let (client, host) = duplex(64);
+        let copying = tokio::spawn(Forward { host, target, early: Vec::new() }.copy());
+        let (mut from, mut to) = split(client);
+        to.write_all(b"a large file").await.unwrap();
+        let mut first = [0; 12];
+        pod.read_exact(&mut first).await.unwrap();
+        pod.write_all(&answer).await.unwrap();
+        // Nothing is unread here, so the answer is not taken back. What comes
+        // from now on is refused.
+        drop(pod);
+        for _ in 0..3 {
+            to.write_all(&[0; 4096]).await.unwrap();
+            sleep(Duration::from_millis(50)).await;
+        }
+        let mut heard = Vec::new();
+        from.read_to_end(&mut heard).await.unwrap();
+        assert!(heard == answer, "{} bytes", heard.len());
+        timeout(Duration::from_secs(10), copying).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_port_that_takes_nothing_after_its_answer_is_given_up() {
+        let (mut client, host) = UnixStream::pair().unwrap();
+        let (mut pod, copying) = silent_port(host).await;
+        pod.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        client.read_to_end(&mut heard).await.unwrap();
+        let flood = vec![0; 1 << 20];
+        while timeout(Duration::from_millis(200), client.write_all(&flood)).await.is_ok() {}
+        drop(client);
+        tokio::time::pause();
+        sleep(IGNORED / 2).await;
+        assert!(!copying.is_finished());
+        sleep(IGNORED).await;
         assert!(copying.is_finished());
         drop(pod);
     }
