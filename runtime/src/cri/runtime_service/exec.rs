@@ -9,7 +9,7 @@ use husk_proto::agent::{ExecProcessRequest, ResizeTerminalRequest, WaitProcessRe
 use husk_proto::cri::{ExecRequest, ExecResponse};
 use tokio::net::UnixStream;
 
-use super::exec_sync::{process_id, running};
+use super::exec_sync::{Command, process_id, running};
 use crate::agent::Agent;
 use crate::cri::error::Error;
 use crate::node::Node;
@@ -57,15 +57,14 @@ pub(super) fn check(verb: &str, wanted: Wanted) -> Result<(), Error> {
 
 /// The client has come. When it goes before the command has ended, the
 /// command's streams are closed: it reads the end of its input, fails to write
-/// more output, and is hung up on if it has a terminal.
+/// more output, and is hung up on if it has a terminal. One that has no streams
+/// yet, or cannot have them, is killed.
 async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result<Ending, String> {
     let Client { stdin, sizes, stdout, stderr, gone } = client;
     let (container_id, process_id) = (start.container_id.clone(), start.process_id.clone());
     let terminal = start.terminal;
-    agent
-        .call("exec", async |mut agent| agent.exec_process(start).await)
-        .await
-        .map_err(|error| error.to_string())?;
+    let command = Command::start(agent, start);
+    command.runs().await.map_err(|error| error.to_string())?;
 
     let open = async |kind| -> Result<UnixStream, String> {
         let greeting = Greeting { kind, container_id: container_id.clone(), process_id: process_id.clone() };
@@ -74,6 +73,7 @@ async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result
     // Output first: a command that ends at once must find a reader.
     let output = open(Kind::Stdout).await?;
     let errors = if terminal { None } else { Some(open(Kind::Stderr).await?) };
+    command.leave();
     let typed = async {
         if let Some(stdin) = stdin
             && let Ok(input) = open(Kind::Stdin).await
@@ -130,4 +130,46 @@ pub(super) async fn resize(
         }
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::time::Duration;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::agent::fake::Fake;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A command whose output nobody wants: how it goes, and what it is sent.
+    async fn exec(fake: Fake, limit: Duration) -> (String, Vec<(String, u32)>) {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = Arc::new(fake);
+        let agent = fake.serve(folder.path(), limit).await;
+        let start =
+            ExecProcessRequest { container_id: "c".into(), process_id: "e".into(), ..Default::default() };
+        let gone = CancellationToken::new();
+        let client = Client { stdin: None, sizes: None, stdout: None, stderr: None, gone };
+        let error = run(&agent, start, client).await.unwrap_err();
+        (error, tokio::time::timeout(PATIENCE, fake.signals(1)).await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_command_without_streams_is_killed() {
+        let fake = Fake { without_streams: true, endless: true, ..Fake::default() };
+        let (error, signals) = exec(fake, PATIENCE).await;
+        assert!(error.contains("out of streams"), "{error}");
+        assert_eq!(signals, [("e".to_owned(), 9)]);
+    }
+
+    #[tokio::test]
+    async fn a_command_that_has_started_too_late_is_killed() {
+        let fake = Fake { start_takes: Duration::from_secs(1), endless: true, ..Fake::default() };
+        let (_, signals) = exec(fake, Duration::from_millis(300)).await;
+        assert_eq!(signals, [("e".to_owned(), 9)]);
+    }
 }

@@ -93,7 +93,7 @@ async fn run(
 }
 
 /// A command that is killed when nobody waits for it any more.
-struct Command {
+pub(super) struct Command {
     agent: Agent,
     container_id: String,
     process_id: String,
@@ -105,7 +105,7 @@ struct Command {
 impl Command {
     /// The agent goes on with a start whoever waits for it. So does this: it
     /// must be known what there is to kill.
-    fn start(agent: &Agent, request: ExecProcessRequest) -> Self {
+    pub(super) fn start(agent: &Agent, request: ExecProcessRequest) -> Self {
         let (container_id, process_id) = (request.container_id.clone(), request.process_id.clone());
         let mut client = agent.unlimited();
         let start = async move {
@@ -121,10 +121,20 @@ impl Command {
         Self { agent: agent.clone(), container_id, process_id, started, ended: false }
     }
 
+    /// Returns once it runs.
+    pub(super) async fn runs(&self) -> Result<(), agent::Error> {
+        let started = self.started.clone();
+        self.agent.call("exec", async move |_| started.await.map(Response::new)).await
+    }
+
+    /// Its streams are somebody else's now: it ends by them.
+    pub(super) fn leave(mut self) {
+        self.ended = true;
+    }
+
     /// What it said, once it has ended.
     async fn answer(&mut self, held: &Semaphore) -> Result<ExecSyncResponse, Error> {
-        let started = self.started.clone();
-        self.agent.call("exec", async move |_| started.await.map(Response::new)).await?;
+        self.runs().await?;
         let room = Mutex::new(Room { answer: MAX_OUTPUT, node: held, held: None });
         let (stdout, stderr, exit_code) =
             tokio::try_join!(self.read(Kind::Stdout, &room), self.read(Kind::Stderr, &room), self.wait())?;
