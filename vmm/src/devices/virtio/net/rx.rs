@@ -50,7 +50,8 @@ impl Receiver {
         }
     }
 
-    /// Gives the guest packets, `left` at most.
+    /// Gives the guest packets, or drops those that it can never take: `left`
+    /// at most.
     pub fn receive(&mut self, tap: &Tap, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
         if self.broken || (!self.readable && self.held.is_none()) {
             return;
@@ -75,6 +76,7 @@ impl Receiver {
                         self.held = Some(packet);
                         break;
                     }
+                    *left -= 1;
                     continue;
                 }
                 None => match self.read(tap, &room) {
