@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk_vmm_api::{Inspection, socket};
 use nix::errno::Errno;
@@ -18,6 +18,9 @@ use super::{CONTROL_TIMEOUT, Error, Exit, Info, Request, Response};
 
 /// Most time that writing a machine down may take.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a VMM that has hung up is left alone before it is asked again.
+const TRY_AGAIN: Duration = Duration::from_millis(50);
 
 /// Where one VMM listens. Each request has a connection of its own, so a VMM
 /// that hangs holds up nobody else, and nothing is kept open between requests.
@@ -135,8 +138,8 @@ impl Control {
         }
     }
 
-    /// Ends the machine, and returns when its VMM has closed its sockets. One
-    /// that has ended already is no error.
+    /// Ends the machine, and returns when nobody listens any more. One that has
+    /// ended already is no error.
     ///
     /// # Errors
     /// When the VMM is there and does not end in time.
@@ -144,18 +147,23 @@ impl Control {
         let control = self.clone();
         blocking(move || {
             let stage = "kill";
-            let Some(socket) = control.connect(stage, Some(CONTROL_TIMEOUT))? else { return Ok(()) };
-            match socket::send(socket.as_fd(), &Request::Kill, &[]) {
-                Ok(()) | Err(socket::Error::Socket(Errno::EPIPE | Errno::ECONNRESET)) => {}
-                Err(error) => return Err(failed(stage, &error)),
-            }
-            loop {
-                match socket::receive::<Response>(socket.as_fd()) {
-                    Ok(Some(_)) => {}
-                    Ok(None) | Err(socket::Error::Socket(Errno::ECONNRESET | Errno::EPIPE)) => return Ok(()),
-                    Err(error) => return Err(failed(stage, &error)),
+            let deadline = Instant::now() + CONTROL_TIMEOUT;
+            let mut pause = Duration::ZERO;
+            // A VMM with too many clients hangs up too, but goes on to listen.
+            while let Some(socket) = control.connect(stage, Some(CONTROL_TIMEOUT))? {
+                ask_to_end(&socket).map_err(|error| failed(stage, &error))?;
+                if Instant::now() > deadline {
+                    let cause = format!(
+                        "the VMM hung up for {} s, and listens still: end other clients of {}",
+                        CONTROL_TIMEOUT.as_secs(),
+                        control.path.display()
+                    );
+                    return Err(Error::Control { stage, cause });
                 }
+                std::thread::sleep(pause);
+                pause = TRY_AGAIN;
             }
+            Ok(())
         })
         .await
     }
@@ -217,6 +225,24 @@ impl Control {
     }
 }
 
+/// Asks a VMM to end, and returns when it has hung up.
+fn ask_to_end(socket: &OwnedFd) -> Result<(), socket::Error> {
+    let hung_up = |error| match error {
+        socket::Error::Socket(Errno::EPIPE | Errno::ECONNRESET) => Ok(()),
+        error => Err(error),
+    };
+    if let Err(error) = socket::send(socket.as_fd(), &Request::Kill, &[]) {
+        return hung_up(error);
+    }
+    loop {
+        match socket::receive::<Response>(socket.as_fd()) {
+            Ok(Some(_)) => {}
+            Ok(None) => return Ok(()),
+            Err(error) => return hung_up(error),
+        }
+    }
+}
+
 async fn readable(socket: OwnedFd) -> std::io::Result<OwnedFd> {
     // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives.
     let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? };
@@ -248,5 +274,64 @@ fn unexpected(stage: &'static str, response: Option<Response>) -> Error {
         Some(Response::Exited(exit)) => exit.into(),
         Some(other) => Error::Control { stage, cause: format!("unexpected answer {other:?}") },
         None => Error::Control { stage, cause: "the VMM ended without an answer".into() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::os::fd::FromRawFd;
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use nix::sys::socket::{Backlog, accept, bind, listen};
+
+    use super::*;
+
+    fn listener(path: &Path) -> OwnedFd {
+        let socket =
+            new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(socket.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+        listen(&socket, Backlog::new(8).unwrap()).unwrap();
+        socket
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_turns_clients_away_is_asked_until_it_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmm.sock");
+        let listener = listener(&path);
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let vmm = std::thread::spawn(move || {
+            let client = || {
+                let fd = accept(listener.as_raw_fd()).unwrap();
+                // SAFETY: the kernel has just made this descriptor.
+                unsafe { OwnedFd::from_raw_fd(fd) }
+            };
+            for _ in 0..3 {
+                drop(client());
+            }
+            let client = client();
+            let request = socket::receive::<Request>(client.as_fd()).unwrap();
+            assert!(matches!(request, Some((Request::Kill, _))));
+            count.fetch_add(1, Ordering::Relaxed);
+            drop(listener);
+        });
+        Control::new(path).kill().await.unwrap();
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+        vmm.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_has_ended_already_is_no_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmm.sock");
+        Control::new(path.clone()).kill().await.unwrap();
+        drop(listener(&path));
+        assert!(path.exists());
+        Control::new(path).kill().await.unwrap();
     }
 }
