@@ -124,6 +124,12 @@ impl Held<'_> {
         Some(claims)
     }
 
+    /// How many hold an image.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.used.len()
+    }
+
     /// Undoes claims of which nothing was attached.
     pub fn give_back(&mut self, claims: &[Claim], holder: &ContainerId) {
         for claim in claims {

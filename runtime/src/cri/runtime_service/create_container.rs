@@ -78,7 +78,7 @@ pub(super) async fn create_container(
     let images: Vec<_> =
         [&image.rootfs].into_iter().chain(image_volumes.iter().map(|one| &one.rootfs)).cloned().collect();
     let claims = slots.claim_all(images.iter().map(PathBuf::as_path), &id);
-    let claims = claims.ok_or_else(|| vm::Error::NoSlot(sandbox.containers().len()))?;
+    let claims = claims.ok_or_else(|| vm::Error::NoSlot(slots.count()))?;
     let mut disks = claims.iter().map(|claim| claim.slot().to_owned());
     let image_slot = disks.next().unwrap_or_default();
     for (volume, slot) in image_volumes.iter_mut().zip(disks) {
