@@ -121,7 +121,8 @@ pub struct Handler {
     pub disk_mib: u64,
     /// How many different images one pod can use at once.
     pub image_slots: u8,
-    /// Most seconds from the VMM's start to the agent's first word.
+    /// Most seconds from the guest's start to the agent's first word. The VMM's
+    /// own start has a limit of its own.
     pub boot_timeout_seconds: u64,
     /// Most seconds that the agent may take for one request.
     pub agent_timeout_seconds: u64,

@@ -2,7 +2,9 @@
 //!
 //! While it is, it may take as long as it likes to read what it was sent: a pager
 //! that waits for a key is no error. Whether its machine is there the kernel
-//! knows, see `server.rs`. A client that leaves while nobody can read its
+//! knows: it asks one that is silent, see `server.rs`, which takes two minutes,
+//! and gives up on one that does not acknowledge what it was sent, which takes
+//! about fifteen (`tcp_retries2`). A client that leaves while nobody can read its
 //! connection, because what it has sent already is waiting to be taken, is
 //! looked for. As long as more is on its way than the kernel has room for, its
 //! end cannot arrive; the client's kernel then gives up after a while, which is

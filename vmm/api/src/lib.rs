@@ -118,7 +118,8 @@ pub enum Response {
     Inspection(Inspection),
     /// To [`Request::Wait`].
     Exited(Exit),
-    /// The request failed and changed nothing.
+    /// The request failed, and the machine is as it was. But one that could not
+    /// be saved has ended, and one that could not be built is not tried again.
     Error {
         /// What the VMM was doing, "load kernel".
         stage: String,
