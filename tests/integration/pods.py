@@ -46,8 +46,6 @@ class PodTest(unittest.TestCase):
     def tearDown(self):
         """Whatever a test did, its pods go, and with them everything they had."""
         node = self.node
-        if not self._outcome.success:
-            print("\n".join(f"    huskd: {line}" for line in node.log_tail("huskd", 25)))
         for pod in node.crictl("pods", "-q").split():
             node.crictl("rmp", "-f", pod)
         self.assertEqual(node.crictl("ps", "-aq"), "")

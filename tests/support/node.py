@@ -87,8 +87,9 @@ class Node:
         """The directory of what Husk keeps."""
         self.state.mkdir(mode=0o711, exist_ok=not self.own_daemon)
         if self.in_vm:
-            # The root file system of a KVM host VM is slow to run programs from, and an overlay.
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "husk-node", self.state], check=True)
+            # The root file system of a KVM host VM is slow to run programs from, and an overlay. Two nodes, one of
+            # them full, have to fit into its memory.
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711,size=3G", "husk-node", self.state], check=True)
 
     def remove_state(self):
         subprocess.run(["umount", "--quiet", self.state], capture_output=True)
