@@ -56,6 +56,8 @@ class BadRequests(PodTest):
 
 class BadSurroundings(PodTest):
     settings = "[images]\nstall_timeout_seconds = 3\n"
+    # Nobody but the test writes to the disk.
+    handler_settings = "template = false"
 
     def test_a_cni_plugin_that_fails_is_named_and_undone(self):
         plugin = self.node.plugins / "failing"
