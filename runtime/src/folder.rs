@@ -1,8 +1,9 @@
-//! Folders of huskd's own, and what the node's other users may do in them.
+//! Folders and files of huskd's own, and what the node's other users may do with
+//! them.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 /// For root alone.
@@ -19,6 +20,14 @@ pub fn make(path: &Path, mode: u32) -> io::Result<()> {
     // From the first moment, and then whatever the umask takes away.
     DirBuilder::new().recursive(true).mode(mode).create(path)?;
     fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+/// Makes a file for root alone, or empties the one that is there.
+///
+/// # Errors
+/// The file system's.
+pub fn private_file(path: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 #[cfg(test)]

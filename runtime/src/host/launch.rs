@@ -1,9 +1,9 @@
 //! Starts the supervisor of a host pod.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::time::Duration;
 use super::{Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path};
 use crate::agent::Agent;
 use crate::config::Handler;
+use crate::folder;
 use crate::vm::{Keeper, Machine, Slots, cgroup};
 
 /// What a host pod is made of.
@@ -43,8 +44,8 @@ pub struct Plan<'a> {
 pub async fn launch(plan: &Plan<'_>) -> Result<(Arc<Machine>, u32), Error> {
     let run_dir = &plan.run_dir;
     // The bundles hold what containers are told in secret.
-    for folder in [run_dir, &plan.layers] {
-        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(file("make folder", folder))?;
+    for path in [run_dir, &plan.layers] {
+        folder::make(path, folder::PRIVATE).map_err(file("make folder", path))?;
     }
     if let Some(group) = plan.group {
         // Its containers find their way to their own files, by name.

@@ -14,7 +14,7 @@ use crate::cri::error::Error;
 use crate::host;
 use crate::node::Node;
 use crate::storage::volumes::Shared;
-use crate::vm::{self, Machine};
+use crate::vm::{self, Keeper, Machine};
 
 /// Most time that containers get to end once they have been killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,15 +27,12 @@ const HOOKS_TIMEOUT: Duration = Duration::from_secs(25);
 /// keeps its clock.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
     let (sandbox, keeper, agent) = (sandbox.clone(), machine.keeper.clone(), machine.agent.clone());
-    let (kind, cgroup) = {
-        let record = sandbox.record();
-        (record.kind, record.cgroup.clone())
-    };
+    let cgroup = sandbox.record().cgroup.clone();
     tokio::spawn(async move {
         let clock = async {
-            match kind {
-                Kind::Vm => clock::keep(&agent).await,
-                Kind::Host => std::future::pending().await,
+            match &keeper {
+                Keeper::Vmm(_) => clock::keep(&agent).await,
+                Keeper::Supervisor(_) => std::future::pending().await,
             }
         };
         let problem = tokio::select! {

@@ -5,7 +5,6 @@
 //! that starts after a crash finds everything that may exist.
 
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +15,7 @@ use crate::config::Kind;
 use crate::container::Container;
 use crate::cpu_rate::CpuRate;
 use crate::events::Events;
+use crate::folder;
 use crate::id::SandboxId;
 use crate::storage::volumes::Volume;
 use crate::vm::Machine;
@@ -249,9 +249,9 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> std::io::Result
 pub fn write_json<T: Serialize>(path: &Path, record: &T) -> std::io::Result<()> {
     let new = path.with_extension("new");
     let text = serde_json::to_vec_pretty(record)?;
-    let mut options = std::fs::File::options();
-    let file = options.write(true).create(true).truncate(true).mode(0o600).open(&new);
-    let written = file.and_then(|mut file| file.write_all(&text)).and_then(|()| std::fs::rename(&new, path));
+    let written = folder::private_file(&new)
+        .and_then(|mut file| file.write_all(&text))
+        .and_then(|()| std::fs::rename(&new, path));
     if written.is_err() {
         // Half a record helps nobody, and takes room that a full disk has not.
         let _ = std::fs::remove_file(&new);

@@ -10,11 +10,13 @@ pub mod volumes;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::process::Command;
+
+use crate::folder;
 
 /// Most time that making the filesystem may take.
 const MKFS_TIMEOUT: Duration = Duration::from_secs(60);
@@ -111,7 +113,7 @@ impl Scratch {
 /// Copies what the file holds, and leaves its holes holes.
 fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
-    let target = File::options().write(true).create(true).truncate(true).mode(0o600).open(to)?;
+    let target = folder::private_file(to)?;
     let length = source.metadata()?.len();
     target.set_len(length)?;
     let mut buffer = vec![0u8; 64 * 1024];

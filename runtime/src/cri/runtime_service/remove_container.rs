@@ -146,19 +146,27 @@ fn give_back(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) ->
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::path::Path;
+
     use super::*;
     use crate::agent::fake::Fake;
     use crate::config::Kind;
     use crate::sandbox::{lock, tests};
 
+    /// A pod and its container, as a node knows them.
+    fn known(folder: &Path, phase: Phase, state: State) -> (Arc<Node>, Arc<Sandbox>, Arc<Container>) {
+        let node = tests::node(folder);
+        let sandbox = tests::sandbox(&node, Kind::Vm, phase);
+        let container = tests::container(&sandbox, state);
+        node.registry.add_sandbox(sandbox.clone());
+        node.registry.add_container(sandbox.clone(), container.clone());
+        (node, sandbox, container)
+    }
+
     #[tokio::test]
     async fn what_could_not_be_taken_apart_is_tried_again() {
         let folder = tempfile::tempdir().unwrap();
-        let node = tests::node(folder.path());
-        let sandbox = tests::sandbox(&node, Kind::Vm, Phase::Ready);
-        let container = tests::container(&sandbox, State::Creating);
-        node.registry.add_sandbox(sandbox.clone());
-        node.registry.add_container(sandbox.clone(), container.clone());
+        let (node, sandbox, container) = known(folder.path(), Phase::Ready, State::Creating);
         let refusals = vec![tonic::Code::FailedPrecondition; 2].into();
         let fake = Arc::new(Fake { refusals, ..Default::default() });
         let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
@@ -177,11 +185,7 @@ mod tests {
     #[tokio::test]
     async fn no_volume_goes_while_a_container_is_made_that_may_count_on_it() {
         let folder = tempfile::tempdir().unwrap();
-        let node = tests::node(folder.path());
-        let sandbox = tests::sandbox(&node, Kind::Vm, Phase::NotReady);
-        let container = tests::container(&sandbox, State::Created);
-        node.registry.add_sandbox(sandbox.clone());
-        node.registry.add_container(sandbox.clone(), container.clone());
+        let (node, sandbox, container) = known(folder.path(), Phase::NotReady, State::Created);
         let known = || node.registry.container(container.id.as_str()).is_ok();
         // As a container that is being made has it, from its look at the volumes on.
         let making = sandbox.verb.lock().await;

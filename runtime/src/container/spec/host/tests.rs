@@ -44,6 +44,10 @@ fn built_with(
     })
 }
 
+fn bind(path: &Path, to: &str) -> cri::Mount {
+    cri::Mount { host_path: path.display().to_string(), container_path: to.into(), ..Default::default() }
+}
+
 fn source_at(spec: &Spec, destination: &str) -> PathBuf {
     let mounts = spec.mounts().as_ref().unwrap();
     let found = mounts.iter().find(|mount| mount.destination() == Path::new(destination)).unwrap();
@@ -97,11 +101,7 @@ fn the_hosts_namespaces_are_had_by_having_none() {
 #[test]
 fn directories_of_the_host_take_the_place_of_the_pods_files() {
     let folder = tempfile::tempdir().unwrap();
-    let mount = |path: &str, to: &str| cri::Mount {
-        host_path: folder.path().join(path).display().to_string(),
-        container_path: to.into(),
-        ..Default::default()
-    };
+    let mount = |path: &str, to: &str| bind(&folder.path().join(path), to);
     let mounts = vec![mount("deep", "/data/inner"), mount("hosts", "/etc/hosts"), mount("top", "/data")];
     let spec =
         built(cri::ContainerConfig { mounts, ..Default::default() }, &cri::PodSandboxConfig::default())
@@ -117,11 +117,7 @@ fn directories_of_the_host_take_the_place_of_the_pods_files() {
 #[test]
 fn the_pods_files_are_in_a_directory_of_the_host() {
     let folder = tempfile::tempdir().unwrap();
-    let mount = |to: &str| cri::Mount {
-        host_path: folder.path().display().to_string(),
-        container_path: to.into(),
-        ..Default::default()
-    };
+    let mount = |to: &str| bind(folder.path(), to);
     let config = cri::ContainerConfig { mounts: vec![mount("/etc/"), mount("/dev")], ..Default::default() };
     let spec = built(config, &cri::PodSandboxConfig::default()).unwrap();
     let places: Vec<_> = spec.mounts().iter().flatten().map(|mount| mount.destination().clone()).collect();
@@ -135,11 +131,7 @@ fn the_pods_files_are_in_a_directory_of_the_host() {
 #[test]
 fn images_are_mounted_before_what_is_below_them() {
     let folder = tempfile::tempdir().unwrap();
-    let host = |to: &str| cri::Mount {
-        host_path: folder.path().display().to_string(),
-        container_path: to.into(),
-        ..Default::default()
-    };
+    let host = |to: &str| bind(folder.path(), to);
     let image = cri::Mount {
         container_path: "/data/models".into(),
         image: Some(cri::ImageSpec { image: "models:1".into(), ..Default::default() }),
