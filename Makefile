@@ -14,7 +14,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 .PHONY: deps
-deps: ## install what building and testing needs (Debian 12 and 13)
+deps: ## install what building, testing and linting needs (Debian 12 and 13)
 	@tests/support/deps
 
 .PHONY: guest-image
@@ -33,26 +33,34 @@ build: guest-image ## everything, as it is installed, in target/dist
 		target/guest/husk-default.apparmor
 
 .PHONY: demo
-demo: deps build ## a pod in a virtual machine, from nothing, driven by crictl
-	$(kvm_host) --timeout 2400 -- tests/demo
+demo: ## a pod in a virtual machine, from nothing, driven by crictl
+	@tests/support/steps \
+		'tools and images' 'tests/support/deps demo' \
+		"the guest's kernel and runc" 'guest-image/build --parts target/guest' \
+		"Husk's own programs" '$(MAKE) --no-print-directory build' \
+		'pods' '$(kvm_host) --timeout 2400 -- tests/demo'
+
+.PHONY: deps-test
+deps-test:
+	@tests/support/deps test
 
 .PHONY: test
-test: deps build ## all tests; ends with the number that passed and failed
+test: deps-test build ## all tests; ends with the number that passed and failed
 	tests/support/run-tests
 
 HANDLER ?= kata-runtime
 .PHONY: critest
-critest: deps build ## cri-tools' conformance suite; FOCUS=regex PART=N/M HANDLER=name, results in target/critest
+critest: deps-test build ## cri-tools' conformance suite; FOCUS=regex PART=N/M HANDLER=name, results in target/critest
 	tests/conformance/run --handler '$(HANDLER)' --focus '$(FOCUS)' --part '$(PART)'
 
 .PHONY: posix
-posix: deps build ## pjdfstest on a volume in a pod, results in target/posix
+posix: deps-test build ## pjdfstest on a volume in a pod, results in target/posix
 	@tests/support/deps posix
 	mkdir -p target/posix
 	$(kvm_host) --timeout 3600 --rwdir target/posix -- tests/posix/run --results target/posix
 
 .PHONY: bench
-bench: deps build ## start-up times, memory, streams and volumes, to target/bench
+bench: deps-test build ## start-up times, memory, streams and volumes, to target/bench
 	cargo rustc --release --package husk-tests --bin husk-bench -- -C target-feature=+crt-static
 	install -D -t $(dist)/bin $(target)/release/husk-bench
 	mkdir -p target/bench
@@ -66,7 +74,7 @@ lint: ## formatting, clippy, licences and advisories
 	tests/support/cargo-deny
 
 .PHONY: kvm-shell
-kvm-shell: deps ## a shell in the KVM host that the tests run in
+kvm-shell: deps-test ## a shell in the KVM host that the tests run in
 	$(kvm_host) shell
 
 .PHONY: install

@@ -14,6 +14,7 @@ from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent
 REPO = SUPPORT.parent.parent
+EXAMPLES = REPO / "docs/examples"
 CNI_PLUGINS = ("bridge", "host-local", "portmap", "loopback", "firewall", "tuning", "bandwidth")
 
 
@@ -184,9 +185,9 @@ class Node:
         wait_until(lambda: can_connect(f"{self.root}/husk.sock"), 60, "start huskd", self.daemon)
 
     def write_crictl_configuration(self):
-        (self.root / "crictl.yaml").write_text(
-            f"runtime-endpoint: {self.endpoint}\nimage-endpoint: {self.endpoint}\ntimeout: 240\n"
-        )
+        """The example's, with this node's socket, and time enough for an emulated machine."""
+        text = (EXAMPLES / "crictl.yaml").read_text().replace("unix:///run/husk/husk.sock", self.endpoint)
+        (self.root / "crictl.yaml").write_text(text.replace("timeout: 60", "timeout: 240"))
 
     # --- Driving it ---------------------------------------------------------------------------------
 
