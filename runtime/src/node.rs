@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Config;
+use crate::dirs::{self, ROOT_ONLY, TRAVERSE_ONLY};
 use crate::events::Events;
-use crate::folder::{self, PASSAGE, PRIVATE};
 use crate::image::{ImageConfig, ImageStore};
 use crate::network::{Network, NetworkConfig};
 use crate::sandbox::registry::Registry;
@@ -48,15 +48,15 @@ impl Node {
         // memory. Through the run directory, the users of host pods with user
         // namespaces reach their own files.
         for (folder, mode) in [
-            (&config.state_dir, PASSAGE),
-            (&config.state_dir.join("sandboxes"), PRIVATE),
-            (&config.state_dir.join("templates"), PRIVATE),
-            (&network_dir, PRIVATE),
-            (&scratch_dir, PRIVATE),
-            (&config.run_dir, PASSAGE),
-            (&config.run_dir.join("sandboxes"), PASSAGE),
+            (&config.state_dir, TRAVERSE_ONLY),
+            (&config.state_dir.join("sandboxes"), ROOT_ONLY),
+            (&config.state_dir.join("templates"), ROOT_ONLY),
+            (&network_dir, ROOT_ONLY),
+            (&scratch_dir, ROOT_ONLY),
+            (&config.run_dir, TRAVERSE_ONLY),
+            (&config.run_dir.join("sandboxes"), TRAVERSE_ONLY),
         ] {
-            folder::make(folder, mode).with_context(|| format!("make folder {}", folder.display()))?;
+            dirs::make(folder, mode).with_context(|| format!("make folder {}", folder.display()))?;
         }
         let images = ImageStore::open(
             &config.state_dir,

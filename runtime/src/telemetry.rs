@@ -1,5 +1,5 @@
 //! Logs: lines for people on standard error, or JSON with `HUSK_LOG_FORMAT=json`;
-//! `HUSK_LOG` filters them (`info`, `husk_runtime=debug`).
+//! `HUSK_LOG` filters them (`info`, `husk_runtime=debug,husk_image=debug`).
 
 use tracing_subscriber::EnvFilter;
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::{Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path};
 use crate::agent::Agent;
 use crate::config::Handler;
-use crate::folder;
+use crate::dirs;
 use crate::vm::{Keeper, Machine, Slots, cgroup};
 
 /// What a host pod is made of.
@@ -45,7 +45,7 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Arc<Machine>, u32), Error> {
     let run_dir = &plan.run_dir;
     // The bundles hold what containers are told in secret.
     for path in [run_dir, &plan.layers] {
-        folder::make(path, folder::PRIVATE).map_err(file("make folder", path))?;
+        dirs::make(path, dirs::ROOT_ONLY).map_err(file("make folder", path))?;
     }
     if let Some(group) = plan.group {
         // Its containers find their way to their own files, by name.

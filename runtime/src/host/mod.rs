@@ -26,9 +26,8 @@ use crate::agent::{self, Agent};
 use crate::vm::{Keeper, Machine, Slots, cgroup};
 
 pub mod launch;
-mod tree;
 
-pub use tree::remove as remove_tree;
+pub use husk_base::remove_tree;
 
 /// Most time that processes take to go once they are killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);

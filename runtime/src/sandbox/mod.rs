@@ -4,9 +4,8 @@
 //! A record is written before the step that it is needed to undo, so a daemon
 //! that starts after a crash finds everything that may exist.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use husk_proto::cri;
 use serde::{Deserialize, Serialize};
@@ -15,7 +14,6 @@ use crate::config::Kind;
 use crate::container::Container;
 use crate::cpu_rate::CpuRate;
 use crate::events::Events;
-use crate::folder;
 use crate::id::SandboxId;
 use crate::storage::volumes::Volume;
 use crate::vm::Machine;
@@ -28,6 +26,8 @@ pub mod registry;
 mod strays;
 #[cfg(test)]
 pub(crate) mod tests;
+
+pub use husk_base::{lock, read_json, write_json};
 
 /// What is kept of a sandbox on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -231,30 +231,4 @@ impl Sandbox {
     pub fn scratch(&self) -> PathBuf {
         self.directory.join("scratch.ext4")
     }
-}
-
-/// A lock that a panicking holder cannot make unusable: what it guards is
-/// replaced whole, never left half-changed.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Reads a record.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> std::io::Result<T> {
-    serde_json::from_slice(&std::fs::read(path)?).map_err(std::io::Error::from)
-}
-
-/// Replaces a record as a whole: a reader sees the old one or the new one. It
-/// may say what is told to a pod in secret, so it is for root alone.
-pub fn write_json<T: Serialize>(path: &Path, record: &T) -> std::io::Result<()> {
-    let new = path.with_extension("new");
-    let text = serde_json::to_vec_pretty(record)?;
-    let written = folder::private_file(&new)
-        .and_then(|mut file| file.write_all(&text))
-        .and_then(|()| std::fs::rename(&new, path));
-    if written.is_err() {
-        // Half a record helps nobody, and takes room that a full disk has not.
-        let _ = std::fs::remove_file(&new);
-    }
-    written
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
-use crate::folder;
+use crate::dirs;
 
 /// Most time that making the filesystem may take.
 const MKFS_TIMEOUT: Duration = Duration::from_secs(60);
@@ -113,7 +113,7 @@ impl Scratch {
 /// Copies what the file holds, and leaves its holes holes.
 fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
-    let target = folder::private_file(to)?;
+    let target = dirs::private_file(to)?;
     let length = source.metadata()?.len();
     target.set_len(length)?;
     let mut buffer = vec![0u8; 64 * 1024];

@@ -19,7 +19,7 @@ use super::template::Template;
 use super::{Control, Error, Keeper, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
 use crate::agent::Agent;
 use crate::config::Handler;
-use crate::folder;
+use crate::dirs;
 use crate::id::SandboxId;
 
 /// Serial number of the disk with the containers' writable layers.
@@ -105,7 +105,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
         move |cause: io::Error| Error::File { stage, path, cause }
     };
     // The VMM has no use for paths: all that is in it is passed on open.
-    folder::make(&plan.run_dir, folder::PRIVATE).map_err(file("make folder for sockets", &plan.run_dir))?;
+    dirs::make(&plan.run_dir, dirs::ROOT_ONLY).map_err(file("make folder for sockets", &plan.run_dir))?;
     let control_path = control_path(&plan.run_dir);
     let vsock_path = vsock_path(&plan.run_dir);
     let exit_path = exit_path(&plan.run_dir);

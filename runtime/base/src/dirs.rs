@@ -1,0 +1,52 @@
+//! Folders and files of huskd's own, and what the node's other users may do with
+//! them.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+/// For root alone.
+pub const ROOT_ONLY: u32 = 0o700;
+
+/// Others find their way through it to what is theirs, by name.
+pub const TRAVERSE_ONLY: u32 = 0o711;
+
+/// Makes a folder with this mode; one that is there already gets it.
+///
+/// # Errors
+/// The file system's.
+pub fn make(path: &Path, mode: u32) -> io::Result<()> {
+    // From the first moment, and then whatever the umask takes away.
+    DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+/// Makes a file for root alone, or empties the one that is there.
+///
+/// # Errors
+/// The file system's.
+pub fn private_file(path: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_folder_has_its_mode_whether_or_not_it_was_there() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("outer/inner");
+        let mode = || fs::metadata(&folder).unwrap().permissions().mode() & 0o7777;
+        for wanted in [TRAVERSE_ONLY, ROOT_ONLY, TRAVERSE_ONLY] {
+            make(&folder, wanted).unwrap();
+            assert_eq!(mode(), wanted);
+        }
+        fs::set_permissions(&folder, Permissions::from_mode(0o1777)).unwrap();
+        make(&folder, ROOT_ONLY).unwrap();
+        assert_eq!(mode(), ROOT_ONLY);
+    }
+}

@@ -1,0 +1,28 @@
+//! The ground floor: small things that every other crate of huskd needs.
+//!
+//! Ids, folders and files of huskd's own, records that are replaced as a whole, and
+//! the one error for a file that could not be read or written. Nothing here knows
+//! what a pod is.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub mod dirs;
+mod error;
+pub mod id;
+pub mod json;
+pub mod mountinfo;
+pub mod random;
+pub mod text_file;
+mod tree;
+
+pub use error::FileError;
+pub use json::{read_json, write_json};
+pub use tree::remove as remove_tree;
+
+/// Locks a mutex, even one whose holder panicked. Callers replace as a whole what a
+/// mutex guards, so that it is never left half-changed.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,457 @@
+//! PullImage's work: manifest, configuration, layers, files, record.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use oci_spec::distribution::Reference;
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
+use sha2::{Digest, Sha256};
+use tokio::io::AsyncWriteExt;
+
+use super::chain::ChainId;
+use super::layer::{Failure, Unpacker, is_layer};
+use super::registry::{self, Credentials};
+use super::store::{Record, file};
+use super::{Error, ImageStore, erofs, reference};
+use husk_base::id::hex;
+use husk_base::lock;
+use husk_base::remove_tree;
+
+mod source;
+use source::{Rounds, Source, Wanted, sources};
+
+/// Layers that are fetched at the same time.
+const PARALLEL: usize = 3;
+/// Largest manifest and largest configuration, bytes.
+const MAX_DOCUMENT: usize = 4 << 20;
+/// Most bytes of annotations that are kept of an image.
+const MAX_ANNOTATIONS: usize = 64 << 10;
+/// As many layers as other runtimes take.
+const MAX_LAYERS: usize = 127;
+/// Most entries of an index, which do not say what they are for, that are
+/// looked into.
+const MAX_SILENT: usize = 16;
+/// How often a blob is asked for before the pull is given up.
+const TRIES: u32 = 3;
+
+/// Manifests that are understood.
+const MEDIA_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
+                           application/vnd.oci.image.index.v1+json, \
+                           application/vnd.docker.distribution.manifest.v2+json, \
+                           application/vnd.docker.distribution.manifest.list.v2+json";
+
+/// Pulls under way, so that one reference is pulled by one at a time.
+#[derive(Debug, Default)]
+pub(super) struct Flights(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
+
+/// Tells the folders of pulls apart.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// A folder that goes when the last who works in it lets it go.
+struct Workspace(PathBuf);
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        // A pull that is given up may just be making a file, or mkfs.erofs is:
+        // neither makes a second one.
+        let removed = remove_tree(&self.0).or_else(|_| {
+            std::thread::sleep(Duration::from_millis(50));
+            remove_tree(&self.0)
+        });
+        if let Err(error) = removed {
+            tracing::warn!(path = %self.0.display(), %error, "remove the folder of a pull");
+        }
+    }
+}
+
+/// Tells a thread that nobody waits for it any more.
+#[derive(Default)]
+struct Cancel(Arc<AtomicBool>);
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// One pull.
+struct Pull<'a> {
+    store: &'a ImageStore,
+    sources: Vec<Source>,
+    reference: Reference,
+    name: String,
+}
+
+impl ImageStore {
+    /// Pulls an image, and answers with its id. One that is here already is
+    /// only looked up in the registry.
+    ///
+    /// # Errors
+    /// With the stage in it; nothing is left behind.
+    pub async fn pull(&self, name: &str, credentials: Credentials) -> Result<String, Error> {
+        let reference = reference::parse(name)?;
+        let canonical = reference::canonical(&reference);
+        let sources = sources(&self.config, &reference, &credentials)?;
+        let flight = lock(&self.flights.0).entry(canonical.clone()).or_default().clone();
+        let limit = self.config.pull_timeout;
+        let pulled = tokio::time::timeout(limit, async {
+            let _flight = flight.lock().await;
+            Pull { store: self, sources, reference, name: canonical.clone() }.run().await
+        })
+        .await;
+        drop(flight);
+        lock(&self.flights.0).retain(|_, flight| Arc::strong_count(flight) > 1);
+        pulled.unwrap_or_else(|_| {
+            Err(Error::Timeout {
+                reference: canonical,
+                stage: "pull".into(),
+                cause: format!("not done within {} s", limit.as_secs()),
+            })
+        })
+    }
+}
+
+impl Pull<'_> {
+    async fn run(&self) -> Result<String, Error> {
+        let workspace = self.store.pulls().join(format!(
+            "{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
+        std::fs::create_dir_all(&workspace).map_err(file("make folder", &workspace))?;
+        let workspace = Arc::new(Workspace(workspace));
+        let (manifest, digest) = self.manifest(&workspace.0).await?;
+        let id = manifest.config().digest().to_string();
+        let mut tags = BTreeSet::new();
+        if self.reference.digest().is_none() {
+            tags.insert(self.name.clone());
+        }
+        let digests = BTreeSet::from([format!("{}@{digest}", reference::repository(&self.reference))]);
+        let annotations = self.annotations(&manifest);
+        if let Some(known) = self.store.by_id(&id)? {
+            let (tags, digests, annotations) = (tags.clone(), digests.clone(), annotations.clone());
+            if self.store.adopt(Record { tags, digests, annotations, ..known })? {
+                return Ok(id);
+            }
+        }
+
+        let (config_text, config) = self.config(&manifest, &workspace.0).await?;
+        let diff_ids = config.rootfs().diff_ids().clone();
+        let layers = self.layers(&manifest, &diff_ids)?;
+        let chain_id = ChainId::of(&diff_ids).map_err(|cause| self.refused(cause))?;
+        let record =
+            Record { id: id.clone(), tags, digests, chain_id, size: 0, config: config_text, annotations };
+        if !self.store.adopt(record.clone())? {
+            self.fetch(layers, &workspace.0).await?;
+            self.unpack(diff_ids, &workspace).await?;
+            let packed = workspace.0.join("rootfs.erofs");
+            erofs::pack(&workspace.0.join("files"), &packed).await?;
+            // On disk before it has the name that says that it is whole.
+            let synced = packed.clone();
+            tokio::task::spawn_blocking(move || {
+                std::fs::File::open(&synced).and_then(|file| file.sync_all())
+            })
+            .await
+            .map_err(|error| self.refused(error.to_string()))?
+            .map_err(file("sync", &packed))?;
+            self.store.settle(record, &packed)?;
+        }
+        // Removing the files takes a moment that nobody need wait for.
+        tokio::task::spawn_blocking(move || drop(workspace));
+        tracing::info!(image = self.name, id, "image pulled");
+        Ok(id)
+    }
+
+    /// What the manifest says about itself, unless it is more than a list of
+    /// images can bear.
+    fn annotations(&self, manifest: &ImageManifest) -> BTreeMap<String, String> {
+        let all: BTreeMap<_, _> = manifest.annotations().clone().unwrap_or_default().into_iter().collect();
+        let bytes: usize = all.iter().map(|(key, value)| key.len() + value.len()).sum();
+        if bytes > MAX_ANNOTATIONS {
+            tracing::warn!(
+                image = self.name,
+                bytes,
+                "annotations left out: more than {MAX_ANNOTATIONS} bytes"
+            );
+            return BTreeMap::new();
+        }
+        all
+    }
+
+    /// The manifest for this machine, and the digest that the reference leads to.
+    async fn manifest(&self, workspace: &Path) -> Result<(ImageManifest, String), Error> {
+        let (bytes, digest) = self.document(self.reference.digest()).await?;
+        let manifest = match serde_json::from_slice::<ImageIndex>(&bytes) {
+            Ok(index) => self.choose(&index, workspace).await?,
+            Err(_) => self.parse(&bytes)?,
+        };
+        Ok((manifest, digest))
+    }
+
+    /// What an index has for this machine. An entry that does not say what it is
+    /// for is taken if its configuration does not speak of another machine.
+    async fn choose(&self, index: &ImageIndex, workspace: &Path) -> Result<ImageManifest, Error> {
+        if let Some(entry) = index.manifests().iter().find(|entry| is_ours(entry)) {
+            return self.entry(entry).await;
+        }
+        let silent = index.manifests().iter().filter(|entry| entry.platform().is_none());
+        for entry in silent.take(MAX_SILENT) {
+            let manifest = self.entry(entry).await?;
+            let (_, config) = self.config(&manifest, workspace).await?;
+            if [(config.os().to_string(), "linux"), (config.architecture().to_string(), "amd64")]
+                .iter()
+                .all(|(said, ours)| said.is_empty() || said == ours)
+            {
+                return Ok(manifest);
+            }
+        }
+        Err(self.refused("the image is not there for linux/amd64".into()))
+    }
+
+    async fn entry(&self, entry: &Descriptor) -> Result<ImageManifest, Error> {
+        self.parse(&self.document(Some(entry.digest().as_ref())).await?.0)
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Result<ImageManifest, Error> {
+        let manifest = serde_json::from_slice::<ImageManifest>(bytes)
+            .map_err(|error| self.refused(format!("the manifest does not read: {error}")))?;
+        let count = manifest.layers().len();
+        if count > MAX_LAYERS {
+            return Err(self.refused(format!("{count} layers are more than {MAX_LAYERS}")));
+        }
+        Ok(manifest)
+    }
+
+    /// The bytes of the manifest with that digest, or of the one that the tag
+    /// leads to; and their digest, counted here.
+    async fn document(&self, digest: Option<&str>) -> Result<(Vec<u8>, String), Error> {
+        let wanted = if digest.is_some() { Wanted::Content } else { Wanted::Tag };
+        let mut rounds = Rounds::new(&self.sources, wanted);
+        while let Some(source) = rounds.next().await {
+            match self.try_document(source, digest).await {
+                Ok(document) => return Ok(document),
+                Err((error, passing)) => rounds.failed(error, passing),
+            }
+        }
+        Err(rounds.error(|| self.refused("hosts.toml lets no host resolve tags".into())))
+    }
+
+    /// On an error, says whether it may pass.
+    async fn try_document(
+        &self,
+        source: &Source,
+        digest: Option<&str>,
+    ) -> Result<(Vec<u8>, String), (Error, bool)> {
+        let name = digest.or(self.reference.tag()).unwrap_or("latest");
+        let bytes = source.registry.manifest(name, MEDIA_TYPES, MAX_DOCUMENT).await.map_err(|failure| {
+            let passing = failure.may_pass();
+            (self.registry("fetch manifest", failure), passing)
+        })?;
+        let found = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
+        match digest {
+            Some(asked) if asked != found => {
+                Err((self.refused(format!("the registry answers digest {asked} with {found}")), false))
+            }
+            _ => Ok((bytes, found)),
+        }
+    }
+
+    async fn config(
+        &self,
+        manifest: &ImageManifest,
+        workspace: &Path,
+    ) -> Result<(String, ImageConfiguration), Error> {
+        if manifest.config().size() > MAX_DOCUMENT as u64 {
+            return Err(self.refused("the configuration is too large".into()));
+        }
+        let path = workspace.join("config");
+        self.blob("fetch configuration".into(), manifest.config(), &path).await?;
+        let text = std::fs::read_to_string(&path).map_err(file("read configuration", &path))?;
+        let config = serde_json::from_str(&text)
+            .map_err(|error| self.refused(format!("the configuration does not read: {error}")))?;
+        Ok((text, config))
+    }
+
+    /// The layers, as many and of such types as can be.
+    fn layers<'a>(
+        &self,
+        manifest: &'a ImageManifest,
+        diff_ids: &[String],
+    ) -> Result<&'a [Descriptor], Error> {
+        if diff_ids.len() != manifest.layers().len() {
+            return Err(self.refused(format!(
+                "{} layers, and the configuration speaks of {}",
+                manifest.layers().len(),
+                diff_ids.len()
+            )));
+        }
+        let mut types = manifest.layers().iter().map(|layer| layer.media_type().to_string());
+        match types.find(|media_type| !is_layer(media_type)) {
+            Some(unknown) => Err(self.refused(format!("a layer is of unknown type `{unknown}`"))),
+            None => Ok(manifest.layers()),
+        }
+    }
+
+    async fn fetch(&self, layers: &[Descriptor], workspace: &Path) -> Result<(), Error> {
+        let count = layers.len();
+        let mut fetches = Vec::with_capacity(count);
+        for (number, layer) in layers.iter().enumerate() {
+            let stage = format!("fetch layer {} of {count}", number + 1);
+            fetches.push(async move { self.blob(stage, layer, &layer_path(workspace, number)).await });
+        }
+        futures::stream::iter(fetches).buffer_unordered(PARALLEL).try_collect::<()>().await
+    }
+
+    async fn blob(&self, stage: String, blob: &Descriptor, path: &Path) -> Result<(), Error> {
+        let mut rounds = Rounds::new(&self.sources, Wanted::Content);
+        while let Some(source) = rounds.next().await {
+            match self.try_blob(source, &stage, blob, path).await {
+                Ok(()) => return Ok(()),
+                Err((error, passing)) => rounds.failed(error, passing),
+            }
+        }
+        Err(rounds.error(|| self.refused("hosts.toml lets no host be pulled from".into())))
+    }
+
+    /// On an error, says whether it may pass.
+    async fn try_blob(
+        &self,
+        source: &Source,
+        stage: &str,
+        blob: &Descriptor,
+        path: &Path,
+    ) -> Result<(), (Error, bool)> {
+        let disk = |error| (file("write", path)(error), false);
+        let digest = blob.digest().to_string();
+        let mut response = source.registry.blob(&digest).await.map_err(|failure| {
+            let passing = failure.may_pass();
+            (self.registry(stage, failure), passing)
+        })?;
+        let mut out = tokio::fs::File::create(path).await.map_err(disk)?;
+        let (mut length, mut hash) = (0u64, Sha256::new());
+        while let Some(chunk) = response.chunk().await.map_err(|error| match error.is_timeout() {
+            true => (self.stalled(stage), false),
+            false => (self.failed(stage, format!("the transfer broke: {}", chain(&error))), true),
+        })? {
+            length = length.saturating_add(chunk.len() as u64);
+            if length > blob.size() {
+                return Err((
+                    self.refused(format!(
+                        "{stage}: {digest} is longer than the {} bytes promised",
+                        blob.size()
+                    )),
+                    false,
+                ));
+            }
+            hash.update(&chunk);
+            out.write_all(&chunk).await.map_err(disk)?;
+        }
+        out.flush().await.map_err(disk)?;
+        if length < blob.size() {
+            let cause = format!("{stage}: {digest} is truncated: {length} of {} bytes", blob.size());
+            return Err((self.refused(cause), true));
+        }
+        let found = format!("sha256:{}", hex(&hash.finalize()));
+        if found != digest {
+            return Err((self.refused(format!("{stage}: {digest} came with digest {found}")), false));
+        }
+        Ok(())
+    }
+
+    /// A pull that is given up lets the thread go, which stops at its next read
+    /// and has the folder for itself until then.
+    async fn unpack(&self, diff_ids: Vec<String>, workspace: &Arc<Workspace>) -> Result<(), Error> {
+        let workspace = workspace.clone();
+        let limits = self.store.config.limits.clone();
+        let cancel = Cancel::default();
+        let cancelled = cancel.0.clone();
+        let unpacked = tokio::task::spawn_blocking(move || {
+            let workspace = &workspace.0;
+            let folder = workspace.join("files");
+            std::fs::create_dir(&folder)
+                .map_err(|error| Failure::Disk("make folder", folder.clone(), error))?;
+            let mut unpacker = Unpacker::new(&folder, &limits, cancelled)?;
+            for (number, diff_id) in diff_ids.iter().enumerate() {
+                let blob = layer_path(workspace, number);
+                unpacker.apply(&blob, diff_id)?;
+                let _ = std::fs::remove_file(&blob);
+            }
+            Ok(())
+        })
+        .await
+        .map_err(|error| self.refused(error.to_string()))?;
+        unpacked.map_err(|failure| match failure {
+            Failure::Refused(cause) => self.refused(format!("unpack: {cause}")),
+            Failure::Disk(stage, path, cause) => Error::File { stage, path, cause },
+        })
+    }
+
+    fn refused(&self, cause: String) -> Error {
+        Error::Refused { reference: self.name.clone(), cause }
+    }
+
+    fn failed(&self, stage: &str, cause: String) -> Error {
+        Error::Registry { reference: self.name.clone(), stage: stage.into(), cause }
+    }
+
+    fn stalled(&self, stage: &str) -> Error {
+        Error::Timeout {
+            reference: self.name.clone(),
+            stage: stage.into(),
+            cause: format!(
+                "not a byte from the registry for {} s",
+                self.store.config.stall_timeout.as_secs()
+            ),
+        }
+    }
+
+    fn registry(&self, stage: &str, failure: registry::Failure) -> Error {
+        let (reference, cause) = (self.name.clone(), failure.to_string());
+        match failure {
+            failure if failure.is_timeout() => self.stalled(stage),
+            failure if failure.is_unauthorized() => Error::Unauthorized { reference, cause },
+            failure if failure.is_not_found() => Error::NotFound { reference, cause },
+            registry::Failure::TooLarge(_) => self.refused(format!("{stage}: {cause}")),
+            _ => self.failed(stage, cause),
+        }
+    }
+}
+
+fn layer_path(workspace: &Path, number: usize) -> PathBuf {
+    workspace.join(format!("layer-{number}"))
+}
+
+/// Whether an index says that an entry is for this machine. Of the variants
+/// only the first runs on every such machine.
+fn is_ours(entry: &Descriptor) -> bool {
+    entry.platform().as_ref().is_some_and(|platform| {
+        platform.os().to_string() == "linux"
+            && platform.architecture().to_string() == "amd64"
+            && matches!(platform.variant().as_deref(), None | Some("" | "v1"))
+    })
+}
+
+async fn pause(tries: u32) {
+    tokio::time::sleep(Duration::from_millis(200) * 2u32.pow(tries)).await;
+}
+
+/// An error with its causes, without saying anything twice.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,194 @@
+//! Whom a pull asks: the mirrors that `hosts.toml` names, then the registry.
+
+use std::time::Duration;
+
+use oci_spec::distribution::Reference;
+use reqwest::{Certificate, Client};
+
+use super::{Error, TRIES, pause};
+use crate::hosts::{Connection, Host, Hosts};
+use crate::registry::{Credentials, Registry};
+use crate::{ImageConfig, MAX_PEM};
+use husk_base::text_file;
+
+/// One registry, and whether it is asked.
+pub(super) struct Source {
+    pub registry: Registry,
+    /// Whether it may say what a tag leads to.
+    resolve: bool,
+    /// Whether it may hand out what is named by a digest.
+    pull: bool,
+    /// For messages; the registry itself needs none.
+    name: Option<String>,
+}
+
+/// All that may be asked for `reference`, in order; the last is the registry
+/// or what stands for it.
+pub(super) fn sources(
+    config: &ImageConfig,
+    reference: &Reference,
+    credentials: &Credentials,
+) -> Result<Vec<Source>, Error> {
+    let hosts = Hosts::load(&config.hosts_dir, reference.registry())?;
+    let own = reference.resolve_registry();
+    let mut sources = Vec::with_capacity(hosts.mirrors.len() + 1);
+    for mirror in &hosts.mirrors {
+        // The registry's password is nothing to a mirror on another host.
+        let same = mirror.address == own || mirror.address == reference.registry();
+        let credentials = if same { credentials.clone() } else { Credentials::Anonymous };
+        sources.push(Source::at(mirror, config, reference, credentials)?);
+    }
+    sources.push(match &hosts.server {
+        Some(server) => Source::at(server, config, reference, credentials.clone())?,
+        None => {
+            // Where there are certificates for it, it has one.
+            let plain = hosts.registry.ca.is_empty() && plain(config, own);
+            let http = client(config, &hosts.registry, reference)?;
+            Source {
+                registry: Registry::new(
+                    http,
+                    (plain, own),
+                    reference.repository(),
+                    None,
+                    credentials.clone(),
+                ),
+                resolve: true,
+                pull: true,
+                name: None,
+            }
+        }
+    });
+    Ok(sources)
+}
+
+impl Source {
+    fn at(
+        host: &Host,
+        config: &ImageConfig,
+        reference: &Reference,
+        credentials: Credentials,
+    ) -> Result<Self, Error> {
+        let authority = host.address.split('/').next().unwrap_or_default();
+        let address = (host.plain.unwrap_or_else(|| plain(config, authority)), host.address.as_str());
+        let repository = match host.prefix.as_str() {
+            "" => reference.repository().to_owned(),
+            prefix => format!("{prefix}/{}", reference.repository()),
+        };
+        let http = client(config, &host.connection, reference)?;
+        Ok(Self {
+            registry: Registry::new(http, address, &repository, Some(reference.registry()), credentials),
+            resolve: host.resolve,
+            pull: host.pull,
+            name: Some(host.name.clone()),
+        })
+    }
+}
+
+fn client(config: &ImageConfig, connection: &Connection, reference: &Reference) -> Result<Client, Error> {
+    let mut certificates = Vec::new();
+    for path in &connection.ca {
+        let wrong = |cause: String| Error::Hosts { path: path.clone(), cause };
+        let text = text_file::read(path, MAX_PEM).map_err(|error| wrong(error.to_string()))?;
+        let found =
+            Certificate::from_pem_bundle(text.as_bytes()).map_err(|error| wrong(super::chain(&error)))?;
+        if found.is_empty() {
+            return Err(wrong("there is no PEM certificate in it".into()));
+        }
+        certificates.extend(found);
+    }
+    let dial_timeout = connection.dial_timeout.unwrap_or(config.stall_timeout.min(Duration::from_secs(30)));
+    Client::builder()
+        .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
+        .read_timeout(config.stall_timeout)
+        .connect_timeout(dial_timeout)
+        .tls_danger_accept_invalid_certs(connection.skip_verify)
+        .tls_certs_merge(certificates)
+        .build()
+        .map_err(|error| Error::Hosts {
+            path: config.hosts_dir.join(reference.registry()),
+            cause: super::chain(&error),
+        })
+}
+
+/// Whether a host whose address does not say so is spoken to without TLS.
+fn plain(config: &ImageConfig, registry: &str) -> bool {
+    is_loopback(registry) || config.insecure_registries.iter().any(|insecure| insecure == registry)
+}
+
+/// A registry on this machine is spoken to without TLS.
+fn is_loopback(registry: &str) -> bool {
+    let host = match registry.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => registry,
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// What is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// What a tag leads to.
+    Tag,
+    /// Something that its digest names, so that it matters little who gives it.
+    Content,
+}
+
+/// Asks one source after another, and all of them again while what went wrong
+/// may pass.
+pub(super) struct Rounds<'a> {
+    sources: Vec<&'a Source>,
+    at: usize,
+    tries: u32,
+    passing: bool,
+    failures: Vec<(Option<&'a str>, Error)>,
+}
+
+impl<'a> Rounds<'a> {
+    pub(super) fn new(sources: &'a [Source], wanted: Wanted) -> Self {
+        let fits = |source: &&Source| match wanted {
+            Wanted::Tag => source.resolve,
+            Wanted::Content => source.pull,
+        };
+        let sources = sources.iter().filter(fits).collect();
+        Self { sources, at: 0, tries: 1, passing: false, failures: Vec::new() }
+    }
+
+    /// The next to ask; after a pause if all have failed.
+    pub(super) async fn next(&mut self) -> Option<&'a Source> {
+        if self.at == self.sources.len() && self.passing && self.tries < TRIES {
+            pause(self.tries).await;
+            self.tries += 1;
+            (self.at, self.passing) = (0, false);
+            self.failures.clear();
+        }
+        let source = self.sources.get(self.at)?;
+        self.at += 1;
+        Some(source)
+    }
+
+    /// The source that `next` gave last has failed; whether that may pass.
+    pub(super) fn failed(&mut self, error: Error, passing: bool) {
+        let name = self.sources.get(self.at.saturating_sub(1)).and_then(|source| source.name.as_deref());
+        if let Some(mirror) = name {
+            tracing::debug!(mirror, %error, "image source");
+        }
+        self.passing |= passing;
+        self.failures.push((name, error));
+    }
+
+    /// Why nobody had it: what the last one said, and then the others.
+    pub(super) fn error(mut self, nobody: impl FnOnce() -> Error) -> Error {
+        let Some((name, mut error)) = self.failures.pop() else { return nobody() };
+        if let Some(cause) = error.cause_mut() {
+            if let Some(name) = name {
+                *cause = format!("{name}: {cause}");
+            }
+            for (name, mut earlier) in self.failures {
+                let text = earlier.cause_mut().map_or_else(String::new, |cause| cause.clone());
+                cause.push_str(&format!("; mirror {}: {text}", name.unwrap_or_default()));
+            }
+        }
+        error
+    }
+}

@@ -1,0 +1,326 @@
+//! One registry over HTTP: as much of the OCI distribution specification as a
+//! pull needs.
+//!
+//! Whoever names an image names the server that is asked for it, and servers
+//! name others that grant tokens. So nothing of an answer is kept in memory
+//! without a bound.
+
+use std::fmt;
+use std::sync::Mutex;
+
+use base64::Engine;
+use http_auth::ChallengeParser;
+use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+use reqwest::{Client, Response, StatusCode, Url};
+use serde::Deserialize;
+
+use super::pull::chain;
+use husk_base::lock;
+
+/// Most bytes of an answer that grants a token.
+const MAX_TOKEN: usize = 1 << 20;
+/// Most bytes that are read of an answer that tells an error.
+const MAX_ERROR: usize = 64 << 10;
+/// Most characters of it that are told.
+const MAX_WORDS: usize = 500;
+
+/// Who asks.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Credentials {
+    /// Nobody in particular.
+    Anonymous,
+    /// A user with a password.
+    Basic(String, String),
+    /// Whoever has this token.
+    Bearer(String),
+}
+
+// Without what is secret.
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Anonymous => write!(f, "Anonymous"),
+            Self::Basic(user, _) => write!(f, "Basic({user:?}, …)"),
+            Self::Bearer(_) => write!(f, "Bearer(…)"),
+        }
+    }
+}
+
+/// A repository of a registry.
+pub(super) struct Registry {
+    http: Client,
+    /// Up to the repository: "https://registry.example/v2/library/nginx".
+    url: String,
+    /// What a mirror is told of the registry that it stands for.
+    query: String,
+    repository: String,
+    credentials: Credentials,
+    /// What is sent along since the registry has asked for it.
+    authorization: Mutex<Option<HeaderValue>>,
+}
+
+/// Why the registry did not answer as it should.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    /// It cannot be reached, or the connection broke.
+    #[error("{}", chain(.0))]
+    Http(#[from] reqwest::Error),
+    /// It said something else.
+    #[error("HTTP status {status}{words}")]
+    Status {
+        status: StatusCode,
+        /// The specification's codes for what is wrong.
+        codes: Vec<String>,
+        words: String,
+    },
+    /// Nobody granted a token.
+    #[error("token from {0}")]
+    Token(String),
+    /// There is more than anybody needs.
+    #[error("the answer is larger than {0} bytes")]
+    TooLarge(usize),
+}
+
+impl Registry {
+    /// `address` is a host with or without a port, and what comes before `/v2`
+    /// in the path; `namespace` is the registry that a mirror stands for.
+    pub(super) fn new(
+        http: Client,
+        (plain, address): (bool, &str),
+        repository: &str,
+        namespace: Option<&str>,
+        credentials: Credentials,
+    ) -> Self {
+        let scheme = if plain { "http" } else { "https" };
+        let authorization = match &credentials {
+            Credentials::Bearer(token) => header("Bearer", token),
+            _ => None,
+        };
+        Self {
+            http,
+            url: format!("{scheme}://{address}/v2/{repository}"),
+            query: namespace.map(|namespace| format!("?ns={namespace}")).unwrap_or_default(),
+            repository: repository.to_owned(),
+            credentials,
+            authorization: Mutex::new(authorization),
+        }
+    }
+
+    /// The manifest with a tag or a digest, of at most `most` bytes.
+    pub(super) async fn manifest(&self, name: &str, accept: &str, most: usize) -> Result<Vec<u8>, Failure> {
+        whole(self.get(&format!("manifests/{name}"), accept).await?, most).await
+    }
+
+    /// The blob with a digest; nothing of it has been read.
+    pub(super) async fn blob(&self, digest: &str) -> Result<Response, Failure> {
+        self.get(&format!("blobs/{digest}"), "*/*").await
+    }
+
+    async fn get(&self, path: &str, accept: &str) -> Result<Response, Failure> {
+        let url = format!("{}/{path}{}", self.url, self.query);
+        let mut challenged = false;
+        loop {
+            let mut request = self.http.get(&url).header(ACCEPT, accept);
+            if let Some(authorization) = lock(&self.authorization).clone() {
+                request = request.header(AUTHORIZATION, authorization);
+            }
+            let response = request.send().await?;
+            let status = response.status();
+            if status == StatusCode::OK {
+                return Ok(response);
+            }
+            // A token may have expired, so this is for later requests too. Another
+            // host that the registry sends us to is none of its own.
+            if status == StatusCode::UNAUTHORIZED && !challenged && self.is_own(response.url()) {
+                challenged = true;
+                if let Some(authorization) = self.authorize(response.headers()).await? {
+                    *lock(&self.authorization) = Some(authorization);
+                    continue;
+                }
+            }
+            return Err(Failure::told(response).await);
+        }
+    }
+
+    fn is_own(&self, url: &Url) -> bool {
+        Url::parse(&self.url).is_ok_and(|own| own.host_str() == url.host_str())
+    }
+
+    /// What has to be sent along, by what the registry asks for; `None` if there
+    /// is nothing that would help.
+    async fn authorize(&self, headers: &HeaderMap) -> Result<Option<HeaderValue>, Failure> {
+        if matches!(self.credentials, Credentials::Bearer(_)) {
+            return Ok(None);
+        }
+        let (mut token, mut basic) = (None, false);
+        for text in headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok()) {
+            for challenge in ChallengeParser::new(text).flatten() {
+                if challenge.scheme.eq_ignore_ascii_case("Bearer") {
+                    let named = |name: &str| {
+                        let found = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
+                        found.map(|(_, value)| value.to_unescaped())
+                    };
+                    token = token.or_else(|| Some((named("realm")?, named("service"), named("scope"))));
+                }
+                basic |= challenge.scheme.eq_ignore_ascii_case("Basic");
+            }
+        }
+        match (token, &self.credentials) {
+            (Some((realm, service, scope)), _) => self.token(&realm, service, scope).await.map(Some),
+            (None, Credentials::Basic(user, password)) if basic => {
+                Ok(header("Basic", &base64(user, password)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Asks `realm` for a token that the registry takes.
+    async fn token(
+        &self,
+        realm: &str,
+        service: Option<String>,
+        scope: Option<String>,
+    ) -> Result<HeaderValue, Failure> {
+        let wrong = |what: String| Failure::Token(format!("{}: {what}", shown(realm)));
+        let mut url = Url::parse(realm).map_err(|error| wrong(error.to_string()))?;
+        let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository));
+        url.query_pairs_mut().append_pair("scope", &scope);
+        if let Some(service) = service {
+            url.query_pairs_mut().append_pair("service", &service);
+        }
+        let mut request = self.http.get(url);
+        if let Credentials::Basic(user, password) = &self.credentials {
+            request = request.basic_auth(user, Some(password));
+        }
+        let response = request.send().await?;
+        if response.status() != StatusCode::OK {
+            let failure = Failure::told(response).await;
+            // That it lacks something says nothing about the image.
+            return Err(if failure.may_pass() { failure } else { wrong(failure.to_string()) });
+        }
+        let answer = whole(response, MAX_TOKEN).await.map_err(|failure| match failure {
+            Failure::TooLarge(_) => wrong(failure.to_string()),
+            failure => failure,
+        })?;
+        let granted: Granted = serde_json::from_slice(&answer).map_err(|error| wrong(error.to_string()))?;
+        let token =
+            [granted.token, granted.access_token].into_iter().flatten().find(|token| !token.is_empty());
+        token
+            .and_then(|token| header("Bearer", &token))
+            .ok_or_else(|| wrong("there is no token in the answer".into()))
+    }
+}
+
+/// What the specification of tokens says: one of them is there.
+#[derive(Deserialize)]
+struct Granted {
+    token: Option<String>,
+    access_token: Option<String>,
+}
+
+/// How the specification tells errors.
+#[derive(Deserialize)]
+struct Told {
+    errors: Vec<ToldError>,
+}
+
+#[derive(Deserialize)]
+struct ToldError {
+    #[serde(default)]
+    code: String,
+    message: Option<String>,
+}
+
+impl Failure {
+    /// What an answer says of an error.
+    async fn told(mut response: Response) -> Self {
+        let status = response.status();
+        let mut body = Vec::new();
+        // What does not come is not missed.
+        while body.len() < MAX_ERROR
+            && let Ok(Some(chunk)) = response.chunk().await
+        {
+            let room = MAX_ERROR - body.len();
+            body.extend_from_slice(chunk.get(..room).unwrap_or(&chunk));
+        }
+        let told = serde_json::from_slice::<Told>(&body).map(|told| told.errors).unwrap_or_default();
+        let text = match &told[..] {
+            [] => String::from_utf8_lossy(&body).into_owned(),
+            told => told
+                .iter()
+                .map(|error| format!("{} {}", error.code, error.message.as_deref().unwrap_or_default()))
+                .collect::<Vec<_>>()
+                .join(", "),
+        };
+        let text = shown(text.trim());
+        let words = if text.is_empty() { text } else { format!(": {text}") };
+        Self::Status { status, codes: told.into_iter().map(|error| error.code).collect(), words }
+    }
+
+    /// The registry does not have it.
+    pub(super) fn is_not_found(&self) -> bool {
+        self.says(
+            &[StatusCode::NOT_FOUND],
+            &["MANIFEST_UNKNOWN", "NAME_UNKNOWN", "NOT_FOUND", "BLOB_UNKNOWN"],
+        )
+    }
+
+    /// The registry, or who grants tokens for it, wants somebody else.
+    pub(super) fn is_unauthorized(&self) -> bool {
+        matches!(self, Self::Token(_))
+            || self.says(&[StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN], &["UNAUTHORIZED", "DENIED"])
+    }
+
+    fn says(&self, statuses: &[StatusCode], words: &[&str]) -> bool {
+        match self {
+            Self::Status { status, codes, .. } => {
+                statuses.contains(status) || codes.iter().any(|code| words.contains(&code.as_str()))
+            }
+            _ => false,
+        }
+    }
+
+    /// Nothing came for too long.
+    pub(super) fn is_timeout(&self) -> bool {
+        matches!(self, Self::Http(error) if error.is_timeout())
+    }
+
+    /// Whether asking again may help.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Http(error) => error.is_connect(),
+            Self::Status { status, .. } => {
+                status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS
+            }
+            Self::Token(_) | Self::TooLarge(_) => false,
+        }
+    }
+}
+
+/// All of an answer, if it is not longer than `most`.
+async fn whole(mut response: Response, most: usize) -> Result<Vec<u8>, Failure> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await? {
+        if chunk.len() > most - body.len() {
+            return Err(Failure::TooLarge(most));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+fn base64(user: &str, password: &str) -> String {
+    base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"))
+}
+
+/// `None` where no header can say so.
+fn header(scheme: &str, secret: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::try_from(format!("{scheme} {secret}")).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+/// A server's words, fit for one line of a message.
+fn shown(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_WORDS).collect()
+}
