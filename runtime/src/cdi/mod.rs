@@ -12,7 +12,6 @@ use husk_proto::cri;
 use oci_spec::runtime::{LinuxDeviceType, Spec as OciSpec};
 
 use crate::config;
-use crate::cri::error::Error;
 
 mod file;
 #[cfg(test)]
@@ -22,6 +21,11 @@ use file::{Edits, Hook, Mount, Node, Spec};
 
 /// The prefix of annotations that ask for devices, as older clients do.
 const ANNOTATION: &str = "cdi.k8s.io/";
+
+/// A device that a container cannot have, by its name or its node.
+#[derive(Debug, thiserror::Error)]
+#[error("CDI device {0}")]
+pub struct Error(String);
 
 /// Device nodes that a container gets: what the words of CRI cannot say of them.
 #[derive(Debug, Default)]
@@ -46,7 +50,7 @@ pub fn apply(
     let files: Vec<_> = dirs.iter().map(|dir| file::all_in(dir)).collect();
     let mut applied: Vec<&Path> = Vec::new();
     for name in &names {
-        let refused = |problem: String| Error::InvalidArgument(format!("CDI device `{name}`: {problem}"));
+        let refused = |problem: String| Error(format!("`{name}`: {problem}"));
         let (path, spec, device) = find(&files, name).map_err(|problem| {
             refused(format!(
                 "{problem} (looked in {})",
@@ -204,8 +208,8 @@ impl Nodes {
             let said = (kind, node.major.unwrap_or(device.major()), node.minor.unwrap_or(device.minor()));
             let is = (device.typ(), device.major(), device.minor());
             if said != is && (said.0, is.0) != (LinuxDeviceType::U, LinuxDeviceType::C) {
-                return Err(Error::InvalidArgument(format!(
-                    "CDI device node {} is {} {}:{} here, and something else in its CDI file",
+                return Err(Error(format!(
+                    "node {} is {} {}:{} here, and something else in its CDI file",
                     node.path,
                     is.0.as_str(),
                     is.1,

@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 
 use crate::container::spec;
 use crate::sandbox::registry::{LookupError, NameTaken};
-use crate::{agent, apparmor, host, image, network, storage, streaming, vm};
+use crate::{agent, apparmor, cdi, host, image, network, storage, streaming, vm};
 
 /// Why a request failed. The text says the stage first.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +43,15 @@ pub enum Error {
     /// The container's configuration.
     #[error(transparent)]
     Spec(#[from] spec::Error),
+    /// Programs of a handler's hooks.
+    #[error(transparent)]
+    Hooks(#[from] spec::hooks::Error),
+    /// A device by its name.
+    #[error(transparent)]
+    Cdi(#[from] cdi::Error),
+    /// An image as a volume.
+    #[error(transparent)]
+    ImageVolume(#[from] storage::image_volumes::Error),
     /// The container's AppArmor profile.
     #[error(transparent)]
     AppArmor(#[from] apparmor::Error),
@@ -88,7 +97,10 @@ pub enum Error {
 impl Error {
     fn code(&self) -> Code {
         match self {
-            Self::InvalidArgument(_) | Self::Spec(_) => Code::InvalidArgument,
+            Self::InvalidArgument(_) | Self::Spec(_) | Self::Cdi(_) | Self::ImageVolume(_) => {
+                Code::InvalidArgument
+            }
+            Self::Hooks(spec::hooks::Error::TooLarge) => Code::FailedPrecondition,
             Self::Volume(storage::volumes::Error::Invalid { .. }) => Code::InvalidArgument,
             Self::Volume(storage::volumes::Error::Unsupported { .. }) => Code::Unimplemented,
             Self::Unimplemented(_) => Code::Unimplemented,

@@ -10,7 +10,15 @@ use std::path::{Component, Path, PathBuf};
 use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 
-use crate::cri::error::Error;
+/// An image that a container cannot have as a volume.
+#[derive(Debug, thiserror::Error)]
+#[error("image volume at `{path}`: {problem}")]
+pub struct Error {
+    /// The place in the container.
+    path: String,
+    /// Why it cannot be there.
+    problem: String,
+}
 
 /// One of a container, as it is recorded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,15 +44,14 @@ pub fn is_image(mount: &cri::Mount) -> bool {
 ///
 /// # Errors
 /// The first mount that cannot be.
-pub fn wanted(
+pub fn wanted<E: From<Error>>(
     mounts: &[cri::Mount],
-    rootfs: impl Fn(&cri::ImageSpec) -> Result<PathBuf, Error>,
-) -> Result<Vec<ImageVolume>, Error> {
+    rootfs: impl Fn(&cri::ImageSpec) -> Result<PathBuf, E>,
+) -> Result<Vec<ImageVolume>, E> {
     let mut volumes = Vec::new();
     for mount in mounts.iter().filter(|mount| is_image(mount)) {
-        let refused = |problem: &str| {
-            Error::InvalidArgument(format!("image volume at `{}`: {problem}", mount.container_path))
-        };
+        let refused =
+            |problem: &str| E::from(Error { path: mount.container_path.clone(), problem: problem.into() });
         if !mount.host_path.is_empty() {
             return Err(refused("`host_path` must be empty, or `image` must"));
         }
@@ -84,7 +91,9 @@ mod tests {
             ..Default::default()
         };
         let wanted = |mount: &cri::Mount| {
-            super::wanted(&[plain.clone(), mount.clone()], |image| Ok(Path::new("/files").join(&image.image)))
+            super::wanted(&[plain.clone(), mount.clone()], |image| {
+                Ok::<_, Error>(Path::new("/files").join(&image.image))
+            })
         };
         let volume = ImageVolume {
             slot: String::new(),

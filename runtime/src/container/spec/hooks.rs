@@ -15,11 +15,26 @@ use husk_proto::agent::{GuestFile, paths};
 use oci_spec::runtime::{Hook as OciHook, HookBuilder, Hooks as OciHooks, HooksBuilder};
 
 use crate::config::{Hook, Hooks};
-use crate::cri::error::Error;
 
 /// Most bytes of all programs together: they are in the guest's memory, and
 /// travel in one message.
 const MAX_BYTES: u64 = 6 << 20;
+
+/// The guest cannot have the programs of its hooks.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A program cannot be read.
+    #[error("read hook: {path}: {cause}")]
+    Read {
+        /// Its file.
+        path: PathBuf,
+        /// The kernel's answer.
+        cause: std::io::Error,
+    },
+    /// All programs together do not fit into a message.
+    #[error("hooks of the runtime handler: their programs have more than {MAX_BYTES} bytes together")]
+    TooLarge,
+}
 
 /// The programs that the guest is to have.
 ///
@@ -29,15 +44,11 @@ pub fn programs(hooks: &Hooks) -> Result<Vec<GuestFile>, Error> {
     let mut left = MAX_BYTES;
     let mut files = Vec::new();
     for path in distinct(hooks) {
-        let wrong = |cause| Error::File { stage: "read hook", path: path.to_owned(), cause };
+        let wrong = |cause| Error::Read { path: path.to_owned(), cause };
         let mut content = Vec::new();
         let length =
             File::open(path).and_then(|file| file.take(left + 1).read_to_end(&mut content)).map_err(wrong)?;
-        left = left.checked_sub(length as u64).ok_or_else(|| {
-            Error::FailedPrecondition(format!(
-                "hooks of the runtime handler: their programs have more than {MAX_BYTES} bytes together"
-            ))
-        })?;
+        left = left.checked_sub(length as u64).ok_or(Error::TooLarge)?;
         files.push(GuestFile { name: guest_name(hooks, path), content });
     }
     Ok(files)

@@ -50,7 +50,7 @@ pub(super) async fn create_container(
     let confinement = confinement(&sandbox, &config, handler)?;
     let nodes = cdi::apply(&mut config, &node.config.cdi.dirs, host.is_some().then_some(&mut hooks))?;
     let mut image_volumes =
-        image_volumes::wanted(&config.mounts, |image| Ok(resolve(node, &image.image)?.rootfs))?;
+        image_volumes::wanted(&config.mounts, |image| Ok::<_, Error>(resolve(node, &image.image)?.rootfs))?;
     let image_config = image.config.config().clone().unwrap_or_default();
     // On the host its mounts are as they are.
     let mounts = if host.is_some() { &[][..] } else { &config.mounts };

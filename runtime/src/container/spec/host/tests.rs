@@ -138,7 +138,8 @@ fn images_are_mounted_before_what_is_below_them() {
         ..Default::default()
     };
     let mounts = vec![host("/data/models/cache"), image, host("/data")];
-    let images = image_volumes::wanted(&mounts, |_| Ok("/files/models".into())).unwrap();
+    let images =
+        image_volumes::wanted(&mounts, |_| Ok::<_, image_volumes::Error>("/files/models".into())).unwrap();
     let config = cri::ContainerConfig { mounts, ..Default::default() };
     let spec = built_with(config, &cri::PodSandboxConfig::default(), &images).unwrap();
     let places = spec.mounts().iter().flatten().map(|mount| mount.destination().as_path());
