@@ -1,38 +1,72 @@
-//! What happens to pods and containers, told to whoever listens
-//! (`GetContainerEvents`). A pod tells of itself as a container with the pod's
-//! own id.
+//! Events: what happens to pods and containers, for whoever listens.
 //!
-//! Nothing waits for a listener: one that falls too far behind is told so and
-//! its stream ends, so that it looks at everything anew.
+//! An event carries records, as they were when it happened; how a client's
+//! interface shows them is decided where the client is served.
+//!
+//! Nothing waits for a listener. One that falls too far behind is told how many
+//! events it missed, and its stream ends, so that it looks at everything anew.
 
 use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
 use futures::stream::unfold;
-use husk_proto::cri::{ContainerEventResponse, ContainerEventType};
 use tokio::sync::{broadcast, watch};
-use tonic::Status;
 
-use crate::container::{Container, Exit, State, now};
-use crate::cri::runtime_service::{container_status_of, sandbox_status_of};
-use crate::sandbox::Sandbox;
+use crate::container;
+use crate::sandbox;
 
 /// Most events that a listener may be behind.
 const MAX_BEHIND: usize = 256;
 
-/// Where events are told. Cheap to clone.
+/// What happened to a pod or a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// It was made.
+    Created,
+    /// It was started.
+    Started,
+    /// It has ended.
+    Stopped,
+    /// It was removed.
+    Deleted,
+}
+
+/// One event.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// The id of the container, or of the pod if it happened to the pod itself.
+    pub id: String,
+    /// What happened.
+    pub kind: EventKind,
+    /// Nanoseconds since 1970.
+    pub at: i64,
+    /// The pod after it.
+    pub sandbox: sandbox::Record,
+    /// Those of the pod's containers that clients know, after it.
+    pub containers: Vec<container::Record>,
+}
+
+/// A listener did not read in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("events: {lost} were lost because they were not read in time; list and listen again")]
+pub struct Lagged {
+    /// How many events it missed.
+    pub lost: u64,
+}
+
+/// Where events are sent. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Events(Arc<Channel>);
 
 #[derive(Debug)]
 struct Channel {
-    events: broadcast::Sender<Arc<ContainerEventResponse>>,
+    events: broadcast::Sender<Arc<Event>>,
     closed: watch::Sender<bool>,
 }
 
 /// A listener's stream.
-pub type EventStream = Pin<Box<dyn Stream<Item = Result<ContainerEventResponse, Status>> + Send>>;
+pub type EventStream = Pin<Box<dyn Stream<Item = Result<Arc<Event>, Lagged>> + Send>>;
 
 impl Default for Events {
     fn default() -> Self {
@@ -44,34 +78,12 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Tells that something happened to the container `id` of a pod, or to the
-    /// pod itself, with how the pod and its containers are now.
-    pub fn tell(&self, sandbox: &Sandbox, id: &str, what: ContainerEventType) {
-        if self.0.events.receiver_count() == 0 {
-            return;
+    /// Sends the event that `make` answers, if anybody listens.
+    pub fn send(&self, make: impl FnOnce() -> Event) {
+        if self.0.events.receiver_count() > 0 {
+            // Fails when nobody listens any more.
+            let _ = self.0.events.send(Arc::new(make()));
         }
-        let containers = sandbox.containers().into_iter().map(|container| container.record().clone());
-        let event = ContainerEventResponse {
-            container_id: id.to_owned(),
-            container_event_type: what.into(),
-            created_at: now(),
-            pod_sandbox_status: Some(sandbox_status_of(&sandbox.record())),
-            containers_statuses: containers
-                .filter(|record| record.state != State::Creating)
-                .map(|record| container_status_of(&record))
-                .collect(),
-        };
-        // Fails when nobody listens any more.
-        let _ = self.0.events.send(Arc::new(event));
-    }
-
-    /// Records a container's end, and tells of it if it was the first to be
-    /// told. Who waits for the container goes on after that.
-    pub fn container_ended(&self, sandbox: &Sandbox, container: &Container, exit: Exit) {
-        if container.record_exit(exit) {
-            self.tell(sandbox, container.id.as_str(), ContainerEventType::ContainerStoppedEvent);
-        }
-        container.announce_exit();
     }
 
     /// Everything from now on.
@@ -87,13 +99,10 @@ impl Events {
                 _ = closed.wait_for(|closed| *closed) => return None,
             };
             match event {
-                Ok(event) => Some((Ok(Arc::unwrap_or_clone(event)), (events, closed, false))),
+                Ok(event) => Some((Ok(event), (events, closed, false))),
                 Err(broadcast::error::RecvError::Closed) => None,
                 Err(broadcast::error::RecvError::Lagged(lost)) => {
-                    let status = Status::data_loss(format!(
-                        "events: {lost} were lost because they were not read in time; list and listen again"
-                    ));
-                    Some((Err(status), (events, closed, true)))
+                    Some((Err(Lagged { lost }), (events, closed, true)))
                 }
             }
         }))
@@ -113,10 +122,17 @@ mod tests {
     use futures::StreamExt;
 
     use super::*;
+    use crate::config::Kind;
+    use crate::sandbox::Phase;
 
     fn send(events: &Events, id: &str) {
-        let event = ContainerEventResponse { container_id: id.into(), ..Default::default() };
-        let _ = events.0.events.send(Arc::new(event));
+        events.send(|| Event {
+            id: id.into(),
+            kind: EventKind::Created,
+            at: 1,
+            sandbox: sandbox::tests::record(id.into(), Kind::Vm, Phase::Ready),
+            containers: Vec::new(),
+        });
     }
 
     #[tokio::test]
@@ -127,8 +143,8 @@ mod tests {
         send(&events, "a");
         send(&events, "b");
         for listener in [&mut one, &mut two] {
-            assert_eq!(listener.next().await.unwrap().unwrap().container_id, "a");
-            assert_eq!(listener.next().await.unwrap().unwrap().container_id, "b");
+            assert_eq!(listener.next().await.unwrap().unwrap().id, "a");
+            assert_eq!(listener.next().await.unwrap().unwrap().id, "b");
         }
         events.close();
         assert!(one.next().await.is_none());
@@ -141,8 +157,7 @@ mod tests {
         for number in 0..=MAX_BEHIND {
             send(&events, &number.to_string());
         }
-        let error = slow.next().await.unwrap().unwrap_err();
-        assert_eq!(error.code(), tonic::Code::DataLoss);
+        assert_eq!(slow.next().await.unwrap().unwrap_err(), Lagged { lost: 1 });
         assert!(slow.next().await.is_none());
     }
 }

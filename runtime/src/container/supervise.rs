@@ -122,11 +122,11 @@ async fn await_end(sandbox: Arc<Sandbox>, machine: Arc<Machine>, container: Arc<
         Ok(end) => {
             let end = end.into_inner();
             let exit = Exit::reported(end.exit_code, end.oom_killed, end.finished_at_unix_nanos);
-            sandbox.events.container_ended(&sandbox, &container, exit);
+            sandbox.container_ended(&container, exit);
         }
         Err(status) if status.code() == tonic::Code::NotFound => {
             let exit = Exit::machine_gone("the agent does not know this container");
-            sandbox.events.container_ended(&sandbox, &container, exit);
+            sandbox.container_ended(&container, exit);
         }
         Err(status) => {
             tracing::debug!(container = %container.id, message = status.message(), "wait for container");

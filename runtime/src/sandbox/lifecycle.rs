@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent::ShutdownRequest;
-use husk_proto::cri::ContainerEventType;
 
 use super::{Phase, Sandbox, clock};
 use crate::config::Kind;
 use crate::container::{Exit, State, supervise};
 use crate::cri::error::Error;
+use crate::events::EventKind;
 use crate::host;
 use crate::node::Node;
 use crate::storage::volumes::Shared;
@@ -64,10 +64,10 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
             continue;
         }
         let exit = Exit::machine_gone(if problem.is_empty() { "the pod was stopped" } else { problem });
-        sandbox.events.container_ended(sandbox, &container, exit);
+        sandbox.container_ended(&container, exit);
     }
     if had_machine {
-        sandbox.events.tell(sandbox, sandbox.id.as_str(), ContainerEventType::ContainerStoppedEvent);
+        sandbox.send_event(sandbox.id.as_str(), EventKind::Stopped);
     }
 }
 

@@ -11,9 +11,9 @@ use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Kind;
-use crate::container::Container;
+use crate::container::{Container, Exit, State, now};
 use crate::cpu_rate::CpuRate;
-use crate::events::Events;
+use crate::events::{Event, EventKind, Events};
 use crate::id::SandboxId;
 use crate::storage::volumes::Volume;
 use crate::vm::Machine;
@@ -111,8 +111,7 @@ pub struct Sandbox {
     pub id: SandboxId,
     /// Held by whichever verb changes the sandbox or its set of containers.
     pub verb: tokio::sync::Mutex<()>,
-    /// Where what happens to it and its containers is told.
-    pub events: Events,
+    events: Events,
     record: Mutex<Record>,
     machine: Mutex<Option<Arc<Machine>>>,
     /// How much processor time it takes.
@@ -210,6 +209,30 @@ impl Sandbox {
     /// Takes one away.
     pub fn drop_container(&self, container: &Container) {
         lock(&self.containers).retain(|other| other.id != container.id);
+    }
+
+    /// Sends the event that something happened to the container `id`, or to the
+    /// sandbox itself, with how the sandbox and its containers are now.
+    pub fn send_event(&self, id: &str, kind: EventKind) {
+        self.events.send(|| {
+            let containers = self.containers().into_iter().map(|container| container.record().clone());
+            Event {
+                id: id.to_owned(),
+                kind,
+                at: now(),
+                sandbox: self.record().clone(),
+                containers: containers.filter(|record| record.state != State::Creating).collect(),
+            }
+        });
+    }
+
+    /// Records a container's end, and sends the event of it if it was the first
+    /// to be told. Who waits for the container goes on after that.
+    pub fn container_ended(&self, container: &Container, exit: Exit) {
+        if container.record_exit(exit) {
+            self.send_event(container.id.as_str(), EventKind::Stopped);
+        }
+        container.announce_exit();
     }
 
     /// What its containers have of the host's files.

@@ -25,7 +25,7 @@ pub(crate) fn node(folder: &Path) -> Arc<Node> {
     Arc::new(Node::open(config).unwrap())
 }
 
-fn record(id: SandboxId, kind: Kind, phase: Phase) -> Record {
+pub(crate) fn record(id: SandboxId, kind: Kind, phase: Phase) -> Record {
     let handler = if kind == Kind::Host { config::HOST_HANDLER } else { config::DEFAULT_HANDLER };
     Record {
         id,

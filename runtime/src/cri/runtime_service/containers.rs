@@ -24,8 +24,7 @@ pub(super) fn container_status(
 }
 
 /// A container's status, as its record tells it.
-#[must_use]
-pub fn status_of(record: &Record) -> cri::ContainerStatus {
+pub(super) fn status_of(record: &Record) -> cri::ContainerStatus {
     let exit = match &record.state {
         State::Exited(exit) => Some(exit.clone()),
         _ => None,

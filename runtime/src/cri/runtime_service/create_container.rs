@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use husk_proto::agent;
-use husk_proto::cri::{self, ContainerEventType, CreateContainerRequest, CreateContainerResponse};
+use husk_proto::cri::{self, CreateContainerRequest, CreateContainerResponse};
 
 use super::remove_container;
 use crate::apparmor::{self, Confinement};
@@ -16,6 +16,7 @@ use crate::container::log::LogFile;
 use crate::container::{Container, Record, State, now, spec, supervise};
 use crate::cri::error::Error;
 use crate::cri::names;
+use crate::events::EventKind;
 use crate::id::ContainerId;
 use crate::image::Image;
 use crate::node::Node;
@@ -136,7 +137,7 @@ pub(super) async fn create_container(
         return Err(error);
     }
     name.keep();
-    node.events.tell(&sandbox, id.as_str(), ContainerEventType::ContainerCreatedEvent);
+    sandbox.send_event(id.as_str(), EventKind::Created);
     tracing::info!(container = %id, sandbox = %sandbox.id, "container created");
     Ok(CreateContainerResponse { container_id: id.to_string() })
 }

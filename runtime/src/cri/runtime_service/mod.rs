@@ -16,6 +16,7 @@ use crate::node::Node;
 
 mod attach;
 mod batches;
+mod container_events;
 mod containers;
 mod create_container;
 mod exec;
@@ -38,9 +39,6 @@ mod stop_pod_sandbox;
 #[cfg(test)]
 mod tests;
 mod update_resources;
-
-pub use containers::status_of as container_status_of;
-pub use sandboxes::status_of as sandbox_status_of;
 
 pub(super) use batches::in_batches;
 
@@ -321,7 +319,7 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<GetEventsRequest>,
     ) -> Answer<Self::GetContainerEventsStream> {
-        Ok(Response::new(self.node.events.listen()))
+        Ok(Response::new(container_events::listen(&self.node)))
     }
 
     // What follows is not built yet.

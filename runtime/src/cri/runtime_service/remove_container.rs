@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent;
-use husk_proto::cri::{ContainerEventType, RemoveContainerRequest, RemoveContainerResponse};
+use husk_proto::cri::{RemoveContainerRequest, RemoveContainerResponse};
 
 use super::create_container::ready_machine;
 use crate::container::{Container, State};
 use crate::cri::error::Error;
+use crate::events::EventKind;
 use crate::node::Node;
 use crate::sandbox::registry::LookupError;
 use crate::sandbox::{Phase, Sandbox, cpus};
@@ -49,7 +50,7 @@ pub(super) async fn remove_container(
         // It has ended, as the agent said; its end is told before its removal.
         let _ = tokio::time::timeout(END, container.wait_exited()).await;
     }
-    node.events.tell(&sandbox, container.id.as_str(), ContainerEventType::ContainerDeletedEvent);
+    sandbox.send_event(container.id.as_str(), EventKind::Deleted);
     tracing::info!(container = %container.id, "container removed");
     Ok(RemoveContainerResponse {})
 }

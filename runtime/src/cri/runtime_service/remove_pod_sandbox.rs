@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
-use husk_proto::cri::{ContainerEventType, RemovePodSandboxRequest, RemovePodSandboxResponse};
+use husk_proto::cri::{RemovePodSandboxRequest, RemovePodSandboxResponse};
 
 use crate::cri::error::Error;
+use crate::events::EventKind;
 use crate::node::Node;
 use crate::sandbox::lifecycle;
 use crate::sandbox::registry::LookupError;
@@ -24,7 +25,7 @@ pub(super) async fn remove_pod_sandbox(
     lifecycle::forget(node, &sandbox)?;
     let ids = containers.iter().map(|container| container.id.as_str());
     for id in ids.chain([sandbox.id.as_str()]) {
-        node.events.tell(&sandbox, id, ContainerEventType::ContainerDeletedEvent);
+        sandbox.send_event(id, EventKind::Deleted);
     }
     tracing::info!(sandbox = %sandbox.id, "pod removed");
     Ok(RemovePodSandboxResponse {})

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use husk_proto::agent::{self, CreateSandboxRequest};
-use husk_proto::cri::{self, ContainerEventType, RunPodSandboxRequest, RunPodSandboxResponse};
+use husk_proto::cri::{self, RunPodSandboxRequest, RunPodSandboxResponse};
 use tokio::sync::oneshot;
 
 use super::{run_host_pod, sandbox_config};
@@ -12,6 +12,7 @@ use crate::config::{Handler, Kind};
 use crate::container::{now, spec};
 use crate::cri::error::Error;
 use crate::cri::names;
+use crate::events::EventKind;
 use crate::id::SandboxId;
 use crate::network::{Attachment, Dns, PodRef, PortMapping, Protocol, resolv_conf};
 use crate::node::Node;
@@ -79,8 +80,8 @@ pub(super) async fn run_pod_sandbox(
     }
     node.registry.add_sandbox(sandbox.clone());
     name.keep();
-    for what in [ContainerEventType::ContainerCreatedEvent, ContainerEventType::ContainerStartedEvent] {
-        node.events.tell(&sandbox, id.as_str(), what);
+    for what in [EventKind::Created, EventKind::Started] {
+        sandbox.send_event(id.as_str(), what);
     }
     Ok(RunPodSandboxResponse { pod_sandbox_id: id.to_string() })
 }

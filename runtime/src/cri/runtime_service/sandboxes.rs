@@ -27,15 +27,14 @@ pub(super) fn pod_sandbox_status(
         info,
         containers_statuses: containers
             .filter(|container| container.state != State::Creating)
-            .map(|container| super::container_status_of(&container))
+            .map(|container| super::containers::status_of(&container))
             .collect(),
         timestamp: now(),
     })
 }
 
 /// A pod's status, as its record tells it.
-#[must_use]
-pub fn status_of(record: &Record) -> cri::PodSandboxStatus {
+pub(super) fn status_of(record: &Record) -> cri::PodSandboxStatus {
     let options = record
         .config
         .linux

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use husk_proto::agent;
-use husk_proto::cri::{ContainerEventType, StartContainerRequest, StartContainerResponse};
+use husk_proto::cri::{StartContainerRequest, StartContainerResponse};
 
 use super::create_container::ready_machine;
 use crate::container::{Container, Exit, State, now, supervise};
 use crate::cri::error::Error;
+use crate::events::EventKind;
 use crate::node::Node;
 use crate::sandbox::Sandbox;
 use crate::vm::Machine;
@@ -42,7 +43,7 @@ pub(super) async fn start_container(
         give_up(&sandbox, &machine, &container, &error).await;
         return Err(error);
     }
-    node.events.tell(&sandbox, container.id.as_str(), ContainerEventType::ContainerStartedEvent);
+    sandbox.send_event(container.id.as_str(), EventKind::Started);
     tracing::info!(container = %container.id, "container started");
     Ok(StartContainerResponse {})
 }
@@ -78,7 +79,7 @@ async fn give_up(sandbox: &Sandbox, machine: &Machine, container: &Container, er
         reason: "StartError".into(),
         message: error.to_string(),
     };
-    sandbox.events.container_ended(sandbox, container, exit);
+    sandbox.container_ended(container, exit);
 }
 
 /// Starts a container that counts as running, if an earlier huskd ended before

@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(signals, [(String::new(), 15), (String::new(), 9)], "it is asked once");
         assert!(!patient.is_finished() && !at_once.is_finished());
 
-        Events::default().container_ended(&sandbox, &container, Exit::reported(137, false, 1));
+        sandbox.container_ended(&container, Exit::reported(137, false, 1));
         for call in [patient, again, at_once] {
             tokio::time::timeout(Duration::from_secs(20), call).await.unwrap().unwrap().unwrap();
         }
