@@ -13,7 +13,7 @@ use crate::container::{self, State};
 use crate::cri::runtime_service::remove_container::take_apart;
 use crate::id::ContainerId;
 use crate::node::Node;
-use crate::vm::{self, Control, Keeper, Slots};
+use crate::vm::{self, Control, Keeper, Process, Slots, Vmm};
 
 /// A node without a network or a machine.
 pub(crate) fn node(folder: &Path) -> Arc<Node> {
@@ -57,7 +57,10 @@ pub(crate) fn running(folder: &Path, id: &str, events: Events) -> (Arc<Sandbox>,
 
 /// A machine of which nothing is there but the agent.
 pub(crate) fn machine(agent: Agent) -> Arc<Machine> {
-    let keeper = Keeper::Vmm(Control::new(PathBuf::from("/nowhere")));
+    // This very process stands for its VMM: it does not end before the test.
+    let process = Process::open(std::process::id()).unwrap();
+    let nowhere = Path::new("/nowhere");
+    let keeper = Keeper::Vmm(Vmm::new(Control::new(nowhere.join("vmm.sock")), process, nowhere));
     Arc::new(Machine { keeper, agent, slots: Slots::unlimited() })
 }
 

@@ -11,10 +11,8 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket as new_socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
-use super::{CONTROL_TIMEOUT, Error, Exit, Info, Request, Response};
+use super::{CONTROL_TIMEOUT, Error, Info, Request, Response};
 
 /// Most time that writing a machine down may take.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -50,7 +48,7 @@ impl Control {
     /// What the VMM says; the machine is gone then as well.
     pub async fn save(&self, state: File, memory: File) -> Result<(), Error> {
         let request = Request::Save { state: 0, memory: 1 };
-        match self.ask("save", request, vec![state.into(), memory.into()], Some(SAVE_TIMEOUT)).await? {
+        match self.ask("save", request, vec![state.into(), memory.into()], SAVE_TIMEOUT).await? {
             Some(Response::Ok) => Ok(()),
             other => Err(unexpected("save", other)),
         }
@@ -85,7 +83,7 @@ impl Control {
     /// # Errors
     /// When the VMM does not answer.
     pub async fn info(&self) -> Result<Info, Error> {
-        match self.ask("info", Request::Info, Vec::new(), Some(CONTROL_TIMEOUT)).await? {
+        match self.ask("info", Request::Info, Vec::new(), CONTROL_TIMEOUT).await? {
             Some(Response::Info(info)) => Ok(info),
             other => Err(unexpected("info", other)),
         }
@@ -93,7 +91,7 @@ impl Control {
 
     /// The last of the guest's console; empty when it cannot be had.
     pub async fn console(&self) -> String {
-        match self.ask("console", Request::Console, Vec::new(), Some(Duration::from_secs(2))).await {
+        match self.ask("console", Request::Console, Vec::new(), Duration::from_secs(2)).await {
             Ok(Some(Response::Console { text })) => text,
             _ => String::new(),
         }
@@ -102,7 +100,7 @@ impl Control {
     /// Whether anybody listens. A VMM that is slow to answer does.
     pub async fn listens(&self) -> bool {
         let control = self.clone();
-        let connected = blocking(move || control.connect("look for the VMM", Some(CONTROL_TIMEOUT))).await;
+        let connected = blocking(move || control.connect("look for the VMM", CONTROL_TIMEOUT)).await;
         !matches!(connected, Ok(None))
     }
 
@@ -111,7 +109,7 @@ impl Control {
     /// # Errors
     /// When the VMM does not answer.
     pub async fn inspect(&self) -> Result<Inspection, Error> {
-        match self.ask("inspect", Request::Inspect, Vec::new(), Some(CONTROL_TIMEOUT)).await? {
+        match self.ask("inspect", Request::Inspect, Vec::new(), CONTROL_TIMEOUT).await? {
             Some(Response::Inspection(inspection)) => Ok(inspection),
             other => Err(unexpected("inspect", other)),
         }
@@ -129,15 +127,6 @@ impl Control {
         }
     }
 
-    /// Returns when the machine has ended: with its last words, or without when
-    /// the VMM was itself killed.
-    pub async fn wait(&self) -> Option<Exit> {
-        match self.ask("wait", Request::Wait, Vec::new(), None).await {
-            Ok(Some(Response::Exited(exit))) => Some(exit),
-            _ => None,
-        }
-    }
-
     /// Ends the machine, and returns when nobody listens any more. One that has
     /// ended already is no error.
     ///
@@ -150,7 +139,7 @@ impl Control {
             let deadline = Instant::now() + CONTROL_TIMEOUT;
             let mut pause = Duration::ZERO;
             // A VMM with too many clients hangs up too, but goes on to listen.
-            while let Some(socket) = control.connect(stage, Some(CONTROL_TIMEOUT))? {
+            while let Some(socket) = control.connect(stage, CONTROL_TIMEOUT)? {
                 ask_to_end(&socket).map_err(|error| failed(stage, &error))?;
                 if Instant::now() > deadline {
                     let cause = format!(
@@ -169,36 +158,27 @@ impl Control {
     }
 
     async fn done(&self, stage: &'static str, request: Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
-        match self.ask(stage, request, fds, Some(CONTROL_TIMEOUT)).await? {
+        match self.ask(stage, request, fds, CONTROL_TIMEOUT).await? {
             Some(Response::Ok) => Ok(()),
             other => Err(unexpected(stage, other)),
         }
     }
 
-    /// Sends one request and receives its answer. A request without a time
-    /// limit waits on tokio's poller, not on a thread.
+    /// Sends one request and receives its answer.
     async fn ask(
         &self,
         stage: &'static str,
         request: Request,
         fds: Vec<OwnedFd>,
-        limit: Option<Duration>,
+        limit: Duration,
     ) -> Result<Option<Response>, Error> {
         let control = self.clone();
-        let mut socket = blocking(move || {
+        let answer = blocking(move || {
             let socket = control
                 .connect(stage, limit)?
                 .ok_or_else(|| Error::Control { stage, cause: "the VMM has ended".into() })?;
             let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
             socket::send(socket.as_fd(), &request, &fds).map_err(|error| failed(stage, &error))?;
-            Ok(socket)
-        })
-        .await?;
-        if limit.is_none() {
-            socket =
-                readable(socket).await.map_err(|error| Error::Control { stage, cause: error.to_string() })?;
-        }
-        let answer = blocking(move || {
             socket::receive::<Response>(socket.as_fd()).map_err(|error| failed(stage, &error))
         })
         .await?;
@@ -206,14 +186,12 @@ impl Control {
     }
 
     /// `None` when nobody listens.
-    fn connect(&self, stage: &'static str, limit: Option<Duration>) -> Result<Option<OwnedFd>, Error> {
+    pub(super) fn connect(&self, stage: &'static str, limit: Duration) -> Result<Option<OwnedFd>, Error> {
         let run = || -> nix::Result<OwnedFd> {
             let socket = new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-            if let Some(limit) = limit {
-                let limit = TimeVal::seconds(i64::try_from(limit.as_secs()).unwrap_or(i64::MAX));
-                setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
-                setsockopt(&socket, sockopt::SendTimeout, &limit)?;
-            }
+            let limit = TimeVal::seconds(i64::try_from(limit.as_secs()).unwrap_or(i64::MAX));
+            setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
+            setsockopt(&socket, sockopt::SendTimeout, &limit)?;
             connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
             Ok(socket)
         };
@@ -241,13 +219,6 @@ fn ask_to_end(socket: &OwnedFd) -> Result<(), socket::Error> {
             Err(error) => return hung_up(error),
         }
     }
-}
-
-async fn readable(socket: OwnedFd) -> std::io::Result<OwnedFd> {
-    // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives.
-    let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? };
-    socket.readable().await?.retain_ready();
-    Ok(socket.into_inner())
 }
 
 async fn blocking<T: Send + 'static>(
@@ -278,7 +249,7 @@ fn unexpected(stage: &'static str, response: Option<Response>) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::os::fd::FromRawFd;
@@ -290,7 +261,7 @@ mod tests {
 
     use super::*;
 
-    fn listener(path: &Path) -> OwnedFd {
+    pub(in crate::vm) fn listener(path: &Path) -> OwnedFd {
         let socket =
             new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         bind(socket.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();

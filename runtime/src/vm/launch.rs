@@ -16,7 +16,9 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use super::template::Template;
-use super::{Control, Error, Keeper, Machine, Slots, cgroup, control_path, exit_path, vsock_path};
+use super::{
+    Control, Error, Keeper, Machine, Process, Slots, Vmm, cgroup, control_path, exit_path, vsock_path,
+};
 use crate::agent::Agent;
 use crate::config::Handler;
 use crate::dirs;
@@ -117,7 +119,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let log_path = plan.run_dir.join(LOG);
     let log = File::create(&log_path).map_err(file("make VMM log", &log_path))?;
 
-    let pid =
+    let (pid, process) =
         spawn(plan.id, plan.handler, &control, &exit, log).map_err(file("start VMM", &plan.handler.vmm))?;
     // The VMM alone listens now: once it has gone, nobody does.
     drop((control, exit));
@@ -131,7 +133,8 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     control.boot(config, fds).await?;
     let booted = Instant::now();
 
-    let ends = Ends { control: &control, run_dir: &plan.run_dir };
+    let vmm = Vmm::new(control.clone(), process, &plan.run_dir);
+    let ends = Ends { vmm: &vmm };
     if !cloned {
         let limit = Duration::from_secs(plan.handler.boot_timeout_seconds);
         let spoken = async { agent_ready(ready).await.map_err(file("wait for agent", &vsock_path)) };
@@ -141,9 +144,9 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
 
     let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let connected = async { Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent) };
-    let agent = ends.before(agent_timeout, connected).await?.in_machine(control.clone());
+    let agent = ends.before(agent_timeout, connected).await?.in_machine(control);
     let machine =
-        Machine { keeper: Keeper::Vmm(control), agent, slots: Slots::new(plan.handler.image_slots) };
+        Machine { keeper: Keeper::Vmm(vmm), agent, slots: Slots::new(plan.handler.image_slots) };
     Ok(Launched {
         machine: Arc::new(machine),
         vmm_pid: pid,
@@ -156,8 +159,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
 
 /// A machine may end, or hang, at any time while it comes up.
 struct Ends<'a> {
-    control: &'a Control,
-    run_dir: &'a Path,
+    vmm: &'a Vmm,
 }
 
 impl Ends<'_> {
@@ -170,17 +172,17 @@ impl Ends<'_> {
     ) -> Result<T, Error> {
         tokio::select! {
             done = step => done,
-            exit = self.control.wait() => Err(match exit.or_else(|| super::last_words(self.run_dir)) {
+            exit = self.vmm.ended() => Err(match exit {
                 Some(exit) => exit.into(),
                 None => {
-                    let log = self.run_dir.join(LOG);
+                    let log = self.vmm.run_dir.join(LOG);
                     let cause = format!("the VMM died: see {}", log.display());
                     Error::Control { stage: "guest boot", cause }
                 }
             }),
             () = tokio::time::sleep(limit) => {
-                self.control.log_inspection().await;
-                Err(Error::Silent { seconds: limit.as_secs(), console: self.control.console().await })
+                self.vmm.control.log_inspection().await;
+                Err(Error::Silent { seconds: limit.as_secs(), console: self.vmm.control.console().await })
             }
         }
     }
@@ -223,7 +225,7 @@ fn user(id: &SandboxId) -> u32 {
 
 /// Starts the VMM in a session of its own, so that it outlives huskd, and has
 /// it reaped when it ends.
-fn spawn(id: &SandboxId, handler: &Handler, control: &OwnedFd, exit: &File, log: File) -> io::Result<u32> {
+fn spawn(id: &SandboxId, handler: &Handler, control: &OwnedFd, exit: &File, log: File) -> io::Result<(u32, Process)> {
     const CONTROL_FD: RawFd = 3;
     const EXIT_FD: RawFd = 4;
     let (control, exit) = (control.as_raw_fd(), exit.as_raw_fd());
@@ -253,10 +255,15 @@ fn spawn(id: &SandboxId, handler: &Handler, control: &OwnedFd, exit: &File, log:
     }
     let mut child = command.spawn()?;
     let pid = child.id();
+    // Before anybody waits for it: until then the number is its own.
+    let process = Process::open(pid).inspect_err(|_| {
+        let _ = child.kill();
+        let _ = child.wait();
+    })?;
     std::thread::Builder::new().name("reap-vmm".into()).stack_size(16 * 1024).spawn(move || {
         let _ = child.wait();
     })?;
-    Ok(pid)
+    Ok((pid, process))
 }
 
 /// A copy of the descriptor above those that the VMM expects, closed on exec.

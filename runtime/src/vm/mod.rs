@@ -14,11 +14,13 @@ pub mod cgroup;
 mod control;
 pub mod file_server;
 pub mod launch;
+mod process;
 mod slots;
 pub mod template;
 
 pub use cgroup::{Memory, Usage, kill as kill_cgroup, remove as remove_cgroup, set_list, usage};
 pub use control::Control;
+pub use process::Process;
 pub use slots::{Claim, Slots};
 
 /// Most time that the VMM may take for one request.
@@ -40,9 +42,33 @@ pub struct Machine {
 #[derive(Clone, Debug)]
 pub enum Keeper {
     /// The VMM of its machine.
-    Vmm(Control),
+    Vmm(Vmm),
     /// The supervisor of its host containers.
     Supervisor(Supervisor),
+}
+
+/// The VMM of a machine that runs.
+#[derive(Clone, Debug)]
+pub struct Vmm {
+    /// Where it takes requests.
+    pub control: Control,
+    process: Process,
+    run_dir: PathBuf,
+}
+
+impl Vmm {
+    /// The VMM that is the process `process`; its files are in `run_dir`.
+    #[must_use]
+    pub fn new(control: Control, process: Process, run_dir: &Path) -> Self {
+        Self { control, process, run_dir: run_dir.into() }
+    }
+
+    /// Returns when its process has ended: with the record of the machine's end,
+    /// or without when the VMM was itself killed.
+    async fn ended(&self) -> Option<Exit> {
+        self.process.ended().await;
+        last_words(&self.run_dir)
+    }
 }
 
 impl Keeper {
@@ -50,7 +76,7 @@ impl Keeper {
     /// pod's control group.
     pub async fn wait(&self, cgroup: Option<&Path>) -> String {
         match self {
-            Self::Vmm(control) => match control.wait().await {
+            Self::Vmm(vmm) => match vmm.ended().await {
                 Some(exit) => Error::from(exit).to_string(),
                 None => out_of_memory(cgroup).unwrap_or_else(|| "the machine's VMM was killed".to_owned()),
             },
@@ -63,13 +89,13 @@ impl Keeper {
     /// # Errors
     /// What the VMM says, or that the file cannot be read.
     pub async fn attach_image(&self, slot: &str, rootfs: &Path) -> Result<(), Error> {
-        let Self::Vmm(control) = self else { return Ok(()) };
+        let Self::Vmm(vmm) = self else { return Ok(()) };
         let file = std::fs::File::open(rootfs).map_err(|cause| Error::File {
             stage: "open image",
             path: rootfs.into(),
             cause,
         })?;
-        control.attach_disk(slot.to_owned(), file.into()).await
+        vmm.control.attach_disk(slot.to_owned(), file.into()).await
     }
 
     /// Empties a slot.
@@ -78,7 +104,7 @@ impl Keeper {
     /// What the VMM says.
     pub async fn detach_image(&self, slot: String) -> Result<(), Error> {
         match self {
-            Self::Vmm(control) => control.detach_disk(slot).await,
+            Self::Vmm(vmm) => vmm.control.detach_disk(slot).await,
             Self::Supervisor(_) => Ok(()),
         }
     }
@@ -176,15 +202,16 @@ fn exit_path(run_dir: &Path) -> PathBuf {
 /// Takes over a machine that runs already, after a restart of huskd.
 ///
 /// # Errors
-/// When its VMM or its agent does not answer: it is then to be ended.
+/// When its VMM or its agent does not answer. Whether it lives is another
+/// question, see [`lives`].
 pub async fn reattach(run_dir: &Path, slots: Slots, agent_timeout: Duration) -> Result<Arc<Machine>, Error> {
     let control = Control::new(control_path(run_dir));
-    control.info().await?;
+    let process = Process::of(&control).await?;
     let agent = Agent::connect(vsock_path(run_dir), agent_timeout)
         .await
         .map_err(Error::Agent)?
         .in_machine(control.clone());
-    Ok(Arc::new(Machine { keeper: Keeper::Vmm(control), agent, slots }))
+    Ok(Arc::new(Machine { keeper: Keeper::Vmm(Vmm::new(control, process, run_dir)), agent, slots }))
 }
 
 /// Whether a VMM listens in `run_dir`.

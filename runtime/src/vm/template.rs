@@ -322,8 +322,8 @@ async fn make_in(shape: &Shape, place: &Place, work: &Path, scratch: &Scratch) -
     {
         return Err(Failure::Boot(Error::Agent(error.to_string())));
     }
-    let Keeper::Vmm(control) = &machine.keeper else { return Ok(()) };
-    let control = control.clone();
+    let Keeper::Vmm(vmm) = &machine.keeper else { return Ok(()) };
+    let control = vmm.control.clone();
     drop(machine);
     hang_up(&control).await.map_err(Failure::Save)?;
 

@@ -170,7 +170,7 @@ async fn mount_volumes(
     for one in prepared.iter().filter(|one| one.volume.live) {
         volumes::live::send(machine, &one.volume).await?;
     }
-    let vm::Keeper::Vmm(control) = &machine.keeper else { return Ok(()) };
+    let vm::Keeper::Vmm(vmm) = &machine.keeper else { return Ok(()) };
     if prepared.iter().all(|one| one.volume.live) {
         return Ok(());
     }
@@ -188,7 +188,7 @@ async fn mount_volumes(
         run_dir: &run_dir,
         cgroup: record.cgroup,
     };
-    file_server::ensure(control, plan).await?;
+    file_server::ensure(&vmm.control, plan).await?;
     let namespace = file_server::namespace(&run_dir)?.ok_or_else(|| {
         Error::FailedPrecondition("the pod's file server has ended: restart the pod".into())
     })?;
