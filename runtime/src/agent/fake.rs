@@ -49,7 +49,12 @@ impl Fake {
     /// Serves below `folder`; answers with the connection to it.
     pub async fn serve(self: &Arc<Self>, folder: &Path, timeout: Duration) -> Agent {
         let path = folder.join("vsock");
-        let listener = UnixListener::bind(&path).unwrap();
+        self.serve_on(UnixListener::bind(&path).unwrap());
+        Agent::connect(path, timeout).await.unwrap()
+    }
+
+    /// Serves whoever connects to `listener`.
+    pub fn serve_on(self: &Arc<Self>, listener: UnixListener) {
         let (calls, incoming) = mpsc::channel(8);
         let service = AgentServer::new(Endpoint(self.clone()));
         tokio::spawn(
@@ -69,7 +74,6 @@ impl Fake {
                 }
             }
         });
-        Agent::connect(path, timeout).await.unwrap()
     }
 
     /// Waits until `count` signals were sent, and answers with them.

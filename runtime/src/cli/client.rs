@@ -55,6 +55,18 @@ pub async fn pods(client: &mut Client) -> anyhow::Result<Vec<cri::PodSandbox>> {
     Ok(answer.into_inner().items)
 }
 
+/// One pod's status, with what only huskd's own clients understand.
+pub async fn status(client: &mut Client, id: &str) -> anyhow::Result<cri::PodSandboxStatusResponse> {
+    let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
+    Ok(client.pod_sandbox_status(request).await.map_err(said)?.into_inner())
+}
+
+/// Why huskd cannot reach the machine of a pod, if it lives and does not answer.
+pub fn unreached(status: &cri::PodSandboxStatusResponse) -> Option<String> {
+    let info: serde_json::Value = serde_json::from_str(status.info.get("info")?).ok()?;
+    Some(info.get("unreached")?.as_str()?.to_owned())
+}
+
 /// Turns a refusal into what huskd says about it.
 pub fn said(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("huskd: {}", status.message())
@@ -102,6 +114,17 @@ mod tests {
         let metadata =
             cri::PodSandboxMetadata { name: name.into(), namespace: "default".into(), ..Default::default() };
         cri::PodSandbox { id: id.into(), metadata: Some(metadata), ..Default::default() }
+    }
+
+    #[test]
+    fn a_pod_that_cannot_be_reached_is_told_from_others() {
+        let why = |info: &str| {
+            let info = [("info".to_owned(), info.to_owned())].into();
+            unreached(&cri::PodSandboxStatusResponse { info, ..Default::default() })
+        };
+        assert_eq!(why(r#"{"unreached":"no answer"}"#).as_deref(), Some("no answer"));
+        assert_eq!(why(r#"{"unreached":null}"#), None);
+        assert_eq!((why("{}"), why("?")), (None, None));
     }
 
     #[test]

@@ -18,14 +18,17 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     let mut client = client::connect(&config.socket).await?;
     let all = client::pods(&mut client).await?;
     let id = client::find(&all, &arguments.pod)?.id.clone();
-    let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
-    let status = client.pod_sandbox_status(request).await.map_err(client::said)?.into_inner().status;
-    let status = status.context("huskd knows the pod and says nothing about it")?;
+    let answer = client::status(&mut client, &id).await?;
+    let unreached = client::unreached(&answer);
+    let status = answer.status.context("huskd knows the pod and says nothing about it")?;
     let metadata = status.metadata.clone().unwrap_or_default();
     let line = |name: &str, value: &str| println!("{name:<13}{value}");
     line("pod", &format!("{}/{}", metadata.namespace, metadata.name));
     line("id", &id);
     line("state", pods::state(status.state()));
+    if let Some(why) = &unreached {
+        line("unreached", why);
+    }
     line("age", &pods::age(status.created_at));
     line("handler", &status.runtime_handler);
     if let Some(network) = &status.network {

@@ -23,19 +23,24 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     if arguments.quiet {
         pods.iter().for_each(|pod| println!("{}", pod.id));
     } else {
-        let rows: Vec<_> = pods.iter().map(row).collect();
+        let mut rows = Vec::new();
+        for pod in &pods {
+            let unreached = pod.state() == cri::PodSandboxState::SandboxReady
+                && client::status(&mut client, &pod.id).await.is_ok_and(|status| client::unreached(&status).is_some());
+            rows.push(row(pod, unreached));
+        }
         print!("{}", table(["POD ID", "NAMESPACE", "NAME", "STATE", "AGE", "HANDLER"], &rows));
     }
     Ok(())
 }
 
-fn row(pod: &cri::PodSandbox) -> [String; 6] {
+fn row(pod: &cri::PodSandbox, unreached: bool) -> [String; 6] {
     let metadata = pod.metadata.clone().unwrap_or_default();
     [
         pod.id.get(..13).unwrap_or(&pod.id).to_owned(),
         metadata.namespace,
         metadata.name,
-        state(pod.state()).to_owned(),
+        if unreached { "unreached".to_owned() } else { state(pod.state()).to_owned() },
         age(pod.created_at),
         pod.runtime_handler.clone(),
     ]
@@ -82,6 +87,14 @@ pub fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_that_does_not_answer_is_no_ready_one() {
+        let [.., state, _, _] = row(&cri::PodSandbox::default(), true);
+        assert_eq!(state, "unreached");
+        let [.., state, _, _] = row(&cri::PodSandbox::default(), false);
+        assert_eq!(state, "ready");
+    }
 
     #[test]
     fn columns_line_up() {

@@ -57,6 +57,7 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
         }
     });
     let had_machine = sandbox.set_machine(None).is_some();
+    sandbox.set_unreached(None);
     for container in sandbox.containers() {
         container.dismiss();
         if container.state() == State::Creating {

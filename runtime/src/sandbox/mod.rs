@@ -114,6 +114,7 @@ pub struct Sandbox {
     events: Events,
     record: Mutex<Record>,
     machine: Mutex<Option<Arc<Machine>>>,
+    unreached: Mutex<Option<String>>,
     /// How much processor time it takes.
     pub cpu_rate: CpuRate,
     containers: Mutex<Vec<Arc<Container>>>,
@@ -151,6 +152,7 @@ impl Sandbox {
             events,
             record: Mutex::new(record),
             machine: Mutex::default(),
+            unreached: Mutex::default(),
             cpu_rate: CpuRate::default(),
             containers: Mutex::default(),
             directory,
@@ -194,6 +196,17 @@ impl Sandbox {
     /// Says which machine runs it, or that none does any more.
     pub fn set_machine(&self, machine: Option<Arc<Machine>>) -> Option<Arc<Machine>> {
         std::mem::replace(&mut lock(&self.machine), machine)
+    }
+
+    /// Why this huskd cannot reach the machine that runs it, while that is so: it
+    /// lives, and has not answered since huskd started.
+    pub fn unreached(&self) -> Option<String> {
+        lock(&self.unreached).clone()
+    }
+
+    /// Says why it cannot be reached, or that it can.
+    pub fn set_unreached(&self, why: Option<String>) {
+        *lock(&self.unreached) = why;
     }
 
     /// Its containers.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
 use super::{Phase, Sandbox, lifecycle, strays};
 use crate::config::{Handler, Kind};
@@ -35,8 +35,12 @@ const AT_ONCE: usize = 32;
 /// How long one of them keeps others waiting.
 const TURN: Duration = Duration::from_secs(5);
 
-/// How soon a machine that could not be taken over is tried again.
+/// How soon a machine that could not be taken over is tried again, and then
+/// twice as long each time.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long that becomes.
+const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Brings records and reality together. A sandbox that gives trouble is logged
 /// and kept as not ready, so that its client can stop and remove it; it never
@@ -182,7 +186,7 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
 }
 
 /// Takes over a sandbox whose machine should run, or stops it when the machine
-/// has gone, or stays silent for as long as its handler allows.
+/// has gone.
 async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
     let reached = reach(node, sandbox).await;
     let _verb = sandbox.verb.lock().await;
@@ -207,9 +211,34 @@ async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error
     Ok(())
 }
 
-/// Connects to a sandbox's machine: again after a failure, for as long as there
-/// is one and its handler's time lasts.
+/// Connects to a sandbox's machine. One that lives and does not answer is asked
+/// again, for ever: that it is silent is no reason to end it.
 async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<Arc<Machine>, Error> {
+    let mut pause = TRY_AGAIN;
+    loop {
+        let (reached, lives) = try_to_reach(node, sandbox).await?;
+        // A client may have stopped it meanwhile.
+        let wanted = sandbox.record().phase == Phase::Ready;
+        match reached {
+            Err(error) if lives && wanted => {
+                tracing::warn!(sandbox = %sandbox.id, %error, "a pod that lives does not answer; asking again");
+                sandbox.set_unreached(Some(error.to_string()));
+                sleep(pause).await;
+                pause = (pause * 2).min(AT_THE_LATEST);
+            }
+            done => {
+                sandbox.set_unreached(None);
+                return done;
+            }
+        }
+    }
+}
+
+/// Connects to a sandbox's machine, once; and says whether there is one.
+async fn try_to_reach(
+    node: &Node,
+    sandbox: &Sandbox,
+) -> Result<(Result<Arc<Machine>, Error>, bool), Error> {
     let record = sandbox.record().clone();
     // Pods of a handler that the configuration has no more live on.
     let handler =
@@ -217,33 +246,23 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<Arc<Machine>, Erro
     let image_slots = record.image_slots.unwrap_or(handler.image_slots);
     let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
     let limit = Duration::from_secs(handler.agent_timeout_seconds);
-    let deadline = Instant::now() + limit;
-    loop {
-        let containers = sandbox.containers();
-        let used = containers.iter().flat_map(|container| {
-            let disks: Vec<_> = container.record().disks().collect();
-            disks.into_iter().map(|(slot, rootfs)| (container.id.clone(), slot, rootfs))
-        });
-        let (reached, lives) = match (record.kind, &record.cgroup) {
-            (Kind::Vm, _) => {
-                let slots = Slots::new(image_slots).in_use(used);
-                let reached = vm::reattach(&run_dir, slots, limit).await.map_err(Error::from);
-                (reached, vm::lives(&run_dir).await)
-            }
-            (Kind::Host, Some(cgroup)) => {
-                let slots = Slots::unlimited().in_use(used);
-                let reached = host::reattach(&run_dir, cgroup, slots, limit).await.map_err(Error::from);
-                (reached, host::lives(&run_dir).await)
-            }
-            (Kind::Host, None) => return Err(host::Error::NoCgroups.into()),
-        };
-        match reached {
-            Err(error) if lives && Instant::now() + TRY_AGAIN < deadline => {
-                tracing::warn!(sandbox = %sandbox.id, %error, "take over a machine that lives; trying again");
-                sleep(TRY_AGAIN).await;
-            }
-            done => return done,
+    let containers = sandbox.containers();
+    let used = containers.iter().flat_map(|container| {
+        let disks: Vec<_> = container.record().disks().collect();
+        disks.into_iter().map(|(slot, rootfs)| (container.id.clone(), slot, rootfs))
+    });
+    match (record.kind, &record.cgroup) {
+        (Kind::Vm, _) => {
+            let slots = Slots::new(image_slots).in_use(used);
+            let reached = vm::reattach(&run_dir, slots, limit).await.map_err(Error::from);
+            Ok((reached, vm::lives(&run_dir).await))
         }
+        (Kind::Host, Some(cgroup)) => {
+            let slots = Slots::unlimited().in_use(used);
+            let reached = host::reattach(&run_dir, cgroup, slots, limit).await.map_err(Error::from);
+            Ok((reached, host::lives(&run_dir).await))
+        }
+        (Kind::Host, None) => Err(host::Error::NoCgroups.into()),
     }
 }
 

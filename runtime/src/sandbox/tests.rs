@@ -15,14 +15,20 @@ use crate::id::ContainerId;
 use crate::node::Node;
 use crate::vm::{self, Control, Keeper, Process, Slots, Vmm};
 
+mod unreached;
+
 /// A node without a network or a machine.
 pub(crate) fn node(folder: &Path) -> Arc<Node> {
+    Arc::new(Node::open(config(folder)).unwrap())
+}
+
+/// The configuration of such a node.
+fn config(folder: &Path) -> Config {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let network = config::Network { conf_dir: folder.join("net.d"), ..Default::default() };
     let streaming = config::Streaming { address: ([127, 0, 0, 1], 0).into() };
     let (state_dir, run_dir) = (folder.join("state"), folder.join("run"));
-    let config = Config { state_dir, run_dir, network, streaming, ..Default::default() };
-    Arc::new(Node::open(config).unwrap())
+    Config { state_dir, run_dir, network, streaming, ..Default::default() }
 }
 
 pub(crate) fn record(id: SandboxId, kind: Kind, phase: Phase) -> Record {

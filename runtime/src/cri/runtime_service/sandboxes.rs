@@ -20,7 +20,7 @@ pub(super) fn pod_sandbox_status(
 ) -> Result<PodSandboxStatusResponse, Error> {
     let sandbox = node.registry.sandbox(&request.pod_sandbox_id)?;
     let record = sandbox.record().clone();
-    let info = if request.verbose { verbose(&record) } else { HashMap::new() };
+    let info = if request.verbose { verbose(&sandbox) } else { HashMap::new() };
     let containers = sandbox.containers().into_iter().map(|container| container.record().clone());
     Ok(PodSandboxStatusResponse {
         status: Some(status_of(&record)),
@@ -66,13 +66,15 @@ fn network(record: &Record) -> cri::PodSandboxNetworkStatus {
     }
 }
 
-fn verbose(record: &Record) -> HashMap<String, String> {
+fn verbose(sandbox: &Sandbox) -> HashMap<String, String> {
+    let record = sandbox.record().clone();
     let info = json!({
         "pid": record.vmm_pid,
         "netns": record.netns,
         "cgroup": record.cgroup,
         "boot_milliseconds": record.boot,
         "problem": record.problem,
+        "unreached": sandbox.unreached(),
         "config": record.config,
     });
     HashMap::from([("info".to_owned(), info.to_string())])
