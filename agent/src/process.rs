@@ -18,7 +18,8 @@ use crate::pump::{self, End, Input, Whose};
 use crate::reaper::{self, Exit, Exited};
 use crate::stdio::Ends;
 
-/// What is known of a process that has ended and whose output is handed over.
+/// What is known of a process that has ended and whose output is handed over, or
+/// kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
     /// How it ended.
@@ -26,6 +27,8 @@ pub struct Outcome {
     /// The kernel killed it, or one of its kind in the container, for want of
     /// memory.
     pub oom_killed: bool,
+    /// Nobody has taken the last of its output: it is kept.
+    pub output_kept: bool,
 }
 
 /// Whether the process is the container's first, on which the others depend.
@@ -72,9 +75,11 @@ impl Process {
                 (Role::Exec, false) => Whose::Command,
                 (Role::Exec, true) => Whose::Session,
             };
-            let pump = pump::output(AsyncFile::reader(end)?, receiver, whose, exited.clone());
+            let (keep, kept) = watch::channel(false);
+            let pump = pump::output(AsyncFile::reader(end)?, receiver, whose, exited.clone(), keep);
             let exited = exited.clone();
-            outputs.push(AbortOnDropHandle::new(tokio::spawn(async move {
+            outputs.push(kept);
+            tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
                 if pump.await == End::Abandoned && terminal {
                     // What the kernel does when a terminal goes.
                     let _ = send(pid, &exited, libc::SIGHUP);
@@ -103,10 +108,12 @@ impl Process {
                 cgroup.kill();
             }
             let oom_killed = exit.code != 0 && cgroup.oom_kills() > oom_kills_before;
-            for output in outputs {
-                let _ = output.await;
+            let mut output_kept = false;
+            for mut kept in outputs {
+                // An error says that it was handed over.
+                output_kept |= kept.wait_for(|kept| *kept).await.is_ok();
             }
-            ended_sender.send_replace(Some(Outcome { exit, oom_killed }));
+            ended_sender.send_replace(Some(Outcome { exit, oom_killed, output_kept }));
         })));
 
         Ok(Self { pid, role, exited, ended, stdin, stdout, stderr, terminal: ends.terminal, _tasks: tasks })
@@ -149,7 +156,7 @@ impl Process {
             match ended.wait_for(Option::is_some).await {
                 Ok(outcome) => *outcome,
                 Err(_) if role == Role::Exec => None,
-                Err(_) => exited.borrow().map(|exit| Outcome { exit, oom_killed: false }),
+                Err(_) => exited.borrow().map(|exit| Outcome { exit, oom_killed: false, output_kept: false }),
             }
         }
     }

@@ -5,17 +5,21 @@
 //! waits in the process's pipe, which holds the process up when it is full.
 //! Once the process has ended, its output ends at end-of-file, or earlier:
 //!
-//! | [`Whose`]   | children that keep the stream open | a client that takes nothing   |
-//! | ----------- | ---------------------------------- | ----------------------------- |
-//! | `Container` | are waited for for [`LINGER`]      | is waited for for [`PATIENCE`] |
+//! | [`Whose`]   | children that keep the stream open | a client that takes nothing     |
+//! | ----------- | ---------------------------------- | ------------------------------- |
+//! | `Container` | are waited for for [`LINGER`]      | or is not there may still come  |
 //! | `Command`   | are heard like the command         | is waited for while it is there |
 //! | `Session`   | are waited for for [`LINGER`]      | is waited for while it is there |
+//!
+//! The last output of a container, what its pipe holds, is kept until somebody
+//! takes it or the container is removed: huskd may be away for long. Those who
+//! wait for the container's end go on after [`PATIENCE`].
 
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::select;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::fd::AsyncFile;
@@ -24,7 +28,8 @@ use crate::reaper::Exited;
 /// How long after a process's end its streams may be held open by others.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How long after a process's end a client may fail to take its output.
+/// How long after a container's end its output is not taken before it counts as
+/// kept.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long after a command's end its output waits for somebody to ask for it:
@@ -77,8 +82,15 @@ pub struct Input<C> {
 
 /// Sends what `source` yields to the newest of `clients`, until its end; of a
 /// command, until the first client has gone. The connection is then closed: its
-/// end is the stream's.
-pub async fn output<C>(source: AsyncFile, mut clients: mpsc::Receiver<C>, whose: Whose, exited: Exited) -> End
+/// end is the stream's. `kept` becomes true when a container has ended and nobody
+/// takes its last output.
+pub async fn output<C>(
+    source: AsyncFile,
+    mut clients: mpsc::Receiver<C>,
+    whose: Whose,
+    exited: Exited,
+    kept: watch::Sender<bool>,
+) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {
@@ -104,7 +116,7 @@ where
         match chunk {
             Ok(chunk) if chunk.is_empty() => break,
             Ok(chunk) => {
-                if !deliver(&chunk, &mut client, &mut clients, whose, &exited).await {
+                if !deliver(&chunk, &mut client, &mut clients, whose, &exited, &kept).await {
                     return End::Over;
                 }
                 if whose.has_one_client() && client.is_none() {
@@ -136,15 +148,16 @@ async fn gone<C: AsyncRead + Unpin>(client: Option<&mut C>) {
     }
 }
 
-/// Hands `chunk` over to its last byte; false when nobody takes it. A command
-/// has no client left when its first has gone; while it is there it may take
-/// its time, as what it does not get looks like the end to it.
+/// Hands `chunk` over to its last byte; false when nobody can take it any more. A
+/// command has no client left when its first has gone; while it is there it may
+/// take its time, as what it does not get looks like the end to it.
 async fn deliver<C>(
     mut chunk: &[u8],
     client: &mut Option<C>,
     clients: &mut mpsc::Receiver<C>,
     whose: Whose,
     exited: &Exited,
+    kept: &watch::Sender<bool>,
 ) -> bool
 where
     C: AsyncWrite + Unpin,
@@ -152,7 +165,7 @@ where
     let mut progress = Instant::now();
     while !chunk.is_empty() {
         let patience = match (whose, &client) {
-            (Whose::Container, _) => Some(PATIENCE),
+            (Whose::Container, _) => (!*kept.borrow()).then_some(PATIENCE),
             (Whose::Command | Whose::Session, None) => Some(UNCLAIMED),
             (Whose::Command | Whose::Session, Some(_)) => None,
         };
@@ -181,8 +194,12 @@ where
                 _ => *client = None,
             },
             () = after_exit(exited.clone(), progress, patience.unwrap_or_default()), if patience.is_some() => {
-                tracing::warn!("nobody takes the rest of the output of a process that has ended: it is lost");
-                return false;
+                if whose.has_one_client() {
+                    tracing::warn!("nobody takes the output of a command that has ended: it is lost");
+                    return false;
+                }
+                tracing::info!("nobody takes the last output of a container: it is kept");
+                kept.send_replace(true);
             }
         }
     }

@@ -24,6 +24,7 @@ struct Output {
     process: File,
     clients: mpsc::Sender<UnixStream>,
     exit: watch::Sender<Option<Exit>>,
+    kept: watch::Receiver<bool>,
     pump: tokio::task::JoinHandle<End>,
 }
 
@@ -35,8 +36,9 @@ fn start(whose: Whose) -> Output {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (clients, receiver) = mpsc::channel(1);
     let (exit, exited) = watch::channel(None);
-    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, whose, exited));
-    Output { process: File::from(writer), clients, exit, pump }
+    let (keep, kept) = watch::channel(false);
+    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, whose, exited, keep));
+    Output { process: File::from(writer), clients, exit, kept, pump }
 }
 
 impl Output {
@@ -109,17 +111,38 @@ async fn a_silent_stream_without_client_ends_with_its_process() {
     timeout(SOON, stream.pump).await.unwrap().unwrap();
 }
 
-#[tokio::test(start_paused = true)]
-async fn output_that_nobody_takes_is_given_up_after_the_exit() {
+#[tokio::test]
+async fn output_that_nobody_takes_is_kept_after_the_exit_to_its_last_byte() {
     let mut stream = start_output();
-    stream.process.write_all(b"lost").unwrap();
+    let sent = fill(&mut stream.process).await;
     drop(stream.process);
+    tokio::time::pause();
     tokio::time::sleep(PATIENCE * 3).await;
-    assert!(!stream.pump.is_finished(), "while the process runs, output waits for its client");
+    assert!(!*stream.kept.borrow(), "while the process runs, its output just waits");
     stream.exit.send_replace(ended());
     let before = Instant::now();
-    stream.pump.await.unwrap();
+    assert!(*stream.kept.wait_for(|kept| *kept).await.unwrap());
     assert!(before.elapsed() >= PATIENCE && before.elapsed() < PATIENCE * 2);
+    tokio::time::sleep(Duration::from_secs(24 * 3600)).await;
+    assert!(!stream.pump.is_finished());
+    tokio::time::resume();
+    // A client that breaks off does not take it along.
+    drop(stream.clients.send(UnixStream::pair().unwrap().0).await);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    stream.clients.send(theirs).await.unwrap();
+    assert!(read_to_end(ours).await == sent);
+    assert_eq!(timeout(SOON, stream.pump).await.unwrap().unwrap(), End::Over);
+}
+
+#[tokio::test(start_paused = true)]
+async fn output_that_is_taken_is_not_kept() {
+    let mut stream = start_output();
+    let client = stream.connect().await;
+    stream.process.write_all(b"taken").unwrap();
+    drop(stream.process);
+    stream.exit.send_replace(ended());
+    assert!(stream.kept.wait_for(|kept| *kept).await.is_err(), "the pump is over");
+    assert_eq!(read_to_end(client).await, b"taken");
 }
 
 #[tokio::test(start_paused = true)]

@@ -30,6 +30,11 @@ pub use error::{Error, Stage};
 /// Largest request: an OCI configuration and change.
 const MAX_MESSAGE: usize = 8 * 1024 * 1024;
 
+/// Requests that huskd may have given up before they were looked at. In a machine
+/// that stood still they come all at once when it goes on; a few would be enough
+/// to break the connection otherwise.
+const MAX_GIVEN_UP: usize = 4096;
+
 /// How long the last answers may take to reach the host once the machine is
 /// to go down.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -82,6 +87,8 @@ pub async fn serve(incoming: Incoming, agent: Arc<Agent>) -> Result<(), tonic::t
     let service = AgentServer::new(Endpoint(agent.clone())).max_decoding_message_size(MAX_MESSAGE);
     let power_off = Notify::new();
     let serving = tonic::transport::Server::builder()
+        .http2_max_pending_accept_reset_streams(Some(MAX_GIVEN_UP))
+        .http2_max_local_error_reset_streams(Some(MAX_GIVEN_UP))
         .add_service(service)
         .serve_with_incoming_shutdown(incoming, power_off.notified());
     tokio::pin!(serving);

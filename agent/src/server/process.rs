@@ -79,6 +79,7 @@ pub async fn wait(agent: &Agent, request: &WaitProcessRequest) -> Result<WaitPro
         exit_code: outcome.exit.code,
         oom_killed: outcome.oom_killed,
         finished_at_unix_nanos: outcome.exit.unix_nanos,
+        output_kept: outcome.output_kept,
     })
 }
 

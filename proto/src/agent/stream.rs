@@ -7,7 +7,10 @@
 //! stdout after its last byte, the host half-closes stdin at its end.
 //!
 //! While no connection is open for an output stream, its bytes wait in the
-//! container's pipe. A connection to a stream that has one already replaces it.
+//! container's pipe, also after the container's end, until it is removed. A
+//! connection to a stream that has one already replaces it; one to a stream that
+//! has ended is closed at once.
+//!
 //! An exec's streams belong to their first client: when it goes, they are
 //! closed, and a terminal is hung up. While it is there they end when the last
 //! process that has them open does, and a terminal with its first process.
