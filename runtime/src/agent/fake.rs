@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -43,6 +44,16 @@ pub struct Fake {
     pub signals: Mutex<Vec<(String, u32)>>,
     /// A signal has killed the command.
     pub killed: watch::Sender<bool>,
+    /// Every change breaks all connections.
+    pub broken: watch::Sender<()>,
+    /// What is said to those who ask again for standard output.
+    pub more: Option<Vec<u8>>,
+    /// How often it was asked for, if there is more.
+    pub asked: AtomicUsize,
+    /// Some output was not taken when the command had ended.
+    pub output_kept: bool,
+    /// How commands end.
+    pub exit_code: i32,
 }
 
 impl Fake {
@@ -65,15 +76,37 @@ impl Fake {
         let fake = self.clone();
         tokio::spawn(async move {
             while let Ok((mut socket, _)) = listener.accept().await {
-                let port = read_line(&mut socket).await.unwrap();
-                socket.write_all(b"OK 1\n").await.unwrap();
+                // Who has waited for long may have gone.
+                let Ok(port) = read_line(&mut socket).await else { continue };
+                if socket.write_all(b"OK 1\n").await.is_err() {
+                    continue;
+                }
                 if port == format!("CONNECT {GRPC_PORT}") {
-                    calls.send(Ok::<_, std::io::Error>(socket)).await.unwrap();
+                    calls.send(Ok::<_, std::io::Error>(fake.breakable(socket))).await.unwrap();
                 } else {
-                    tokio::spawn(fake.clone().stream(socket));
+                    let (fake, mut broken) = (fake.clone(), fake.broken.subscribe());
+                    tokio::spawn(async move {
+                        tokio::select! {
+                            () = fake.stream(socket) => {}
+                            _ = broken.changed() => {}
+                        }
+                    });
                 }
             }
         });
+    }
+
+    /// A connection between a client and the service that [`Self::broken`] cuts.
+    fn breakable(&self, mut client: UnixStream) -> UnixStream {
+        let (service, mut between) = UnixStream::pair().unwrap();
+        let mut broken = self.broken.subscribe();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = tokio::io::copy_bidirectional(&mut client, &mut between) => {}
+                _ = broken.changed() => {}
+            }
+        });
+        service
     }
 
     /// Waits until `count` signals were sent, and answers with them.
@@ -99,7 +132,13 @@ impl Fake {
             return;
         }
         socket.write_all(b"OK\n").await.unwrap();
-        let said = if greeting.kind == Kind::Stderr { &self.stderr } else { &self.stdout };
+        let said = match greeting.kind {
+            Kind::Stderr => &self.stderr,
+            _ => match &self.more {
+                Some(more) if self.asked.fetch_add(1, Ordering::Relaxed) > 0 => more,
+                _ => &self.stdout,
+            },
+        };
         // Who reads it may go.
         let _ = socket.write_all(said).await;
         self.command_ends().await;
@@ -170,7 +209,8 @@ impl Service for Endpoint {
 
     async fn wait_process(&self, _: Request<WaitProcessRequest>) -> Answer<WaitProcessResponse> {
         self.0.command_ends().await;
-        done()
+        let (exit_code, output_kept) = (self.0.exit_code, self.0.output_kept);
+        Ok(Response::new(WaitProcessResponse { exit_code, output_kept, ..Default::default() }))
     }
 
     async fn resize_terminal(&self, _: Request<ResizeTerminalRequest>) -> Answer<ResizeTerminalResponse> {

@@ -16,6 +16,7 @@ use crate::vm::Control;
 mod bounds;
 #[cfg(test)]
 pub(crate) mod fake;
+mod wait;
 
 pub use bounds::Bounded;
 
@@ -25,10 +26,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How soon a guest that refused, or was too slow to answer, is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
+/// Streams of one connection that may have been given up and not yet answered: a
+/// guest that stands still for minutes answers nothing, and its pod is asked for
+/// its figures all the same.
+const MAX_GIVEN_UP: usize = 1024;
+
+/// Late answers to such streams before the connection is broken off.
+const MAX_LATE_ANSWERS: usize = 16 * 1024;
+
 /// A connection to one agent.
 #[derive(Clone, Debug)]
 pub struct Agent {
     client: AgentClient<Channel>,
+    /// A connection of its own for those who wait for processes, made when the
+    /// first one does: calls that are given up cannot break it.
+    waits: AgentClient<Channel>,
     vsock: PathBuf,
     timeout: Duration,
     machine: Option<Control>,
@@ -41,17 +53,20 @@ impl Agent {
     /// In words.
     pub async fn connect(vsock: PathBuf, timeout: Duration) -> Result<Self, String> {
         let path = vsock.clone();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { connect_patiently(&path, GRPC_PORT).await.map(TokioIo::new) }
+        });
         // The name is for the protocol's sake; the connector knows where to go.
-        let channel = Endpoint::from_static("http://agent")
+        let endpoint = Endpoint::from_static("http://agent")
             .connect_timeout(timeout)
-            .connect_with_connector(tower::service_fn(move |_| {
-                let path = path.clone();
-                async move { connect_patiently(&path, GRPC_PORT).await.map(TokioIo::new) }
-            }))
-            .await
-            .map_err(|error| chain(&error))?;
-        let client = AgentClient::new(channel).max_decoding_message_size(bounds::MAX_ANSWER);
-        Ok(Self { client, vsock, timeout, machine: None })
+            .http2_max_concurrent_reset_streams(MAX_GIVEN_UP)
+            .http2_max_local_error_reset_streams(MAX_LATE_ANSWERS);
+        let channel =
+            endpoint.connect_with_connector(connector.clone()).await.map_err(|error| chain(&error))?;
+        let waits = endpoint.connect_with_connector_lazy(connector);
+        let client = |channel| AgentClient::new(channel).max_decoding_message_size(bounds::MAX_ANSWER);
+        Ok(Self { client: client(channel), waits: client(waits), vsock, timeout, machine: None })
     }
 
     /// Names the machine that it runs in, to be looked at when it is silent.
@@ -88,7 +103,7 @@ impl Agent {
         }
     }
 
-    /// For the call that waits for a process to end.
+    /// For calls with a time limit of their own.
     #[must_use]
     pub fn unlimited(&self) -> AgentClient<Channel> {
         self.client.clone()

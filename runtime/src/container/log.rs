@@ -60,7 +60,7 @@ fn append(path: &Path) -> io::Result<File> {
 /// Copies a container's output stream to its log, and then to those who are
 /// attached, until the stream ends or breaks, or `enough` says that no more of
 /// it is waited for. A log that cannot be written (a full disk) loses text,
-/// never blocks the container.
+/// never blocks the container. Answers with how many bytes there were.
 ///
 /// # Errors
 /// The stream's.
@@ -70,8 +70,9 @@ pub async fn copy(
     log: Option<&LogFile>,
     attached: &Fanout,
     enough: &CancellationToken,
-) -> io::Result<()> {
+) -> io::Result<u64> {
     let mut pieces = Pieces::default();
+    let mut copied = 0;
     let mut buffer = vec![0u8; MAX_LINE];
     let mut entry = Vec::new();
     let mut complained = false;
@@ -101,8 +102,9 @@ pub async fn copy(
             }
         }
         if length == 0 {
-            return read.map(drop);
+            return read.map(|_| copied);
         }
+        copied += length as u64;
         attached.publish(buffer.get(..length).unwrap_or_default()).await;
     }
 }
@@ -165,7 +167,7 @@ mod tests {
 
     use super::*;
 
-    async fn copied(from: impl AsyncRead + Unpin, log: &LogFile) -> io::Result<()> {
+    async fn copied(from: impl AsyncRead + Unpin, log: &LogFile) -> io::Result<u64> {
         copy(from, "stdout", Some(log), &Fanout::default(), &CancellationToken::new()).await
     }
 

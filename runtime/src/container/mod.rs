@@ -15,6 +15,7 @@ use crate::sandbox::{lock, read_json, write_json};
 use crate::storage::image_volumes::ImageVolume;
 use crate::storage::volumes::Volume;
 
+mod capture;
 pub mod fanout;
 pub mod log;
 pub mod spec;
@@ -115,6 +116,12 @@ impl Exit {
             (false, _) => "Error",
         };
         Self { code, finished_at, reason: reason.into(), message: String::new() }
+    }
+
+    /// An end of which nobody can say any more how it was: never a success.
+    #[must_use]
+    pub fn unknown(message: &str) -> Self {
+        Self { code: 255, finished_at: now(), reason: "Unknown".into(), message: message.into() }
     }
 
     /// The end of everything in a machine that has gone: never a success.

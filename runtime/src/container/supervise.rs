@@ -2,22 +2,15 @@
 //! its end into its record.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use husk_proto::agent::stream::{Greeting, Kind};
-use husk_proto::agent::{SignalProcessRequest, WaitProcessRequest};
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+use husk_proto::agent::SignalProcessRequest;
 
-use super::{Container, Exit, log};
+use super::capture::{Capture, Rest};
+use super::{Container, Exit};
 use crate::agent;
 use crate::id::ContainerId;
 use crate::sandbox::Sandbox;
 use crate::vm::Machine;
-
-/// Most time between the agent's word that a container has ended and the last
-/// byte of its output.
-const LAST_BYTES: Duration = Duration::from_secs(10);
 
 /// Starts to follow a container that the agent has made. Its output streams
 /// are open when this returns.
@@ -29,41 +22,16 @@ pub async fn follow(
     machine: &Arc<Machine>,
     container: &Arc<Container>,
 ) -> std::io::Result<()> {
-    let mut output = Copies::default();
-    open_output(machine, container, &mut output).await?;
+    let output = Capture::start(&machine.agent, container).await?;
     tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
     Ok(())
 }
 
 /// As [`follow`], for a container that an earlier huskd followed: output that
-/// cannot be had is lost, and its end is awaited all the same.
+/// cannot be had at once is asked for again.
 pub async fn resume(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>, container: &Arc<Container>) {
-    let mut output = Copies::default();
-    if let Err(error) = open_output(machine, container, &mut output).await {
-        tracing::warn!(container = %container.id, %error, "output of a container is lost from here on");
-    }
+    let output = Capture::resume(&machine.agent, container).await;
     tokio::spawn(await_end(sandbox.clone(), machine.clone(), container.clone(), output));
-}
-
-/// What copies the output.
-#[derive(Default)]
-struct Copies {
-    tasks: JoinSet<std::io::Result<()>>,
-    /// No more is waited for.
-    enough: CancellationToken,
-}
-
-impl Copies {
-    /// Returns once all that was said is in the log, and all that comes within
-    /// [`LAST_BYTES`] if there is no end of it; false then.
-    async fn finish(mut self) -> bool {
-        let drained = async |tasks: &mut JoinSet<_>| while tasks.join_next().await.is_some() {};
-        let whole = tokio::time::timeout(LAST_BYTES, drained(&mut self.tasks)).await.is_ok();
-        // What waits then waits for the stream alone.
-        self.enough.cancel();
-        drained(&mut self.tasks).await;
-        whole
-    }
 }
 
 /// Tells whoever is attached that the output has ended, whyever it is not
@@ -76,61 +44,31 @@ impl Drop for End {
     }
 }
 
-/// Opens the output streams, and copies what comes into the log and to whoever
-/// is attached.
-async fn open_output(
-    machine: &Machine,
-    container: &Arc<Container>,
-    output: &mut Copies,
-) -> std::io::Result<()> {
-    let terminal = container.record().config.tty;
-    for (kind, name) in [(Kind::Stdout, "stdout"), (Kind::Stderr, "stderr")] {
-        if terminal && kind == Kind::Stderr {
-            container.output.stderr.end();
-            continue;
-        }
-        let greeting = Greeting { kind, container_id: container.id.to_string(), process_id: String::new() };
-        let stream = machine.agent.open_stream(&greeting).await?;
-        let log = container.log();
-        let container = container.clone();
-        let enough = output.enough.clone();
-        output.tasks.spawn(async move {
-            let attached = match kind {
-                Kind::Stderr => &container.output.stderr,
-                _ => &container.output.stdout,
-            };
-            let copied = log::copy(stream, name, log.as_deref(), attached, &enough).await;
-            attached.end();
-            copied
-        });
-    }
-    Ok(())
-}
-
-/// A machine that ends takes the connection with it; whoever watches the
-/// machine then records the end of its containers.
-async fn await_end(sandbox: Arc<Sandbox>, machine: Arc<Machine>, container: Arc<Container>, output: Copies) {
+/// Whoever watches the machine records the end of its containers when it ends:
+/// then there is nothing left to wait for.
+async fn await_end(sandbox: Arc<Sandbox>, machine: Arc<Machine>, container: Arc<Container>, output: Capture) {
     let _end = End(container.clone());
-    let request = WaitProcessRequest { container_id: container.id.to_string(), process_id: String::new() };
-    let ended = machine.agent.unlimited().wait_process(request).await;
+    let ended = tokio::select! {
+        ended = machine.agent.wait_process(container.id.as_str(), "") => Some(ended),
+        () = container.wait_exited() => None,
+    };
     // Its log does not wait for who is attached any more.
     container.output.hurry();
-    if !output.finish().await {
+    let kept = matches!(&ended, Some(Ok(end)) if end.output_kept);
+    if !output.finish(if kept { Rest::Kept } else { Rest::None }).await {
         tracing::warn!(container = %container.id, "output did not end with the container: the rest is lost");
     }
     match ended {
-        Ok(end) => {
-            let end = end.into_inner();
+        Some(Ok(end)) => {
             let exit = Exit::reported(end.exit_code, end.oom_killed, end.finished_at_unix_nanos);
             sandbox.container_ended(&container, exit);
         }
-        Err(status) if status.code() == tonic::Code::NotFound => {
-            let exit = Exit::machine_gone("the agent does not know this container");
+        Some(Err(error)) if error.status.code() == tonic::Code::NotFound => {
+            let exit = Exit::unknown("the agent in the pod does not know this container any more");
             sandbox.container_ended(&container, exit);
         }
-        Err(status) => {
-            tracing::debug!(container = %container.id, message = status.message(), "wait for container");
-        }
+        Some(Err(error)) => tracing::debug!(container = %container.id, %error, "wait for container"),
+        None => {}
     }
 }
 
@@ -155,6 +93,8 @@ pub async fn signal(machine: &Machine, id: &ContainerId, signal: i32, all: bool)
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use std::time::Duration;
 
     use super::*;
     use crate::agent::fake::Fake;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures::FutureExt;
 use husk_proto::agent::stream::{Greeting, Kind};
-use husk_proto::agent::{ExecProcessRequest, ResizeTerminalRequest, WaitProcessRequest};
+use husk_proto::agent::{ExecProcessRequest, ResizeTerminalRequest};
 use husk_proto::cri::{ExecRequest, ExecResponse};
 use tokio::net::UnixStream;
 
@@ -89,13 +89,12 @@ async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result
                 None => Ok(()),
             }
         };
-        let wait = WaitProcessRequest { container_id: container_id.clone(), process_id: process_id.clone() };
         let (stdout, stderr, end) = tokio::join!(pump::output(output, stdout), errors, async {
-            agent.unlimited().wait_process(wait).await
+            agent.wait_process(&container_id, &process_id).await
         });
-        let end = end.map_err(|status| format!("wait for the command: {}", status.message()))?;
+        let end = end.map_err(|error| error.to_string())?;
         stdout.and(stderr).map_err(|error| format!("read output of the command: {error}"))?;
-        Ok(match end.into_inner().exit_code {
+        Ok(match end.exit_code {
             0 => Ending::Success,
             code => Ending::Exit(code),
         })

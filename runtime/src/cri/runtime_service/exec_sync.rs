@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use husk_proto::agent::stream::{Greeting, Kind};
-use husk_proto::agent::{ExecProcessRequest, SignalProcessRequest, WaitProcessRequest};
+use husk_proto::agent::{ExecProcessRequest, SignalProcessRequest};
 use husk_proto::cri::{ExecSyncRequest, ExecSyncResponse};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -160,14 +160,7 @@ impl Command {
     }
 
     async fn wait(&self) -> Result<i32, Error> {
-        let request = WaitProcessRequest {
-            container_id: self.container_id.clone(),
-            process_id: self.process_id.clone(),
-        };
-        match self.agent.unlimited().wait_process(request).await {
-            Ok(end) => Ok(end.into_inner().exit_code),
-            Err(status) => Err(agent::Error::of("exec", &status).into()),
-        }
+        Ok(self.agent.wait_process(&self.container_id, &self.process_id).await?.exit_code)
     }
 }
 
