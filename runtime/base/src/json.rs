@@ -16,8 +16,9 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     serde_json::from_slice(&std::fs::read(path)?).map_err(io::Error::from)
 }
 
-/// Replaces a record as a whole: a reader sees the old one or the new one. Only root
-/// can read it, because a record may hold a pod's secrets.
+/// Replaces a record as a whole: a reader sees the old one or the new one, and so
+/// does whoever reads it after a power cut. Only root can read it, because a record
+/// may hold a pod's secrets.
 ///
 /// # Errors
 /// The file system's; the old record is then unchanged.
@@ -25,7 +26,8 @@ pub fn write_json<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
     let new = path.with_extension("new");
     let text = serde_json::to_vec_pretty(record)?;
     let written = dirs::private_file(&new)
-        .and_then(|mut file| file.write_all(&text))
+        // A file system may carry out a rename before it has written the file.
+        .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_data()))
         .and_then(|()| std::fs::rename(&new, path));
     if written.is_err() {
         // Half a record helps nobody, and takes room that a full disk has not.

@@ -14,6 +14,7 @@ pub mod id;
 pub mod json;
 pub mod mountinfo;
 pub mod random;
+pub mod record;
 pub mod text_file;
 mod tree;
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use husk_base::record::{self, Durability, ReadError, Unknown};
 use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -11,7 +12,7 @@ use tokio::task::JoinSet;
 
 use crate::cpu_rate::CpuRate;
 use crate::id::{ContainerId, SandboxId};
-use crate::sandbox::{lock, read_json, write_json};
+use crate::sandbox::lock;
 use crate::storage::image_volumes::ImageVolume;
 use crate::storage::volumes::Volume;
 
@@ -163,6 +164,7 @@ pub struct Container {
     /// Held by whichever verb changes it.
     pub verb: tokio::sync::Mutex<()>,
     record: Mutex<Record>,
+    unknown: Unknown,
     path: PathBuf,
     /// It was removed: nothing of it is written any more. Changes under the
     /// record's lock.
@@ -188,25 +190,27 @@ impl Container {
     /// The disk's.
     pub fn create(sandbox_directory: &std::path::Path, record: Record) -> std::io::Result<Self> {
         let path = sandbox_directory.join("containers").join(format!("{}.json", record.id));
-        write_json(&path, &record)?;
-        Ok(Self::with(path, record))
+        // Nobody was promised anything yet.
+        record::write(&path, &record, &Unknown::default(), Durability::Whole)?;
+        Ok(Self::with(path, record, Unknown::default()))
     }
 
     /// The container whose record is the file `path`.
     ///
     /// # Errors
-    /// The disk's, or `InvalidData` for a record that does not read.
-    pub fn load(path: PathBuf) -> std::io::Result<Self> {
-        let record = read_json(&path)?;
-        Ok(Self::with(path, record))
+    /// [`ReadError`].
+    pub fn load(path: PathBuf) -> Result<Self, ReadError> {
+        let (record, unknown) = record::read(&path)?;
+        Ok(Self::with(path, record, unknown))
     }
 
-    fn with(path: PathBuf, record: Record) -> Self {
+    fn with(path: PathBuf, record: Record, unknown: Unknown) -> Self {
         let exited = watch::Sender::new(matches!(record.state, State::Exited(_)));
         Self {
             id: record.id.clone(),
             verb: tokio::sync::Mutex::default(),
             record: Mutex::new(record),
+            unknown,
             path,
             forgotten: AtomicBool::new(false),
             exited,
@@ -229,7 +233,7 @@ impl Container {
         self.record().state.clone()
     }
 
-    /// Changes the record, on disk first.
+    /// Changes the record, on disk first, so that a power cut does not undo it.
     ///
     /// # Errors
     /// The disk's; the record is then unchanged.
@@ -237,14 +241,17 @@ impl Container {
         let mut record = lock(&self.record);
         let mut next = record.clone();
         change(&mut next);
-        self.write(&next)?;
+        self.write(&next, Durability::Acknowledged)?;
         *record = next;
         Ok(())
     }
 
     /// The caller holds the record's lock.
-    fn write(&self, record: &Record) -> std::io::Result<()> {
-        if self.forgotten.load(Ordering::Relaxed) { Ok(()) } else { write_json(&self.path, record) }
+    fn write(&self, record: &Record, durability: Durability) -> std::io::Result<()> {
+        if self.forgotten.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        record::write(&self.path, record, &self.unknown, durability)
     }
 
     /// Records the end; false when one was recorded before, which stands.
@@ -257,7 +264,7 @@ impl Container {
         record.state = State::Exited(exit);
         // The end is true whether or not it could be written; a daemon that
         // starts again asks the agent, or finds the machine gone.
-        if let Err(error) = self.write(&record) {
+        if let Err(error) = self.write(&record, Durability::Whole) {
             tracing::warn!(container = %self.id, %error, "write container record");
         }
         true

@@ -109,6 +109,7 @@ impl Error {
             Self::ResourceExhausted(_) => Code::ResourceExhausted,
             Self::NoImage(_) | Self::Lookup(LookupError::Unknown { .. }) => Code::NotFound,
             Self::Lookup(LookupError::Ambiguous { .. }) => Code::InvalidArgument,
+            Self::Lookup(LookupError::Unread { .. }) => Code::FailedPrecondition,
             Self::NameTaken(_) => Code::AlreadyExists,
             Self::Host(host::Error::NoCgroups) => Code::FailedPrecondition,
             Self::Streaming(streaming::TokenError::Full) | Self::Vm(vm::Error::NoSlot(_)) => {

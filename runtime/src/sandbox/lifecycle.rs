@@ -23,6 +23,13 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// little more than the agent gives them.
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(25);
 
+/// How soon a pod that could not be undone is tried again, and then twice as long
+/// each time.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long that becomes.
+const AT_THE_LATEST: Duration = Duration::from_secs(60);
+
 /// Watches a machine, so that its end is known when nobody asked for it, and
 /// keeps its clock.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
@@ -194,6 +201,41 @@ async fn run_poststop_hooks(sandbox: &Sandbox, machine: &Machine) {
             tracing::warn!(sandbox = %sandbox.id, seconds, "poststop hooks have not ended in time");
         }
     }
+}
+
+/// Takes a sandbox apart that was never ready: no client knows it.
+///
+/// # Errors
+/// With what could not be given back.
+pub async fn undo(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+    stop(node, sandbox).await?;
+    forget(node, sandbox)
+}
+
+/// As [`undo`], again until it is done: nobody else would come back to it. What
+/// keeps it from being done is shown in the runtime's status meanwhile.
+pub fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
+    let (node, sandbox) = (node.clone(), sandbox.clone());
+    tokio::spawn(async move {
+        let mut pause = TRY_AGAIN;
+        loop {
+            let undone = {
+                let _verb = sandbox.verb.lock().await;
+                undo(&node, &sandbox).await
+            };
+            match undone {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::warn!(sandbox = %sandbox.id, %error, "undo a pod that was never ready; trying again");
+                    node.registry.set_unfinished(&sandbox.id, Some(error.to_string()));
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(AT_THE_LATEST);
+        }
+        node.registry.set_unfinished(&sandbox.id, None);
+        tracing::info!(sandbox = %sandbox.id, "a pod that was never ready is undone");
+    });
 }
 
 /// Removes what [`stop`] leaves: the records.

@@ -24,10 +24,12 @@ pub mod lifecycle;
 pub mod recover;
 pub mod registry;
 mod strays;
+pub mod unread;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use husk_base::{lock, read_json, write_json};
+pub use husk_base::lock;
+use husk_base::record::{self, Durability, ReadError, Unknown};
 
 /// What is kept of a sandbox on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -113,6 +115,7 @@ pub struct Sandbox {
     pub verb: tokio::sync::Mutex<()>,
     events: Events,
     record: Mutex<Record>,
+    unknown: Unknown,
     machine: Mutex<Option<Arc<Machine>>>,
     unreached: Mutex<Option<String>>,
     /// How much processor time it takes.
@@ -131,26 +134,28 @@ impl Sandbox {
     /// The disk's.
     pub fn create(directory: PathBuf, record: Record, events: Events) -> std::io::Result<Self> {
         std::fs::create_dir_all(directory.join("containers"))?;
-        let sandbox = Self::with(directory, record, events);
-        sandbox.update(|_| {})?;
+        let sandbox = Self::with(directory, record, Unknown::default(), events);
+        // Nobody was promised anything yet.
+        sandbox.write(&sandbox.record(), Durability::Whole)?;
         Ok(sandbox)
     }
 
     /// The sandbox whose record is in `directory`.
     ///
     /// # Errors
-    /// The disk's, or `InvalidData` for a record that does not read.
-    pub fn load(directory: PathBuf, events: Events) -> std::io::Result<Self> {
-        let record = read_json(&directory.join(RECORD))?;
-        Ok(Self::with(directory, record, events))
+    /// [`ReadError`].
+    pub fn load(directory: PathBuf, events: Events) -> Result<Self, ReadError> {
+        let (record, unknown) = record::read(&directory.join(RECORD))?;
+        Ok(Self::with(directory, record, unknown, events))
     }
 
-    fn with(directory: PathBuf, record: Record, events: Events) -> Self {
+    fn with(directory: PathBuf, record: Record, unknown: Unknown, events: Events) -> Self {
         Self {
             id: record.id.clone(),
             verb: tokio::sync::Mutex::default(),
             events,
             record: Mutex::new(record),
+            unknown,
             machine: Mutex::default(),
             unreached: Mutex::default(),
             cpu_rate: CpuRate::default(),
@@ -164,7 +169,7 @@ impl Sandbox {
         lock(&self.record)
     }
 
-    /// Changes the record, on disk first.
+    /// Changes the record, on disk first, so that a power cut does not undo it.
     ///
     /// # Errors
     /// The disk's; the record is then unchanged.
@@ -172,9 +177,20 @@ impl Sandbox {
         let mut record = lock(&self.record);
         let mut next = record.clone();
         change(&mut next);
-        write_json(&self.directory.join(RECORD), &next)?;
+        self.write(&next, Durability::Acknowledged)?;
         *record = next;
         Ok(())
+    }
+
+    fn write(&self, record: &Record, durability: Durability) -> std::io::Result<()> {
+        record::write(&self.directory.join(RECORD), record, &self.unknown, durability)?;
+        match self.directory.parent() {
+            // The sandbox's folder is in there since it was created.
+            Some(folder) if durability == Durability::Acknowledged => {
+                std::fs::File::open(folder)?.sync_all()
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Changes the record by what is true whether or not it can be written: a
@@ -183,7 +199,7 @@ impl Sandbox {
     pub fn note(&self, change: impl FnOnce(&mut Record)) {
         let mut record = lock(&self.record);
         change(&mut record);
-        if let Err(error) = write_json(&self.directory.join(RECORD), &*record) {
+        if let Err(error) = self.write(&record, Durability::Whole) {
             tracing::warn!(sandbox = %self.id, %error, "write sandbox record");
         }
     }

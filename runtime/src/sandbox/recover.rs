@@ -14,14 +14,15 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::{Phase, Sandbox, lifecycle, strays};
+use super::unread::Unread;
+use super::{Phase, RECORD, ReadError, Sandbox, lifecycle, strays};
 use crate::config::{Handler, Kind};
 use crate::container::{Container, State, supervise};
 use crate::cri::error::Error;
 use crate::cri::names;
 use crate::cri::runtime_service::{remove_container, start_container};
 use crate::host;
-use crate::id::SandboxId;
+use crate::id::{ContainerId, SandboxId};
 use crate::node::Node;
 use crate::storage::volumes::live;
 use crate::vm::{self, Machine, Slots};
@@ -53,16 +54,21 @@ pub async fn recover(node: &Arc<Node>) -> std::io::Result<()> {
 }
 
 pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std::io::Result<()> {
-    let found = find(node)?;
+    let found = find(node).await?;
+    for unread in &found.unread {
+        unread.tell();
+        node.registry.add_unread(unread.clone());
+    }
     for sandbox in &found.sandboxes {
         register(node, sandbox);
     }
     let sandboxes = found.sandboxes.iter().map(|sandbox| sandbox.id.clone());
-    let known: Vec<_> = sandboxes.chain(found.unread).collect();
+    let unread = found.unread.iter().map(|unread| SandboxId::from(unread.id.as_str()));
+    let known: Vec<_> = sandboxes.chain(unread).collect();
     strays::end(node, &known).await;
-    for path in found.broken {
+    for path in found.empty {
         if let Err(error) = host::remove_tree(&path) {
-            tracing::warn!(path = %path.display(), %error, "remove a sandbox whose record does not read");
+            tracing::warn!(path = %path.display(), %error, "remove a sandbox that has no record");
         }
     }
     let turns = Arc::new(Semaphore::new(AT_ONCE));
@@ -102,13 +108,13 @@ async fn in_turn(turns: Arc<Semaphore>, work: impl Future<Output = ()>) {
 #[derive(Default)]
 struct Found {
     sandboxes: Vec<Arc<Sandbox>>,
-    /// Sandboxes whose records cannot be read now. They are left as they are.
-    unread: Vec<SandboxId>,
-    /// Folders whose records tell nothing.
-    broken: Vec<PathBuf>,
+    /// Sandboxes whose records do not read. They are left as they are.
+    unread: Vec<Unread>,
+    /// Folders without a record, of which nothing lives.
+    empty: Vec<PathBuf>,
 }
 
-fn find(node: &Node) -> std::io::Result<Found> {
+async fn find(node: &Node) -> std::io::Result<Found> {
     let folder = node.sandboxes_dir();
     std::fs::create_dir_all(&folder)?;
     let mut found = Found::default();
@@ -119,23 +125,21 @@ fn find(node: &Node) -> std::io::Result<Found> {
             tracing::warn!(path = %path.display(), "this is no sandbox's, and is left where it is");
             continue;
         }
+        let run_dir = vm::run_dir(&node.config.run_dir, &SandboxId::from(name.as_str()));
         match Sandbox::load(path.clone(), node.events.clone()) {
             Ok(sandbox) => found.sandboxes.push(Arc::new(sandbox)),
-            // The record is the first thing written into the folder: mostly
-            // nothing else was made. Else nobody can say any more how to take it
-            // over, so it ends with all that no record speaks of.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::NotFound | ErrorKind::InvalidData | ErrorKind::UnexpectedEof
-                ) =>
+            // The record is the first thing written into the folder: nothing else
+            // was made, unless somebody has removed it since.
+            Err(ReadError::File(error))
+                if error.kind() == ErrorKind::NotFound
+                    && !vm::lives(&run_dir).await
+                    && !host::lives(&run_dir).await =>
             {
-                tracing::warn!(path = %path.display(), %error, "sandbox record does not read: the pod is ended and removed");
-                found.broken.push(path);
+                tracing::warn!(path = %path.display(), "there is no record of a sandbox: its folder is removed");
+                found.empty.push(path);
             }
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "read sandbox record: the pod is left alone until the next start");
-                found.unread.push(SandboxId::from(name.as_str()));
+                found.unread.push(Unread::sandbox(&name, &path.join(RECORD), &error.to_string()));
             }
         }
     }
@@ -177,8 +181,7 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     let _verb = sandbox.verb.lock().await;
     if phase == Phase::Creating {
         tracing::info!(sandbox = %sandbox.id, "take apart a sandbox that was never ready");
-        lifecycle::stop(node, sandbox).await?;
-        return lifecycle::forget(node, sandbox);
+        return lifecycle::undo(node, sandbox).await.inspect_err(|_| lifecycle::undo_later(node, sandbox));
     }
     // An earlier huskd may have ended before its stop did. When it did not,
     // there is nothing left to do.
@@ -251,6 +254,12 @@ async fn try_to_reach(
         let disks: Vec<_> = container.record().disks().collect();
         disks.into_iter().map(|(slot, rootfs)| (container.id.clone(), slot, rootfs))
     });
+    let unread = node.registry.unread_of(&sandbox.id).into_iter().flat_map(|unread| {
+        let id = ContainerId::from(unread.id.as_str());
+        let disks = unread.disks.unwrap_or_default();
+        disks.into_iter().map(move |(slot, rootfs)| (id.clone(), slot, rootfs))
+    });
+    let used = used.chain(unread);
     match (record.kind, &record.cgroup) {
         (Kind::Vm, _) => {
             let slots = Slots::new(image_slots).in_use(used);
@@ -335,8 +344,11 @@ fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
                 node.registry.add_container(sandbox.clone(), container);
             }
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "container record does not read; removed");
-                let _ = std::fs::remove_file(&path);
+                let id = path.file_stem().unwrap_or_default().to_string_lossy();
+                let pod = &sandbox.record().config;
+                let unread = Unread::container(&id, (&sandbox.id, pod), &path, &error);
+                unread.tell();
+                node.registry.add_unread(unread);
             }
         }
     }

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 
+use super::unread::Unread;
 use super::{Sandbox, lock};
 use crate::container::Container;
 use crate::id::{ContainerId, SandboxId};
@@ -21,6 +22,21 @@ struct Inner {
     sandboxes: BTreeMap<SandboxId, Arc<Sandbox>>,
     containers: BTreeMap<ContainerId, (Arc<Sandbox>, Arc<Container>)>,
     names: HashMap<String, String>,
+    unread: BTreeMap<String, Unread>,
+    unfinished: BTreeMap<SandboxId, String>,
+}
+
+impl Inner {
+    /// What is told of an id that leads to nothing: it may be that of something
+    /// whose record does not read.
+    fn or_unread(&self, error: LookupError, wanted: &str) -> LookupError {
+        let LookupError::Unknown { what, id } = &error else { return error };
+        let is_wanted = |unread: &&Unread| unread.what == wanted && unread.id.starts_with(id);
+        match self.unread.values().find(is_wanted).filter(|_| !id.is_empty()) {
+            Some(unread) => LookupError::Unread { what, id: id.clone(), advice: unread.advice() },
+            None => error,
+        }
+    }
 }
 
 /// An id that does not lead to one thing.
@@ -34,6 +50,16 @@ pub enum LookupError {
         /// As the client gave it.
         id: String,
     },
+    /// The record of what has this id does not read.
+    #[error("{what} `{id}`: {advice}")]
+    Unread {
+        /// "sandbox" or "container".
+        what: &'static str,
+        /// As the client gave it.
+        id: String,
+        /// What to do.
+        advice: String,
+    },
     /// Several ids start with it.
     #[error("{what} id `{id}` is ambiguous: give more of its characters")]
     Ambiguous {
@@ -46,12 +72,14 @@ pub enum LookupError {
 
 /// The name is taken.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("name `{name}` is reserved for `{holder}`")]
+#[error("name `{name}` is reserved for `{holder}`{advice}")]
 pub struct NameTaken {
     /// The name.
     pub name: String,
     /// Id of what holds it.
     pub holder: String,
+    /// What to do about a holder whose record does not read; else empty.
+    pub advice: String,
 }
 
 /// A name held for something being made. Given back when dropped, unless kept.
@@ -84,7 +112,8 @@ impl Registry {
     pub fn reserve(&self, name: String, id: &str) -> Result<Reservation<'_>, NameTaken> {
         let mut inner = lock(&self.inner);
         if let Some(holder) = inner.names.get(&name) {
-            return Err(NameTaken { holder: holder.clone(), name });
+            let advice = inner.unread.get(holder).map(|unread| format!(": {}", unread.advice()));
+            return Err(NameTaken { holder: holder.clone(), name, advice: advice.unwrap_or_default() });
         }
         inner.names.insert(name.clone(), id.to_owned());
         Ok(Reservation { registry: self, name: Some(name) })
@@ -99,7 +128,46 @@ impl Registry {
     pub fn remove_sandbox(&self, id: &SandboxId) {
         let mut inner = lock(&self.inner);
         inner.sandboxes.remove(id);
-        inner.names.retain(|_, holder| holder != id.as_str());
+        let of_pod = |unread: &Unread| unread.sandbox.as_ref() == Some(id);
+        let gone: Vec<_> = inner.unread.extract_if(.., |_, unread| of_pod(unread)).collect();
+        inner.names.retain(|_, holder| {
+            holder != id.as_str() && !gone.iter().any(|(container, _)| container == holder)
+        });
+    }
+
+    /// Makes something known whose record does not read. Its name is taken.
+    pub fn add_unread(&self, unread: Unread) {
+        let mut inner = lock(&self.inner);
+        if let Some(name) = &unread.name {
+            inner.names.entry(name.clone()).or_insert_with(|| unread.id.clone());
+        }
+        inner.unread.insert(unread.id.clone(), unread);
+    }
+
+    /// All whose records do not read.
+    pub fn unread(&self) -> Vec<Unread> {
+        lock(&self.inner).unread.values().cloned().collect()
+    }
+
+    /// The containers of a pod whose records do not read.
+    pub fn unread_of(&self, sandbox: &SandboxId) -> Vec<Unread> {
+        let of_pod = |unread: &&Unread| unread.sandbox.as_ref() == Some(sandbox);
+        lock(&self.inner).unread.values().filter(of_pod).cloned().collect()
+    }
+
+    /// Notes why a pod that was never ready could not be undone yet; `None` once
+    /// it is.
+    pub fn set_unfinished(&self, id: &SandboxId, why: Option<String>) {
+        let unfinished = &mut lock(&self.inner).unfinished;
+        match why {
+            Some(why) => unfinished.insert(id.clone(), why),
+            None => unfinished.remove(id),
+        };
+    }
+
+    /// The pods that were never ready and are not undone yet, and why.
+    pub fn unfinished(&self) -> BTreeMap<SandboxId, String> {
+        lock(&self.inner).unfinished.clone()
     }
 
     /// Makes a container known.
@@ -122,8 +190,10 @@ impl Registry {
     /// # Errors
     /// None, or more than one.
     pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, LookupError> {
-        by_prefix(&lock(&self.inner).sandboxes, "sandbox", id, SandboxId::from(id), SandboxId::as_str)
+        let inner = lock(&self.inner);
+        by_prefix(&inner.sandboxes, "sandbox", id, SandboxId::from(id), SandboxId::as_str)
             .cloned()
+            .map_err(|error| inner.or_unread(error, "sandbox"))
     }
 
     /// The container with this id, or the only one whose id starts so.
@@ -131,8 +201,10 @@ impl Registry {
     /// # Errors
     /// None, or more than one.
     pub fn container(&self, id: &str) -> Result<(Arc<Sandbox>, Arc<Container>), LookupError> {
-        by_prefix(&lock(&self.inner).containers, "container", id, ContainerId::from(id), ContainerId::as_str)
+        let inner = lock(&self.inner);
+        by_prefix(&inner.containers, "container", id, ContainerId::from(id), ContainerId::as_str)
             .cloned()
+            .map_err(|error| inner.or_unread(error, "container"))
     }
 
     /// All sandboxes.

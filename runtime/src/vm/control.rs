@@ -249,7 +249,7 @@ fn unexpected(stage: &'static str, response: Option<Response>) -> Error {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::os::fd::FromRawFd;
@@ -261,7 +261,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    pub(in crate::vm) fn listener(path: &Path) -> OwnedFd {
+    pub(crate) fn listener(path: &Path) -> OwnedFd {
         let socket =
             new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         bind(socket.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();

@@ -18,6 +18,9 @@ mod process;
 mod slots;
 pub mod template;
 
+#[cfg(test)]
+pub(crate) use control::tests;
+
 pub use cgroup::{Memory, Usage, kill as kill_cgroup, remove as remove_cgroup, set_list, usage};
 pub use control::Control;
 pub use process::Process;

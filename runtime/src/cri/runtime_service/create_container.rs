@@ -38,6 +38,7 @@ pub(super) async fn create_container(
     let sandbox = node.registry.sandbox(&request.pod_sandbox_id)?;
     let _verb = sandbox.verb.lock().await;
     let machine = ready_machine(&sandbox)?;
+    runs_nothing_unknown(node, &sandbox)?;
     let image = image_of(node, &config)?;
 
     let id = ContainerId::random();
@@ -140,6 +141,20 @@ pub(super) async fn create_container(
     sandbox.send_event(id.as_str(), EventKind::Created);
     tracing::info!(container = %id, sandbox = %sandbox.id, "container created");
     Ok(CreateContainerResponse { container_id: id.to_string() })
+}
+
+/// A pod with a container of which neither the name nor the disks could be told
+/// gets no other: it could be the same one again, or take its disks away.
+fn runs_nothing_unknown(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
+    let unread = node.registry.unread_of(&sandbox.id);
+    match unread.iter().find(|unread| unread.name.is_none() || unread.disks.is_none()) {
+        Some(unread) => Err(Error::FailedPrecondition(format!(
+            "the pod has a container `{}` of which nothing is known: {}",
+            unread.id,
+            unread.advice()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// As the interface has it: who may start privileged containers says so with

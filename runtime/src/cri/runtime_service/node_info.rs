@@ -9,6 +9,7 @@ use husk_proto::cri::{
     RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus, StatusRequest, StatusResponse,
     UpdateRuntimeConfigRequest, VersionResponse,
 };
+use serde_json::{Value, json};
 
 use crate::config::Kind;
 use crate::node::Node;
@@ -78,8 +79,19 @@ fn runtime_problem(node: &Node) -> Option<String> {
 /// The configuration as it counts, with the names that clients of other
 /// runtimes look for: `stateDir` is where containers' files are.
 fn verbose(node: &Node) -> HashMap<String, String> {
-    let config = serde_json::to_string(&node.config);
-    config.map(|config| ("config".to_owned(), config)).into_iter().collect()
+    let mut info = HashMap::new();
+    if let Ok(config) = serde_json::to_string(&node.config) {
+        info.insert("config".to_owned(), config);
+    }
+    let unread = node.registry.unread().into_iter().map(|unread| {
+        json!({ "what": unread.what, "id": unread.id, "name": unread.name, "path": unread.path, "why": unread.why })
+    });
+    // What somebody has to look after; empty on a node that is well.
+    info.insert("unread_records".to_owned(), Value::from_iter(unread).to_string());
+    let unfinished = node.registry.unfinished();
+    let unfinished = unfinished.iter().map(|(id, why)| json!({ "id": id.as_str(), "why": why }));
+    info.insert("unfinished_pods".to_owned(), Value::from_iter(unfinished).to_string());
+    info
 }
 
 /// Control groups are made by path. A kubelet that knows this call asks before

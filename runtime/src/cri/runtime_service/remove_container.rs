@@ -57,6 +57,10 @@ pub(super) async fn remove_container(
 
 /// Unmounts what no other container of the pod uses.
 fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
+    if !node.registry.unread_of(&sandbox.id).is_empty() {
+        // Nobody can say what those use: volumes go with the pod.
+        return Ok(());
+    }
     let others = sandbox.containers();
     let others = others.iter().filter(|other| other.id != container.id);
     let in_use: Vec<_> = others.flat_map(|other| other.record().volumes.clone()).collect();
