@@ -15,6 +15,7 @@ pub mod cri;
 pub mod events;
 pub mod heap;
 pub mod host;
+pub mod instance;
 pub mod node;
 pub mod sandbox;
 pub mod storage;

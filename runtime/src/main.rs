@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use husk_runtime::config::{Config, Kind};
+use husk_runtime::instance::Instance;
 use husk_runtime::node::Node;
 use husk_runtime::{cri, heap, sandbox, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
@@ -44,6 +45,8 @@ fn main() -> anyhow::Result<()> {
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
+    // Before anything is looked at or made: another huskd may be at work here.
+    let _instance = Instance::claim(&config).await?;
     let node = Arc::new(Node::open(config)?);
     sandbox::recover::recover(&node).await.context("recover what an earlier huskd left")?;
     // The first pod shall not wait for what every pod needs.
