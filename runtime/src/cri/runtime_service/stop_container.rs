@@ -112,7 +112,8 @@ fn number(name: &str) -> Option<i32> {
     let bare = name.strip_prefix("SIG").unwrap_or(&name);
     let offset = |rest: &str, word: &str, sign: char| -> Option<i32> {
         match rest.strip_prefix(word).or_else(|| rest.strip_prefix(sign)) {
-            Some(digits) => digits.parse().ok(),
+            // Any that is larger is no signal's, and its sum may be no number.
+            Some(digits) => digits.parse::<u8>().ok().map(i32::from),
             None => rest.is_empty().then_some(0),
         }
     };
@@ -181,6 +182,9 @@ mod tests {
             ("SIGRTMAX-1", Some(63)),
             ("SIGCLD", Some(17)),
             ("SIGRTMIN+99", None),
+            ("RTMIN+2147483647", None),
+            ("RTMIN+-3", None),
+            ("RTMAX--2147483648", None),
             ("SIGRTMINx", None),
             ("99", None),
             ("0", None),
