@@ -26,7 +26,9 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
         let mut rows = Vec::new();
         for pod in &pods {
             let unreached = pod.state() == cri::PodSandboxState::SandboxReady
-                && client::status(&mut client, &pod.id).await.is_ok_and(|status| client::unreached(&status).is_some());
+                && client::status(&mut client, &pod.id)
+                    .await
+                    .is_ok_and(|status| client::unreached(&status).is_some());
             rows.push(row(pod, unreached));
         }
         print!("{}", table(["POD ID", "NAMESPACE", "NAME", "STATE", "AGE", "HANDLER"], &rows));

@@ -82,8 +82,7 @@ impl Capture {
         let mut streams = JoinSet::new();
         for (kind, opened) in kinds(container).iter().zip(opened) {
             let (agent, container) = (agent.clone(), container.clone());
-            let stream =
-                Stream { agent, container, kind: *kind, rest: told.clone(), enough: enough.clone() };
+            let stream = Stream { agent, container, kind: *kind, rest: told.clone(), enough: enough.clone() };
             streams.spawn(stream.copy(opened));
         }
         if kinds(container).len() == 1 {
@@ -229,11 +228,7 @@ mod tests {
     #[tokio::test]
     async fn what_the_agent_has_kept_is_fetched_when_its_container_has_ended() {
         let folder = tempfile::tempdir().unwrap();
-        let fake = Arc::new(Fake {
-            stdout: b"last words\n".to_vec(),
-            output_kept: true,
-            ..Fake::default()
-        });
+        let fake = Arc::new(Fake { stdout: b"last words\n".to_vec(), output_kept: true, ..Fake::default() });
         let machine = machine(fake.serve(folder.path(), SOON).await);
         let (sandbox, container) = running(folder.path(), "p", Events::default());
         let path = folder.path().join("0.log");

@@ -125,6 +125,14 @@ impl Exit {
         Self { code: 255, finished_at: now(), reason: "Unknown".into(), message: message.into() }
     }
 
+    /// The end of everything in a machine that the node's kernel killed for want of
+    /// memory.
+    #[must_use]
+    pub fn out_of_memory(message: &str) -> Self {
+        let code = 128 + libc::SIGKILL;
+        Self { code, finished_at: now(), reason: "OOMKilled".into(), message: message.into() }
+    }
+
     /// The end of everything in a machine that has gone: never a success.
     #[must_use]
     pub fn machine_gone(message: &str) -> Self {

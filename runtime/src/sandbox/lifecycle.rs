@@ -14,7 +14,7 @@ use crate::events::EventKind;
 use crate::host;
 use crate::node::Node;
 use crate::storage::volumes::Shared;
-use crate::vm::{self, Keeper, Machine};
+use crate::vm::{self, Ending, Keeper, Machine};
 
 /// Most time that containers get to end once they have been killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -34,7 +34,10 @@ const AT_THE_LATEST: Duration = Duration::from_secs(60);
 /// keeps its clock.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
     let (sandbox, keeper, agent) = (sandbox.clone(), machine.keeper.clone(), machine.agent.clone());
-    let cgroup = sandbox.record().cgroup.clone();
+    let (cgroup, oom_kills) = {
+        let record = sandbox.record();
+        (record.cgroup.clone(), record.oom_kills)
+    };
     tokio::spawn(async move {
         let clock = async {
             match &keeper {
@@ -42,21 +45,21 @@ pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
                 Keeper::Supervisor(_) => std::future::pending().await,
             }
         };
-        let problem = tokio::select! {
-            problem = keeper.wait(cgroup.as_deref()) => problem,
+        let ending = tokio::select! {
+            ending = keeper.wait(cgroup.as_deref(), oom_kills) => ending,
             never = clock => match never {},
         };
         if sandbox.record().phase != Phase::Ready {
             return;
         }
-        tracing::warn!(sandbox = %sandbox.id, problem, "machine ended unasked");
-        ended(&sandbox, &problem);
+        tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "machine ended unasked");
+        ended(&sandbox, &ending);
     });
 }
 
-/// Records that a sandbox's machine has gone, and its containers with it;
-/// `problem` is empty when it was meant to.
-pub fn ended(sandbox: &Sandbox, problem: &str) {
+/// Records that a sandbox's machine has gone, and its containers with it.
+pub fn ended(sandbox: &Sandbox, ending: &Ending) {
+    let problem = ending.problem.as_str();
     sandbox.note(|record| {
         record.phase = Phase::NotReady;
         if !problem.is_empty() {
@@ -71,7 +74,11 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
             // Nobody knows it, and whoever makes it undoes it.
             continue;
         }
-        let exit = Exit::machine_gone(if problem.is_empty() { "the pod was stopped" } else { problem });
+        let exit = match problem {
+            "" => Exit::machine_gone("the pod was stopped"),
+            _ if ending.out_of_memory => Exit::out_of_memory(problem),
+            _ => Exit::machine_gone(problem),
+        };
         sandbox.container_ended(&container, exit);
     }
     if had_machine {
@@ -86,15 +93,14 @@ pub fn ended(sandbox: &Sandbox, problem: &str) {
 /// # Errors
 /// With what could not be given back; stopping again tries again.
 pub async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
-    stop_for(node, sandbox, "").await
+    stop_for(node, sandbox, &Ending::default()).await
 }
 
-/// As [`stop`], with the problem that is the reason; empty when it was asked
-/// for.
+/// As [`stop`], of a sandbox that has ended by itself.
 ///
 /// # Errors
 /// The same.
-pub async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, problem: &str) -> Result<(), Error> {
+pub async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Ending) -> Result<(), Error> {
     let machine = sandbox.machine();
     if let Some(machine) = &machine {
         kill_containers(sandbox, machine).await;
@@ -107,7 +113,7 @@ pub async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, problem: &str) -> Res
     let (machine, network) =
         tokio::join!(end_machine(node, sandbox, cgroup.as_deref()), node.network.detach(sandbox.id.as_str()));
     machine?;
-    ended(sandbox, problem);
+    ended(sandbox, ending);
     forget_unmade(node, sandbox)?;
     network?;
     // The machine's file server goes with the machine.

@@ -24,9 +24,9 @@ pub mod lifecycle;
 pub mod recover;
 pub mod registry;
 mod strays;
-pub mod unread;
 #[cfg(test)]
 pub(crate) mod tests;
+pub mod unread;
 
 pub use husk_base::lock;
 use husk_base::record::{self, Durability, ReadError, Unknown};
@@ -56,6 +56,10 @@ pub struct Record {
     pub vmm_pid: u32,
     /// The control group of its VMM, or of all processes of a host pod.
     pub cgroup: Option<PathBuf>,
+    /// How many processes the kernel had killed in that group for want of memory
+    /// when the pod became ready.
+    #[serde(default)]
+    pub oom_kills: u64,
     /// What its machine was made with.
     #[serde(default)]
     pub size: Option<Size>,
@@ -186,9 +190,7 @@ impl Sandbox {
         record::write(&self.directory.join(RECORD), record, &self.unknown, durability)?;
         match self.directory.parent() {
             // The sandbox's folder is in there since it was created.
-            Some(folder) if durability == Durability::Acknowledged => {
-                std::fs::File::open(folder)?.sync_all()
-            }
+            Some(folder) if durability == Durability::Acknowledged => std::fs::File::open(folder)?.sync_all(),
             _ => Ok(()),
         }
     }

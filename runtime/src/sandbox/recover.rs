@@ -25,7 +25,7 @@ use crate::host;
 use crate::id::{ContainerId, SandboxId};
 use crate::node::Node;
 use crate::storage::volumes::live;
-use crate::vm::{self, Machine, Slots};
+use crate::vm::{self, Ending, Machine, Slots};
 
 /// Most time that the start waits until all sandboxes are looked after.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -200,9 +200,9 @@ async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error
     let machine = match reached {
         Ok(machine) => machine,
         Err(error) => {
-            let problem = problem_of(node, sandbox, &error).await;
-            tracing::warn!(sandbox = %sandbox.id, problem, "the sandbox's machine has gone");
-            return lifecycle::stop_for(node, sandbox, &problem).await;
+            let ending = ending_of(node, sandbox, &error);
+            tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "the sandbox's machine has gone");
+            return lifecycle::stop_for(node, sandbox, &ending).await;
         }
     };
     sandbox.set_machine(Some(machine.clone()));
@@ -238,10 +238,7 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<Arc<Machine>, Erro
 }
 
 /// Connects to a sandbox's machine, once; and says whether there is one.
-async fn try_to_reach(
-    node: &Node,
-    sandbox: &Sandbox,
-) -> Result<(Result<Arc<Machine>, Error>, bool), Error> {
+async fn try_to_reach(node: &Node, sandbox: &Sandbox) -> Result<(Result<Arc<Machine>, Error>, bool), Error> {
     let record = sandbox.record().clone();
     // Pods of a handler that the configuration has no more live on.
     let handler =
@@ -275,22 +272,19 @@ async fn try_to_reach(
     }
 }
 
-/// Why a sandbox's machine cannot be taken over.
-async fn problem_of(node: &Node, sandbox: &Sandbox, error: &Error) -> String {
+/// Why a sandbox's machine has gone.
+fn ending_of(node: &Node, sandbox: &Sandbox, error: &Error) -> Ending {
     let run_dir = vm::run_dir(&node.config.run_dir, &sandbox.id);
-    if let Some(exit) = vm::last_words(&run_dir) {
-        return vm::Error::from(exit).to_string();
-    }
-    let (kind, cgroup) = {
+    let (kind, cgroup, oom_kills) = {
         let record = sandbox.record();
-        (record.kind, record.cgroup.clone())
+        (record.kind, record.cgroup.clone(), record.oom_kills)
     };
-    let killed = if kind == Kind::Vm && !vm::lives(&run_dir).await {
-        vm::out_of_memory(cgroup.as_deref())
-    } else {
-        None
-    };
-    killed.unwrap_or_else(|| error.to_string())
+    let exit = vm::last_words(&run_dir);
+    let says_why = exit.is_some();
+    match Ending::of_vmm(exit, cgroup.as_deref(), oom_kills) {
+        ending if kind == Kind::Vm && (says_why || ending.out_of_memory) => ending,
+        _ => Ending::of(error.to_string()),
+    }
 }
 
 /// Goes on with a container where an earlier huskd left it. What goes wrong

@@ -13,7 +13,7 @@ use crate::container::{self, State};
 use crate::cri::runtime_service::remove_container::take_apart;
 use crate::id::ContainerId;
 use crate::node::Node;
-use crate::vm::{self, Control, Keeper, Process, Slots, Vmm};
+use crate::vm::{self, Control, Ending, Keeper, Process, Slots, Vmm};
 
 mod records;
 mod undo;
@@ -46,6 +46,7 @@ pub(crate) fn record(id: SandboxId, kind: Kind, phase: Phase) -> Record {
         netns: PathBuf::new(),
         vmm_pid: 0,
         cgroup: None,
+        oom_kills: 0,
         size: None,
         image_slots: None,
         boot: BootTimes::default(),
@@ -169,11 +170,23 @@ async fn a_container_that_was_never_made_is_no_exited_one_when_its_pod_ends() {
     let unmade = container(&pod, State::Creating);
     node.registry.add_sandbox(pod.clone());
     node.registry.add_container(pod.clone(), unmade.clone());
-    lifecycle::ended(&pod, "the machine panicked");
+    lifecycle::ended(&pod, &Ending::of("the machine panicked"));
     assert_eq!(unmade.state(), State::Creating);
     lifecycle::stop(&node, &pod).await.unwrap();
     assert!(node.registry.container(unmade.id.as_str()).is_err());
     assert_eq!(std::fs::read_dir(pod.directory().join("containers")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn containers_of_a_vmm_that_was_killed_for_want_of_memory_are_told_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let (sandbox, container) = running(folder.path(), "p", Events::default());
+    sandbox.add_container(container.clone());
+    let ending = Ending { problem: "the node's memory ran out".into(), out_of_memory: true };
+    lifecycle::ended(&sandbox, &ending);
+    let State::Exited(exit) = container.state() else { panic!("it has ended") };
+    assert_eq!((exit.code, exit.reason.as_str()), (137, "OOMKilled"));
+    assert_eq!((exit.message, sandbox.record().problem.clone()), (ending.problem.clone(), ending.problem));
 }
 
 #[tokio::test]

@@ -206,6 +206,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::vm::Ending;
 
     #[test]
     fn a_group_without_the_memory_controller_still_tells_processor_time() {
@@ -222,13 +223,16 @@ mod tests {
     #[test]
     fn a_vmm_that_the_kernel_killed_for_want_of_memory_is_told_from_others() {
         let folder = tempfile::tempdir().unwrap();
-        let said = || crate::vm::out_of_memory(Some(folder.path()));
-        assert_eq!(said(), None);
+        let ending = |before| Ending::of_vmm(None, Some(folder.path()), before);
+        let killed = Ending::of("the machine's VMM was killed");
+        assert_eq!(ending(0), killed);
         let events = folder.path().join("memory.events");
         std::fs::write(&events, "low 0\nhigh 0\nmax 3\noom 2\noom_kill 0\noom_group_kill 0\n").unwrap();
-        assert_eq!(said(), None);
+        assert_eq!(ending(0), killed);
         std::fs::write(&events, "max 3\noom 2\noom_kill 1\noom_group_kill 0\n").unwrap();
-        assert!(said().unwrap().contains("memory on the node ran out"));
-        assert_eq!(crate::vm::out_of_memory(None), None);
+        assert!(ending(0).out_of_memory && ending(0).problem.contains("memory on the node ran out"));
+        // What came before the pod was ready has not killed it.
+        assert_eq!(ending(1), killed);
+        assert_eq!(Ending::of_vmm(None, None, 0), killed);
     }
 }

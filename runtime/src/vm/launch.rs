@@ -145,8 +145,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let connected = async { Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent) };
     let agent = ends.before(agent_timeout, connected).await?.in_machine(control);
-    let machine =
-        Machine { keeper: Keeper::Vmm(vmm), agent, slots: Slots::new(plan.handler.image_slots) };
+    let machine = Machine { keeper: Keeper::Vmm(vmm), agent, slots: Slots::new(plan.handler.image_slots) };
     Ok(Launched {
         machine: Arc::new(machine),
         vmm_pid: pid,
@@ -225,7 +224,13 @@ fn user(id: &SandboxId) -> u32 {
 
 /// Starts the VMM in a session of its own, so that it outlives huskd, and has
 /// it reaped when it ends.
-fn spawn(id: &SandboxId, handler: &Handler, control: &OwnedFd, exit: &File, log: File) -> io::Result<(u32, Process)> {
+fn spawn(
+    id: &SandboxId,
+    handler: &Handler,
+    control: &OwnedFd,
+    exit: &File,
+    log: File,
+) -> io::Result<(u32, Process)> {
     const CONTROL_FD: RawFd = 3;
     const EXIT_FD: RawFd = 4;
     let (control, exit) = (control.as_raw_fd(), exit.as_raw_fd());

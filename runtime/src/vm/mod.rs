@@ -21,7 +21,7 @@ pub mod template;
 #[cfg(test)]
 pub(crate) use control::tests;
 
-pub use cgroup::{Memory, Usage, kill as kill_cgroup, remove as remove_cgroup, set_list, usage};
+pub use cgroup::{Memory, Usage, kill as kill_cgroup, oom_kills, remove as remove_cgroup, set_list, usage};
 pub use control::Control;
 pub use process::Process;
 pub use slots::{Claim, Slots};
@@ -74,16 +74,42 @@ impl Vmm {
     }
 }
 
+/// Why a pod has ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ending {
+    /// In words; empty when it was asked to.
+    pub problem: String,
+    /// The node's kernel killed it for want of memory.
+    pub out_of_memory: bool,
+}
+
+impl Ending {
+    /// Nobody asked for it.
+    #[must_use]
+    pub fn of(problem: impl Into<String>) -> Self {
+        Self { problem: problem.into(), out_of_memory: false }
+    }
+
+    /// That of a VMM: `exit` is the record of the machine's end, which one that
+    /// was killed had no time for; `oom_kills` is what `cgroup` had counted when
+    /// the pod started.
+    #[must_use]
+    pub fn of_vmm(exit: Option<Exit>, cgroup: Option<&Path>, oom_kills: u64) -> Self {
+        match (exit, out_of_memory(cgroup, oom_kills)) {
+            (Some(exit), _) => Self::of(Error::from(exit).to_string()),
+            (None, Some(problem)) => Self { problem, out_of_memory: true },
+            (None, None) => Self::of("the machine's VMM was killed"),
+        }
+    }
+}
+
 impl Keeper {
-    /// Returns when it has ended, with what is known of why; `cgroup` is the
-    /// pod's control group.
-    pub async fn wait(&self, cgroup: Option<&Path>) -> String {
+    /// Returns when it has ended, with what is known of why; see
+    /// [`Ending::of_vmm`].
+    pub async fn wait(&self, cgroup: Option<&Path>, oom_kills: u64) -> Ending {
         match self {
-            Self::Vmm(vmm) => match vmm.ended().await {
-                Some(exit) => Error::from(exit).to_string(),
-                None => out_of_memory(cgroup).unwrap_or_else(|| "the machine's VMM was killed".to_owned()),
-            },
-            Self::Supervisor(supervisor) => supervisor.wait().await,
+            Self::Vmm(vmm) => Ending::of_vmm(vmm.ended().await, cgroup, oom_kills),
+            Self::Supervisor(supervisor) => Ending::of(supervisor.wait().await),
         }
     }
 
@@ -223,10 +249,10 @@ pub async fn lives(run_dir: &Path) -> bool {
 }
 
 /// What is said of a VMM that had no time for last words, if the kernel has
-/// killed it for want of memory.
-#[must_use]
-pub fn out_of_memory(cgroup: Option<&Path>) -> Option<String> {
-    let cgroup = cgroup.filter(|cgroup| cgroup::oom_kills(cgroup) > 0)?;
+/// killed it for want of memory: since the pod's start, when its control group
+/// had counted `before` such kills.
+fn out_of_memory(cgroup: Option<&Path>, before: u64) -> Option<String> {
+    let cgroup = cgroup.filter(|cgroup| cgroup::oom_kills(cgroup) > before)?;
     Some(format!(
         "the pod's memory on the node ran out, and the kernel killed the machine's VMM: raise the pod's memory \
          limit or the overhead of its RuntimeClass, or free memory of the node (the pod's control group is {})",

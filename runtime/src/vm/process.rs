@@ -200,11 +200,11 @@ mod tests {
         let control = Control::new(path);
         let keeper = Keeper::Vmm(Vmm::new(control, process.clone(), folder.path()));
         let soon = Duration::from_millis(500);
-        assert!(tokio::time::timeout(soon, keeper.wait(None)).await.is_err(), "it lives");
+        assert!(tokio::time::timeout(soon, keeper.wait(None, 0)).await.is_err(), "it lives");
         assert!(!process.has_ended());
         child.0.kill().unwrap();
-        let problem = tokio::time::timeout(soon * 20, keeper.wait(None)).await.unwrap();
-        assert!(problem.contains("was killed"), "{problem}");
+        let ending = tokio::time::timeout(soon * 20, keeper.wait(None, 0)).await.unwrap();
+        assert!(ending.problem.contains("was killed"), "{ending:?}");
         assert!(process.has_ended());
     }
 

@@ -54,6 +54,7 @@ pub(super) async fn run_pod_sandbox(
         netns: Default::default(),
         vmm_pid: 0,
         cgroup: launch::cgroup_for(parent, &id),
+        oom_kills: 0,
         size: (handler.kind() == Kind::Vm).then(|| size(&config, handler)),
         image_slots: (handler.kind() == Kind::Vm).then_some(handler.image_slots),
         boot: BootTimes::default(),
@@ -171,6 +172,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         record.ips = ips.iter().map(ToString::to_string).collect();
         record.netns = netns;
         record.vmm_pid = launched.vmm_pid;
+        record.oom_kills = record.cgroup.as_deref().map_or(0, vm::oom_kills);
         record.boot = boot;
     })?;
     lifecycle::watch(sandbox, &machine);
