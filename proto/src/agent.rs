@@ -10,6 +10,11 @@ pub use generated::*;
 
 pub mod stream;
 
+/// The version of the service and of the streams. It grows when huskd has to treat
+/// an agent differently; fields and calls that are merely new do not change it. An
+/// agent of a release before there were versions has 0.
+pub const PROTOCOL: u32 = 1;
+
 /// Guest port of the [`agent_server::Agent`] service.
 pub const GRPC_PORT: u32 = 1024;
 

@@ -225,6 +225,8 @@ impl Vmm {
             balloon_mib: machine.map_or(0, Machine::balloon_mib),
             fs: machine.map_or(FsState::None, Machine::fs_state),
             connections: machine.map_or(0, Machine::connections),
+            protocol: husk_vmm_api::PROTOCOL,
+            release: env!("CARGO_PKG_VERSION").into(),
         }
     }
 }

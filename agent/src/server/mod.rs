@@ -119,6 +119,13 @@ type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl Service for Endpoint {
+    async fn hello(&self, _: Request<HelloRequest>) -> Answer<HelloResponse> {
+        Ok(Response::new(HelloResponse {
+            protocol: husk_proto::agent::PROTOCOL,
+            release: env!("CARGO_PKG_VERSION").into(),
+        }))
+    }
+
     async fn create_sandbox(&self, request: Request<CreateSandboxRequest>) -> Answer<CreateSandboxResponse> {
         to_the_end(sandbox::create(self.0.clone(), request.into_inner())).await
     }

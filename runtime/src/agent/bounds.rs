@@ -41,6 +41,12 @@ impl Bounded for SignalProcessResponse {}
 impl Bounded for ResizeTerminalResponse {}
 impl Bounded for WriteVolumeResponse {}
 
+impl Bounded for HelloResponse {
+    fn bound(&mut self) {
+        cut(&mut self.release, MAX_NAME);
+    }
+}
+
 impl Bounded for CreateSandboxResponse {
     fn bound(&mut self) {
         cut(&mut self.agent_version, MAX_NAME);

@@ -54,6 +54,8 @@ pub struct Fake {
     pub output_kept: bool,
     /// How commands end.
     pub exit_code: i32,
+    /// The release that it is of; none for one before releases were told.
+    pub release: Option<String>,
 }
 
 impl Fake {
@@ -161,6 +163,11 @@ fn done<T: Default>() -> Answer<T> {
 
 #[tonic::async_trait]
 impl Service for Endpoint {
+    async fn hello(&self, _: Request<HelloRequest>) -> Answer<HelloResponse> {
+        let release = self.0.release.clone().ok_or_else(|| Status::unimplemented("of an earlier release"))?;
+        Ok(Response::new(HelloResponse { protocol: PROTOCOL, release }))
+    }
+
     async fn create_sandbox(&self, _: Request<CreateSandboxRequest>) -> Answer<CreateSandboxResponse> {
         done()
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_proto::agent::agent_client::AgentClient;
-use husk_proto::agent::{GRPC_PORT, STREAM_PORT, stream};
+use husk_proto::agent::{GRPC_PORT, HelloRequest, STREAM_PORT, stream};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -100,6 +100,20 @@ impl Agent {
                 let late = format!("no answer within {} s", self.timeout.as_secs());
                 Err(Error::of(stage, &tonic::Status::deadline_exceeded(late)))
             }
+        }
+    }
+
+    /// Which agent it is: its version of the protocol, and its release. An agent of
+    /// a release before there were versions has 0, and an empty name.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub async fn hello(&self) -> Result<(u32, String), Error> {
+        let hello = async |mut agent: AgentClient<Channel>| agent.hello(HelloRequest {}).await;
+        match self.call("ask which agent it is", hello).await {
+            Ok(answer) => Ok((answer.protocol, answer.release)),
+            Err(error) if error.status.code() == tonic::Code::Unimplemented => Ok((0, String::new())),
+            Err(error) => Err(error),
         }
     }
 
@@ -256,6 +270,16 @@ mod tests {
         let error = agent.call("refuse", refuse).await.unwrap_err();
         assert_eq!(error.status.code(), tonic::Code::Internal);
         assert!((4000..=4096).contains(&error.status.message().len()));
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_a_release_without_versions_is_no_error() {
+        for (release, expected) in [(None, (0, "")), (Some("9.0"), (husk_proto::agent::PROTOCOL, "9.0"))] {
+            let folder = tempfile::tempdir().unwrap();
+            let fake = fake::Fake { release: release.map(str::to_owned), ..Default::default() };
+            let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
+            assert_eq!(agent.hello().await.unwrap(), (expected.0, expected.1.to_owned()));
+        }
     }
 
     #[tokio::test]

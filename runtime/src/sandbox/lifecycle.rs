@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use husk_proto::agent::ShutdownRequest;
 
-use super::{Phase, Sandbox, clock};
+use super::{Phase, Sandbox, Version, Versions, clock};
 use crate::config::Kind;
 use crate::container::{Exit, State, supervise};
 use crate::cri::error::Error;
@@ -31,8 +31,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Watches a machine, so that its end is known when nobody asked for it, and
-/// keeps its clock.
+/// keeps its clock. Asks, too, which releases its programs are of.
 pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
+    tokio::spawn(ask_versions(sandbox.clone(), machine.clone()));
     let (sandbox, keeper, agent) = (sandbox.clone(), machine.keeper.clone(), machine.agent.clone());
     let (cgroup, oom_kills) = {
         let record = sandbox.record();
@@ -55,6 +56,27 @@ pub fn watch(sandbox: &Arc<Sandbox>, machine: &Arc<Machine>) {
         tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "machine ended unasked");
         ended(&sandbox, &ending);
     });
+}
+
+/// Notes which releases a pod's programs are of, for people. None is refused: what
+/// lives is used as far as it can be.
+async fn ask_versions(sandbox: Arc<Sandbox>, machine: Arc<Machine>) {
+    let mut versions = Versions::default();
+    if let Keeper::Vmm(vmm) = &machine.keeper
+        && let Ok(info) = vmm.control.info().await
+    {
+        if info.protocol > husk_vmm_api::PROTOCOL {
+            tracing::warn!(sandbox = %sandbox.id, release = info.release, "the pod's VMM is of a later release");
+        }
+        versions.vmm = Some(Version { protocol: info.protocol, release: info.release });
+    }
+    if let Ok((protocol, release)) = machine.agent.hello().await {
+        if protocol > husk_proto::agent::PROTOCOL {
+            tracing::warn!(sandbox = %sandbox.id, release, "the pod's agent is of a later release");
+        }
+        versions.agent = Some(Version { protocol, release });
+    }
+    sandbox.set_versions(versions);
 }
 
 /// Records that a sandbox's machine has gone, and its containers with it.

@@ -110,6 +110,25 @@ pub struct BootTimes {
     pub total: u64,
 }
 
+/// Which releases the programs of a pod are of, as far as they have said it. They
+/// may be older than this huskd, or newer: see ADR 9.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Versions {
+    /// The VMM's; none for a host pod.
+    pub vmm: Option<Version>,
+    /// The agent's.
+    pub agent: Option<Version>,
+}
+
+/// The version of one program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Version {
+    /// Of what it speaks with huskd; 0 before there were versions.
+    pub protocol: u32,
+    /// Its release; empty before it was told.
+    pub release: String,
+}
+
 /// One sandbox.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -122,6 +141,7 @@ pub struct Sandbox {
     unknown: Unknown,
     machine: Mutex<Option<Arc<Machine>>>,
     unreached: Mutex<Option<String>>,
+    versions: Mutex<Versions>,
     /// How much processor time it takes.
     pub cpu_rate: CpuRate,
     containers: Mutex<Vec<Arc<Container>>>,
@@ -162,6 +182,7 @@ impl Sandbox {
             unknown,
             machine: Mutex::default(),
             unreached: Mutex::default(),
+            versions: Mutex::default(),
             cpu_rate: CpuRate::default(),
             containers: Mutex::default(),
             directory,
@@ -225,6 +246,16 @@ impl Sandbox {
     /// Says why it cannot be reached, or that it can.
     pub fn set_unreached(&self, why: Option<String>) {
         *lock(&self.unreached) = why;
+    }
+
+    /// Which releases its programs are of.
+    pub fn versions(&self) -> Versions {
+        lock(&self.versions).clone()
+    }
+
+    /// Says which releases its programs are of.
+    pub fn set_versions(&self, versions: Versions) {
+        *lock(&self.versions) = versions;
     }
 
     /// Its containers.

@@ -19,6 +19,11 @@ use serde::{Deserialize, Serialize};
 
 pub mod socket;
 
+/// The version of this interface. It grows when a client has to treat a VMM
+/// differently; fields and requests that are merely new do not change it. A VMM of
+/// a release before there were versions has 0.
+pub const PROTOCOL: u32 = 1;
+
 /// Largest packet, in bytes.
 pub const MAX_PACKET: usize = 128 * 1024;
 
@@ -234,11 +239,27 @@ pub struct Info {
     /// What the balloon holds now, MiB.
     pub balloon_mib: u32,
     /// How its file system device is.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "known_or_default")]
     pub fs: FsState,
     /// Open connections of its vsock device.
     #[serde(default)]
     pub connections: usize,
+    /// Its version of this interface, see [`PROTOCOL`].
+    #[serde(default)]
+    pub protocol: u32,
+    /// The release of Husk that it is of; empty for those before it was told.
+    #[serde(default)]
+    pub release: String,
+}
+
+/// A value that a later release may have added is taken for the default.
+fn known_or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: serde::de::DeserializeOwned + Default,
+{
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(serde_json::from_value(value).unwrap_or_default())
 }
 
 /// Whether the requests to a file system device are answered.
@@ -325,6 +346,7 @@ pub struct QueueReport {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// The kind.
+    #[serde(deserialize_with = "known_or_default")]
     pub reason: ExitReason,
     /// In words, for the kinds that need them.
     pub detail: String,
@@ -333,7 +355,7 @@ pub struct Exit {
 }
 
 /// The kinds of end. The process's exit code is [`ExitReason::code`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitReason {
     /// The guest ended in good order: reset after [`SHUTDOWN_MARKER`].
@@ -349,6 +371,7 @@ pub enum ExitReason {
     /// [`Request::Save`].
     Saved,
     /// The VMM itself could not go on; `detail` says why.
+    #[default]
     VmmError,
 }
 
@@ -365,5 +388,27 @@ impl ExitReason {
             Self::Killed => 13,
             Self::Saved => 14,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn answers_of_other_releases_are_understood() {
+        // Of the first release, to its last field.
+        let old = r#"{"info":{"pid":7,"booted":true,"boot_us":1,"guest_resident_bytes":2,"balloon_mib":3}}"#;
+        let Response::Info(info) = serde_json::from_str(old).unwrap() else { panic!("it is an Info") };
+        assert_eq!((info.pid, info.protocol, info.release.as_str()), (7, 0, ""));
+        let new = r#"{"info":{"pid":7,"booted":true,"boot_us":1,"guest_resident_bytes":2,"balloon_mib":3,
+            "fs":"of_the_future","protocol":9,"release":"9.0","of_the_future":[1]}}"#;
+        let Response::Info(info) = serde_json::from_str(new).unwrap() else { panic!("it is an Info") };
+        assert_eq!((info.fs, info.protocol, info.release.as_str()), (FsState::None, 9, "9.0"));
+        let exit: Exit =
+            serde_json::from_str(r#"{"reason":"of_the_future","detail":"why","console":"","x":1}"#).unwrap();
+        assert_eq!((exit.reason, exit.detail.as_str()), (ExitReason::VmmError, "why"));
     }
 }

@@ -75,6 +75,7 @@ fn verbose(sandbox: &Sandbox) -> HashMap<String, String> {
         "boot_milliseconds": record.boot,
         "problem": record.problem,
         "unreached": sandbox.unreached(),
+        "versions": sandbox.versions(),
         "config": record.config,
     });
     HashMap::from([("info".to_owned(), info.to_string())])
