@@ -15,6 +15,7 @@ use crate::id::ContainerId;
 use crate::node::Node;
 use crate::vm::{self, Control, Ending, Keeper, Process, Slots, Vmm};
 
+mod golden;
 mod records;
 mod undo;
 mod unreached;
