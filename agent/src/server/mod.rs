@@ -23,6 +23,8 @@ mod error;
 mod process;
 mod sandbox;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod volume;
 
 pub use error::{Error, Stage};
