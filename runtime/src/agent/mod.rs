@@ -166,13 +166,17 @@ pub struct Error {
     pub stage: &'static str,
     /// Its answer.
     pub status: Box<tonic::Status>,
+    /// There was no answer: the connection failed.
+    pub lost: bool,
 }
 
 impl Error {
     /// The agent's answer to `stage`, as far as it is passed on.
     #[must_use]
     pub fn of(stage: &'static str, status: &tonic::Status) -> Self {
-        Self { stage, status: Box::new(bounds::status(status)) }
+        // Only what failed on this side has a cause.
+        let lost = std::error::Error::source(status).is_some();
+        Self { stage, status: Box::new(bounds::status(status)), lost }
     }
 }
 
@@ -270,6 +274,22 @@ mod tests {
         let error = agent.call("refuse", refuse).await.unwrap_err();
         assert_eq!(error.status.code(), tonic::Code::Internal);
         assert!((4000..=4096).contains(&error.status.message().len()));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_fails_is_no_answer_of_the_agents() {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = fake::Fake { refusals: vec![tonic::Code::Internal].into(), ..Default::default() };
+        let fake = Arc::new(fake);
+        let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
+        let start = async |mut agent: AgentClient<Channel>| {
+            agent.start_container(husk_proto::agent::StartContainerRequest::default()).await
+        };
+        assert!(!agent.call("start", start).await.unwrap_err().lost);
+        std::fs::remove_file(folder.path().join("vsock")).unwrap();
+        fake.broken.send_replace(());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(agent.call("start", start).await.unwrap_err().lost);
     }
 
     #[tokio::test]

@@ -91,7 +91,7 @@ pub async fn catch_up(sandbox: &Sandbox, machine: &Machine, container: &Containe
         }
         Err(error) => match error.status.code() {
             tonic::Code::FailedPrecondition | tonic::Code::NotFound => {}
-            tonic::Code::Internal => give_up(sandbox, machine, container, &error.into()).await,
+            tonic::Code::Internal if !error.lost => give_up(sandbox, machine, container, &error.into()).await,
             _ => tracing::warn!(container = %container.id, %error, "see whether a container was started"),
         },
     }

@@ -93,7 +93,7 @@ pub async fn send(machine: &Machine, volume: &Volume) -> Result<(), agent::Error
             Err(panic) => panic.to_string(),
         };
         let status = tonic::Status::internal(format!("{}: {cause}", path.display()));
-        Err(agent::Error { stage: STAGE, status: Box::new(status) })
+        Err(agent::Error { stage: STAGE, status: Box::new(status), lost: false })
     };
     let write = async |entries| {
         let request = WriteVolumeRequest { name: volume.name.clone(), entries };
