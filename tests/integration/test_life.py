@@ -169,6 +169,85 @@ class Daemon(PodTest):
         self.node.crictl("stop", "--timeout", "60", container)
         self.assertEqual(self.status(container)["exitCode"], 9)
 
+    def test_a_container_that_ends_without_the_daemon_has_all_its_output_in_the_log(self):
+        said = "while [ ! -e /go ]; do sleep 0.1; done; sleep 2; seq 3000; printf end; exit 4"
+        pod, container = self.running(command=["sh", "-c", said])
+        self.node.crictl("exec", "-s", container, "touch", "/go")
+        self.kill_daemon()
+        # Longer than an agent waits for somebody to take the last output.
+        time.sleep(40)
+        self.node.start_daemon()
+        self.assertEqual(self.wait_exited(container)["exitCode"], 4)
+        lines = self.node.crictl("logs", container).splitlines()
+        self.assertEqual(lines, [str(number) for number in range(1, 3001)] + ["end"])
+
+    def test_a_machine_that_stood_still_loses_neither_an_exit_nor_output(self):
+        pod, container = self.running(command=["sh", "-c", "while [ ! -e /go ]; do sleep 0.1; done; echo last; exit 3"])
+        [machine] = machines()
+        os.kill(machine, signal.SIGSTOP)
+        try:
+            asking = [self.in_background("stats", "--id", container) for _ in range(30)]
+            time.sleep(10)
+            # What nobody waits for any more arrives all the same, and at once.
+            for process in asking:
+                process.kill()
+                process.wait()
+        finally:
+            os.kill(machine, signal.SIGCONT)
+        self.node.crictl("exec", "-s", container, "touch", "/go")
+        self.assertEqual(self.wait_exited(container)["exitCode"], 3)
+        self.assertEqual(self.node.crictl("logs", container), "last")
+
+    def test_a_machine_that_stands_still_when_the_daemon_starts_is_unreached_and_stays(self):
+        pod, container = self.running()
+        [machine] = machines()
+        self.kill_daemon()
+        os.kill(machine, signal.SIGSTOP)
+        try:
+            self.node.start_daemon()
+            unreached = lambda: self.node.crictl_json("inspectp", pod)["info"]["unreached"]
+            wait_until(unreached, 240, "wait until the pod is given up for now")
+            self.assertEqual(self.node.crictl("pods", "-q", "--state", "ready"), pod)
+        finally:
+            os.kill(machine, signal.SIGCONT)
+        wait_until(lambda: not unreached(), 240, "wait until the pod is reached")
+        self.assertEqual(machines(), [machine])
+        self.assertEqual(self.node.crictl("exec", "-s", container, "echo", "here"), "here")
+
+    def test_a_pod_whose_record_does_not_read_lives_and_comes_back_with_it(self):
+        pod, sandbox = self.pod()
+        container = self.container(pod, sandbox)
+        before = machines()
+        self.kill_daemon()
+        path = self.node.state / "sandboxes" / pod / "sandbox.json"
+        good = path.read_text()
+        path.write_text(good[:-20])
+        self.node.start_daemon()
+        self.assertEqual((machines(), self.node.crictl("pods", "-q")), (before, ""))
+        for arguments in (["stopp", pod], ["rmp", pod], ["runp", sandbox]):
+            self.assertIn("does not read", self.fails(*arguments))
+        self.assertIn(pod, json.dumps(self.node.crictl_json("info")["unread_records"]))
+        self.kill_daemon()
+        path.write_text(good)
+        self.node.start_daemon()
+        self.assertEqual(self.node.crictl("exec", "-s", container, "echo", "here"), "here")
+
+    def test_a_daemon_that_has_not_the_pods_state_does_not_start(self):
+        pod, container = self.running()
+        before = machines()
+        program = [self.node.prefix / "bin/huskd", "--config"]
+        second = subprocess.run([*program, self.node.config], capture_output=True, text=True, timeout=60)
+        self.assertIn("another huskd", second.stdout + second.stderr)
+        self.kill_daemon()
+        other = self.node.root / "other.toml"
+        other.write_text(self.node.config.read_text().replace(str(self.node.state), str(self.node.root / "unmounted")))
+        wrong = subprocess.run([*program, other], capture_output=True, text=True, timeout=60)
+        self.assertNotEqual(wrong.returncode, 0)
+        self.assertIn("mount it and start huskd again", wrong.stdout + wrong.stderr)
+        self.node.start_daemon()
+        self.assertEqual(machines(), before)
+        self.assertEqual(self.node.crictl("exec", "-s", container, "echo", "here"), "here")
+
     def test_a_machine_that_dies_takes_its_containers_with_it_and_is_told_so(self):
         pod, container = self.running()
         machine = machines()[0]
@@ -186,7 +265,7 @@ class Daemon(PodTest):
         with open(limit, "w") as file:
             file.write("1M")
         status = self.wait_exited(container, 30)
-        self.assertNotEqual(status["exitCode"], 0)
+        self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
         self.assertIn("memory on the node ran out", status["message"])
 
     def record(self, pod):
