@@ -11,10 +11,9 @@ use std::process::ExitCode;
 use nix::errno::Errno;
 use nix::mount::MsFlags;
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::reaper::Reaper;
+use crate::reaper::{self, Reaper};
 
 /// The argument that makes this program into the namespace's first process.
 pub const PAUSE: &str = "pause";
@@ -74,9 +73,8 @@ pub fn pause() -> ExitCode {
         return ExitCode::FAILURE;
     }
     loop {
-        while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
-        {
-        }
+        // All of them: several that end at once make one SIGCHLD.
+        while reaper::next_ended().is_some() {}
         if signals.wait().is_err() {
             return ExitCode::FAILURE;
         }

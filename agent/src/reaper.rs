@@ -13,9 +13,8 @@ use std::io;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use rustix::process::{WaitOptions, WaitStatus, waitpid};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -87,20 +86,51 @@ impl Reaper {
 
     fn reap(&self) {
         let mut table = self.table();
-        loop {
-            let (pid, code, signal) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code, None),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as i32, Some(signal as i32)),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
-                Err(error) => {
-                    tracing::error!("waitpid: {error}");
-                    return;
-                }
-            };
+        while let Some(ended) = next_ended() {
+            let Ended { pid, code, signal } = ended;
             let exit = Exit { code, signal, unix_nanos: clock::unix_nanos(), instant: Instant::now() };
-            table.record(pid.as_raw(), exit);
+            table.record(pid, exit);
         }
+    }
+}
+
+/// A child that has just been waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    pid: i32,
+    code: i32,
+    signal: Option<i32>,
+}
+
+/// Waits for one child that has ended; `None` when there is no other now.
+///
+/// The status is read as a number, because a process may die of a real-time
+/// signal, which has no name that nix knows.
+pub fn next_ended() -> Option<Ended> {
+    loop {
+        match waitpid(None, WaitOptions::NOHANG) {
+            Ok(Some((pid, status))) => {
+                if let Some((code, signal)) = exit_code(status) {
+                    return Some(Ended { pid: pid.as_raw_nonzero().get(), code, signal });
+                }
+            }
+            Ok(None) | Err(rustix::io::Errno::CHILD) => return None,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                tracing::error!("waitpid: {error}");
+                return None;
+            }
+        }
+    }
+}
+
+/// The exit code of a status, and the signal that ended the process; `None` for
+/// a process that has only stopped.
+fn exit_code(status: WaitStatus) -> Option<(i32, Option<i32>)> {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => Some((code, None)),
+        (None, Some(signal)) => Some((128 + signal, Some(signal))),
+        (None, None) => None,
     }
 }
 
@@ -186,6 +216,21 @@ mod tests {
         let receiver = reaper.launch().claim(Pid::from_raw(42));
         reaper.table().record(42, exit(9));
         assert_eq!(ended(receiver).await.unwrap().code, 9);
+    }
+
+    /// The test that waits for children of this process must be the only one.
+    #[tokio::test]
+    async fn a_process_that_dies_of_any_signal_has_128_and_its_number() {
+        let reaper = Reaper::start().unwrap();
+        for signal in [libc::SIGTERM, 34, 37, 40, 64] {
+            let launch = reaper.launch();
+            let script = format!("kill -{signal} $$");
+            // What an exec or a container's program is to the agent.
+            let (_, child) = launch.spawn(Command::new("sh").args(["-c", &script])).unwrap();
+            let exit = tokio::time::timeout(std::time::Duration::from_secs(20), ended(child)).await;
+            let exit = exit.unwrap_or_else(|_| panic!("signal {signal}: the exit was lost")).unwrap();
+            assert_eq!((exit.code, exit.signal), (128 + signal, Some(signal)));
+        }
     }
 
     #[test]
