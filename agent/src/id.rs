@@ -1,6 +1,6 @@
 //! Identifiers that a request carries: they become file names.
 
-use crate::server::Error;
+use crate::error::Error;
 
 const MAX: usize = 128;
 

@@ -2,60 +2,44 @@
 //!
 //! The kernel starts it as pid 1 with nothing mounted but the read-only root.
 //! It answers huskd over vsock: a gRPC service to set up the pod and to run
-//! its containers through runc ([`server`]), and one connection for each
-//! standard stream ([`streams`]). As pid 1 it also reaps every process that
-//! ends ([`reaper`]), and must never end itself: the kernel would panic.
+//! its containers through runc, and one connection for each standard stream.
+//! As pid 1 it also reaps every process that ends, and must never end itself:
+//! the kernel would panic.
 //!
 //! For a pod of plain host containers huskd starts the same program on the
-//! host, where it serves the same over a unix socket ([`mode`], [`host`]).
+//! host, where it serves the same over a unix socket ([`guest::mode`],
+//! [`guest::host`]).
+//!
+//! The folders are floors. Each uses those above it in this list, and none
+//! below:
+//!
+//! | folder        | has                                                        |
+//! | ------------- | ---------------------------------------------------------- |
+//! | [`guest`]     | the machine or host, and the kernel's own things           |
+//! | [`process`]   | processes, their streams and ends, and runc                |
+//! | [`pod`]       | what the containers of a pod share                         |
+//! | [`container`] | containers: files, configuration, users, limits            |
+//! | [`server`]    | the RPCs, and the connections of standard streams          |
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
 use connection::Ports;
-use mode::Mode;
+use guest::mode::{self, Mode};
+use guest::{host, init, power, ready};
+use pod::ns;
+use process::reaper;
+use server::streams;
 
-mod apparmor;
-mod bundle;
-mod cgroup;
-mod clock;
 mod connection;
 mod container;
-mod copy;
-mod devices;
-mod disks;
-mod etc;
-mod fd;
-mod host;
+mod error;
+mod guest;
 mod id;
-mod idmap;
-mod images;
-mod init;
-mod layer;
-mod live;
-mod loops;
-mod machine;
-mod mode;
-mod mounts;
-mod netlink;
-mod ns;
-mod port;
-mod power;
+mod pod;
 mod process;
-mod pump;
-mod ready;
-mod reaper;
-mod resources;
-mod runc;
 mod server;
-mod shared;
-mod spec;
-mod stdio;
-mod streams;
-mod sysctl;
-mod user;
-mod userns;
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(ns::PAUSE) {

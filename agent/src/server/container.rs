@@ -13,13 +13,16 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::time::timeout;
 
 use super::{Agent, Error, Stage, sandbox};
-use crate::bundle::Bundle;
-use crate::cgroup::Cgroup;
 use crate::container::Container;
-use crate::mode;
+use crate::container::bundle::Bundle;
+use crate::container::{devices, resources, spec, user};
+use crate::guest::cgroup::Cgroup;
+use crate::guest::mode;
+use crate::id;
+use crate::pod::shared;
+use crate::process::runc;
+use crate::process::stdio::Stdio;
 use crate::process::{Process, Role};
-use crate::stdio::Stdio;
-use crate::{devices, id, resources, runc, shared, spec, user};
 
 /// How long a container may take to end once it is killed. Only a process
 /// that waits for a disk takes longer than an instant.
@@ -139,7 +142,7 @@ async fn create_in(
 
 /// Takes charge of a process that runc has just started.
 pub async fn adopt(
-    process: (nix::unistd::Pid, crate::reaper::Exited),
+    process: (nix::unistd::Pid, crate::process::reaper::Exited),
     stdio: Stdio,
     stdin_once: bool,
     role: Role,

@@ -10,24 +10,23 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 use tonic::{Request, Response, Status};
 
-use crate::apparmor::Policies;
 use crate::connection::Incoming;
 use crate::container::Containers;
-use crate::disks::Disks;
-use crate::images::Images;
-use crate::reaper::Reaper;
-use crate::shared::Shared;
+use crate::container::images::Images;
+use crate::error::{Error, Stage};
+use crate::guest::disks::Disks;
+use crate::pod::apparmor::Policies;
+use crate::pod::shared::Shared;
+use crate::process::reaper::Reaper;
 
 mod container;
-mod error;
 mod process;
 mod sandbox;
 mod stats;
+pub mod streams;
 #[cfg(test)]
 mod tests;
 mod volume;
-
-pub use error::{Error, Stage};
 
 /// Largest request: an OCI configuration and change.
 const MAX_MESSAGE: usize = 8 * 1024 * 1024;

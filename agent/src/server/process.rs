@@ -10,9 +10,11 @@ use husk_proto::agent::{
 
 use super::container::adopt;
 use super::{Agent, Error, Stage};
+use crate::container::spec;
+use crate::id;
 use crate::process::Role;
-use crate::stdio::Stdio;
-use crate::{id, runc, spec};
+use crate::process::runc;
+use crate::process::stdio::Stdio;
 
 /// Largest signal number on Linux.
 const MAX_SIGNAL: u32 = 64;

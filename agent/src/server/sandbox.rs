@@ -16,9 +16,11 @@ use nix::mount::MsFlags;
 use tokio::time::timeout;
 
 use super::{Agent, Error, Stage, container};
-use crate::bundle::SCRATCH;
-use crate::mode::{self, Mode};
-use crate::{clock, etc, id, mounts, netlink, ns, sysctl, userns};
+use crate::container::bundle::SCRATCH;
+use crate::guest::mode::{self, Mode};
+use crate::guest::{clock, mounts};
+use crate::id;
+use crate::pod::{etc, netlink, ns, sysctl, userns};
 
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
 

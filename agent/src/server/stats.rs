@@ -10,8 +10,8 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Agent, Error};
-use crate::layer::{self, DiskUsage, Measured};
-use crate::{clock, machine};
+use crate::container::layer::{self, DiskUsage, Measured};
+use crate::guest::{clock, machine};
 
 /// How old a measure of a writable layer may be: it is a walk over all files.
 const DISK_USAGE_AGE: Duration = Duration::from_secs(10);

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use husk_proto::agent::{WriteVolumeRequest, WriteVolumeResponse};
 
 use super::{Agent, Error, Stage, sandbox};
-use crate::{id, live};
+use crate::id;
+use crate::pod::live;
 
 /// `WriteVolume`.
 pub async fn write(agent: Arc<Agent>, request: WriteVolumeRequest) -> Result<WriteVolumeResponse, Error> {

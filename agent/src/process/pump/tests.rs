@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::*;
-use crate::reaper::Exit;
+use crate::process::reaper::Exit;
 
 const SOON: Duration = Duration::from_secs(5);
 

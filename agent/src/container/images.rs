@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use husk_proto::agent::Rootfs;
 use nix::mount::MsFlags;
 
-use crate::disks::{self, Disks};
-use crate::loops::Loop;
-use crate::mode::{self, Mode};
-use crate::mounts;
+use crate::guest::disks::{self, Disks};
+use crate::guest::loops::Loop;
+use crate::guest::mode::{self, Mode};
+use crate::guest::mounts;
 
 const IMAGES: &str = "/run/husk/images";
 

@@ -8,8 +8,8 @@ use nix::mount::MsFlags;
 use nix::sys::resource::{Resource, setrlimit};
 use tracing_subscriber::filter::LevelFilter;
 
-use crate::cgroup;
-use crate::mounts::{self, mount};
+use crate::guest::cgroup;
+use crate::guest::mounts::{self, mount};
 
 /// Open files that containers may have unless their configuration says
 /// otherwise. A soft limit far higher makes old programs slow that close

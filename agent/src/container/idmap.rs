@@ -19,7 +19,8 @@ use nix::errno::Errno;
 use nix::mount::MsFlags;
 use oci_spec::runtime::{Mount, Spec};
 
-use crate::{mode, mounts, userns};
+use crate::guest::{mode, mounts};
+use crate::pod::userns;
 
 const MAPPED: &str = "/run/husk/mapped";
 

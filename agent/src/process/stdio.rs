@@ -16,7 +16,7 @@ use nix::unistd::pipe2;
 use tokio::net::UnixListener;
 use tokio::time::timeout;
 
-use crate::mode;
+use crate::guest::mode;
 
 /// Where console sockets live. A directory of its own with short names: the
 /// path of a unix socket is limited to 107 bytes.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources, Spec};
 
-use crate::{cgroup, mode};
+use crate::guest::{cgroup, mode};
 
 /// A limit that cannot be set here.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

@@ -16,8 +16,9 @@ use std::path::Path;
 use husk_proto::agent::{IdMapping, UserNamespace, paths};
 use nix::errno::Errno;
 
-use crate::reaper::Reaper;
-use crate::{mode, ns};
+use crate::guest::mode;
+use crate::pod::ns;
+use crate::process::reaper::Reaper;
 
 /// `linux/mount.h`
 const OPEN_TREE_CLONE: libc::c_ulong = 1;

@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use crate::mode::Host;
+use crate::guest::mode::Host;
 
 /// The argument that makes this program into a supervisor.
 pub const HOST: &str = "--host";

@@ -12,11 +12,14 @@ use husk_proto::agent::{ImageVolume, Rootfs};
 use nix::mount::MsFlags;
 use oci_spec::runtime::Spec;
 
-use crate::disks::Disks;
-use crate::idmap::{self, Mapped};
-use crate::images::{self, Image, Images};
-use crate::mode::{self, Mode};
-use crate::{copy, fd, layer, mounts, userns};
+use crate::container::idmap::{self, Mapped};
+use crate::container::images::{self, Image, Images};
+use crate::container::{copy, layer};
+use crate::guest::disks::Disks;
+use crate::guest::mode::{self, Mode};
+use crate::guest::mounts;
+use crate::pod::userns;
+use crate::process::fd;
 
 const BUNDLES: &str = "/run/husk/bundles";
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::mode::Host;
+use crate::guest::mode::Host;
 
 /// A parameter could not be set.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,7 @@ use nix::mount::MsFlags;
 use oci_spec::runtime::Spec;
 use tokio::sync::Mutex;
 
-use crate::mounts::{self, Error};
+use crate::guest::mounts::{self, Error};
 
 /// Whether a container has anything of it.
 pub fn is_used_by(spec: &Spec) -> bool {

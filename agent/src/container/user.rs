@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-use crate::fd;
+use crate::process::fd;
 
 /// Largest passwd or group file that is read.
 const MAX_FILE: u64 = 4 * 1024 * 1024;

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::connection::{Connection, Incoming};
 use crate::container::ProcessRef;
-use crate::port;
+use crate::pod::port;
 use crate::server::Agent;
 
 /// How long a connection may take to say which stream it is for: as long as huskd

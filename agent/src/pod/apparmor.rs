@@ -10,7 +10,7 @@ use husk_proto::agent::{AppArmor, AppArmorPolicy};
 use nix::mount::MsFlags;
 use tokio::sync::Mutex;
 
-use crate::mounts::{self, mount};
+use crate::guest::mounts::{self, mount};
 
 const SECURITYFS: &str = "/sys/kernel/security";
 

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use husk_proto::agent::{OWN_DIRECTORY, User};
 use oci_spec::runtime::{Process, Spec};
 
-use crate::cgroup::Cgroup;
-use crate::user::Identity;
+use crate::container::user::Identity;
+use crate::guest::cgroup::Cgroup;
 
 /// Largest configuration that is accepted.
 const MAX_JSON: usize = 4 * 1024 * 1024;

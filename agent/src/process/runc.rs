@@ -13,9 +13,9 @@ use serde::Deserialize;
 use tokio::select;
 use tokio::time::{sleep, timeout};
 
-use crate::mode;
-use crate::reaper::{self, Exited, Launch, Reaper};
-use crate::stdio::Stdio;
+use crate::guest::mode;
+use crate::process::reaper::{self, Exited, Launch, Reaper};
+use crate::process::stdio::Stdio;
 
 const RUNC: &str = "runc";
 const ROOT: &str = "/run/husk/runc";

@@ -22,8 +22,8 @@ use tokio::select;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use crate::fd::AsyncFile;
-use crate::reaper::Exited;
+use crate::process::fd::AsyncFile;
+use crate::process::reaper::Exited;
 
 /// How long after a process's end its streams may be held open by others.
 const LINGER: Duration = Duration::from_secs(2);

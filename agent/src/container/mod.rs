@@ -1,13 +1,23 @@
 //! The pod's containers, what state each is in, and what that allows.
 
+pub mod bundle;
+pub mod copy;
+pub mod devices;
+pub mod idmap;
+pub mod images;
+pub mod layer;
+pub mod resources;
+pub mod spec;
+pub mod user;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::bundle::Bundle;
-use crate::cgroup::Cgroup;
-use crate::layer::Measured;
+use crate::container::bundle::Bundle;
+use crate::container::layer::Measured;
+use crate::error::Error;
+use crate::guest::cgroup::Cgroup;
 use crate::process::Process;
-use crate::server::Error;
 
 /// Most containers of a pod; a bound on what a request can make us hold.
 const MAX_CONTAINERS: usize = 1024;

@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::clock;
+use crate::guest::clock;
 
 /// Most statuses kept for a claim. More than a launch's own processes can be
 /// only when other containers fork wildly meanwhile.

@@ -13,7 +13,7 @@ use nix::mount::MsFlags;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 
-use crate::reaper::{self, Reaper};
+use crate::process::reaper::{self, Reaper};
 
 /// The argument that makes this program into the namespace's first process.
 pub const PAUSE: &str = "pause";

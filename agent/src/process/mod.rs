@@ -1,5 +1,11 @@
 //! A process of a container, from its start until nobody asks for it any more.
 
+pub mod fd;
+pub mod pump;
+pub mod reaper;
+pub mod runc;
+pub mod stdio;
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -11,12 +17,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::cgroup::Cgroup;
 use crate::connection::Connection;
-use crate::fd::AsyncFile;
-use crate::pump::{self, End, Input, Whose};
-use crate::reaper::{self, Exit, Exited};
-use crate::stdio::Ends;
+use crate::guest::cgroup::Cgroup;
+use crate::process::fd::AsyncFile;
+use crate::process::pump::{End, Input, Whose};
+use crate::process::reaper::{Exit, Exited};
+use crate::process::stdio::Ends;
 
 /// What is known of a process that has ended and whose output is handed over, or
 /// kept.

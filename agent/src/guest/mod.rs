@@ -1,0 +1,14 @@
+//! The ground floor: the machine or the host that the agent is on, and the
+//! kernel's own things. Knows nothing of pods, containers or processes.
+
+pub mod cgroup;
+pub mod clock;
+pub mod disks;
+pub mod host;
+pub mod init;
+pub mod loops;
+pub mod machine;
+pub mod mode;
+pub mod mounts;
+pub mod power;
+pub mod ready;
