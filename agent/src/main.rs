@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use connection::Ports;
-use guest::mode::{self, Mode};
+use guest::mode::Mode;
 use guest::{host, init, power, ready};
 use pod::ns;
 use process::reaper;
@@ -61,28 +61,31 @@ fn run() -> anyhow::Result<()> {
     init::log_to_console();
     init::limit_malloc();
     let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().is_some_and(|first| first == host::HOST) {
+    let mode = if arguments.next().is_some_and(|first| first == host::HOST) {
         let host = host::parse(arguments)?;
         host::enter(&host)?;
-        mode::set(Mode::Host(host));
-    }
+        Mode::Host(host)
+    } else {
+        Mode::Guest
+    };
+    let mode = Arc::new(mode);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
         .thread_stack_size(512 * 1024)
         .build()
         .context("start the event loop")?;
-    runtime.block_on(serve())?;
-    match mode::get() {
+    runtime.block_on(serve(mode.clone()))?;
+    match *mode {
         Mode::Guest => power::off(),
         Mode::Host(_) => Ok(()),
     }
 }
 
 /// Serves until the pod is to end.
-async fn serve() -> anyhow::Result<()> {
+async fn serve(mode: Arc<Mode>) -> anyhow::Result<()> {
     let reaper = reaper::Reaper::start().context("listen for SIGCHLD")?;
-    let ports = match mode::get() {
+    let ports = match *mode {
         Mode::Guest => {
             let ports = Ports::of_machine()?;
             // The host may connect from here on; its connections wait in the
@@ -93,7 +96,7 @@ async fn serve() -> anyhow::Result<()> {
         }
         Mode::Host(_) => Ports::of_socket(host::socket().context("listen for huskd")?),
     };
-    let agent = Arc::new(server::Agent::new(reaper));
+    let agent = Arc::new(server::Agent::new(reaper, mode));
     let stream_server = tokio::spawn(streams::serve(ports.streams, agent.clone()));
     let served = server::serve(ports.grpc, agent).await.context("serve gRPC");
     stream_server.abort();

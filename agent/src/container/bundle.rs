@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use husk_proto::agent::{ImageVolume, Rootfs};
+use husk_proto::agent::{ImageVolume, Rootfs, paths};
 use nix::mount::MsFlags;
 use oci_spec::runtime::Spec;
 
@@ -16,10 +16,9 @@ use crate::container::idmap::{self, Mapped};
 use crate::container::images::{self, Image, Images};
 use crate::container::{copy, layer};
 use crate::guest::disks::Disks;
-use crate::guest::mode::{self, Mode};
-use crate::guest::mounts;
+use crate::guest::mode::Mode;
+use crate::guest::{in_root, mounts};
 use crate::pod::userns;
-use crate::process::fd;
 
 const BUNDLES: &str = "/run/husk/bundles";
 
@@ -27,8 +26,8 @@ const BUNDLES: &str = "/run/husk/bundles";
 pub const SCRATCH: &str = "/run/husk/scratch";
 
 /// Where the writable layers of containers are.
-fn layers() -> PathBuf {
-    match mode::get() {
+fn layers(mode: &Mode) -> PathBuf {
+    match mode {
         Mode::Guest => Path::new(SCRATCH).join("containers"),
         Mode::Host(host) => host.layers.clone(),
     }
@@ -71,6 +70,20 @@ pub enum Error {
     },
 }
 
+/// Where the files of a container come from.
+#[derive(Clone, Copy)]
+pub struct Sources<'a> {
+    /// Where the agent is.
+    pub mode: &'a Mode,
+    /// The pod's images.
+    pub images: &'a Arc<Images>,
+    /// The machine's disks.
+    pub disks: &'a Disks,
+    /// The machine's user and group for root in the container, to whom its files
+    /// belong; `None` in a pod without a user namespace.
+    pub mapped_root: Option<(u32, u32)>,
+}
+
 /// A container's files. Dropping it without [`Self::remove`] takes its mounts
 /// away as well as can be.
 pub struct Bundle {
@@ -94,25 +107,22 @@ struct Volume {
 }
 
 impl Bundle {
-    /// Mounts the root filesystem of container `id`. In a pod with a user
-    /// namespace its files belong to `mapped_root`, the machine's user and
-    /// group for root in the container.
+    /// Mounts the root filesystem of container `id`.
     pub async fn prepare(
         id: &str,
         rootfs: &Rootfs,
-        images: &Arc<Images>,
-        disks: &Disks,
-        mapped_root: Option<(u32, u32)>,
         volumes: &[ImageVolume],
+        sources: Sources<'_>,
     ) -> Result<Self, Error> {
+        let Sources { mode, images, disks, mapped_root } = sources;
         let image = images.mount(disks, rootfs).await?;
         let mut bundle = Self {
-            path: mode::at(BUNDLES).join(id),
-            layer: layers().join(id),
+            path: mode.at(BUNDLES).join(id),
+            layer: layers(mode).join(id),
             image,
             volumes: Vec::new(),
             directories: Vec::new(),
-            mapped: Mapped::of(id),
+            mapped: Mapped::of(id, mode),
             mounted: AtomicBool::new(true),
         };
         for directory in [bundle.rootfs(), bundle.upper(), bundle.layer.join("work")] {
@@ -125,7 +135,7 @@ impl Bundle {
                     .map_err(files("give away", &bundle.upper()))?;
                 let lower = bundle.mapped_image();
                 fs::create_dir_all(&lower).map_err(files("make directory", &lower))?;
-                userns::mount_mapped(bundle.image.path(), &lower)
+                userns::mount_mapped(bundle.image.path(), &lower, &mode.at(paths::USER_NAMESPACE))
                     .map_err(files("map the users of", &lower))?;
                 lower
             }
@@ -141,26 +151,23 @@ impl Bundle {
         );
         mounts::mount("overlay", bundle.rootfs(), "overlay", MsFlags::MS_NOATIME, &options)?;
         for volume in volumes {
-            bundle.add_volume(volume, images, disks, mapped_root.is_some()).await?;
+            bundle.add_volume(volume, sources).await?;
         }
         Ok(bundle)
     }
 
-    async fn add_volume(
-        &mut self,
-        volume: &ImageVolume,
-        images: &Arc<Images>,
-        disks: &Disks,
-        map_users: bool,
-    ) -> Result<(), Error> {
-        let image = images
-            .mount(disks, &volume.image.clone().unwrap_or_default())
+    async fn add_volume(&mut self, volume: &ImageVolume, sources: Sources<'_>) -> Result<(), Error> {
+        let image = sources
+            .images
+            .mount(sources.disks, &volume.image.clone().unwrap_or_default())
             .await
             .map_err(|cause| Error::Volume { destination: volume.destination.clone(), cause })?;
-        let mapped = map_users.then(|| self.path.join(format!("volume-{}", self.volumes.len())));
+        let mapped = sources.mapped_root.map(|_| self.path.join(format!("volume-{}", self.volumes.len())));
         if let Some(mapped) = &mapped {
             fs::create_dir_all(mapped).map_err(files("make directory", mapped))?;
-            userns::mount_mapped(image.path(), mapped).map_err(files("map the users of", mapped))?;
+            let namespace = sources.mode.at(paths::USER_NAMESPACE);
+            userns::mount_mapped(image.path(), mapped, &namespace)
+                .map_err(files("map the users of", mapped))?;
         }
         let (destination, sub_path) = (volume.destination.clone().into(), volume.sub_path.clone().into());
         self.volumes.push(Volume { destination, image, sub_path, mapped });
@@ -185,7 +192,7 @@ impl Bundle {
             std::os::unix::fs::chown(&place, Some(user), Some(group)).map_err(files("give away", &place))?;
             // Nothing is written yet, so this is what the image has.
             let below = destination.strip_prefix("/").unwrap_or(&destination);
-            match fd::find_in_root(&self.rootfs(), below) {
+            match in_root::find(&self.rootfs(), below) {
                 Ok(from) => {
                     let to = place.clone();
                     let copied = tokio::task::spawn_blocking(move || copy::directory(&from, &to)).await;
@@ -213,7 +220,7 @@ impl Bundle {
     pub fn volumes(&self) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
         let source = |volume: &Volume| {
             let root = volume.mapped.as_deref().unwrap_or_else(|| volume.image.path());
-            let source = fd::find_in_root(root, &volume.sub_path)
+            let source = in_root::find(root, &volume.sub_path)
                 .map_err(files("find in the image", &volume.sub_path))?;
             Ok((volume.destination.clone(), source))
         };

@@ -15,11 +15,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use husk_proto::agent::paths;
 use nix::errno::Errno;
 use nix::mount::MsFlags;
 use oci_spec::runtime::{Mount, Spec};
 
-use crate::guest::{mode, mounts};
+use crate::guest::mode::Mode;
+use crate::guest::mounts;
 use crate::pod::userns;
 
 const MAPPED: &str = "/run/husk/mapped";
@@ -59,13 +61,15 @@ struct Wanted {
 /// The volumes of a container that are mounted so.
 pub struct Mapped {
     folder: PathBuf,
+    /// The pod's user namespace, as a file.
+    namespace: PathBuf,
     count: usize,
 }
 
 impl Mapped {
     /// Those of container `id`: none yet.
-    pub fn of(id: &str) -> Self {
-        Self { folder: mode::at(MAPPED).join(id), count: 0 }
+    pub fn of(id: &str, mode: &Mode) -> Self {
+        Self { folder: mode.at(MAPPED).join(id), namespace: mode.at(paths::USER_NAMESPACE), count: 0 }
     }
 
     /// Mounts the binds of a configuration that are to be mapped, and has it
@@ -73,11 +77,11 @@ impl Mapped {
     pub async fn map(&mut self, spec: &mut Spec) -> Result<(), Error> {
         let all = take(spec, &self.folder);
         self.count = all.len();
-        let folder = self.folder.clone();
+        let (folder, namespace) = (self.folder.clone(), self.namespace.clone());
         // It may ask the host for a file, which must not hold the agent up.
         let mapped = tokio::task::spawn_blocking(move || {
             all.iter().enumerate().try_for_each(|(number, wanted)| {
-                mount(wanted, &point(&folder, number)).map_err(|problem| Error {
+                mount(wanted, &point(&folder, number), &namespace).map_err(|problem| Error {
                     destination: wanted.destination.display().to_string(),
                     problem,
                 })
@@ -137,7 +141,7 @@ fn propagation(mount: &Mount) -> Option<MsFlags> {
     }
 }
 
-fn mount(wanted: &Wanted, point: &Path) -> Result<(), Problem> {
+fn mount(wanted: &Wanted, point: &Path, namespace: &Path) -> Result<(), Problem> {
     let Wanted { source, propagation, .. } = wanted;
     let failed = |doing, path: &Path| {
         let path = path.to_owned();
@@ -150,7 +154,7 @@ fn mount(wanted: &Wanted, point: &Path) -> Result<(), Problem> {
     let made = if directory { fs::create_dir(point) } else { fs::File::create_new(point).map(drop) };
     made.map_err(failed("make mount point", point))?;
     let tree = userns::open_tree(source, libc::AT_RECURSIVE).map_err(failed("copy the mount of", source))?;
-    userns::map(&tree).map_err(|cause| match cause.raw_os_error() {
+    userns::map(&tree, namespace).map_err(|cause| match cause.raw_os_error() {
         Some(libc::EINVAL) => {
             Problem::FileSystem { source_path: source.clone(), filesystem: filesystem_of(source) }
         }

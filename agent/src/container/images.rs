@@ -13,7 +13,7 @@ use nix::mount::MsFlags;
 
 use crate::guest::disks::{self, Disks};
 use crate::guest::loops::Loop;
-use crate::guest::mode::{self, Mode};
+use crate::guest::mode::Mode;
 use crate::guest::mounts;
 
 const IMAGES: &str = "/run/husk/images";
@@ -40,18 +40,26 @@ pub enum Error {
 /// The mounted images, and how many containers use each. One that nobody uses
 /// is in here for as long as it takes to unmount it.
 #[derive(Default)]
-pub struct Images(Mutex<HashMap<String, usize>>);
+pub struct Images {
+    mode: Arc<Mode>,
+    users: Mutex<HashMap<String, usize>>,
+}
 
 impl Images {
+    /// No images yet.
+    pub fn new(mode: Arc<Mode>) -> Self {
+        Self { mode, users: Mutex::default() }
+    }
+
     /// Mounts the image on the disk with this serial number, or, on the host, in
     /// this file, unless it is.
     pub async fn mount(self: &Arc<Self>, disks: &Disks, rootfs: &Rootfs) -> Result<Image, Error> {
         let serial = rootfs.image_serial.as_str();
-        let disk = match mode::get() {
+        let disk = match *self.mode {
             Mode::Guest => Some(disks.wait_for(serial).await?),
             Mode::Host(_) => None,
         };
-        let path = mode::at(IMAGES).join(serial);
+        let path = self.mode.at(IMAGES).join(serial);
         let mut users = self.users();
         let count = match users.get(serial) {
             Some(count) => *count,
@@ -73,7 +81,7 @@ impl Images {
     }
 
     fn users(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn let_go(&self, serial: &str) {

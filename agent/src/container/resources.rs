@@ -4,7 +4,8 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources, Spec};
 
-use crate::guest::{cgroup, mode};
+use crate::guest::cgroup;
+use crate::guest::mode::Mode;
 
 /// A limit that cannot be set here.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -13,19 +14,20 @@ pub struct NoSuchPages(String);
 
 /// Leaves out limits on huge pages that are not there: clients limit all sizes
 /// that the host has to nothing, and a machine may have fewer.
-pub fn fit_to_machine(spec: &mut Spec) -> Result<(), NoSuchPages> {
+pub fn fit_to_machine(spec: &mut Spec, mode: &Mode) -> Result<(), NoSuchPages> {
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
     let Some(resources) = resources else { return Ok(()) };
     let limits = resources.hugepage_limits().clone().unwrap_or_default();
-    let limits = existing(limits, has_pages)?;
+    let limits = existing(limits, |size| has_pages(mode, size))?;
     resources.set_hugepage_limits((!limits.is_empty()).then_some(limits));
     Ok(())
 }
 
 /// The same for `runc update`, which knows limits on huge pages only as files
 /// of the cgroup.
-pub fn for_update(mut resources: LinuxResources) -> Result<LinuxResources, NoSuchPages> {
-    let limits = existing(resources.hugepage_limits().clone().unwrap_or_default(), has_pages)?;
+pub fn for_update(mut resources: LinuxResources, mode: &Mode) -> Result<LinuxResources, NoSuchPages> {
+    let limits = resources.hugepage_limits().clone().unwrap_or_default();
+    let limits = existing(limits, |size| has_pages(mode, size))?;
     resources.set_hugepage_limits(None);
     let mut files = resources.unified().clone().unwrap_or_default();
     for limit in limits {
@@ -41,8 +43,8 @@ fn file(size: &str) -> String {
 
 /// Whether the pod's cgroups count pages of this size; only those below the
 /// root do.
-fn has_pages(size: &str) -> bool {
-    counts(mode::host().map_or(Path::new(cgroup::AGENT), |host| &host.cgroup), size)
+fn has_pages(mode: &Mode, size: &str) -> bool {
+    counts(mode.host().map_or(Path::new(cgroup::AGENT), |host| &host.cgroup), size)
 }
 
 fn counts(cgroup: &Path, size: &str) -> bool {

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-use crate::process::fd;
+use crate::guest::in_root;
 
 /// Largest passwd or group file that is read.
 const MAX_FILE: u64 = 4 * 1024 * 1024;
@@ -79,7 +79,7 @@ fn read_inside(root: &OwnedFd, path: &'static str) -> Result<String, Error> {
     let unreadable = |cause: String| Error::Unreadable { path, cause };
     // O_NONBLOCK: a fifo must not hold us up.
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let file = match fd::open_in_root(root, Path::new(path), flags) {
+    let file = match in_root::open(root, Path::new(path), flags) {
         Ok(file) => File::from(file),
         Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(String::new()),
         Err(cause) => return Err(unreadable(cause.to_string())),

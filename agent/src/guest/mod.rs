@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod disks;
 pub mod host;
+pub mod in_root;
 pub mod init;
 pub mod loops;
 pub mod machine;

@@ -6,11 +6,8 @@
 //! was given is: the namespaces it has entered, and a directory.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use husk_proto::agent::paths;
-
-static MODE: OnceLock<Mode> = OnceLock::new();
 
 /// Where the agent is.
 #[derive(Debug, Default)]
@@ -40,29 +37,21 @@ pub struct Host {
     pub own_ipc: bool,
 }
 
-/// Says where the agent is: once, before anything asks.
-pub fn set(mode: Mode) {
-    let _ = MODE.set(mode);
-}
-
-/// Where the agent is; in a machine, unless [`set`] said otherwise.
-pub fn get() -> &'static Mode {
-    MODE.get_or_init(Mode::default)
-}
-
-/// On the host, what there is.
-pub fn host() -> Option<&'static Host> {
-    match get() {
-        Mode::Guest => None,
-        Mode::Host(host) => Some(host),
+impl Mode {
+    /// The supervisor's part of the host; `None` in a machine.
+    pub const fn host(&self) -> Option<&Host> {
+        match self {
+            Self::Guest => None,
+            Self::Host(host) => Some(host),
+        }
     }
-}
 
-/// A place below `/run/husk` of a machine, where it is here.
-pub fn at(path: &str) -> PathBuf {
-    match get() {
-        Mode::Guest => path.into(),
-        Mode::Host(host) => moved(path, &host.directory),
+    /// Where a place below a machine's `/run/husk` is here.
+    pub fn at(&self, path: &str) -> PathBuf {
+        match self {
+            Self::Guest => path.into(),
+            Self::Host(host) => moved(path, &host.directory),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use std::path::Path;
 use husk_proto::agent::{IdMapping, UserNamespace, paths};
 use nix::errno::Errno;
 
-use crate::guest::mode;
+use crate::guest::mode::Mode;
 use crate::pod::ns;
 use crate::process::reaper::Reaper;
 
@@ -63,15 +63,15 @@ pub fn owner(wanted: &UserNamespace) -> Option<(u32, u32)> {
 }
 
 /// Makes the namespaces and pins them.
-pub fn create(reaper: &Reaper, wanted: &UserNamespace) -> io::Result<()> {
+pub fn create(reaper: &Reaper, wanted: &UserNamespace, mode: &Mode) -> io::Result<()> {
     let pid = ns::start_pause(reaper, libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWIPC)?;
     for (file, map) in [("uid_map", &wanted.uids), ("gid_map", &wanted.gids)] {
         // One write: the kernel takes a map as a whole, once.
         std::fs::write(format!("/proc/{pid}/{file}"), lines(map))?;
     }
-    ns::pin(pid, "user", &mode::at(paths::USER_NAMESPACE))?;
-    ns::pin(pid, "pid", &mode::at(paths::PID_NAMESPACE))?;
-    ns::pin(pid, "ipc", &mode::at(paths::IPC_NAMESPACE))
+    ns::pin(pid, "user", &mode.at(paths::USER_NAMESPACE))?;
+    ns::pin(pid, "pid", &mode.at(paths::PID_NAMESPACE))?;
+    ns::pin(pid, "ipc", &mode.at(paths::IPC_NAMESPACE))
 }
 
 /// user_namespaces(7), "User and group ID mappings".
@@ -80,18 +80,19 @@ fn lines(map: &[IdMapping]) -> String {
     map.iter().map(line).collect()
 }
 
-/// Mounts the tree at `from` on `to` as the pod's user namespace sees it.
-pub fn mount_mapped(from: &Path, to: &Path) -> io::Result<()> {
+/// Mounts the tree at `from` on `to` as the user namespace pinned at
+/// `namespace` sees it.
+pub fn mount_mapped(from: &Path, to: &Path, namespace: &Path) -> io::Result<()> {
     let tree = open_tree(from, 0)?;
-    map(&tree)?;
+    map(&tree, namespace)?;
     attach(&tree, to)
 }
 
-/// Shows the files of a mount that is not attached anywhere as the pod's user
-/// namespace sees them. Not those of mounts below: what else lies there has
+/// Shows the files of a mount that is not attached anywhere as the user
+/// namespace pinned at `namespace` sees them. Not those of mounts below: what else lies there has
 /// owners of its own, as for other runtimes.
-pub fn map(tree: &OwnedFd) -> io::Result<()> {
-    let namespace = File::open(mode::at(paths::USER_NAMESPACE))?;
+pub fn map(tree: &OwnedFd, namespace: &Path) -> io::Result<()> {
+    let namespace = File::open(namespace)?;
     let userns_fd = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
     let attributes = MountAttr { attr_set: MOUNT_ATTR_IDMAP, userns_fd, ..MountAttr::default() };
     attributes.set(tree, 0)

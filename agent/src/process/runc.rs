@@ -13,7 +13,7 @@ use serde::Deserialize;
 use tokio::select;
 use tokio::time::{sleep, timeout};
 
-use crate::guest::mode;
+use crate::guest::mode::Mode;
 use crate::process::reaper::{self, Exited, Launch, Reaper};
 use crate::process::stdio::Stdio;
 
@@ -86,47 +86,112 @@ impl Drop for Files {
     }
 }
 
-/// `runc create`: makes the container of `bundle` up to the point where its
-/// program would start.
-pub async fn create(
-    reaper: &Reaper,
-    id: &str,
-    bundle: &Path,
-    stdio: &mut Stdio,
-) -> Result<(Pid, Exited), Error> {
-    let files = Files::new(bundle, "create");
-    let mut runc = command(&files, "create");
-    runc.arg("--bundle").arg(bundle).arg("--pid-file").arg(&files.pid);
-    stdio.pass_to(&mut runc);
-    runc.arg(id);
-    let launch = reaper.launch();
-    run(&launch, runc, &files).await?;
-    let pid = files.read_pid()?;
-    Ok((pid, launch.claim(pid)))
+/// How runc is run here.
+pub struct Runc {
+    reaper: Reaper,
+    program: PathBuf,
+    /// Where it keeps its records of containers.
+    root: PathBuf,
 }
 
-/// `runc start`: lets the container's program start, whose process is `init`
-/// and runs runc until then. Returns when it has, or when the process ended.
-///
-/// `runc start` itself returns earlier: before the hooks `startContainer`, and
-/// before the program. A signal of that moment may be lost, because it goes to a
-/// thread of runc's that ends with execve(2).
-pub async fn start(reaper: &Reaper, id: &str, bundle: &Path, init: (Pid, &Exited)) -> Result<(), Error> {
-    let files = Files::new(bundle, "start");
-    let mut runc = command(&files, "start");
-    runc.arg(id);
-    let before = Program::of(init.0);
-    run(&reaper.launch(), runc, &files).await?;
-    let replaced = async {
-        let mut pause = FIRST_LOOK;
-        while Program::of(init.0) == before {
-            sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_LOOK);
+impl Runc {
+    /// The machine's own runc, or the one that a supervisor on the host was given.
+    pub fn new(reaper: Reaper, mode: &Mode) -> Self {
+        let program = mode.host().map_or(Path::new(RUNC), |host| &host.runc).to_owned();
+        Self { reaper, program, root: mode.at(ROOT) }
+    }
+
+    /// `runc create`: makes the container of `bundle` up to the point where its
+    /// program would start.
+    pub async fn create(&self, id: &str, bundle: &Path, stdio: &mut Stdio) -> Result<(Pid, Exited), Error> {
+        let files = Files::new(bundle, "create");
+        let mut runc = self.command(&files, "create");
+        runc.arg("--bundle").arg(bundle).arg("--pid-file").arg(&files.pid);
+        stdio.pass_to(&mut runc);
+        runc.arg(id);
+        let launch = self.reaper.launch();
+        run(&launch, runc, &files).await?;
+        let pid = files.read_pid()?;
+        Ok((pid, launch.claim(pid)))
+    }
+
+    /// `runc start`: lets the container's program start, whose process is `init`
+    /// and runs runc until then. Returns when it has, or when the process ended.
+    ///
+    /// `runc start` itself returns earlier: before the hooks `startContainer`, and
+    /// before the program. A signal of that moment may be lost, because it goes to a
+    /// thread of runc's that ends with execve(2).
+    pub async fn start(&self, id: &str, bundle: &Path, init: (Pid, &Exited)) -> Result<(), Error> {
+        let files = Files::new(bundle, "start");
+        let mut runc = self.command(&files, "start");
+        runc.arg(id);
+        let before = Program::of(init.0);
+        run(&self.reaper.launch(), runc, &files).await?;
+        let replaced = async {
+            let mut pause = FIRST_LOOK;
+            while Program::of(init.0) == before {
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_LOOK);
+            }
+        };
+        select! {
+            replaced = timeout(DEADLINE, replaced) => replaced.map_err(|_| Error::NotStarted),
+            _ = reaper::ended(init.1.clone()) => Ok(()),
         }
-    };
-    select! {
-        replaced = timeout(DEADLINE, replaced) => replaced.map_err(|_| Error::NotStarted),
-        _ = reaper::ended(init.1.clone()) => Ok(()),
+    }
+
+    /// `runc exec`: starts the process that the file `process` describes (the
+    /// `process` object of the OCI configuration) in a running container.
+    pub async fn exec(
+        &self,
+        id: &str,
+        bundle: &Path,
+        call: &str,
+        process: &Path,
+        stdio: &mut Stdio,
+    ) -> Result<(Pid, Exited), Error> {
+        let files = Files::new(bundle, call);
+        let mut runc = self.command(&files, "exec");
+        runc.arg("--detach").arg("--process").arg(process).arg("--pid-file").arg(&files.pid);
+        stdio.pass_to(&mut runc);
+        runc.arg(id);
+        let launch = self.reaper.launch();
+        run(&launch, runc, &files).await?;
+        let pid = files.read_pid()?;
+        Ok((pid, launch.claim(pid)))
+    }
+
+    /// `runc update`: changes what the container may use to what the file
+    /// `resources` says (`linux.resources` of the OCI configuration).
+    pub async fn update(&self, id: &str, bundle: &Path, resources: &Path) -> Result<(), Error> {
+        let files = Files::new(bundle, "update");
+        let mut runc = self.command(&files, "update");
+        runc.arg("--resources").arg(resources).arg(id);
+        run(&self.reaper.launch(), runc, &files).await
+    }
+
+    /// `runc delete --force`: kills what is left, removes the container's cgroup
+    /// and runc's record. A container that runc does not know is deleted.
+    pub async fn delete(&self, id: &str, bundle: &Path) -> Result<(), Error> {
+        let files = Files::new(bundle, "delete");
+        let mut runc = self.command(&files, "delete");
+        runc.arg("--force").arg(id);
+        run(&self.reaper.launch(), runc, &files).await
+    }
+
+    fn command(&self, files: &Files, operation: &str) -> Command {
+        let mut runc = Command::new(&self.program);
+        runc.env_clear()
+            .env("PATH", PATH)
+            .arg("--root")
+            .arg(&self.root)
+            .arg("--log")
+            .arg(&files.log)
+            .args(["--log-format", "json", operation])
+            .stdin(StdStdio::null())
+            .stdout(StdStdio::null())
+            .stderr(StdStdio::null());
+        runc
     }
 }
 
@@ -145,61 +210,6 @@ impl Program {
             arguments: fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default(),
         }
     }
-}
-
-/// `runc exec`: starts the process that the file `process` describes (the
-/// `process` object of the OCI configuration) in a running container.
-pub async fn exec(
-    reaper: &Reaper,
-    id: &str,
-    bundle: &Path,
-    call: &str,
-    process: &Path,
-    stdio: &mut Stdio,
-) -> Result<(Pid, Exited), Error> {
-    let files = Files::new(bundle, call);
-    let mut runc = command(&files, "exec");
-    runc.arg("--detach").arg("--process").arg(process).arg("--pid-file").arg(&files.pid);
-    stdio.pass_to(&mut runc);
-    runc.arg(id);
-    let launch = reaper.launch();
-    run(&launch, runc, &files).await?;
-    let pid = files.read_pid()?;
-    Ok((pid, launch.claim(pid)))
-}
-
-/// `runc update`: changes what the container may use to what the file
-/// `resources` says (`linux.resources` of the OCI configuration).
-pub async fn update(reaper: &Reaper, id: &str, bundle: &Path, resources: &Path) -> Result<(), Error> {
-    let files = Files::new(bundle, "update");
-    let mut runc = command(&files, "update");
-    runc.arg("--resources").arg(resources).arg(id);
-    run(&reaper.launch(), runc, &files).await
-}
-
-/// `runc delete --force`: kills what is left, removes the container's cgroup
-/// and runc's record. A container that runc does not know is deleted.
-pub async fn delete(reaper: &Reaper, id: &str, bundle: &Path) -> Result<(), Error> {
-    let files = Files::new(bundle, "delete");
-    let mut runc = command(&files, "delete");
-    runc.arg("--force").arg(id);
-    run(&reaper.launch(), runc, &files).await
-}
-
-fn command(files: &Files, operation: &str) -> Command {
-    let program = mode::host().map_or(Path::new(RUNC), |host| &host.runc);
-    let mut runc = Command::new(program);
-    runc.env_clear()
-        .env("PATH", PATH)
-        .arg("--root")
-        .arg(mode::at(ROOT))
-        .arg("--log")
-        .arg(&files.log)
-        .args(["--log-format", "json", operation])
-        .stdin(StdStdio::null())
-        .stdout(StdStdio::null())
-        .stderr(StdStdio::null());
-    runc
 }
 
 async fn run(launch: &Launch, mut runc: Command, files: &Files) -> Result<(), Error> {

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -16,11 +16,9 @@ use nix::unistd::pipe2;
 use tokio::net::UnixListener;
 use tokio::time::timeout;
 
-use crate::guest::mode;
-
-/// Where console sockets live. A directory of its own with short names: the
-/// path of a unix socket is limited to 107 bytes.
-const CONSOLES: &str = "/run/husk/console";
+/// Where a machine has console sockets. The directory is of its own and the
+/// names are short: the path of a unix socket is limited to 107 bytes.
+pub const CONSOLES: &str = "/run/husk/console";
 
 /// runc has sent the terminal before it exits, so it is there at once.
 const TERMINAL_DEADLINE: Duration = Duration::from_secs(5);
@@ -56,10 +54,10 @@ pub enum Stdio {
 }
 
 impl Stdio {
-    /// Makes pipes, or the socket for a terminal.
-    pub fn new(terminal: bool, stdin: bool) -> io::Result<Self> {
+    /// Makes pipes, or the socket for a terminal in the directory `consoles`.
+    pub fn new(consoles: &Path, terminal: bool, stdin: bool) -> io::Result<Self> {
         if terminal {
-            return Ok(Self::Terminal { console: Console::listen()?, stdin });
+            return Ok(Self::Terminal { console: Console::listen(consoles)?, stdin });
         }
         let (input, stdin) = if stdin {
             let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
@@ -110,10 +108,9 @@ pub struct Console {
 }
 
 impl Console {
-    fn listen() -> io::Result<Self> {
+    fn listen(consoles: &Path) -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let consoles = mode::at(CONSOLES);
-        fs::create_dir_all(&consoles)?;
+        fs::create_dir_all(consoles)?;
         let path = consoles.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
         let listener = UnixListener::bind(&path)?;
         Ok(Self { path, listener })

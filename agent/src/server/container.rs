@@ -14,14 +14,13 @@ use tokio::time::timeout;
 
 use super::{Agent, Error, Stage, sandbox};
 use crate::container::Container;
-use crate::container::bundle::Bundle;
+use crate::container::bundle::{Bundle, Sources};
 use crate::container::{devices, resources, spec, user};
 use crate::guest::cgroup::Cgroup;
-use crate::guest::mode;
 use crate::id;
 use crate::pod::shared;
 use crate::process::runc;
-use crate::process::stdio::Stdio;
+use crate::process::stdio::{CONSOLES, Stdio};
 use crate::process::{Process, Role};
 
 /// How long a container may take to end once it is killed. Only a process
@@ -60,7 +59,9 @@ pub async fn create(
     // Given back when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
     let root = agent.mapped_root.get().copied();
-    let mut bundle = Bundle::prepare(&id, &rootfs, &agent.images, &agent.disks, root, &request.image_volumes)
+    let sources =
+        Sources { mode: &agent.mode, images: &agent.images, disks: &agent.disks, mapped_root: root };
+    let mut bundle = Bundle::prepare(&id, &rootfs, &request.image_volumes, sources)
         .await
         .stage("mount the root filesystem")?;
     bundle.add_directories(spec::own_directories(&config), root).await.stage("make an image's volumes")?;
@@ -110,8 +111,8 @@ async fn create_in(
     let id = &request.container_id;
     let asked = request.user.clone().unwrap_or_default();
     let identity = user::resolve(&bundle.rootfs(), &asked.user, asked.strict_groups).invalid("user")?;
-    resources::fit_to_machine(&mut config).invalid("spec_json")?;
-    if spec::joins(&config, &mode::at(paths::PID_NAMESPACE)) {
+    resources::fit_to_machine(&mut config, &agent.mode).invalid("spec_json")?;
+    if spec::joins(&config, &agent.mode.at(paths::PID_NAMESPACE)) {
         sandbox::share_pid_namespace(agent).await?;
     }
     spec::place_volumes(&mut config, &bundle.volumes().stage("mount an image volume")?)
@@ -123,8 +124,9 @@ async fn create_in(
     drop(config);
     bundle.write_config(&json).stage("write the bundle")?;
 
-    let mut stdio = Stdio::new(request.terminal, request.stdin).stage("open standard streams")?;
-    let created = runc::create(&agent.reaper, id, bundle.path(), &mut stdio).await;
+    let mut stdio = Stdio::new(&agent.mode.at(CONSOLES), request.terminal, request.stdin)
+        .stage("open standard streams")?;
+    let created = agent.runc.create(id, bundle.path(), &mut stdio).await;
     let adopted = match created {
         Ok(process) => adopt(process, stdio, request.stdin_once, Role::Init, Arc::new(cgroup))
             .await
@@ -133,7 +135,7 @@ async fn create_in(
         Err(error) => Err(Error::Failed { stage: "runc create", cause: error.to_string() }.into()),
     };
     if adopted.is_err()
-        && let Err(left) = runc::delete(&agent.reaper, id, bundle.path()).await
+        && let Err(left) = agent.runc.delete(id, bundle.path()).await
     {
         tracing::warn!("undo runc create of container {id}: {left}");
     }
@@ -167,7 +169,7 @@ pub async fn start(
     let container = agent.containers.get(&request.container_id)?;
     container.begin_start()?;
     let init = (container.init.pid(), container.init.exit());
-    let started = runc::start(&agent.reaper, &container.id, container.bundle.path(), init).await;
+    let started = agent.runc.start(&container.id, container.bundle.path(), init).await;
     container.end_start(started.is_ok());
     started.stage("runc start")?;
     Ok(StartContainerResponse {})
@@ -185,11 +187,11 @@ pub async fn update(
     // Through its type, so that runc gets nothing that is no such object.
     let resources: LinuxResources =
         serde_json::from_slice(&request.resources_json).invalid("resources_json")?;
-    let resources = resources::for_update(resources).invalid("resources_json")?;
+    let resources = resources::for_update(resources, &agent.mode).invalid("resources_json")?;
     let file = container.bundle.path().join("update.json");
     let json = serde_json::to_vec(&resources).stage("write the resources")?;
     fs::write(&file, json).stage("write the resources")?;
-    let updated = runc::update(&agent.reaper, &container.id, container.bundle.path(), &file).await;
+    let updated = agent.runc.update(&container.id, container.bundle.path(), &file).await;
     let _ = fs::remove_file(&file);
     updated.stage("runc update")?;
     if request.oom_score_adj != 0 {
@@ -215,7 +217,7 @@ pub async fn remove(
         .stage("kill the container")?;
     // Once more for an exec that was on its way in.
     container.cgroup.kill();
-    runc::delete(&agent.reaper, &container.id, container.bundle.path()).await.stage("runc delete")?;
+    agent.runc.delete(&container.id, container.bundle.path()).await.stage("runc delete")?;
     container.bundle.remove().await.stage("remove the root filesystem")?;
     agent.shared.forget_unused().await;
     removal.finish();

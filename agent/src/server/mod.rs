@@ -15,9 +15,11 @@ use crate::container::Containers;
 use crate::container::images::Images;
 use crate::error::{Error, Stage};
 use crate::guest::disks::Disks;
+use crate::guest::mode::Mode;
 use crate::pod::apparmor::Policies;
 use crate::pod::shared::Shared;
 use crate::process::reaper::Reaper;
+use crate::process::runc::Runc;
 
 mod container;
 mod process;
@@ -44,7 +46,9 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 pub struct Agent {
     /// The pod's containers.
     pub containers: Arc<Containers>,
+    mode: Arc<Mode>,
     reaper: Reaper,
+    runc: Runc,
     disks: Disks,
     images: Arc<Images>,
     shared: Shared,
@@ -65,12 +69,14 @@ pub struct Agent {
 
 impl Agent {
     /// An agent of a machine that is no pod yet.
-    pub fn new(reaper: Reaper) -> Self {
+    pub fn new(reaper: Reaper, mode: Arc<Mode>) -> Self {
         Self {
             containers: Arc::default(),
+            runc: Runc::new(reaper.clone(), &mode),
             reaper,
             disks: Disks::default(),
-            images: Arc::default(),
+            images: Arc::new(Images::new(mode.clone())),
+            mode,
             shared: Shared::default(),
             policies: Policies::default(),
             live: tokio::sync::Mutex::default(),
@@ -132,7 +138,7 @@ impl Service for Endpoint {
     }
 
     async fn adjust_clock(&self, request: Request<AdjustClockRequest>) -> Answer<AdjustClockResponse> {
-        Ok(Response::new(sandbox::adjust_clock(&request.into_inner())?))
+        Ok(Response::new(sandbox::adjust_clock(&self.0, &request.into_inner())?))
     }
 
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {

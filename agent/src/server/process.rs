@@ -13,8 +13,7 @@ use super::{Agent, Error, Stage};
 use crate::container::spec;
 use crate::id;
 use crate::process::Role;
-use crate::process::runc;
-use crate::process::stdio::Stdio;
+use crate::process::stdio::{CONSOLES, Stdio};
 
 /// Largest signal number on Linux.
 const MAX_SIGNAL: u32 = 64;
@@ -38,10 +37,10 @@ pub async fn exec(agent: Arc<Agent>, request: ExecProcessRequest) -> Result<Exec
     let json = serde_json::to_vec(&process).stage("write the process")?;
     fs::write(&file, json).stage("write the process")?;
 
-    let mut stdio = Stdio::new(request.terminal, request.stdin).stage("open standard streams")?;
-    let started = runc::exec(&agent.reaper, &container.id, bundle.path(), &call, &file, &mut stdio)
-        .await
-        .stage("runc exec");
+    let mut stdio = Stdio::new(&agent.mode.at(CONSOLES), request.terminal, request.stdin)
+        .stage("open standard streams")?;
+    let started =
+        agent.runc.exec(&container.id, bundle.path(), &call, &file, &mut stdio).await.stage("runc exec");
     let _ = fs::remove_file(&file);
     // Its input ends with the client that sends it.
     let (process, _) = adopt(started?, stdio, true, Role::Exec, container.cgroup.clone()).await?;

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use super::{Agent, Error, Stage, container};
 use crate::container::bundle::SCRATCH;
-use crate::guest::mode::{self, Mode};
+use crate::guest::mode::Mode;
 use crate::guest::{clock, mounts};
 use crate::id;
 use crate::pod::{etc, netlink, ns, sysctl, userns};
@@ -43,7 +43,7 @@ pub async fn create(
     let addresses = netlink::addresses(&request.interfaces).invalid("interfaces")?;
     let mut hosts = etc::hosts(&request.hostname, &addresses).invalid("hostname")?;
     let mut resolv_conf = etc::resolv_conf(request.dns.as_ref().unwrap_or(&Dns::default())).invalid("dns")?;
-    if let Some(host) = mode::host() {
+    if let Some(host) = agent.mode.host() {
         // A pod in the host's network knows the names that the host knows.
         if host.netns.is_none() {
             hosts = fs::read_to_string("/etc/hosts").unwrap_or(hosts);
@@ -64,22 +64,22 @@ pub async fn create(
         return Err(Error::Precondition("the sandbox was created before".into()));
     }
 
-    match mode::get() {
+    match *agent.mode {
         Mode::Guest => set_up_machine(&agent, &request).await?,
         // The namespaces that it has are all that is set up of the host.
         Mode::Host(_) => {}
     }
-    if !request.hostname.is_empty() && mode::host().is_none_or(|host| host.netns.is_some()) {
+    if !request.hostname.is_empty() && agent.mode.host().is_none_or(|host| host.netns.is_some()) {
         nix::unistd::sethostname(&request.hostname).stage("set the host name")?;
     }
-    let shm = mode::at(paths::SHM);
+    let shm = agent.mode.at(paths::SHM);
     mounts::make_mount_point(&shm).stage("mount shm")?;
     for (path, text) in [
         (paths::HOSTS, hosts),
         (paths::HOSTNAME, format!("{}\n", request.hostname)),
         (paths::RESOLV_CONF, resolv_conf),
     ] {
-        let path = mode::at(path);
+        let path = agent.mode.at(path);
         fs::write(&path, text)
             .map_err(|error| format!("{}: {error}", path.display()))
             .stage("write the pod's files")?;
@@ -93,25 +93,25 @@ pub async fn create(
     let (of_ipc, others): (Vec<_>, Vec<_>) = (request.sysctls.clone().into_iter())
         .partition(|(name, _)| request.user_namespace.is_some() && sysctl::is_of_ipc(name));
     for name in request.sysctls.keys() {
-        sysctl::check(name, mode::host()).invalid("sysctls")?;
+        sysctl::check(name, agent.mode.host()).invalid("sysctls")?;
     }
     // First, so that what the client asks for is what holds.
-    for (name, value) in sysctl::open_to_users(mode::host()) {
+    for (name, value) in sysctl::open_to_users(agent.mode.host()) {
         sysctl::set(name, value).stage("open the network to the pod's users")?;
     }
     for (name, value) in &others {
         sysctl::set(name, value).invalid("sysctls")?;
     }
     if let Some(wanted) = &request.user_namespace {
-        if mode::host().is_some() {
+        if agent.mode.host().is_some() {
             // The host's shows the host's network, and the pod's users may mount none: the network is not theirs.
-            let sys = mode::at(paths::SYS);
+            let sys = agent.mode.at(paths::SYS);
             mounts::make_mount_point(&sys).stage("mount sysfs")?;
             mounts::mount("sysfs", &sys, "sysfs", private, "").stage("mount sysfs")?;
         }
         map_users(&agent, wanted).await?;
         if let Some((root, _)) = userns::owner(wanted).filter(|_| !of_ipc.is_empty()) {
-            sysctl::set_in(&mode::at(paths::IPC_NAMESPACE), root, of_ipc).invalid("sysctls")?;
+            sysctl::set_in(&agent.mode.at(paths::IPC_NAMESPACE), root, of_ipc).invalid("sysctls")?;
         }
     } else if request.shared_pid_namespace {
         share_pid_namespace(&agent).await?;
@@ -125,8 +125,8 @@ pub async fn create(
 }
 
 /// `AdjustClock`.
-pub fn adjust_clock(request: &AdjustClockRequest) -> Result<AdjustClockResponse, Error> {
-    if mode::host().is_some() {
+pub fn adjust_clock(agent: &Agent, request: &AdjustClockRequest) -> Result<AdjustClockResponse, Error> {
+    if agent.mode.host().is_some() {
         return Err(Error::Precondition("the clock is the host's".into()));
     }
     clock::adjust(request.by_nanos).stage("adjust the clock")?;
@@ -182,7 +182,7 @@ fn write_hooks(hooks: &[GuestFile]) -> io::Result<()> {
 /// Gives the pod a user namespace.
 async fn map_users(agent: &Agent, wanted: &UserNamespace) -> Result<(), Error> {
     let mut made = agent.pid_namespace.lock().await;
-    userns::create(&agent.reaper, wanted).stage("create the user namespace")?;
+    userns::create(&agent.reaper, wanted, &agent.mode).stage("create the user namespace")?;
     *made = true;
     if let Some(root) = userns::owner(wanted) {
         let _ = agent.mapped_root.set(root);
@@ -196,7 +196,7 @@ pub async fn share_pid_namespace(agent: &Agent) -> Result<(), Error> {
     // One at a time: two containers may be the first to need it.
     let mut made = agent.pid_namespace.lock().await;
     if !*made {
-        ns::create_pid_namespace(&agent.reaper, &mode::at(paths::PID_NAMESPACE))
+        ns::create_pid_namespace(&agent.reaper, &agent.mode.at(paths::PID_NAMESPACE))
             .stage("create the shared pid namespace")?;
         *made = true;
     }
@@ -222,7 +222,7 @@ pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
         }
         Err(_) => tracing::warn!("shut down: containers did not end in {} s", SHUTDOWN_DEADLINE.as_secs()),
     }
-    if mode::host().is_none()
+    if agent.mode.host().is_none()
         && let Err(error) = mounts::unmount(Path::new(SCRATCH))
     {
         tracing::warn!("shut down: {error}");

@@ -31,7 +31,7 @@ async fn requests_that_were_given_up_while_the_machine_stood_still_break_no_conn
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let ports = Ports::of_socket(UnixListener::bind(&path).unwrap());
-    tokio::spawn(serve(ports.grpc, Arc::new(Agent::new(Reaper::start().unwrap()))));
+    tokio::spawn(serve(ports.grpc, Arc::new(Agent::new(Reaper::default(), Arc::default()))));
     let (connections, go) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
     let connector = tower::service_fn({
         let (connections, go) = (connections.clone(), go.clone());
