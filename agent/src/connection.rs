@@ -2,20 +2,21 @@
 //! unix socket on the host, on which huskd names the port first, in the words
 //! in which it asks the VMM for a guest's port (`CONNECT <port>`, `OK <port>`).
 
+use std::ffi::OsString;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use husk_proto::agent::{GRPC_PORT, LIFE_PORT, STREAM_PORT};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use tonic::transport::server::Connected;
 
 /// How long a connection may take to say where it wants to go.
@@ -23,6 +24,11 @@ const PREAMBLE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Connections that have not said it yet; more wait in the backlog.
 const MAX_UNDECIDED: usize = 64;
+
+/// The argument whose value is the vsock peer that a machine's agent serves in
+/// place of the host, for tests without a VMM. The kernel passes on what the
+/// host has written after `--` on its command line, so nobody in the pod can.
+const PEER: &str = "--vsock-peer";
 
 /// Longest `CONNECT <port>`, in bytes.
 const MAX_PREAMBLE: usize = 32;
@@ -93,13 +99,15 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Those of a machine.
-    pub fn of_machine() -> anyhow::Result<Self> {
+    /// Those of a machine, for the host alone: who can reach them has the whole
+    /// pod, and a kernel with vsock's loopback lets its processes connect too.
+    pub fn of_machine(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Self> {
+        let peer = peer(arguments)?;
         let listen = |port| -> anyhow::Result<Incoming> {
             let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).with_context(|| {
                 format!("listen on vsock port {port}; is CONFIG_VSOCKETS in the guest kernel?")
             })?;
-            Ok(Box::pin(listener.incoming().map(|accepted| accepted.map(Connection::new))))
+            Ok(of_peer(listener, peer))
         };
         Ok(Self { grpc: listen(GRPC_PORT)?, streams: listen(STREAM_PORT)? })
     }
@@ -113,6 +121,37 @@ impl Ports {
             grpc: Box::pin(ReceiverStream::new(grpc_incoming)),
             streams: Box::pin(ReceiverStream::new(streams_incoming)),
         }
+    }
+}
+
+/// The peer that is served: the host, unless the arguments name another.
+fn peer(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<u32> {
+    let mut arguments = arguments.into_iter();
+    if arguments.next().is_none_or(|first| first != PEER) {
+        return Ok(VMADDR_CID_HOST);
+    }
+    let value = arguments.next().unwrap_or_default();
+    value.to_string_lossy().parse().with_context(|| format!("{PEER} {}", value.display()))
+}
+
+/// The connections that `peer` makes to a port.
+fn of_peer(listener: VsockListener, peer: u32) -> Incoming {
+    Box::pin(futures::stream::unfold(listener, move |listener| async move {
+        loop {
+            let accepted = listener.accept().await;
+            if let Some(connection) = admitted(accepted, peer) {
+                return Some((connection.map(Connection::new), listener));
+            }
+        }
+    }))
+}
+
+/// A connection of `peer`, or why none could be accepted. Another's is closed:
+/// `None`. Nothing is logged then, or a container could fill the console.
+fn admitted<C>(accepted: io::Result<(C, VsockAddr)>, peer: u32) -> Option<io::Result<C>> {
+    match accepted {
+        Ok((connection, address)) => (address.cid() == peer).then_some(Ok(connection)),
+        Err(error) => Some(Err(error)),
     }
 }
 
@@ -176,6 +215,7 @@ async fn stay(mut connection: UnixStream) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use futures::StreamExt;
     use proptest::prelude::*;
 
     use super::*;
@@ -191,6 +231,27 @@ mod tests {
             }
         }
         (client, String::from_utf8(answer).unwrap())
+    }
+
+    #[test]
+    fn the_host_alone_may_connect() {
+        let from = |cid| admitted(Ok(((), VsockAddr::new(cid, 1))), VMADDR_CID_HOST);
+        assert!(matches!(from(VMADDR_CID_HOST), Some(Ok(()))));
+        for cid in [0, 1, 3, 4711, u32::MAX] {
+            assert!(from(cid).is_none(), "{cid}");
+        }
+        let failed: io::Result<((), VsockAddr)> = Err(io::ErrorKind::ConnectionAborted.into());
+        assert!(matches!(admitted(failed, VMADDR_CID_HOST), Some(Err(_))));
+    }
+
+    #[test]
+    fn the_peer_is_the_host_unless_the_command_line_says_otherwise() {
+        let peer = |words: &str| peer(words.split_whitespace().map(OsString::from));
+        for words in ["", "single", "quiet --vsock-peer 1"] {
+            assert_eq!(peer(words).unwrap(), VMADDR_CID_HOST, "{words}");
+        }
+        assert_eq!(peer("--vsock-peer 1").unwrap(), 1);
+        assert!(peer("--vsock-peer").is_err() && peer("--vsock-peer x").is_err());
     }
 
     #[tokio::test]

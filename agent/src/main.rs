@@ -87,7 +87,7 @@ async fn serve(mode: Arc<Mode>) -> anyhow::Result<()> {
     let reaper = reaper::Reaper::start().context("listen for SIGCHLD")?;
     let ports = match *mode {
         Mode::Guest => {
-            let ports = Ports::of_machine()?;
+            let ports = Ports::of_machine(std::env::args_os().skip(1))?;
             // The host may connect from here on; its connections wait in the
             // backlog for the few mounts below.
             ready::announce().await;

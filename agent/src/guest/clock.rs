@@ -10,8 +10,12 @@ use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-/// Most bytes of seed that are taken; the kernel's pool holds 32.
+/// Most bytes of seed that are taken.
 pub const MAX_ENTROPY: usize = 512;
+
+/// Fewest bytes of seed that make a machine's random numbers its own: as many
+/// as the kernel's pool holds.
+const MIN_ENTROPY: usize = 32;
 
 /// Nanoseconds since 1970.
 pub fn unix_nanos() -> i64 {
@@ -47,6 +51,15 @@ pub fn adjust(nanos: i64) -> io::Result<()> {
     Ok(())
 }
 
+/// Refuses a seed that is too short. A clone of a template would draw the random
+/// numbers that every other clone draws.
+pub fn check_seed(seed: &[u8]) -> Result<(), String> {
+    if seed.len() < MIN_ENTROPY {
+        return Err(format!("a seed of {} bytes; at least {MIN_ENTROPY} are needed", seed.len()));
+    }
+    Ok(())
+}
+
 /// Header of `RNDADDENTROPY`'s argument (`struct rand_pool_info`), with room
 /// for the bytes behind it.
 #[repr(C)]
@@ -75,4 +88,18 @@ pub fn seed(seed: &[u8]) -> io::Result<()> {
     // SAFETY: the request has no argument.
     unsafe { reseed(random.as_raw_fd()) }?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_a_seed_of_its_own_is_refused() {
+        for length in [0, 1, MIN_ENTROPY - 1] {
+            let refused = check_seed(&vec![7; length]).unwrap_err();
+            assert!(refused.contains(&format!("a seed of {length} bytes")), "{refused}");
+        }
+        assert_eq!(check_seed(&[7; 64]), Ok(()));
+    }
 }

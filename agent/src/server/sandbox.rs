@@ -58,6 +58,9 @@ pub async fn create(
     if let Some(wanted) = &request.user_namespace {
         userns::check(wanted).invalid("user_namespace")?;
     }
+    if agent.mode.host().is_none() {
+        clock::check_seed(&request.entropy).invalid("entropy")?;
+    }
     // A pod that is half made cannot be made again: nothing after this line
     // is tried twice.
     if agent.sandbox.set(OnceLock::new()).is_err() {
@@ -139,9 +142,7 @@ async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result
     if request.time_unix_nanos != 0 {
         clock::set(request.time_unix_nanos).stage("set the clock")?;
     }
-    if !request.entropy.is_empty() {
-        clock::seed(&request.entropy).stage("seed random numbers")?;
-    }
+    clock::seed(&request.entropy).stage("seed random numbers")?;
 
     let device = agent.disks.wait_for(&request.scratch_serial).await.stage("find the scratch disk")?;
     // It lives no longer than the pod: without barriers the host need not

@@ -1,5 +1,6 @@
 //! RunPodSandbox: from a request to a machine whose agent waits for containers.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -92,6 +93,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     let record = sandbox.record().clone();
     let config = &record.config;
 
+    let entropy = seed(crate::random::fill)?;
     let size = size(config, handler);
     let plan = |nics| launch::Plan {
         id: &sandbox.id,
@@ -150,7 +152,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         shared_pid_namespace: spec::shares_pid_namespace(config),
         scratch_serial: launch::SCRATCH_SERIAL.into(),
         time_unix_nanos: now(),
-        entropy: seed(),
+        entropy,
         shm_size: 0,
         user_namespace: spec::user_namespace(config)?,
         hooks: spec::hooks::programs(&handler.hooks)?,
@@ -335,18 +337,30 @@ fn guest_route(route: crate::network::Route) -> agent::Route {
     }
 }
 
-fn seed() -> Vec<u8> {
+/// The machine's own random numbers begin with it. A clone that had none would
+/// go on with those of its template, as every other clone.
+fn seed(fill: impl FnOnce(&mut [u8]) -> io::Result<()>) -> Result<Vec<u8>, Error> {
     let mut seed = vec![0u8; SEED];
-    // The guest has an entropy device, too.
-    if crate::random::fill(&mut seed).is_err() {
-        seed.clear();
+    match fill(&mut seed) {
+        Ok(()) => Ok(seed),
+        Err(error) => {
+            Err(Error::Internal(format!("draw a seed for the machine's random numbers: getrandom: {error}")))
+        }
     }
-    seed
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
+
+    #[test]
+    fn a_pod_without_a_seed_does_not_start() {
+        let error = seed(|_| Err(io::ErrorKind::PermissionDenied.into())).unwrap_err().to_string();
+        assert!(error.contains("seed") && error.contains("getrandom"), "{error}");
+        assert!(matches!(seed(crate::random::fill), Ok(seed) if seed.len() == SEED));
+    }
 
     #[test]
     fn name_service_that_is_asked_for_with_nothing_is_not_asked_for() {
