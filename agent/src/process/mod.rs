@@ -30,8 +30,9 @@ use crate::process::stdio::Ends;
 pub struct Outcome {
     /// How it ended.
     pub exit: Exit,
-    /// The kernel killed it, or one of its kind in the container, for want of
-    /// memory.
+    /// The kernel killed it, or another process of its container, for want of
+    /// memory while it ran. It may still have ended well: a parent that
+    /// survives its child's death may exit with 0.
     pub oom_killed: bool,
     /// Nobody has taken the last of its output: it is kept.
     pub output_kept: bool,
@@ -113,7 +114,7 @@ impl Process {
                 // In a shared pid namespace the others would live on.
                 cgroup.kill();
             }
-            let oom_killed = exit.code != 0 && cgroup.oom_kills() > oom_kills_before;
+            let oom_killed = cgroup.oom_kills() > oom_kills_before;
             let mut output_kept = false;
             for mut kept in outputs {
                 // An error says that it was handed over.
@@ -175,9 +176,7 @@ impl Process {
     /// Sets the size of its terminal; false if it has none.
     pub fn resize(&self, rows: u16, columns: u16) -> io::Result<bool> {
         let Some(terminal) = &self.terminal else { return Ok(false) };
-        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: the kernel reads one winsize, which outlives the call.
-        Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })?;
+        set_size(terminal, rows, columns)?;
         Ok(true)
     }
 
@@ -214,6 +213,18 @@ impl Process {
     }
 }
 
+/// Sets the size of a terminal. A client whose own terminal has no size sends 0
+/// by 0, which is no size to draw in: it is ignored.
+fn set_size(terminal: &OwnedFd, rows: u16, columns: u16) -> io::Result<()> {
+    if rows == 0 || columns == 0 {
+        return Ok(());
+    }
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the kernel reads one winsize, which outlives the call.
+    Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })?;
+    Ok(())
+}
+
 /// Sends a signal to a process that has not exited.
 fn send(pid: Pid, exited: &Exited, signal: i32) -> io::Result<()> {
     // The reaper runs on this thread, so while the exit is not marked the
@@ -225,5 +236,63 @@ fn send(pid: Pid, exited: &Exited, signal: i32) -> io::Result<()> {
     match Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }) {
         Ok(_) | Err(Errno::ESRCH) => Ok(()),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use std::fs;
+
+    use nix::pty::openpty;
+    use nix::unistd::pipe;
+
+    use super::*;
+
+    fn size_of(terminal: &OwnedFd) -> (u16, u16) {
+        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the kernel writes one winsize, which outlives the call.
+        let done = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+        assert_eq!(done, 0);
+        (size.ws_row, size.ws_col)
+    }
+
+    #[test]
+    fn a_size_of_nothing_leaves_a_terminal_as_it_is() {
+        let terminal = openpty(None, None).unwrap().master;
+        set_size(&terminal, 24, 80).unwrap();
+        for (rows, columns) in [(0, 0), (0, 100), (50, 0)] {
+            set_size(&terminal, rows, columns).unwrap();
+            assert_eq!(size_of(&terminal), (24, 80), "{rows} by {columns}");
+        }
+        set_size(&terminal, 50, 132).unwrap();
+        assert_eq!(size_of(&terminal), (50, 132));
+    }
+
+    /// The outcome of a container that ends with 0 after `kills` of its processes
+    /// were killed for want of memory; one had been before it started.
+    async fn outcome(kills: u32) -> Outcome {
+        let group = tempfile::tempdir().unwrap();
+        let events = |kills: u32| {
+            fs::write(group.path().join("memory.events"), format!("oom 9\noom_kill {kills}\n")).unwrap();
+        };
+        events(1);
+        let ((stdout, _), (stderr, _)) = (pipe().unwrap(), pipe().unwrap());
+        let ends = Ends { stdin: None, stdout, stderr: Some(stderr), terminal: None };
+        let (exit, exited) = watch::channel(None);
+        let cgroup = Arc::new(Cgroup::at(group.path()));
+        let process =
+            Process::new((Pid::from_raw(i32::MAX), exited), ends, false, Role::Init, cgroup).unwrap();
+        events(1 + kills);
+        exit.send_replace(Some(Exit { code: 0, signal: None, unix_nanos: 0, instant: Instant::now() }));
+        process.ended().await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_child_that_was_killed_for_want_of_memory_is_told_though_its_parent_ends_well() {
+        let killed = outcome(1).await;
+        assert_eq!((killed.exit.code, killed.oom_killed), (0, true));
+        let unharmed = outcome(0).await;
+        assert_eq!((unharmed.exit.code, unharmed.oom_killed), (0, false));
     }
 }
