@@ -1,8 +1,10 @@
-//! Copies of an image's directories, with owners, modes and times; links stay
+//! Copies of an image's directories, with owners, modes, extended attributes
+//! (file capabilities and access control lists among them) and times. Links stay
 //! links and lead nowhere here. An image never changes, so what was looked at
-//! stays what it is. Extended attributes stay behind.
+//! stays what it is.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::fs::{self, Metadata, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
@@ -11,6 +13,8 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::AT_FDCWD;
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mknod, utimensat};
 use nix::sys::time::TimeSpec;
+use rustix::fs::{XattrFlags, lgetxattr, lgetxattr_query, llistxattr, llistxattr_query, lsetxattr};
+use rustix::io::Errno;
 
 /// What could not be copied, and why.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +49,7 @@ pub fn directory(from: &Path, to: &Path) -> Result<(), Error> {
     }
     // The innermost first: what is made in a directory changes its times.
     for (from, to) in directories.into_iter().rev() {
-        let dressed = from.metadata().and_then(|metadata| dress(&to, &metadata));
+        let dressed = from.metadata().and_then(|metadata| dress(&to, &from, &metadata));
         dressed.map_err(|cause| Error { path: from, cause })?;
     }
     Ok(())
@@ -68,15 +72,44 @@ fn copy(from: &Path, to: &Path, metadata: &Metadata, linked: &mut HashMap<u64, P
         let kind = SFlag::from_bits_truncate(metadata.mode()) & SFlag::S_IFMT;
         mknod(to, kind, Mode::S_IRUSR, metadata.rdev())?;
     }
-    dress(to, metadata)
+    dress(to, from, metadata)
 }
 
-/// Owner before mode: a change of the owner takes set-id bits away.
-fn dress(path: &Path, like: &Metadata) -> io::Result<()> {
+/// Copies extended attributes, as far as the file system of `to` has them.
+fn copy_xattrs(from: &Path, to: &Path) -> io::Result<()> {
+    let length = match llistxattr_query(from) {
+        Ok(0) | Err(Errno::NOTSUP) => return Ok(()),
+        length => length?,
+    };
+    let mut names = vec![0; length];
+    let length = llistxattr(from, &mut names[..])?;
+    names.truncate(length);
+    for name in names.split_inclusive(|byte| *byte == 0) {
+        let name = CStr::from_bytes_with_nul(name).map_err(io::Error::other)?;
+        match lsetxattr(to, name, &xattr(from, name)?, XattrFlags::empty()) {
+            Err(Errno::NOTSUP) => {}
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+/// The value of an extended attribute.
+fn xattr(path: &Path, name: &CStr) -> io::Result<Vec<u8>> {
+    let mut value = vec![0; lgetxattr_query(path, name)?];
+    let length = lgetxattr(path, name, &mut value[..])?;
+    value.truncate(length);
+    Ok(value)
+}
+
+/// Gives a copy what its original has besides its content. The owner comes
+/// first: a change of it takes set-id bits and capabilities away.
+fn dress(path: &Path, from: &Path, like: &Metadata) -> io::Result<()> {
     lchown(path, Some(like.uid()), Some(like.gid()))?;
     if !like.is_symlink() {
         fs::set_permissions(path, Permissions::from_mode(like.mode() & 0o7777))?;
     }
+    copy_xattrs(from, path)?;
     let accessed = TimeSpec::new(like.atime(), like.atime_nsec());
     let modified = TimeSpec::new(like.mtime(), like.mtime_nsec());
     utimensat(AT_FDCWD, path, &accessed, &modified, UtimensatFlags::NoFollowSymlink)?;
@@ -122,6 +155,31 @@ mod tests {
         let inode = |path: &str| to.join(path).metadata().unwrap().ino();
         assert_eq!(inode("again"), inode("inner/file"));
         assert_ne!(inode("again"), from.join("again").metadata().unwrap().ino());
+    }
+
+    #[test]
+    fn a_copy_has_the_extended_attributes_of_its_original() {
+        let parent = tempfile::tempdir().unwrap();
+        let (from, to) = (parent.path().join("from"), parent.path().join("to"));
+        fs::create_dir_all(from.join("inner")).unwrap();
+        fs::create_dir(&to).unwrap();
+        fs::write(from.join("inner/ping"), "a program").unwrap();
+        let mut set =
+            vec![("inner", c"user.place", &b"a directory's"[..]), ("inner/ping", c"user.empty", b"")];
+        // cap_net_raw+ep, which an ordinary user cannot give (`linux/capability.h`, VFS_CAP_REVISION_2).
+        let ping = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        if nix::unistd::geteuid().is_root() {
+            set.push(("inner/ping", c"security.capability", &ping));
+        }
+        for (path, name, value) in &set {
+            lsetxattr(from.join(path), *name, value, XattrFlags::empty()).unwrap();
+        }
+
+        directory(&from, &to).unwrap();
+        for (path, name, value) in set {
+            let copied = xattr(&to.join(path), name).unwrap();
+            assert_eq!(copied, value, "{name:?} of {path}");
+        }
     }
 
     #[test]
