@@ -5,20 +5,10 @@ use std::fs;
 use std::io;
 
 use nix::mount::MsFlags;
-use nix::sys::resource::{Resource, setrlimit};
 use tracing_subscriber::filter::LevelFilter;
 
-use crate::guest::cgroup;
 use crate::guest::mounts::{self, mount};
-
-/// Open files that containers may have unless their configuration says
-/// otherwise. A soft limit far higher makes old programs slow that close
-/// every descriptor they might have.
-const OPEN_FILES: (u64, u64) = (65_536, 1_048_576);
-
-/// As on any 64-bit machine with systemd: a pid is not used again soon, which
-/// the reaper relies on.
-const PID_MAX: &str = "4194304";
+use crate::guest::{cgroup, limits};
 
 /// The agent is the last process that the pod can do without.
 const OOM_SCORE_ADJ: &str = "-999";
@@ -73,15 +63,9 @@ pub fn prepare() -> Result<(), Error> {
     mount("cgroup2", cgroup::ROOT, "cgroup2", plain, "")?;
     cgroup::delegate_controllers().map_err(Error::Cgroups)?;
 
-    // Neither stops a pod from running.
-    for (path, value) in [("/proc/self/oom_score_adj", OOM_SCORE_ADJ), ("/proc/sys/kernel/pid_max", PID_MAX)]
-    {
-        if let Err(error) = fs::write(path, value) {
-            tracing::warn!("write {value} to {path}: {error}");
-        }
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
+        tracing::warn!("write {OOM_SCORE_ADJ} to oom_score_adj: {error}");
     }
-    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1) {
-        tracing::warn!("raise the limit of open files: {error}");
-    }
+    limits::raise();
     Ok(())
 }

@@ -7,6 +7,7 @@ pub mod disks;
 pub mod host;
 pub mod in_root;
 pub mod init;
+pub mod limits;
 pub mod loops;
 pub mod machine;
 pub mod mode;
