@@ -14,3 +14,4 @@ pub mod mode;
 pub mod mounts;
 pub mod power;
 pub mod ready;
+pub mod trim;

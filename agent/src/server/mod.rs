@@ -8,6 +8,7 @@ use husk_proto::agent::agent_server::{Agent as Service, AgentServer};
 use husk_proto::agent::*;
 use tokio::sync::Notify;
 use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status};
 
 use crate::connection::Incoming;
@@ -64,6 +65,8 @@ pub struct Agent {
     mapped_root: OnceLock<(u32, u32)>,
     /// Held while a writable layer is measured: one at a time.
     measuring: Arc<tokio::sync::Mutex<()>>,
+    /// Gives what is deleted on the sandbox disk back to the host.
+    trimming: OnceLock<AbortOnDropHandle<()>>,
     power_off: Notify,
 }
 
@@ -84,6 +87,7 @@ impl Agent {
             pid_namespace: tokio::sync::Mutex::default(),
             mapped_root: OnceLock::new(),
             measuring: Arc::default(),
+            trimming: OnceLock::new(),
             power_off: Notify::new(),
         }
     }

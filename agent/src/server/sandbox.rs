@@ -14,10 +14,12 @@ use husk_proto::agent::{
 use husk_proto::agent::{Dns, paths};
 use nix::mount::MsFlags;
 use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{Agent, Error, Stage, container};
 use crate::container::bundle::SCRATCH;
 use crate::guest::mode::Mode;
+use crate::guest::trim::Disk;
 use crate::guest::{clock, mounts};
 use crate::id;
 use crate::pod::{etc, netlink, ns, sysctl, userns};
@@ -150,6 +152,8 @@ async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result
     mounts::make_mount_point(Path::new(SCRATCH)).stage("mount the scratch disk")?;
     mounts::mount(&device.to_string_lossy(), SCRATCH, "ext4", MsFlags::MS_NOATIME, "barrier=0")
         .stage("mount the scratch disk")?;
+    let trimming = tokio::spawn(Disk::new(&device, Path::new(SCRATCH)).give_back());
+    let _ = agent.trimming.set(AbortOnDropHandle::new(trimming));
 
     netlink::configure(&request.interfaces, &request.routes).await.map_err(|error| match error {
         netlink::Error::Invalid(what) => Error::Invalid(format!("network: {what}")),
