@@ -140,15 +140,7 @@ impl Bundle {
                 lower
             }
         };
-        // The layer goes with its container, so nothing in it need survive a
-        // crash of the machine: `volatile` saves the syncs (Linux
-        // `Documentation/filesystems/overlayfs.rst`, "Volatile mount").
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={},volatile",
-            lower.display(),
-            bundle.upper().display(),
-            bundle.layer.join("work").display()
-        );
+        let options = overlay_options(&lower, &bundle.upper(), &bundle.layer.join("work"));
         mounts::mount("overlay", bundle.rootfs(), "overlay", MsFlags::MS_NOATIME, &options)?;
         for volume in volumes {
             bundle.add_volume(volume, sources).await?;
@@ -311,6 +303,22 @@ impl Drop for Bundle {
             }
         }
     }
+}
+
+/// How a writable layer is mounted over an image (Linux
+/// `Documentation/filesystems/overlayfs.rst`).
+///
+/// `volatile`: the layer goes with its container, so nothing in it need survive a
+/// crash of the machine. `xino=on`: all files have one device number, and keep
+/// their inode number when they are first written to; programs that stay on one
+/// file system (`du -x`, `find -xdev`, `rsync -x`) would else see many.
+fn overlay_options(lower: &Path, upper: &Path, work: &Path) -> String {
+    format!(
+        "lowerdir={},upperdir={},workdir={},volatile,xino=on",
+        lower.display(),
+        upper.display(),
+        work.display()
+    )
 }
 
 fn files(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
