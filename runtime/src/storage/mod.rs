@@ -21,6 +21,11 @@ use crate::dirs;
 /// Most time that making the filesystem may take.
 const MKFS_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// One inode for so much of the disk, as mke2fs(8) has it for most disks: trees of
+/// small files (`node_modules`, a package manager's cache) must not run out of
+/// inodes long before the disk is full. Inodes that nobody uses take no space.
+const BYTES_PER_INODE: &str = "16384";
+
 /// Where the prepared filesystems are.
 #[derive(Debug)]
 pub struct Scratch {
@@ -77,7 +82,7 @@ impl Scratch {
     /// # Errors
     /// With nothing left behind.
     pub async fn prepared(&self, mib: u64) -> Result<PathBuf, Error> {
-        let path = self.directory.join(format!("{mib}.ext4"));
+        let path = self.directory.join(format!("{mib}-{BYTES_PER_INODE}.ext4"));
         let _making = self.making.lock().await;
         if path.exists() {
             return Ok(path);
@@ -90,7 +95,7 @@ impl Scratch {
         let new = path.with_extension("new");
         File::create(&new).and_then(|disk| disk.set_len(mib * 1024 * 1024)).map_err(file("make", &new))?;
         let mut mkfs = Command::new("mke2fs");
-        mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", "32768"])
+        mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", BYTES_PER_INODE])
             .args(["-O", "^has_journal,^resize_inode"])
             // The file is full of holes, which read as zeros: nothing need be
             // zeroed now, nor by the guest later.
@@ -180,6 +185,9 @@ mod tests {
             let mut magic = [0u8; 2];
             File::open(&path).unwrap().read_exact_at(&mut magic, 1024 + 56).unwrap();
             assert_eq!(magic, [0x53, 0xef], "an ext4 superblock");
+            let mut inodes = [0u8; 4];
+            File::open(&path).unwrap().read_exact_at(&mut inodes, 1024).unwrap();
+            assert_eq!(u32::from_le_bytes(inodes), (1 << 30) / 16384);
         }
     }
 
