@@ -13,13 +13,15 @@ use std::time::{Duration, Instant};
 use husk_proto::agent::stream::Kind;
 use husk_proto::agent::*;
 use serde_json::json;
-use support::{MAC, Machine, container, read_all, read_until, spec, stream};
+use support::{MAC, Machine, answer_to_a_stranger, container, read_all, read_until, spec, stream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tonic::Code;
 
 #[tokio::test]
 #[ignore = "needs a machine of its own, see the top of this file"]
 async fn the_life_of_a_pod() {
+    step("strangers");
+    assert_eq!(answer_to_a_stranger().await, b"");
     let mut machine = Machine::start().await;
     nothing_works_before_the_sandbox(&mut machine).await;
     the_sandbox_is_set_up(&mut machine).await;
@@ -27,6 +29,9 @@ async fn the_life_of_a_pod() {
     users_are_looked_up_in_the_image(&mut machine).await;
     failures_leave_nothing_behind(&mut machine).await;
     execs_run_in_the_container(&mut machine).await;
+    limits_are_those_of_a_node(&mut machine).await;
+    files_are_on_one_device(&mut machine).await;
+    what_is_deleted_is_given_back(&mut machine).await;
     terminals_work(&mut machine).await;
     signals_end_processes(&mut machine).await;
     memory_limits_are_told_apart(&mut machine).await;
@@ -262,6 +267,54 @@ async fn execs_run_in_the_container(machine: &mut Machine) {
     assert_eq!(machine.client.container_stats(request).await.unwrap_err().code(), Code::NotFound);
 }
 
+async fn limits_are_those_of_a_node(machine: &mut Machine) {
+    step("limits");
+    let (limits, _) = machine.output_of("main", "l1", &["cat", "/proc/self/limits"]).await;
+    for name in ["Max processes", "Max pending signals", "Max core file size"] {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        let words: Vec<_> = line.split_whitespace().take(2).collect();
+        assert_eq!(words, ["unlimited", "unlimited"], "{name}: {limits}");
+    }
+    for (path, least) in [
+        ("kernel/threads-max", 65_536),
+        ("vm/max_map_count", 262_144),
+        ("fs/inotify/max_user_watches", 524_288),
+        ("fs/inotify/max_user_instances", 8192),
+        ("net/ipv4/tcp_max_tw_buckets", 65_536),
+    ] {
+        let value: u64 = machine.read(&format!("/proc/sys/{path}")).trim().parse().unwrap();
+        assert!(value >= least, "{path}: {value}");
+    }
+}
+
+async fn files_are_on_one_device(machine: &mut Machine) {
+    step("device numbers");
+    // Of the image, then of the writable layer.
+    let script = "echo new > /new; stat -c %d / /bin /bin/busybox /etc/passwd /new | sort -u | wc -l; \
+                  stat -c %i /etc/passwd; echo '#' >> /etc/passwd; stat -c %i /etc/passwd";
+    let (output, _) = machine.output_of("main", "d1", &["sh", "-c", script]).await;
+    let lines: Vec<_> = output.lines().collect();
+    assert!(lines[0] == "1" && lines[1] == lines[2], "{output}");
+}
+
+async fn what_is_deleted_is_given_back(machine: &mut Machine) {
+    step("trim");
+    let mounts = machine.mounts();
+    let device = mounts.lines().find_map(|line| line.split_once(" /run/husk/scratch ")).unwrap().0;
+    let counters = device.replace("/dev/", "/sys/class/block/") + "/stat";
+    let discarded = || {
+        let counters = std::fs::read_to_string(&counters).unwrap();
+        counters.split_whitespace().nth(13).unwrap().parse::<u64>().unwrap() * 512
+    };
+    let script = "dd if=/dev/zero of=/big bs=1M count=64; sync; rm /big";
+    assert_eq!(machine.output_of("main", "g1", &["sh", "-c", script]).await.1, 0);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while discarded() < 64 << 20 {
+        assert!(Instant::now() < deadline, "{} bytes were given back", discarded());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
 async fn terminals_work(machine: &mut Machine) {
     step("terminal");
     machine.exec_with("main", "t1", &["sh"], true, true).await.unwrap();
@@ -271,6 +324,11 @@ async fn terminals_work(machine: &mut Machine) {
     let resize =
         ResizeTerminalRequest { container_id: "main".into(), process_id: "t1".into(), rows: 33, columns: 77 };
     machine.client.resize_terminal(resize.clone()).await.unwrap();
+    machine
+        .client
+        .resize_terminal(ResizeTerminalRequest { rows: 0, columns: 0, ..resize.clone() })
+        .await
+        .unwrap();
     stdin.write_all(b"stty size\n").await.unwrap();
     read_until(&mut stdout, "33 77").await;
     stdin.write_all(b"exit 5\n").await.unwrap();
@@ -305,6 +363,13 @@ async fn signals_end_processes(machine: &mut Machine) {
     let request = SignalProcessRequest { container_id: "main".into(), signal: 65, ..Default::default() };
     assert_eq!(machine.client.signal_process(request).await.unwrap_err().code(), Code::InvalidArgument);
 
+    // A real-time signal has no name: 40 here, and systemd's SIGRTMIN+3.
+    machine.exec("main", "s2", &["sh", "-c", "kill -40 $$"]).await.unwrap();
+    assert_eq!(machine.wait("main", "s2").await.exit_code, 128 + 40);
+    machine.exec("main", "s3", &["sleep", "1000"]).await.unwrap();
+    machine.signal("main", "s3", 37, false).await;
+    assert_eq!(machine.wait("main", "s3").await.exit_code, 128 + 37);
+
     let trap = "trap 'exit 9' USR1; while :; do sleep 0.1; done";
     machine.create(container("trap", &["sh", "-c", &format!("({trap}) & {trap}")])).await.unwrap();
     machine.start_container("trap").await;
@@ -331,6 +396,12 @@ async fn memory_limits_are_told_apart(machine: &mut Machine) {
     let outcome = machine.wait("oom", "").await;
     assert_eq!((outcome.exit_code, outcome.oom_killed), (128 + libc::SIGKILL, true));
     machine.remove("oom").await;
+
+    machine.create(container("oom", &["sh", "-c", "tail /dev/zero; exit 0"])).await.unwrap();
+    machine.start_container("oom").await;
+    let outcome = machine.wait("oom", "").await;
+    assert_eq!((outcome.exit_code, outcome.oom_killed), (0, true));
+    machine.remove("oom").await;
 }
 
 async fn containers_share_a_pid_namespace(machine: &mut Machine) {
@@ -349,8 +420,8 @@ async fn containers_share_a_pid_namespace(machine: &mut Machine) {
     let output = String::from_utf8(output).unwrap();
     assert!(output.contains("sleep 1234") && output.contains("husk-pause"), "{output}");
     // Its first process is not the namespace's, so the other must be ended too.
-    machine.signal("first", "", libc::SIGTERM, false).await;
-    assert_eq!(machine.wait("first", "").await.exit_code, 128 + libc::SIGTERM);
+    machine.signal("first", "", 37, false).await;
+    assert_eq!(machine.wait("first", "").await.exit_code, 128 + 37);
     let (output, _) = machine.output_of("main", "ps", &["true"]).await;
     assert_eq!(output, "");
     machine.remove("first").await;

@@ -25,13 +25,42 @@ pub struct Machine {
     pub client: AgentClient<Channel>,
 }
 
+/// An agent as pid 1 of its own namespaces.
+fn spawn(arguments: &[&str]) -> Child {
+    Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", "--mount", "--net", "--uts", "--ipc"])
+        .arg(env!("CARGO_BIN_EXE_husk-agent"))
+        .args(arguments)
+        .spawn()
+        .unwrap()
+}
+
+/// What an agent that serves the host answers to a connection from its own
+/// machine: the bytes before it closes.
+pub async fn answer_to_a_stranger() -> Vec<u8> {
+    let mut agent = spawn(&[]);
+    let deadline = Instant::now() + START;
+    let mut stream = loop {
+        match VsockStream::connect(VsockAddr::new(VMADDR_CID_LOCAL, GRPC_PORT)).await {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "the agent does not listen: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    // What opens a connection of gRPC (RFC 9113 §3.4).
+    let _ = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+    let mut answer = Vec::new();
+    let read = tokio::time::timeout(START, stream.read_to_end(&mut answer)).await;
+    let _ = agent.kill();
+    let _ = agent.wait();
+    assert!(read.is_ok(), "the agent keeps the connection, and says {answer:?}");
+    answer
+}
+
 impl Machine {
     pub async fn start() -> Self {
-        let unshare = Command::new("unshare")
-            .args(["--pid", "--fork", "--kill-child", "--mount", "--net", "--uts", "--ipc"])
-            .arg(env!("CARGO_BIN_EXE_husk-agent"))
-            .spawn()
-            .unwrap();
+        // The kernel's loopback stands for the host.
+        let unshare = spawn(&["--vsock-peer", "1"]);
         let children = format!("/proc/{0}/task/{0}/children", unshare.id());
         let deadline = Instant::now() + START;
         let pid = loop {
