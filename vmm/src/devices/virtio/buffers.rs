@@ -78,6 +78,36 @@ impl<'m> Buffers<'m> {
         Ok(buffers)
     }
 
+    /// The bytes that the driver gives to the device, and where the device may
+    /// write, for a device that answers later: see [`Self::of_ranges`].
+    ///
+    /// The chain is walked once. A driver may change it meanwhile, so that what
+    /// one walk has checked tells nothing of another.
+    ///
+    /// # Errors
+    /// The chain is malformed.
+    pub fn readable_and_output(
+        memory: &'m GuestMemoryMmap,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+    ) -> Result<(Self, Vec<(GuestAddress, usize)>), BadChain> {
+        let mut readable = Self { slices: Vec::with_capacity(4), len: 0 };
+        let mut output = Vec::with_capacity(4);
+        for (index, descriptor) in chain.enumerate() {
+            if index == MAX_SEGMENTS {
+                return Err(BadChain::TooManySegments);
+            }
+            let (address, len) = (descriptor.addr(), descriptor.len() as usize);
+            if !descriptor.is_write_only() {
+                readable.extend(memory, address, len)?;
+            } else if GuestMemoryBackend::check_range(memory, address, len) {
+                output.push((address, len));
+            } else {
+                return Err(BadChain::OutsideMemory);
+            }
+        }
+        Ok((readable, output))
+    }
+
     /// The bytes of these ranges, for a device that has kept them of a chain.
     ///
     /// # Errors
@@ -327,6 +357,21 @@ mod tests {
         assert_eq!(writable.io_vecs(1, 100).receive(ours.as_fd()).unwrap(), 3);
         let error = writable.io_vecs(1, 100).receive(ours.as_fd()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_chain_that_is_answered_later_is_walked_once() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0, 16);
+        let mut queue = driver.queue();
+        driver.add(&[Part::readable(0x10_0000, 3), Part::writable(0x20_0000, 4), Part::readable(0x10_1000, 2)]);
+        driver.add(&[Part::writable(memory.last_addr().0, 2)]);
+        driver.add_indirect(0x20_0000, &vec![Part::writable(0x10_0000, 1); MAX_SEGMENTS + 1]);
+        let mut next = || Buffers::readable_and_output(&memory, queue.pop_descriptor_chain(&memory).unwrap());
+        let (readable, output) = next().unwrap();
+        assert_eq!((readable.len(), output), (5, vec![(GuestAddress(0x20_0000), 4)]));
+        assert_eq!(next().unwrap_err(), BadChain::OutsideMemory);
+        assert_eq!(next().unwrap_err(), BadChain::TooManySegments);
     }
 
     #[test]

@@ -8,6 +8,8 @@ use virtio_bindings::virtio_blk as vb;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use crate::devices::virtio::buffers::MAX_SEGMENTS;
+
 /// Bytes of `struct virtio_blk_req` before its data: type, reserved, sector.
 const HEADER: u32 = 16;
 
@@ -18,6 +20,9 @@ pub enum Malformed {
     /// A descriptor points outside of guest memory.
     #[error("a buffer lies outside of memory")]
     OutsideMemory,
+    /// More than [`MAX_SEGMENTS`] descriptors; drivers are told of far fewer.
+    #[error("it has more than {MAX_SEGMENTS} buffers")]
+    TooLong,
     /// A readable descriptor follows a writable one (§2.7.4.2).
     #[error("a readable buffer follows a writable one")]
     Order,
@@ -81,7 +86,10 @@ impl Request {
         let memory = chain.memory();
         let head = chain.head_index();
         let (mut input, mut output) = (Vec::new(), Vec::new());
-        for descriptor in chain.clone() {
+        for (index, descriptor) in chain.clone().enumerate() {
+            if index == MAX_SEGMENTS {
+                return Err(Malformed::TooLong);
+            }
             if descriptor.len() == 0 {
                 continue;
             }

@@ -21,8 +21,10 @@ use super::device::QUEUE_SIZE;
 use super::persist::BlockRestoreError;
 use super::request::{Buffer, Malformed, Operation, Request};
 use super::*;
+use crate::devices::virtio::buffers::MAX_SEGMENTS;
 use crate::devices::virtio::device::{Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::{CONFIG_CHANGE, Interrupt, USED_RING};
+use crate::devices::virtio::test_utils::{self, DriverQueue, Part};
 
 const RING: GuestAddress = GuestAddress(0x1000);
 const HEADER: u64 = 0x8000;
@@ -107,6 +109,23 @@ mod requests {
         let request = parse(&memory, &[(HEADER, 16, false), (DATA, 513, true)]).unwrap();
         assert_eq!(request.output, [Buffer { address: GuestAddress(DATA), length: 512 }]);
         assert_eq!(request.status, GuestAddress(DATA + 512));
+    }
+
+    #[test]
+    fn a_request_has_a_bounded_number_of_buffers() {
+        // In a table of the driver's own, which may have as many as a number of
+        // 16 bits.
+        let memory = test_utils::memory();
+        let mut driver = DriverQueue::new(&memory, 0, 16);
+        let mut queue = driver.queue();
+        let parts: Vec<_> = std::iter::once(Part::readable(0x10_0000, 16))
+            .chain(std::iter::repeat_n(Part::writable(0x10_1000, 1), 60_000))
+            .collect();
+        driver.add_indirect(0x20_0000, &parts[..MAX_SEGMENTS]);
+        driver.add_indirect(0x40_0000, &parts);
+        let mut next = || Request::parse(queue.pop_descriptor_chain(&memory).unwrap());
+        assert_eq!(next().unwrap().output.len(), MAX_SEGMENTS - 2);
+        assert_eq!(next().unwrap_err(), Malformed::TooLong);
     }
 
     #[test]

@@ -256,15 +256,13 @@ enum Sent {
 
 impl<'m> Request<'m> {
     fn read(memory: &'m GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> Self {
-        let input = Buffers::readable(memory, chain.clone());
-        let (Ok(input), Ok(_)) = (input, Buffers::writable(memory, chain.clone())) else {
+        let Ok((input, output)) = Buffers::readable_and_output(memory, chain) else {
             return Self { header: None, input: Buffers::default(), output: Vec::new() };
         };
-        let output = chain.filter(|part| part.is_write_only()).map(|part| (part.addr(), part.len() as usize));
         let mut bytes = [0; IN_HEADER];
         let complete = input.read(0, &mut bytes) == IN_HEADER;
         let header = InHeader::read_from_bytes(&bytes).ok().filter(|_| complete);
-        Self { header, input, output: output.collect() }
+        Self { header, input, output }
     }
 
     fn send(&self, socket: BorrowedFd<'_>, in_flight: &mut InFlight, queue: usize, head: u16) -> Sent {
@@ -448,5 +446,43 @@ impl VirtioDevice for Fs {
 
     fn activation(&self) -> Option<&Activation> {
         self.activation.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::devices::virtio::buffers::MAX_SEGMENTS;
+    use crate::devices::virtio::test_utils::{DriverQueue, Part, memory};
+
+    #[test]
+    fn a_chain_that_grows_while_it_is_read_stays_bounded() {
+        const TABLE: u64 = 0x20_0000;
+        const READS: usize = 50_000;
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0, 16);
+        let mut queue = driver.queue();
+        driver.add_indirect(TABLE, &vec![Part::writable(0x10_0000, 1); 4000]);
+        let chain = queue.pop_descriptor_chain(&memory).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // A guest's other vCPU: the first descriptor is the last, and is not.
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    for flags in [2u16, 3] {
+                        memory.write_obj(flags, GuestAddress(TABLE + 12)).unwrap();
+                    }
+                }
+            });
+            let longest = (0..READS).map(|_| Request::read(&memory, chain.clone()).output.len()).max();
+            done.store(true, Ordering::Relaxed);
+            assert!(longest.unwrap() <= MAX_SEGMENTS, "{longest:?}");
+        });
     }
 }
