@@ -39,7 +39,6 @@ const FILES: &[i64] = &[
     libc::SYS_pwrite64,
     libc::SYS_pwritev2,
     libc::SYS_copy_file_range,
-    libc::SYS_fcntl,
     libc::SYS_getxattr,
     libc::SYS_setxattr,
     libc::SYS_listxattr,
@@ -62,7 +61,7 @@ pub fn install() -> Result<(), husk_seccomp::Error> {
 }
 
 fn list() -> Result<List, BackendError> {
-    Ok(List::new()?.calls(FILES).calls(IDENTITY))
+    List::new()?.calls(FILES).calls(IDENTITY).descriptor_flags()
 }
 
 #[cfg(test)]
@@ -70,6 +69,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::net::TcpListener;
+    use std::os::fd::AsRawFd;
     use std::process::Command;
 
     use rustix::fs::{CWD, Mode, OFlags};
@@ -89,5 +89,36 @@ mod tests {
             [connection.raw_os_error(), program.raw_os_error()]
         };
         assert_eq!(std::thread::spawn(restricted).join().unwrap(), [Some(libc::EPERM); 2]);
+    }
+
+    /// `F_SETSIG` of Linux, include/uapi/asm-generic/fcntl.h.
+    const F_SETSIG: i32 = 10;
+
+    /// A file whose owner is another process sends it signals.
+    #[test]
+    fn no_file_signals_another_process() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let mut victim = Command::new("/bin/sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(victim.id()).unwrap();
+        let attack = move || {
+            install().unwrap();
+            let fd = reader.as_raw_fd();
+            for (command, value) in [
+                (libc::F_SETOWN, pid),
+                (F_SETSIG, libc::SIGKILL),
+                (libc::F_SETFL, libc::O_ASYNC | libc::O_NONBLOCK),
+            ] {
+                // SAFETY: these commands of fcntl take numbers.
+                unsafe { libc::fcntl(fd, command, value) };
+            }
+            reader
+        };
+        let _reader = std::thread::spawn(attack).join().unwrap();
+        std::io::Write::write_all(&mut writer, b"x").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let ended = victim.try_wait().unwrap();
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        assert_eq!(ended, None);
     }
 }

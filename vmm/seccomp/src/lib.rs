@@ -110,6 +110,23 @@ impl List {
         Ok(self)
     }
 
+    /// Adds what `fcntl` may be asked: copies of a descriptor, and its flags. Its
+    /// other commands reach further: they lock files, and have the kernel signal
+    /// any process (`F_SETOWN`, `F_SETSIG`, `O_ASYNC`).
+    ///
+    /// # Errors
+    /// None that depends on anything but this program.
+    pub fn descriptor_flags(mut self) -> Result<Self, BackendError> {
+        let command = |value: i32| SeccompCondition::new(1, Dword, Eq, value.cast_unsigned().into());
+        let rules = self.0.entry(libc::SYS_fcntl).or_default();
+        for value in [libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC] {
+            rules.push(SeccompRule::new(vec![command(value)?])?);
+        }
+        let quiet = SeccompCondition::new(2, Dword, MaskedEq(libc::O_ASYNC as u64), 0)?;
+        rules.push(SeccompRule::new(vec![command(libc::F_SETFL)?, quiet])?);
+        Ok(self)
+    }
+
     /// Adds requests of `ioctl` by their kind (`'T'`) and numbers; sizes and
     /// directions are not looked at.
     ///
@@ -203,6 +220,35 @@ mod tests {
         assert_eq!(refused(libc::SYS_mprotect, [0, 0, libc::PROT_READ.into()]), None);
         assert_eq!(refused(libc::SYS_clone3, [0; 3]), Some(libc::ENOSYS));
     }
+
+    #[test]
+    fn descriptors_are_copied_and_nobody_is_signalled_by_one() {
+        let refused = |command: i32, value: i32| {
+            let call = move || {
+                List::new().unwrap().descriptor_flags().unwrap().install(Refusal::Error).unwrap();
+                // SAFETY: these commands of fcntl take numbers.
+                let result = unsafe { libc::fcntl(0, command, value) };
+                (result < 0).then(|| io::Error::last_os_error().raw_os_error()).flatten()
+            };
+            thread::spawn(call).join().unwrap() == Some(libc::EPERM)
+        };
+        for (command, value) in [
+            (libc::F_SETOWN, 1),
+            (F_SETSIG, libc::SIGKILL),
+            (libc::F_SETFL, libc::O_ASYNC | libc::O_NONBLOCK),
+            (libc::F_SETLK, 0),
+            (F_SETOWN_EX, 0),
+        ] {
+            assert!(refused(command, value), "fcntl {command} with {value:#x}");
+        }
+        for (command, value) in [(libc::F_GETFD, 0), (libc::F_GETFL, 0), (libc::F_DUPFD_CLOEXEC, 10)] {
+            assert!(!refused(command, value), "fcntl {command}");
+        }
+    }
+
+    // Of Linux, include/uapi/asm-generic/fcntl.h.
+    const F_SETSIG: i32 = 10;
+    const F_SETOWN_EX: i32 = 15;
 
     #[test]
     fn threads_are_made_and_are_restricted_like_their_maker() {

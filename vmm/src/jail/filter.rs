@@ -26,7 +26,6 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_writev,
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
-    libc::SYS_fcntl,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_poll,
@@ -131,7 +130,11 @@ pub fn install(thread: Thread) -> Result<(), StageError> {
 }
 
 fn list(thread: Thread) -> Result<List, BackendError> {
-    let list = List::new()?.calls(EVERY_THREAD).requests(KVMIO, RUN)?.requests(b'T', &[TUN_OFFLOAD])?;
+    let list = List::new()?
+        .calls(EVERY_THREAD)
+        .descriptor_flags()?
+        .requests(KVMIO, RUN)?
+        .requests(b'T', &[TUN_OFFLOAD])?;
     if thread == Thread::Vcpu {
         return Ok(list);
     }
