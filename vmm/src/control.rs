@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use husk_vmm_api::socket::{self, Error as SocketError};
+use husk_vmm_api::words::say;
 use husk_vmm_api::{Request, Response};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -120,7 +121,7 @@ impl MutEventSubscriber for ControlServer {
 
     fn init(&mut self, ops: &mut EventOps) {
         if ops.add(Events::new(&self.listener, EventSet::IN)).is_err() {
-            eprintln!("husk-vmm: the control socket cannot be watched");
+            say(format_args!("husk-vmm: the control socket cannot be watched"));
         }
     }
 }

@@ -7,14 +7,19 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use husk_vmm_api::words::{EXIT_SIZE, Words, say};
 use husk_vmm_api::{Exit, ExitReason};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::register_signal_handler;
 
 use crate::devices::console::Console;
 use crate::lock;
+
+/// Most bytes of the words on an end.
+const MAX_DETAIL: usize = 4096;
 
 /// Says that the machine has ended.
 pub struct ExitSignal {
@@ -67,27 +72,69 @@ impl MutEventSubscriber for Waker {
     }
 }
 
-/// Writes `exit` for a daemon that comes back later.
+/// Where the record of the end goes, for a daemon that comes back later.
+#[derive(Debug)]
+pub struct Record(Target);
+
+#[derive(Debug)]
+enum Target {
+    Words(Words),
+    /// What cannot be mapped: a pipe, or a file that is open for writing alone.
+    File(File),
+}
+
+impl Record {
+    /// A record in `file`.
+    #[must_use]
+    pub fn new(file: File) -> Self {
+        Self(Words::map(&file, EXIT_SIZE).map_or_else(|_| Target::File(file), Target::Words))
+    }
+
+    /// Writes it.
+    pub fn write(&self, exit: &Exit) {
+        let mut exit = exit.clone();
+        exit.detail.truncate(exit.detail.floor_char_boundary(MAX_DETAIL));
+        match serde_json::to_vec(&exit) {
+            Ok(text) => self.write_bytes(&text),
+            Err(error) => say(format_args!("husk-vmm: record the machine's end: {error}")),
+        }
+    }
+
+    /// Writes a record that is text already. A signal handler may call it.
+    pub fn write_bytes(&self, text: &[u8]) {
+        match &self.0 {
+            Target::Words(words) => words.replace(text),
+            Target::File(file) => {
+                // A pipe serves as well as a file.
+                if file.write_all_at(text, 0).is_err() {
+                    let _ = (&mut &*file).write_all(text);
+                }
+            }
+        }
+    }
+}
+
+/// Lets SIGTERM end the process. The first process of a PID namespace has no
+/// default for it, and a host that shuts down asks that way.
 ///
 /// # Errors
-/// The file's.
-pub fn record(file: &File, exit: &Exit) -> io::Result<()> {
-    let text = serde_json::to_vec(exit)?;
-    match file.write_all_at(&text, 0) {
-        // A pipe serves as well as a file.
-        Err(error) if error.raw_os_error() == Some(libc::ESPIPE) => (&mut &*file).write_all(&text),
-        result => result,
+/// The kernel's.
+pub fn end_when_asked() -> Result<(), vmm_sys_util::errno::Error> {
+    extern "C" fn end(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: ends the process without running anything else of it.
+        unsafe { libc::_exit(ExitReason::Killed.code()) }
     }
+    register_signal_handler(libc::SIGTERM, end)
 }
 
 /// Lets a panic end the process at once, with a record like any other end: a
 /// machine without one of its threads would hang.
-pub fn end_on_panic(file: File, console: Console) {
+pub fn end_on_panic(record: Arc<Record>, console: Console) {
     std::panic::set_hook(Box::new(move |panic| {
         let detail = format!("internal error: {panic}");
-        eprintln!("husk-vmm: {detail}");
+        say(format_args!("husk-vmm: {detail}"));
         let exit = Exit { reason: ExitReason::VmmError, detail, console: console.text() };
-        let _ = record(&file, &exit);
+        record.write(&exit);
         // SAFETY: ends the process without running anything else of it.
         unsafe { libc::_exit(ExitReason::VmmError.code()) }
     }));
@@ -98,6 +145,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::io::Read;
+
+    use husk_vmm_api::words;
 
     use super::*;
 
@@ -114,14 +163,28 @@ mod tests {
     fn the_record_can_be_read_back() {
         let exit = Exit { reason: ExitReason::TripleFault, detail: "d".into(), console: "last words".into() };
         let file = tempfile::NamedTempFile::new().unwrap();
-        record(file.as_file(), &exit).unwrap();
-        let text = std::fs::read_to_string(file.path()).unwrap();
+        Record::new(file.reopen().unwrap()).write(&exit);
+        let text = words::read(file.reopen().unwrap()).unwrap();
         assert_eq!(serde_json::from_str::<Exit>(&text).unwrap(), exit);
 
         let (mut reader, writer) = io::pipe().unwrap();
-        record(&File::from(std::os::fd::OwnedFd::from(writer)), &exit).unwrap();
+        Record::new(File::from(std::os::fd::OwnedFd::from(writer))).write(&exit);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(serde_json::from_str::<Exit>(&text).unwrap(), exit);
+    }
+
+    #[test]
+    fn the_longest_record_is_whole() {
+        let exit = Exit {
+            reason: ExitReason::Panic,
+            detail: "\u{1}".repeat(100_000),
+            console: "\u{2}".repeat(husk_vmm_api::CONSOLE_TAIL),
+        };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        Record::new(file.reopen().unwrap()).write(&exit);
+        let text = words::read(file.reopen().unwrap()).unwrap();
+        let read: Exit = serde_json::from_str(&text).unwrap();
+        assert_eq!((read.console, read.detail.len()), (exit.console, MAX_DETAIL));
     }
 }

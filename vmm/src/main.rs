@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use husk_vmm::exit::{self, Record};
 use husk_vmm::jail::{self, filter};
 use husk_vmm::vmm::Vmm;
-use husk_vmm_api::ExitReason;
+use husk_vmm_api::{ExitReason, words};
 
 const USAGE: &str = "usage: husk-vmm --id <sandbox id> --user <uid> --control-fd <n> --exit-fd <n>
 It is started by huskd, as root; the descriptors are a listening SOCK_SEQPACKET
@@ -21,7 +23,7 @@ fn main() -> ExitCode {
     match run(started) {
         Ok(reason) => ExitCode::from(reason.code() as u8),
         Err(error) => {
-            eprintln!("husk-vmm: {error:#}");
+            words::say(format_args!("husk-vmm: {error:#}"));
             ExitCode::from(ExitReason::VmmError.code() as u8)
         }
     }
@@ -34,9 +36,11 @@ fn run(started: Instant) -> Result<ExitReason> {
     };
     let control = inherit(arguments.control_fd).context("--control-fd")?;
     let exit = inherit(arguments.exit_fd).context("--exit-fd")?;
-    let exit = File::from(exit);
-    filter::end_on_refusal(exit.try_clone().context("keep the exit file")?).context("handle signals")?;
-    let vmm = Vmm::new(control, exit, started).context(arguments.id)?;
+    let record = Arc::new(Record::new(File::from(exit)));
+    words::log_to_standard_error().context("map the log")?;
+    exit::end_when_asked().context("handle signals")?;
+    filter::end_on_refusal(Arc::clone(&record)).context("handle signals")?;
+    let vmm = Vmm::new(control, record, started).context(arguments.id)?;
     jail::enter(arguments.user)?;
     filter::install(filter::Thread::Loop)?;
     Ok(vmm.run())

@@ -12,7 +12,7 @@ use husk_vmm_api::{Exit, ExitReason, FdIndex, FsState, Info, Request, Response, 
 use crate::builder::{self, Descriptors};
 use crate::control::{ClientId, ControlServer};
 use crate::devices::console::Console;
-use crate::exit::{self, ExitSignal};
+use crate::exit::{self, ExitSignal, Record};
 use crate::hypervisor::{Hypervisor, HypervisorError};
 use crate::lock;
 use crate::machine::{Machine, Subscriber};
@@ -28,7 +28,7 @@ pub struct Vmm {
     events: EventManager<Subscriber>,
     control: Arc<Mutex<ControlServer>>,
     exit: Arc<ExitSignal>,
-    exit_file: File,
+    record: Arc<Record>,
     console: Console,
     /// Made in advance, when the process could still open KVM; taken by the boot.
     hypervisor: Option<Result<Hypervisor, HypervisorError>>,
@@ -39,13 +39,13 @@ pub struct Vmm {
 
 impl Vmm {
     /// A process that serves `control`, a listening socket, and records the
-    /// machine's end in `exit_file`. `started` is when the process began.
+    /// machine's end in `record`. `started` is when the process began.
     ///
     /// # Errors
     /// [`StageError`].
-    pub fn new(control: OwnedFd, exit_file: File, started: Instant) -> Result<Self, StageError> {
+    pub fn new(control: OwnedFd, record: Arc<Record>, started: Instant) -> Result<Self, StageError> {
         let console = Console::default();
-        exit::end_on_panic(exit_file.try_clone().map_err(at("keep the exit file"))?, console.clone());
+        exit::end_on_panic(Arc::clone(&record), console.clone());
         vcpu::install_kick_handler().map_err(at("handle signals"))?;
         let exit = Arc::new(ExitSignal::new().map_err(at("make an eventfd"))?);
         let control = Arc::new(Mutex::new(ControlServer::new(control).map_err(at("listen"))?));
@@ -58,7 +58,7 @@ impl Vmm {
             events,
             control,
             exit,
-            exit_file,
+            record,
             console,
             hypervisor: Some(Hypervisor::new()),
             machine: None,
@@ -89,9 +89,7 @@ impl Vmm {
             }
         };
         let exit = Exit { reason, detail, console: self.console.text() };
-        if let Err(error) = exit::record(&self.exit_file, &exit) {
-            eprintln!("husk-vmm: record the machine's end: {error}");
-        }
+        self.record.write(&exit);
         let response = Response::Exited(exit);
         let control = lock(&self.control);
         for client in &self.waiting {

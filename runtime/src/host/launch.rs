@@ -2,16 +2,15 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path};
+use husk_spawn::Detached;
+
 use crate::agent::Agent;
 use crate::config::Handler;
 use crate::dirs;
@@ -64,9 +63,8 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Arc<Machine>, u32), Error> {
     let log = log_path(run_dir);
     let log = File::create(&log).map_err(file("make log", &log))?;
 
-    let pid = spawn(plan, &own_group, &socket, log).map_err(file("start supervisor", &plan.handler.agent))?;
-    // The supervisor alone listens now: once it has gone, nobody does.
-    drop(socket);
+    // The supervisor alone listens then: once it has gone, nobody does.
+    let pid = spawn(plan, &own_group, socket, log).map_err(file("start supervisor", &plan.handler.agent))?;
     let timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let failed = |cause| Error::Supervisor { cause, log: last_lines(run_dir) };
     let agent = Agent::connect(socket_path, timeout).await.map_err(failed)?;
@@ -75,54 +73,27 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Arc<Machine>, u32), Error> {
     Ok((Arc::new(machine), pid))
 }
 
-/// Starts it in a session and a control group of its own, so that it outlives
-/// huskd and can be ended with its pod from its first instruction on; and has
-/// it reaped.
-fn spawn(plan: &Plan<'_>, group: &Path, socket: &UnixListener, log: File) -> io::Result<u32> {
-    const SOCKET_FD: RawFd = 3;
-    let membership = File::options().write(true).open(group.join("cgroup.procs"))?;
-    let (socket, group) = (socket.as_raw_fd(), membership.as_raw_fd());
-    let mut command = Command::new(&plan.handler.agent);
-    command
-        .arg("--host")
-        .arg("--directory")
-        .arg(&plan.run_dir)
-        .arg("--layers")
-        .arg(&plan.layers)
-        .arg("--cgroup")
-        .arg(&plan.cgroup)
-        .arg("--runc")
-        .arg(&plan.handler.runc);
+/// Starts it in a control group of its own, so that it can be ended with its pod
+/// from its first instruction on. It keeps huskd's limits: its containers get
+/// theirs from them.
+fn spawn(plan: &Plan<'_>, group: &Path, socket: UnixListener, log: File) -> io::Result<u32> {
+    let mut program = Detached::new(&plan.handler.agent)?
+        .arguments(["--host", "--directory"])?
+        .arguments([&plan.run_dir])?
+        .arguments(["--layers"])?
+        .arguments([&plan.layers])?
+        .arguments(["--cgroup"])?
+        .arguments([&plan.cgroup])?
+        .arguments(["--runc"])?
+        .arguments([&plan.handler.runc])?
+        .log(log)
+        .descriptor(socket.into())
+        .cgroup(group)?;
     if let Some(netns) = &plan.netns {
-        command.arg("--netns").arg(netns);
+        program = program.arguments(["--netns"])?.arguments([netns])?;
     }
     if plan.own_ipc {
-        command.arg("--own-ipc");
+        program = program.arguments(["--own-ipc"])?;
     }
-    command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    // SAFETY: between fork and exec only system calls are made that are safe
-    // there (setsid, write, dup2, fcntl), on descriptors that the parent keeps
-    // open.
-    unsafe {
-        command.pre_exec(move || {
-            nix::unistd::setsid()?;
-            // "0" is the process that writes it.
-            if libc::write(group, c"0".as_ptr().cast(), 1) != 1 {
-                return Err(io::Error::last_os_error());
-            }
-            // Onto itself, dup2 would leave the descriptor to be closed.
-            let done = if socket == SOCKET_FD {
-                libc::fcntl(socket, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(socket, SOCKET_FD)
-            };
-            if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
-    let mut child = command.spawn()?;
-    let pid = child.id();
-    std::thread::Builder::new().name("reap-agent".into()).stack_size(16 * 1024).spawn(move || {
-        let _ = child.wait();
-    })?;
-    Ok(pid)
+    Ok(program.spawn()?.pid)
 }

@@ -21,6 +21,7 @@ use crate::vm::Machine;
 mod clock;
 pub mod cpus;
 pub mod lifecycle;
+pub mod oom_score;
 pub mod recover;
 pub mod registry;
 mod strays;

@@ -27,15 +27,6 @@ pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
     Some(root.join(below).join(format!("husk-{}", id.short())))
 }
 
-/// Makes it, and moves the process `pid` into it.
-///
-/// # Errors
-/// The kernel's.
-pub fn enter(path: &Path, pid: u32) -> io::Result<()> {
-    make(path)?;
-    std::fs::write(path.join("cgroup.procs"), pid.to_string())
-}
-
 /// Makes it, and has the kernel count what is used in it.
 ///
 /// # Errors
@@ -133,6 +124,24 @@ pub fn set_list(path: &Path, file: &str, list: &str) -> io::Result<()> {
     std::fs::write(own, format!("{list}\n"))
 }
 
+/// Gives every process of the group at `path` this OOM score (`oom_score_adj` of
+/// proc(5)): a VMM and a file server. One that has ended is passed over.
+///
+/// # Errors
+/// The kernel's, for a score that huskd may not lower to.
+pub fn set_oom_score(path: &Path, score: i64) -> io::Result<()> {
+    let processes = std::fs::read_to_string(path.join("cgroup.procs"))?;
+    for process in processes.split_whitespace() {
+        match std::fs::write(format!("/proc/{process}/oom_score_adj"), score.to_string()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // It ended after the file was opened.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
 /// Removes the groups below first; their files are no obstacle.
 fn remove_tree(path: &Path) -> io::Result<()> {
     let mut groups = vec![path.to_owned()];
@@ -218,6 +227,24 @@ mod tests {
         std::fs::write(folder.path().join("memory.stat"), "anon 3\npgfault 2\n").unwrap();
         let memory = Memory { current: 4096, anonymous: 3, page_faults: 2, ..Memory::default() };
         assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: Some(memory) }));
+    }
+
+    #[test]
+    fn every_process_of_a_group_has_its_score() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut processes =
+            [0, 1].map(|_| std::process::Command::new("/bin/sleep").arg("60").spawn().unwrap());
+        // One has ended meanwhile.
+        let listed = format!("{}\n4194399\n{}\n", processes[0].id(), processes[1].id());
+        std::fs::write(folder.path().join("cgroup.procs"), listed).unwrap();
+        let set = set_oom_score(folder.path(), 321);
+        for process in &mut processes {
+            let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", process.id())).unwrap();
+            process.kill().unwrap();
+            process.wait().unwrap();
+            assert_eq!(score, "321\n");
+        }
+        set.unwrap();
     }
 
     #[test]

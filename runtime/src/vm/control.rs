@@ -179,10 +179,14 @@ impl Control {
                 .ok_or_else(|| Error::Control { stage, cause: "the VMM has ended".into() })?;
             let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
             socket::send(socket.as_fd(), &request, &fds).map_err(|error| failed(stage, &error))?;
-            socket::receive::<Response>(socket.as_fd()).map_err(|error| failed(stage, &error))
+            socket::receive_from::<Response>(socket.as_fd()).map_err(|error| failed(stage, &error))
         })
         .await?;
-        Ok(answer.map(|(response, _)| response))
+        Ok(answer.map(|answer| match answer.message {
+            // The VMM does not know by which number it is known here.
+            Response::Info(info) => Response::Info(Info { pid: answer.pid.unwrap_or(info.pid), ..info }),
+            other => other,
+        }))
     }
 
     /// `None` when nobody listens.
@@ -192,6 +196,7 @@ impl Control {
             let limit = TimeVal::seconds(i64::try_from(limit.as_secs()).unwrap_or(i64::MAX));
             setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
             setsockopt(&socket, sockopt::SendTimeout, &limit)?;
+            setsockopt(&socket, sockopt::PassCred, &true)?;
             connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
             Ok(socket)
         };

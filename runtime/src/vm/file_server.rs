@@ -7,11 +7,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use husk_vmm_api::{FILE_SERVER_READY, FsState};
+use husk_spawn::{Detached, Limit};
+use husk_vmm_api::{FILE_SERVER_READY, FsState, words};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socketpair, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
@@ -23,6 +22,10 @@ const SOCKET_BUFFER: usize = 1 << 20;
 
 /// Most seconds until it is ready.
 const START_SECONDS: i64 = 30;
+
+/// What it may have at most. Its files are the volumes', of any size and number:
+/// it raises the limit of open ones itself, and has as many threads as requests.
+const LIMITS: [Limit; 3] = [(libc::RLIMIT_NPROC, 64), (libc::RLIMIT_MEMLOCK, 0), (libc::RLIMIT_CORE, 0)];
 
 /// Which process it is, in the machine's folder.
 const RECORD: &str = "fs.process";
@@ -101,36 +104,19 @@ fn start(plan: &Plan<'_>, log: &Path) -> io::Result<(OwnedFd, Process)> {
             setsockopt(socket, sockopt::SndBuf, &SOCKET_BUFFER)?;
         }
     }
-    let mut command = Command::new(plan.program);
-    command
-        .args(["--id", plan.id.as_str(), "--root"])
-        .arg(plan.root)
-        .env_clear()
-        .stdin(Stdio::from(theirs))
-        .stdout(Stdio::null())
-        .stderr(File::create(log)?);
-    // SAFETY: setsid is safe between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::setsid()?;
-            Ok(())
-        });
+    let mut program = Detached::new(plan.program)?
+        .arguments(["--id", plan.id.as_str(), "--root"])?
+        .arguments([plan.root])?
+        .stdin(theirs)
+        .log(super::record_file(log)?)
+        .limits(LIMITS)
+        .own_pids();
+    if let Some(path) = &plan.cgroup {
+        cgroup::make(path)?;
+        program = program.cgroup(path)?;
     }
-    let mut child = command.spawn()?;
-    // It must not end up outside of the pod's control group: the pod's end
-    // counts on it.
-    if let Some(path) = &plan.cgroup
-        && let Err(error) = cgroup::enter(path, child.id())
-    {
-        let _ = child.kill();
-        let _ = child.wait();
-        return Err(error);
-    }
-    let process = Process::of(child.id()).ok_or_else(|| io::Error::other("it ended at once"));
-    std::thread::Builder::new().name("reap-fs".into()).stack_size(16 * 1024).spawn(move || {
-        let _ = child.wait();
-    })?;
-    Ok((ours, process?))
+    let process = Process::of(program.spawn()?.pid).ok_or_else(|| io::Error::other("it ended at once"))?;
+    Ok((ours, process))
 }
 
 /// A process: its id, and when it began (clock ticks since the host's boot).
@@ -169,7 +155,7 @@ fn wait_ready(socket: OwnedFd, log: &Path) -> io::Result<OwnedFd> {
     let raw = std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd());
     let len = recv(raw, &mut word, MsgFlags::empty())?;
     if word.get(..len) != Some(FILE_SERVER_READY) {
-        let said = std::fs::read_to_string(log).unwrap_or_default();
+        let said = File::open(log).and_then(words::read).unwrap_or_default();
         return Err(io::Error::other(format!("it ended at once: {}", said.trim())));
     }
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(0))?;

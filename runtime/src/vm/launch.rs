@@ -2,14 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream as StdUnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use husk_spawn::{Detached, Limit, Spawned};
 use husk_vmm_api::{DiskConfig, HostPort, NetConfig, TemplateConfig, VmConfig, VsockConfig};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use tokio::io::AsyncReadExt;
@@ -17,7 +16,8 @@ use tokio::net::UnixStream;
 
 use super::template::Template;
 use super::{
-    Control, Error, Keeper, Machine, Process, Slots, Vmm, cgroup, control_path, exit_path, vsock_path,
+    Control, Error, Keeper, Machine, Process, Slots, Vmm, cgroup, control_path, exit_path, record_file,
+    users, vsock_path,
 };
 use crate::agent::Agent;
 use crate::config::Handler;
@@ -115,17 +115,18 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let control = listen_seqpacket(&control_path).map_err(file("make control socket", &control_path))?;
     let vsock = UnixListener::bind(&vsock_path).map_err(file("make vsock socket", &vsock_path))?;
     let (ready, theirs) = ready_pair().map_err(file("make vsock socket", &vsock_path))?;
-    let exit = File::create(&exit_path).map_err(file("make exit record", &exit_path))?;
+    let exit = record_file(&exit_path).map_err(file("make exit record", &exit_path))?;
     let log_path = plan.run_dir.join(LOG);
-    let log = File::create(&log_path).map_err(file("make VMM log", &log_path))?;
+    let log = record_file(&log_path).map_err(file("make VMM log", &log_path))?;
 
-    let (pid, process) =
-        spawn(plan.id, plan.handler, &control, &exit, log).map_err(file("start VMM", &plan.handler.vmm))?;
-    // The VMM alone listens now: once it has gone, nobody does.
-    drop((control, exit));
+    let user = users::claim(&plan.run_dir).map_err(file("choose the VMM's user", &plan.run_dir))?;
     if let Some(cgroup) = &plan.cgroup {
-        cgroup::enter(cgroup, pid).map_err(file("make control group", cgroup))?;
+        cgroup::make(cgroup).map_err(file("make control group", cgroup))?;
     }
+    // The VMM alone listens then: once it has gone, nobody does.
+    let started_vmm = |cause| Error::File { stage: "start VMM", path: plan.handler.vmm.clone(), cause };
+    let Spawned { pid, pidfd } = spawn(plan, user, control, exit, log).map_err(started_vmm)?;
+    let process = Process::watch(pidfd).map_err(started_vmm)?;
 
     let cloned = template.is_some();
     let (config, fds) = machine_config(plan, template, vsock, theirs)?;
@@ -212,70 +213,42 @@ fn listen_seqpacket(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Who the VMM of a machine runs as: nobody else, among so many that two
-/// machines hardly ever share one. They are beyond what systemd gives to users
-/// (up to 0x6fff_ffff).
-fn user(id: &SandboxId) -> u32 {
-    const FIRST: u32 = 0x7000_0000;
-    const COUNT: u32 = 1 << 24;
-    let hash = id.as_str().bytes().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
-    FIRST + hash % COUNT
+/// What the VMM may have at most. It opens nothing by itself once it faces its
+/// guest, and its user is nobody else's.
+fn limits(plan: &Plan<'_>) -> io::Result<[Limit; 5]> {
+    /// Connections of the vsock device, and some for each disk.
+    const OPEN_FILES: u64 = 4096;
+    /// Two event loops, four threads for all disks, and KVM's own.
+    const OTHER_THREADS: u64 = 24;
+    let threads = u64::from(plan.vcpus) + OTHER_THREADS;
+    // It writes to its disk, or to the memory file of a template.
+    let disk = std::fs::metadata(&plan.scratch)?.len();
+    let memory = u64::from(plan.memory_mib) << 20;
+    Ok([
+        (libc::RLIMIT_FSIZE, disk.max(memory)),
+        (libc::RLIMIT_NOFILE, OPEN_FILES),
+        (libc::RLIMIT_NPROC, threads),
+        (libc::RLIMIT_MEMLOCK, 0),
+        (libc::RLIMIT_CORE, 0),
+    ])
 }
 
-/// Starts the VMM in a session of its own, so that it outlives huskd, and has
-/// it reaped when it ends.
-fn spawn(
-    id: &SandboxId,
-    handler: &Handler,
-    control: &OwnedFd,
-    exit: &File,
-    log: File,
-) -> io::Result<(u32, Process)> {
-    const CONTROL_FD: RawFd = 3;
-    const EXIT_FD: RawFd = 4;
-    let (control, exit) = (control.as_raw_fd(), exit.as_raw_fd());
-    let mut command = Command::new(&handler.vmm);
-    command
-        .args(["--id", id.as_str(), "--user", &user(id).to_string()])
-        .args(["--control-fd", &CONTROL_FD.to_string(), "--exit-fd", &EXIT_FD.to_string()])
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log);
-    // SAFETY: between fork and exec only system calls are made that are safe
-    // there (setsid, dup3, fcntl), on descriptors that the parent keeps open.
-    unsafe {
-        command.pre_exec(move || {
-            nix::unistd::setsid()?;
-            // Both go out of the way first: either may sit on 3 or 4 now.
-            let control = above(control)?;
-            let exit = above(exit)?;
-            for (from, to) in [(control, CONTROL_FD), (exit, EXIT_FD)] {
-                if libc::dup2(from, to) < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
+/// Starts the VMM, which outlives huskd.
+fn spawn(plan: &Plan<'_>, user: u32, control: OwnedFd, exit: File, log: File) -> io::Result<Spawned> {
+    const CONTROL_FD: &str = "3";
+    const EXIT_FD: &str = "4";
+    let mut program = Detached::new(&plan.handler.vmm)?
+        .arguments(["--id", plan.id.as_str(), "--user", &user.to_string()])?
+        .arguments(["--control-fd", CONTROL_FD, "--exit-fd", EXIT_FD])?
+        .log(log)
+        .descriptor(control)
+        .descriptor(exit.into())
+        .limits(limits(plan)?)
+        .own_pids();
+    if let Some(cgroup) = &plan.cgroup {
+        program = program.cgroup(cgroup)?;
     }
-    let mut child = command.spawn()?;
-    let pid = child.id();
-    // Before anybody waits for it: until then the number is its own.
-    let process = Process::open(pid).inspect_err(|_| {
-        let _ = child.kill();
-        let _ = child.wait();
-    })?;
-    std::thread::Builder::new().name("reap-vmm".into()).stack_size(16 * 1024).spawn(move || {
-        let _ = child.wait();
-    })?;
-    Ok((pid, process))
-}
-
-/// A copy of the descriptor above those that the VMM expects, closed on exec.
-fn above(fd: RawFd) -> io::Result<RawFd> {
-    // SAFETY: fcntl with F_DUPFD_CLOEXEC touches no memory.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) };
-    if copy < 0 { Err(io::Error::last_os_error()) } else { Ok(copy) }
+    program.spawn()
 }
 
 fn machine_config(

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_vmm_api::{Exit, Info, Request, Response};
+use husk_vmm_api::{Exit, Info, Request, Response, words};
 
 use crate::agent::Agent;
 use crate::host::Supervisor;
@@ -17,11 +17,14 @@ pub mod launch;
 mod process;
 mod slots;
 pub mod template;
+mod users;
 
 #[cfg(test)]
 pub(crate) use control::tests;
 
-pub use cgroup::{Memory, Usage, kill as kill_cgroup, oom_kills, remove as remove_cgroup, set_list, usage};
+pub use cgroup::{
+    Memory, Usage, kill as kill_cgroup, oom_kills, remove as remove_cgroup, set_list, set_oom_score, usage,
+};
 pub use control::Control;
 pub use process::Process;
 pub use slots::{Claim, Slots};
@@ -270,6 +273,7 @@ pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
     if path.exists() {
         Control::new(path).kill().await?;
     }
+    users::release(run_dir);
     match std::fs::remove_dir_all(run_dir) {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::File { stage: "remove sockets", path: run_dir.into(), cause })
@@ -281,7 +285,15 @@ pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
 /// What the VMM left behind when it ended, if it could.
 #[must_use]
 pub fn last_words(run_dir: &Path) -> Option<Exit> {
-    serde_json::from_slice(&std::fs::read(exit_path(run_dir)).ok()?).ok()
+    let file = std::fs::File::open(exit_path(run_dir)).ok()?;
+    serde_json::from_str(&words::read(file).ok()?).ok()
+}
+
+/// A file of `run_dir` that a process which faces a guest writes to, see
+/// [`words`]. It maps it, for which it has to be readable as well.
+fn record_file(path: &Path) -> std::io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 impl From<Exit> for Error {

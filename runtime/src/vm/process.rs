@@ -46,7 +46,11 @@ impl Process {
         Self::watch(pidfd).map_err(failed)
     }
 
-    fn watch(pidfd: OwnedFd) -> io::Result<Self> {
+    /// The process of this pidfd.
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub fn watch(pidfd: OwnedFd) -> io::Result<Self> {
         // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
         Ok(Self(Arc::new(pidfd)))

@@ -18,6 +18,7 @@
 use serde::{Deserialize, Serialize};
 
 pub mod socket;
+pub mod words;
 
 /// The version of this interface. It grows when a client has to treat a VMM
 /// differently; fields and requests that are merely new do not change it. A VMM of
@@ -228,7 +229,8 @@ pub struct HostPort {
 /// How a machine is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Info {
-    /// Process id of the VMM.
+    /// Process id of the VMM, as it knows itself: 1 in a PID namespace of its own.
+    /// The socket tells its client the true one, see [`socket::receive_from`].
     pub pid: u32,
     /// False before [`Request::Boot`] has succeeded.
     pub booted: bool,

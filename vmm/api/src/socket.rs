@@ -4,7 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -52,24 +52,50 @@ pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, fds: &[BorrowedFd
 /// The socket's, or [`Error::Json`] and [`Error::TooLarge`] for a packet that
 /// is not ours; its descriptors are closed then.
 pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<(M, Vec<OwnedFd>)>, Error> {
+    Ok(receive_from(socket)?.map(|received| (received.message, received.fds)))
+}
+
+/// The answer of [`receive_from`].
+#[derive(Debug)]
+pub struct Received<M> {
+    /// The message.
+    pub message: M,
+    /// The descriptors that it names.
+    pub fds: Vec<OwnedFd>,
+    /// Which process sent it, by its number here; the kernel says so on a socket
+    /// with `SO_PASSCRED`. A process in a PID namespace does not know it.
+    pub pid: Option<u32>,
+}
+
+/// As [`receive`], with the sender.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_from<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<Received<M>>, Error> {
     let mut packet = vec![0u8; MAX_PACKET];
-    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut control = nix::cmsg_space!([RawFd; MAX_FDS], UnixCredentials);
     let mut parts = [IoSliceMut::new(&mut packet)];
-    let (length, truncated, fds) = loop {
+    let (length, truncated, fds, pid) = loop {
         match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
             Ok(received) => {
-                let mut fds = Vec::new();
+                let (mut fds, mut pid) = (Vec::new(), None);
                 for message in received.cmsgs()? {
-                    if let ControlMessageOwned::ScmRights(raw) = message {
-                        // SAFETY: the kernel has just made these descriptors for
-                        // us, and nobody else knows them.
-                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    match message {
+                        ControlMessageOwned::ScmRights(raw) => {
+                            // SAFETY: the kernel has just made these descriptors for
+                            // us, and nobody else knows them.
+                            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                        }
+                        ControlMessageOwned::ScmCredentials(sender) => {
+                            pid = u32::try_from(sender.pid()).ok().filter(|pid| *pid != 0);
+                        }
+                        _ => {}
                     }
                 }
                 let truncated = received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                break (received.bytes, truncated, fds);
+                break (received.bytes, truncated, fds, pid);
             }
         }
     };
@@ -80,7 +106,7 @@ pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<(M,
         return Ok(None);
     }
     let message = serde_json::from_slice(packet.get(..length).unwrap_or_default())?;
-    Ok(Some((message, fds)))
+    Ok(Some(Received { message, fds, pid }))
 }
 
 #[cfg(test)]
@@ -114,6 +140,15 @@ mod tests {
         let mut text = String::new();
         twin.read_to_string(&mut text).unwrap();
         assert_eq!(text, "rootfs");
+    }
+
+    #[test]
+    fn a_sender_is_told_by_the_kernel() {
+        let (here, there) = pair();
+        nix::sys::socket::setsockopt(&here, nix::sys::socket::sockopt::PassCred, &true).unwrap();
+        send(there.as_fd(), &Response::Ok, &[]).unwrap();
+        let received = receive_from::<Response>(here.as_fd()).unwrap().unwrap();
+        assert_eq!((received.message, received.pid), (Response::Ok, Some(std::process::id())));
     }
 
     #[test]

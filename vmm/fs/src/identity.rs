@@ -5,6 +5,7 @@
 //! the guest names. Access was checked by the guest, which knows the user's
 //! other groups, so capabilities stay.
 
+use husk_vmm_api::words::say;
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use crate::Errno;
@@ -68,7 +69,7 @@ impl<F: Fn() -> Result<(), Errno>> Drop for Back<F> {
         // A thread that stays another user would make the next file as that
         // one: better to have no server than a wrong one.
         if (self.0)().is_err() {
-            eprintln!("husk-fs: cannot become root again");
+            say(format_args!("husk-fs: cannot become root again"));
             std::process::abort();
         }
     }

@@ -22,6 +22,7 @@ const OPEN_FILES: u64 = 1 << 20;
 /// # Errors
 /// With what could not be done.
 pub fn enter(root: &Path) -> anyhow::Result<usize> {
+    end_when_asked();
     let open_files = raise_open_files();
     rustix::process::umask(Mode::empty());
     // SAFETY: there is one thread, and nothing of it relies on the namespace.
@@ -47,6 +48,18 @@ pub fn enter(root: &Path) -> anyhow::Result<usize> {
 
     drop_capabilities().context("drop capabilities")?;
     Ok(open_files)
+}
+
+/// The first process of a PID namespace has no default for `SIGTERM`, by which a
+/// host that shuts down asks.
+fn end_when_asked() {
+    extern "C" fn end(_: libc::c_int) {
+        // SAFETY: ends the process without running anything else of it.
+        unsafe { libc::_exit(0) }
+    }
+    let end: extern "C" fn(libc::c_int) = end;
+    // SAFETY: the handler does nothing that a signal could interrupt at a bad time.
+    unsafe { libc::signal(libc::SIGTERM, end as libc::sighandler_t) };
 }
 
 fn raise_open_files() -> usize {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use husk_fs::{Passthrough, filter, jail, server};
+use husk_vmm_api::words;
 
 const USAGE: &str = "usage: husk-fs --id <sandbox id> --root <directory>
 It is started by huskd; its standard input is a connected SOCK_SEQPACKET unix
@@ -15,7 +16,7 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("husk-fs: {error:#}");
+            words::say(format_args!("husk-fs: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -27,6 +28,8 @@ fn run() -> Result<()> {
         return Ok(());
     };
     let socket = rustix::io::dup(std::io::stdin()).context("take the socket")?;
+    words::log_to_standard_error().context("map the log")?;
+    std::panic::set_hook(Box::new(|panic| words::say(format_args!("husk-fs: internal error: {panic}"))));
     let open_files = jail::enter(&arguments.root)?;
     let files = Passthrough::new("/".as_ref(), open_files).context("open the root")?;
     filter::install().context("restrict system calls")?;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use husk_vmm_api::MAX_FUSE_MESSAGE;
+use husk_vmm_api::words::say;
 
 use crate::Errno;
 use crate::passthrough::Passthrough;
@@ -71,7 +72,7 @@ fn add_thread(server: &Arc<Server>) {
     let spawned = thread::Builder::new().name("husk-fs-io".into()).stack_size(STACK).spawn(move || {
         let ended = work(&theirs);
         if let Err(error) = &ended {
-            eprintln!("husk-fs: {error}");
+            say(format_args!("husk-fs: {error}"));
         }
         // The end of the socket is the end of the process, whoever sees it.
         std::process::exit(i32::from(ended.is_err()));

@@ -7,14 +7,13 @@
 //! guest's driver begins, and by the event loop in a clone.
 
 use std::fmt::{self, Write};
-use std::fs::File;
-use std::os::fd::{IntoRawFd, RawFd};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use husk_seccomp::{BackendError, List, Refusal};
-use husk_vmm_api::ExitReason;
+use husk_vmm_api::{ExitReason, words};
 use vmm_sys_util::signal::register_signal_handler;
 
+use crate::exit::Record;
 use crate::stage::{StageError, at};
 
 /// Reading, writing and waiting, with files and eventfds that are open.
@@ -148,15 +147,15 @@ fn list(thread: Thread) -> Result<List, BackendError> {
 }
 
 /// Where the record goes.
-static RECORD: AtomicI32 = AtomicI32::new(-1);
+static RECORD: OnceLock<Arc<Record>> = OnceLock::new();
 
-/// Lets a system call that is not on the list end the process, with a record in
-/// `file` like any other end.
+/// Lets a system call that is not on the list end the process, with a record like
+/// that of any other end.
 ///
 /// # Errors
 /// The kernel's.
-pub fn end_on_refusal(file: File) -> Result<(), vmm_sys_util::errno::Error> {
-    RECORD.store(file.into_raw_fd(), Ordering::Relaxed);
+pub fn end_on_refusal(record: Arc<Record>) -> Result<(), vmm_sys_util::errno::Error> {
+    let _ = RECORD.set(record);
     register_signal_handler(libc::SIGSYS, refused)
 }
 
@@ -167,19 +166,18 @@ extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
     // SAFETY: the kernel gives a whole siginfo_t, and this is a number in it.
     let number = unsafe { info.cast::<u8>().add(SYSCALL).cast::<libc::c_int>().read_unaligned() };
     let mut text = Text { bytes: [0; 256], length: 0 };
-    let _ = record(&mut text, number);
-    let file: RawFd = RECORD.load(Ordering::Relaxed);
-    // SAFETY: the text is what the call is told it is; both calls are allowed in
-    // a signal handler, and by the filter.
-    unsafe {
-        libc::pwrite(file, text.bytes.as_ptr().cast(), text.length, 0);
-        libc::write(libc::STDERR_FILENO, text.bytes.as_ptr().cast(), text.length);
-        libc::_exit(ExitReason::VmmError.code())
+    let _ = describe(&mut text, number);
+    let text = text.bytes.get(..text.length).unwrap_or_default();
+    if let Some(record) = RECORD.get() {
+        record.write_bytes(text);
     }
+    words::log_bytes(text);
+    // SAFETY: ends the process without running anything else of it.
+    unsafe { libc::_exit(ExitReason::VmmError.code()) }
 }
 
 /// A [`husk_vmm_api::Exit`].
-fn record(text: &mut Text, number: libc::c_int) -> fmt::Result {
+fn describe(text: &mut Text, number: libc::c_int) -> fmt::Result {
     write!(
         text,
         "{{\"reason\":\"vmm_error\",\"detail\":\"husk-vmm made system call {number}, which it has no use for: \
@@ -222,7 +220,7 @@ mod tests {
     fn the_record_is_an_exit_whatever_the_number() {
         for number in [0, libc::c_int::MIN] {
             let mut text = Text { bytes: [0; 256], length: 0 };
-            record(&mut text, number).unwrap();
+            describe(&mut text, number).unwrap();
             let exit = exit_of(&text.bytes[..text.length]);
             assert_eq!(exit.reason, ExitReason::VmmError);
             assert!(exit.detail.contains(&format!("system call {number},")), "{}", exit.detail);
@@ -245,7 +243,7 @@ mod tests {
     /// its exit code and record.
     fn restricted(thread: Thread, act: fn()) -> (i32, Vec<u8>) {
         let mut file = tempfile::tempfile().unwrap();
-        let record = file.try_clone().unwrap();
+        let record = Arc::new(Record::new(file.try_clone().unwrap()));
         // SAFETY: the child has this thread alone. What it does takes memory,
         // which the C library allows after a fork.
         let child = unsafe { libc::fork() };
@@ -265,6 +263,7 @@ mod tests {
         let mut text = Vec::new();
         file.rewind().unwrap();
         file.read_to_end(&mut text).unwrap();
+        text.retain(|byte| *byte != 0);
         assert!(libc::WIFEXITED(status), "status {status:#x}");
         (libc::WEXITSTATUS(status), text)
     }

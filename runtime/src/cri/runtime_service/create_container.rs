@@ -20,7 +20,7 @@ use crate::events::EventKind;
 use crate::id::ContainerId;
 use crate::image::Image;
 use crate::node::Node;
-use crate::sandbox::{Phase, Sandbox, cpus};
+use crate::sandbox::{Phase, Sandbox, cpus, oom_score};
 use crate::storage::image_volumes::{self, ImageVolume};
 use crate::storage::volumes::{self, Prepared, Shared, Volume};
 use crate::vm::{self, Claim, Machine, file_server};
@@ -125,6 +125,7 @@ pub(super) async fn create_container(
         // From here on others may use the disks too.
         drop(slots);
         mount_volumes(node, &sandbox, &machine, &prepared, &in_use).await?;
+        oom_score::settle(&sandbox);
         make(&sandbox, &machine, &container, &spec, user, confinement.for_machine).await
     };
     // The machine may have ended meanwhile: whoever noted that left this one out.

@@ -14,7 +14,7 @@ use crate::cri::error::Error;
 use crate::events::EventKind;
 use crate::node::Node;
 use crate::sandbox::registry::LookupError;
-use crate::sandbox::{Phase, Sandbox, cpus};
+use crate::sandbox::{Phase, Sandbox, cpus, oom_score};
 use crate::storage::volumes::Shared;
 use crate::vm::{self, file_server};
 
@@ -141,6 +141,7 @@ fn give_back(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) ->
     release_volumes(node, sandbox, container)?;
     container.forget()?;
     node.registry.remove_container(container);
+    oom_score::settle(sandbox);
     if let Err(error) = cpus::pin(sandbox) {
         tracing::debug!(sandbox = %sandbox.id, %error, "pin what is left of the pod");
     }

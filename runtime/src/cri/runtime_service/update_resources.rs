@@ -18,7 +18,7 @@ use crate::config::Kind;
 use crate::container::{Container, State, spec};
 use crate::cri::error::Error;
 use crate::node::Node;
-use crate::sandbox::{Sandbox, Size, cpus};
+use crate::sandbox::{Sandbox, Size, cpus, oom_score};
 
 pub(super) async fn of_container(
     node: &Arc<Node>,
@@ -51,6 +51,7 @@ pub(super) async fn of_container(
     record(&container, &new)?;
     if let Err(error) = apply(&sandbox, &container, update).await {
         record(&container, &old)?;
+        oom_score::settle(&sandbox);
         if let Err(error) = cpus::pin(&sandbox) {
             tracing::warn!(container = %container.id, %error, "undo an update of resources");
         }
@@ -78,6 +79,7 @@ async fn apply(
         return Ok(());
     }
     cpus::pin(sandbox)?;
+    oom_score::settle(sandbox);
     let machine = ready_machine(sandbox)?;
     let updated =
         machine.agent.call("update resources", async |mut agent| agent.update_container(update).await).await;

@@ -364,7 +364,11 @@ mod tests {
         let memory = memory();
         let mut driver = DriverQueue::new(&memory, 0, 16);
         let mut queue = driver.queue();
-        driver.add(&[Part::readable(0x10_0000, 3), Part::writable(0x20_0000, 4), Part::readable(0x10_1000, 2)]);
+        driver.add(&[
+            Part::readable(0x10_0000, 3),
+            Part::writable(0x20_0000, 4),
+            Part::readable(0x10_1000, 2),
+        ]);
         driver.add(&[Part::writable(memory.last_addr().0, 2)]);
         driver.add_indirect(0x20_0000, &vec![Part::writable(0x10_0000, 1); MAX_SEGMENTS + 1]);
         let mut next = || Buffers::readable_and_output(&memory, queue.pop_descriptor_chain(&memory).unwrap());

@@ -10,6 +10,7 @@
 use std::io;
 
 use event_manager::{EventOps, Events};
+use husk_vmm_api::words::say;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -113,20 +114,20 @@ impl QueueWatch {
 /// user's epoll watches; the device is then deaf there, and that is said.
 pub fn add(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.add(events) {
-        eprintln!("husk-vmm: watch descriptor {}: {error:?}", events.fd());
+        say(format_args!("husk-vmm: watch descriptor {}: {error:?}", events.fd()));
     }
 }
 
 /// Changes what is watched of a descriptor that was added.
 pub fn modify(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.modify(events) {
-        eprintln!("husk-vmm: change the watch of descriptor {}: {error:?}", events.fd());
+        say(format_args!("husk-vmm: change the watch of descriptor {}: {error:?}", events.fd()));
     }
 }
 
 /// Removes what was added, before it is closed.
 pub fn remove(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.remove(events) {
-        eprintln!("husk-vmm: stop watching descriptor {}: {error:?}", events.fd());
+        say(format_args!("husk-vmm: stop watching descriptor {}: {error:?}", events.fd()));
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use husk_vmm_api::words::say;
 use husk_vmm_api::{FsState, MAX_FUSE_MESSAGE};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
@@ -199,7 +200,7 @@ impl Fs {
             }
         }
         if matches!(end, Received::Gone) {
-            eprintln!("husk-vmm: the file server has gone; the guest's volumes answer with EIO");
+            say(format_args!("husk-vmm: the file server has gone; the guest's volumes answer with EIO"));
             if let Server::Serving(socket) = std::mem::replace(&mut self.server, Server::Gone) {
                 self.lost = Some(socket);
             }

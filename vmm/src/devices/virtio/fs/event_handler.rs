@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::{io, thread};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use husk_vmm_api::words::say;
 use vmm_sys_util::epoll::EventSet;
 
 use super::device::Fs;
@@ -29,7 +30,7 @@ pub fn start(device: &Arc<Mutex<Fs>>) -> io::Result<()> {
                 Ok(_) => {}
                 Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {}
                 Err(error) => {
-                    eprintln!("husk-vmm: wait for events of the file system device: {error:?}");
+                    say(format_args!("husk-vmm: wait for events of the file system device: {error:?}"));
                     return;
                 }
             }

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use husk_vmm_api::words::say;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 use vmm_sys_util::epoll::EventSet;
@@ -28,7 +29,7 @@ impl MutEventSubscriber for Rng {
         if !self.serve() {
             let next_period = Expiration::OneShot(TimeSpec::from_duration(PERIOD));
             if let Err(error) = self.timer.set(next_period, TimerSetTimeFlags::empty()) {
-                eprintln!("husk-vmm: set the timer of the rng device: {error}");
+                say(format_args!("husk-vmm: set the timer of the rng device: {error}"));
             }
         }
     }

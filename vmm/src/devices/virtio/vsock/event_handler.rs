@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use husk_vmm_api::words::say;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 use vmm_sys_util::epoll::EventSet;
@@ -61,7 +62,7 @@ impl Vsock {
         };
         match result {
             Ok(()) => self.timer_is_set = wanted,
-            Err(error) => eprintln!("husk-vmm: set the timer of the vsock device: {error}"),
+            Err(error) => say(format_args!("husk-vmm: set the timer of the vsock device: {error}")),
         }
     }
 }
