@@ -131,6 +131,9 @@ pub struct Handler {
     /// Machines are clones of one that has booted, see
     /// [`crate::vm::template`]; otherwise each boots.
     pub template: bool,
+    /// Directories of the host below which a pod's volumes are trusted: its machine
+    /// may leave device nodes and programs with set-ID bits or capabilities there.
+    pub trusted_volumes: Vec<PathBuf>,
     /// Hooks of every container.
     pub hooks: Hooks,
 }
@@ -284,6 +287,7 @@ impl Default for Handler {
             agent_timeout_seconds: 60,
             kernel_cmdline: String::new(),
             template: true,
+            trusted_volumes: vec!["/".into()],
             hooks: Hooks::default(),
         }
     }
@@ -379,6 +383,10 @@ impl Config {
             if let Some(path) = handler.hooks.all().map(|hook| &hook.path).find(|path| !path.is_absolute()) {
                 return Err(format!("handlers.{name}.hooks: path `{}` is not absolute", path.display()));
             }
+            if let Some(path) = handler.trusted_volumes.iter().find(|path| !path.is_absolute()) {
+                let path = path.display();
+                return Err(format!("handlers.{name}.trusted_volumes: path `{path}` is not absolute"));
+            }
             if handler.disk_mib < 16 {
                 return Err(format!("handlers.{name}.disk_mib must be 16 or more"));
             }
@@ -449,6 +457,7 @@ mod tests {
             ("[streaming]\naddress = '0.0.0.0:1'", "streaming.address"),
             ("[[handlers.kata-runtime.hooks.poststop]]\npath = 'relative'", "relative"),
             ("[[handlers.kata-runtime.hooks.sometime]]\npath = '/x'", "sometime"),
+            ("[handlers.kata-runtime]\ntrusted_volumes = ['srv']", "trusted_volumes"),
         ] {
             let message = load(text).unwrap_err().to_string();
             assert!(message.contains(name), "{message}");

@@ -375,6 +375,22 @@ class Volumes(MappedVolumes, PodTest):
 
     def test_what_faces_the_guest_has_what_it_needs_and_no_more(self):
         self.with_volume()
+        for pid in named("husk-vmm") + named("husk-fs"):
+            # The first process of a namespace whose processes it cannot name others than.
+            with open(f"/proc/{pid}/status") as status:
+                self.assertIn(f"NSpid:\t{pid}\t1\n", status.read())
+            with open(f"/proc/{pid}/oom_score_adj") as score:
+                self.assertEqual(score.read(), "0\n")
+            with open(f"/proc/{pid}/limits") as table:
+                limits = {line[:26].strip(): line[26:].split()[1] for line in table}
+            self.assertEqual((limits["Max core file size"], limits["Max locked memory"]), ("0", "0"))
+            if pid in named("husk-vmm"):
+                self.assertEqual(limits["Max open files"], "4096")
+                self.assertLessEqual(int(limits["Max file size"]), 10 << 30)
+                self.assertLess(int(limits["Max processes"]), 128)
+            # Whatever else it has open is no file of a folder of the host that could grow.
+            names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            self.assertEqual([name for name in names if name.endswith((".log", ".json"))], [])
         for pid in named("husk-vmm"):
             self.assertEqual(os.listdir(f"/proc/{pid}/root"), [])
             for task in os.listdir(f"/proc/{pid}/task"):
@@ -383,7 +399,7 @@ class Volumes(MappedVolumes, PodTest):
                 self.assertEqual((int(fields["CapPrm"], 16), fields["NoNewPrivs"], fields["Seccomp"]), (0, "1", "2"))
                 self.assertGreaterEqual(int(fields["Uid"].split()[0]), 0x70000000)
         (pid,) = named("husk-fs")
-        self.assertEqual(os.listdir(f"/proc/{pid}/root"), ["v0"])
+        self.assertEqual(os.listdir(f"/proc/{pid}/root"), ["t0"])
         with open(f"/proc/{pid}/status") as status:
             fields = dict(line.rstrip("\n").split(":\t", 1) for line in status)
         chown, dac, fowner, fsetid, setgid, setuid, mknod, setfcap = 0, 1, 3, 4, 6, 7, 27, 31

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use husk_proto::agent::UserNamespace;
 use husk_spawn::{Detached, Limit};
 use husk_vmm_api::{FILE_SERVER_READY, FsState, words};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socketpair, sockopt};
@@ -43,6 +44,10 @@ pub struct Plan<'a> {
     pub run_dir: &'a Path,
     /// The pod's control group.
     pub cgroup: Option<PathBuf>,
+    /// How the names of volumes begin in which the guest may leave anything.
+    pub trusted: &'a str,
+    /// The pod's user namespace: its ids are the only ones that files may have.
+    pub users: Option<UserNamespace>,
 }
 
 /// Sees to it that the machine has a file server.
@@ -107,16 +112,33 @@ fn start(plan: &Plan<'_>, log: &Path) -> io::Result<(OwnedFd, Process)> {
     let mut program = Detached::new(plan.program)?
         .arguments(["--id", plan.id.as_str(), "--root"])?
         .arguments([plan.root])?
+        .arguments(["--trusted", plan.trusted])?
         .stdin(theirs)
         .log(super::record_file(log)?)
         .limits(LIMITS)
         .own_pids();
+    for (option, ranges) in id_options(plan.users.as_ref()) {
+        program = program.arguments([option, &ranges])?;
+    }
     if let Some(path) = &plan.cgroup {
         cgroup::make(path)?;
         program = program.cgroup(path)?;
     }
     let process = Process::of(program.spawn()?.pid).ok_or_else(|| io::Error::other("it ended at once"))?;
     Ok((ours, process))
+}
+
+/// Which ids the files of a pod with a user namespace may have: the container's own
+/// in volumes that are mapped, the host's for them in others.
+fn id_options(users: Option<&UserNamespace>) -> Vec<(&'static str, String)> {
+    let Some(users) = users else { return Vec::new() };
+    let uids = users.uids.iter().map(|range| ("--uids", range));
+    let gids = users.gids.iter().map(|range| ("--gids", range));
+    uids.chain(gids)
+        .flat_map(|(option, range)| {
+            [range.container_id, range.host_id].map(|first| (option, format!("{first}:{}", range.length)))
+        })
+        .collect()
 }
 
 /// A process: its id, and when it began (clock ticks since the host's boot).
@@ -167,6 +189,18 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn files_belong_to_the_users_of_the_pods_namespace() {
+        let range =
+            |container_id, host_id, length| husk_proto::agent::IdMapping { container_id, host_id, length };
+        let users =
+            UserNamespace { uids: vec![range(0, 131_072, 65_536)], gids: vec![range(0, 196_608, 1000)] };
+        let options: Vec<_> =
+            id_options(Some(&users)).iter().map(|(option, ids)| format!("{option} {ids}")).collect();
+        assert_eq!(options, ["--uids 0:65536", "--uids 131072:65536", "--gids 0:1000", "--gids 196608:1000"]);
+        assert!(id_options(None).is_empty());
+    }
 
     #[test]
     fn a_process_is_found_again_and_no_other_is_taken_for_it() {

@@ -49,7 +49,7 @@ const FILES: &[i64] = &[
     libc::SYS_fremovexattr,
 ];
 
-/// Whose a new file is.
+/// Calls that choose the owner of a new file.
 const IDENTITY: &[i64] = &[libc::SYS_setfsuid, libc::SYS_setfsgid, libc::SYS_capget, libc::SYS_capset];
 
 /// Restricts the calling thread, and those that it makes.

@@ -10,7 +10,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use crate::Errno;
 
-/// What the process may do beside what every user may: own, read, write and
+/// The process's powers beside those of every user: own, read, write and
 /// change any file, as the users and groups that a guest names.
 pub const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
@@ -33,7 +33,7 @@ pub fn set_effective(effective: CapabilitySet) -> Result<(), Errno> {
 /// Runs `act` with `uid` and `gid` as the user and group of new files.
 ///
 /// # Errors
-/// Those of `act`, and `EPERM` when the process may not do so.
+/// The errors of `act`, and `EPERM` when the process may not do so.
 pub fn as_user<T>(uid: u32, gid: u32, act: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
     if (uid, gid) == (0, 0) {
         return act();
@@ -51,7 +51,7 @@ pub fn as_user<T>(uid: u32, gid: u32, act: impl FnOnce() -> Result<T, Errno>) ->
 /// does for users who are not root (`FUSE_HANDLE_KILLPRIV_V2`).
 ///
 /// # Errors
-/// Those of `act`.
+/// The errors of `act`.
 pub fn killing_set_id<T>(kill: bool, act: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
     if !kill {
         return act();

@@ -16,7 +16,8 @@
 //!   mounts of read-only volumes are read-only here.
 //!
 //! Permissions within a volume are checked by the guest's kernel, as for any
-//! disk of its own; files are made as the user that it names ([`identity`]).
+//! disk of its own; files are made as the user that it names ([`identity`]), as
+//! far as the pod's [`policy`] goes.
 
 pub mod abi;
 pub mod filter;
@@ -24,9 +25,11 @@ pub mod identity;
 pub mod jail;
 pub mod message;
 pub mod passthrough;
+pub mod policy;
 pub mod server;
 
 pub use passthrough::Passthrough;
+pub use policy::Policy;
 
 /// A failure as the guest sees it.
 pub type Errno = rustix::io::Errno;

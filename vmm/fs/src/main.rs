@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use husk_fs::{Passthrough, filter, jail, server};
+use husk_fs::{Passthrough, Policy, filter, jail, server};
 use husk_vmm_api::words;
 
-const USAGE: &str = "usage: husk-fs --id <sandbox id> --root <directory>
+const USAGE: &str = "usage: husk-fs --id <sandbox id> --root <directory> [--uids <first>:<count>]...
+               [--gids <first>:<count>]... [--trusted <how names of trusted volumes begin>]
 It is started by huskd; its standard input is a connected SOCK_SEQPACKET unix
 socket. One packet says that it is ready; from then on each packet is one
 FUSE message.";
@@ -31,21 +32,23 @@ fn run() -> Result<()> {
     words::log_to_standard_error().context("map the log")?;
     std::panic::set_hook(Box::new(|panic| words::say(format_args!("husk-fs: internal error: {panic}"))));
     let open_files = jail::enter(&arguments.root)?;
-    let files = Passthrough::new("/".as_ref(), open_files).context("open the root")?;
+    let files = Passthrough::new("/".as_ref(), open_files, arguments.policy).context("open the root")?;
     filter::install().context("restrict system calls")?;
     rustix::io::write(&socket, husk_vmm_api::FILE_SERVER_READY).context("say that all is ready")?;
     server::serve(socket, files).context("serve")
 }
 
-/// Two arguments need no parser that takes longer than they do.
+/// A few arguments need no parser that takes longer than they do.
 struct Arguments {
     root: PathBuf,
+    policy: Policy,
 }
 
 impl Arguments {
     /// `None` when help is asked for.
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Self>> {
         let mut root = None;
+        let mut policy = Policy::default();
         while let Some(word) = words.next() {
             if word == "--help" || word == "-h" {
                 return Ok(None);
@@ -55,10 +58,13 @@ impl Arguments {
                 // For whoever looks at a list of processes.
                 "--id" => {}
                 "--root" => root = Some(value.into()),
+                "--uids" => policy.uids.push(value.parse().context("--uids")?),
+                "--gids" => policy.gids.push(value.parse().context("--gids")?),
+                "--trusted" => policy.trusted = Some(value),
                 _ => bail!("unknown argument {word}\n{USAGE}"),
             }
         }
         let root = root.with_context(|| format!("--root is missing\n{USAGE}"))?;
-        Ok(Some(Self { root }))
+        Ok(Some(Self { root, policy }))
     }
 }

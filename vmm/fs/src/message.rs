@@ -15,7 +15,7 @@ const OUT_HEADER: usize = size_of::<OutHeader>();
 /// A request, read from its front to its end.
 #[derive(Debug)]
 pub struct Request<'a> {
-    /// Who asks what of which file.
+    /// The asker, the kind of request and the file.
     pub header: InHeader,
     rest: &'a [u8],
 }
@@ -106,7 +106,7 @@ impl<'a> Answer<'a> {
     /// Adds what `fill` writes into `len` bytes, as many as it says.
     ///
     /// # Errors
-    /// Those of `fill`.
+    /// The errors of `fill`.
     pub fn fill(
         &mut self,
         len: usize,

@@ -57,7 +57,8 @@ pub(super) async fn create_container(
     // On the host its mounts are as they are.
     let mounts = if host.is_some() { &[][..] } else { &config.mounts };
     let in_use = sandbox.volumes();
-    let prepared = volumes::prepare(mounts, &in_use)?;
+    let trusted = handler.map(|handler| &handler.trusted_volumes[..]).unwrap_or_default();
+    let prepared = volumes::prepare(mounts, &in_use, trusted)?;
     let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
     let input = spec::Input {
         hooks: &hooks,
@@ -203,6 +204,8 @@ async fn mount_volumes(
         root: shared.path(),
         run_dir: &run_dir,
         cgroup: record.cgroup,
+        trusted: volumes::TRUSTED,
+        users: spec::user_namespace(&record.config)?,
     };
     file_server::ensure(&vmm.control, plan).await?;
     let namespace = file_server::namespace(&run_dir)?.ok_or_else(|| {

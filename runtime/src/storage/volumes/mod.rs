@@ -118,22 +118,27 @@ impl Prepared {
 }
 
 /// Looks at what a container wants mounted of the host, and makes directories that are not
-/// there. `in_use` are the volumes that the pod's containers have.
+/// there. `in_use` are the volumes that the pod's containers have; those below
+/// `trusted` get names that tell the file server so.
 ///
 /// # Errors
 /// The first mount that cannot be.
-pub fn prepare(mounts: &[cri::Mount], in_use: &[Volume]) -> Result<Vec<Prepared>, Error> {
+pub fn prepare(
+    mounts: &[cri::Mount],
+    in_use: &[Volume],
+    trusted: &[PathBuf],
+) -> Result<Vec<Prepared>, Error> {
     let mut known = in_use.to_vec();
     let mut prepared = Vec::with_capacity(mounts.len());
     for mount in mounts.iter().filter(|mount| !is_image(mount)) {
-        let one = prepare_one(mount, &known)?;
+        let one = prepare_one(mount, &known, trusted)?;
         known.push(one.volume.clone());
         prepared.push(one);
     }
     Ok(prepared)
 }
 
-fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> {
+fn prepare_one(mount: &cri::Mount, known: &[Volume], trusted: &[PathBuf]) -> Result<Prepared, Error> {
     let path = || mount.container_path.clone();
     let invalid = |problem: &str| Error::Invalid { path: path(), problem: problem.into() };
     let unsupported = |problem: &str| Error::Unsupported { path: path(), problem: problem.into() };
@@ -160,7 +165,8 @@ fn prepare_one(mount: &cri::Mount, known: &[Volume]) -> Result<Prepared, Error> 
     let read_only_inside = mode.read_only && (mode.recursive || !shared::has_mounts_below(&source.path)?);
     let live = mode.read_only && kind.is_dir() && live::is_live(file.as_fd());
     let same = known.iter().find(|other| other.source == source && other.mode == mode && other.live == live);
-    let name = same.map_or_else(|| free_name(known), |other| other.name.clone());
+    let trusted = trusted.iter().any(|folder| source.path.starts_with(folder));
+    let name = same.map_or_else(|| free_name(known, trusted), |other| other.name.clone());
     let copied = same.map(|other| other.copied.clone()).unwrap_or_default();
     let volume = Volume { name, source, mode, container_path, live, copied, read_only_inside, options };
     Ok(Prepared { volume, file })
@@ -259,10 +265,14 @@ fn open(path: &Path) -> Result<(Source, std::fs::FileType, OwnedFd), Error> {
     Ok((source, metadata.file_type(), held))
 }
 
-fn free_name(known: &[Volume]) -> String {
+/// How the names of trusted volumes begin, and no others.
+pub const TRUSTED: &str = "t";
+
+fn free_name(known: &[Volume], trusted: bool) -> String {
+    let prefix = if trusted { TRUSTED } else { "v" };
     let mut number = 0u32;
     loop {
-        let name = format!("v{number}");
+        let name = format!("{prefix}{number}");
         if known.iter().all(|volume| volume.name != name) {
             return name;
         }

@@ -14,7 +14,7 @@ fn mount(host: &Path, container: &str) -> cri::Mount {
 }
 
 fn prepared(mounts: &[cri::Mount], in_use: &[Volume]) -> Result<Vec<Volume>, String> {
-    let prepared = prepare(mounts, in_use).map_err(|error| error.to_string())?;
+    let prepared = prepare(mounts, in_use, &[]).map_err(|error| error.to_string())?;
     Ok(prepared.into_iter().map(|one| one.volume).collect())
 }
 
@@ -33,6 +33,22 @@ fn the_same_directory_in_two_places_is_one_mount() {
     assert_eq!(names, ["v0", "v0", "v1", "v2"]);
     let next = prepared(&[mount(&other, "/x"), mount(folder.path(), "/y")], &volumes).unwrap();
     assert_eq!((next[0].name.as_str(), next[1].name.as_str()), ("v1", "v3"));
+}
+
+#[test]
+fn a_volume_tells_by_its_name_that_it_is_trusted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (inside, outside) = (folder.path().join("pods/data"), folder.path().join("pods-of-others"));
+    std::fs::create_dir_all(&inside).unwrap();
+    std::fs::create_dir_all(&outside).unwrap();
+    // A link is as trusted as the place that it leads to.
+    symlink(&outside, folder.path().join("pods/link")).unwrap();
+    let wanted = [&inside, &outside, &folder.path().join("pods/link")].map(|path| mount(path, "/data"));
+    let trusted = [folder.path().canonicalize().unwrap().join("pods")];
+    let prepared = prepare(&wanted, &[], &trusted).unwrap();
+    let names: Vec<_> = prepared.iter().map(|one| one.volume.name.as_str()).collect();
+    assert_eq!(names, ["t0", "v0", "v0"]);
+    assert!(names[0].starts_with(TRUSTED) && !names[1].starts_with(TRUSTED));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::Errno;
 use crate::abi::{AttrOut, SetattrIn, StatfsOut, setattr};
 use crate::identity::killing_set_id;
 use crate::message::{Answer, Request};
+use crate::policy::check_mode;
 
 impl Passthrough {
     pub(super) fn getattr(&self, request: &mut Request<'_>, answer: &mut Answer<'_>) -> Result<(), Errno> {
@@ -23,16 +24,22 @@ impl Passthrough {
         let fd = node.fd();
         let asked = |bit: u32| change.valid & bit != 0;
 
+        let trusted = node.is_trusted();
         if asked(setattr::MODE) {
+            if !trusted {
+                check_mode(change.mode, stat(&fd)?.stx_mode.into(), node.kind, trusted)?;
+            }
             rustix::fs::chmodat(CWD, path(&fd), super::names::mode(change.mode), AtFlags::empty())?;
         }
         if asked(setattr::UID | setattr::GID) {
-            let uid = asked(setattr::UID).then(|| Uid::from_raw(change.uid));
-            let gid = asked(setattr::GID).then(|| Gid::from_raw(change.gid));
+            let uid = asked(setattr::UID).then_some(change.uid);
+            let gid = asked(setattr::GID).then_some(change.gid);
+            self.policy.check_owner(uid, gid)?;
+            let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
             rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if asked(setattr::SIZE) {
-            killing_set_id(asked(setattr::KILL_SUIDGID), || {
+            killing_set_id(asked(setattr::KILL_SUIDGID) || !trusted, || {
                 if asked(setattr::HANDLE) {
                     rustix::fs::ftruncate(&self.handles.get(change.handle)?.file, change.size)
                 } else {

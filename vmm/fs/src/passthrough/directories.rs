@@ -21,7 +21,7 @@ impl Passthrough {
         let node = self.nodes.get(request.header.node)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(CWD, path(&node.fd()), flags, Mode::empty())?;
-        let handle = self.handles.add(directory, false)?;
+        let handle = self.handles.add(directory, false, node.is_trusted())?;
         answer.put(&OpenOut { handle, ..OpenOut::default() });
         Ok(())
     }

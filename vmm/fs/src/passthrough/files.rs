@@ -53,10 +53,10 @@ impl Passthrough {
         let open: OpenIn = request.take()?;
         let node = self.nodes.get(request.header.node)?;
         let flags = open_flags(open.flags);
-        let kill = open.open_flags & abi::open::KILL_SUIDGID != 0;
+        let kill = open.open_flags & abi::open::KILL_SUIDGID != 0 || !node.is_trusted();
         let file = killing_set_id(kill, || open_node(&node, flags))?;
         let unchanged = node.is_unchanged(&stat(&file)?);
-        let handle = self.handles.add(file, is_writable(flags))?;
+        let handle = self.handles.add(file, is_writable(flags), node.is_trusted())?;
         let keep = if unchanged { abi::opened::KEEP_CACHE } else { 0 };
         // The end of what was only read is no message: nothing is to be flushed.
         let quiet = if is_writable(flags) { 0 } else { abi::opened::NOFLUSH };
@@ -76,7 +76,9 @@ impl Passthrough {
         let write: WriteIn = request.take()?;
         let data = request.bytes(write.size as usize)?;
         let handle = self.handles.get(write.handle)?;
-        let kill = write.write_flags & abi::write::KILL_SUIDGID != 0;
+        // A program that was written to does not keep its powers, even if the
+        // guest's kernel leaves that out.
+        let kill = write.write_flags & abi::write::KILL_SUIDGID != 0 || !handle.trusted;
         // The guest's offset is where it believes the end to be; the host may have
         // appended meanwhile.
         let append = OFlags::from_bits_retain(write.flags).contains(OFlags::APPEND);

@@ -14,6 +14,8 @@ pub struct Handle {
     pub file: OwnedFd,
     /// It may be written.
     pub writable: bool,
+    /// It is a trusted volume's.
+    pub trusted: bool,
     /// Where the next read of a directory goes on by itself; `None` if it has
     /// to be sought. Held while the directory is read.
     pub position: Mutex<Option<u64>>,
@@ -33,14 +35,14 @@ impl Handles {
     }
 
     /// Keeps an open file; answers its number.
-    pub fn add(&self, file: OwnedFd, writable: bool) -> Result<u64, Errno> {
+    pub fn add(&self, file: OwnedFd, writable: bool, trusted: bool) -> Result<u64, Errno> {
         let mut table = lock(&self.table);
         let (handles, last) = &mut *table;
         if handles.len() >= self.limit {
             return Err(Errno::NFILE);
         }
         *last += 1;
-        handles.insert(*last, Arc::new(Handle { file, writable, position: Mutex::new(Some(0)) }));
+        handles.insert(*last, Arc::new(Handle { file, writable, trusted, position: Mutex::new(Some(0)) }));
         Ok(*last)
     }
 

@@ -23,6 +23,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use crate::Errno;
 use crate::abi::{self, InitIn, InitMoreIn, InitOut, init, init2, opcode};
 use crate::message::{Answer, Request};
+use crate::policy::Policy;
 use handles::Handles;
 use nodes::Nodes;
 
@@ -57,23 +58,25 @@ const MORE_FEATURES: u32 = init2::ALLOW_IDMAP;
 pub struct Passthrough {
     nodes: Nodes,
     handles: Handles,
+    policy: Policy,
 }
 
 impl Passthrough {
-    /// Serves `root`, in a process that may have `open_files` open. The
+    /// Serves `root` by `policy`, in a process that may have `open_files` open. The
     /// process's working directory must be `/proc/self/fd`.
     ///
     /// # Errors
     /// The directory cannot be opened.
-    pub fn new(root: &Path, open_files: usize) -> io::Result<Self> {
+    pub fn new(root: &Path, open_files: usize, policy: Policy) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root: OwnedFd = rustix::fs::openat(CWD, root, flags, Mode::empty())?;
         // Some for open files, most for names that the guest's kernel knows,
         // and a few for ourselves.
         let handles = open_files / 4;
         Ok(Self {
-            nodes: Nodes::new(root, open_files.saturating_sub(handles + 64))?,
+            nodes: Nodes::new(root, open_files.saturating_sub(handles + 64), policy.trusts_root())?,
             handles: Handles::new(handles),
+            policy,
         })
     }
 

@@ -9,20 +9,31 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Statx};
 use super::nodes::{Node, path};
 use super::{Passthrough, VALID};
 use crate::Errno;
-use crate::abi::{self, CreateIn, EntryOut, LinkIn, MkdirIn, MknodIn, OpenOut, Rename2In, RenameIn};
+use crate::abi::{self, CreateIn, EntryOut, LinkIn, MkdirIn, MknodIn, OpenOut, ROOT, Rename2In, RenameIn};
 use crate::identity::{as_user, killing_set_id};
 use crate::message::{Answer, Request};
+use crate::policy::check_mode;
 
 impl Passthrough {
     /// Finds `name` in a directory, through no link.
     pub(super) fn find(&self, parent: &Node, name: &CStr) -> Result<(Arc<Node>, Statx), Errno> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        self.nodes.meet(rustix::fs::openat(parent.fd(), name, flags, Mode::empty())?)
+        let file = rustix::fs::openat(parent.fd(), name, flags, Mode::empty())?;
+        let trusted = if parent.id == ROOT { self.policy.trusts(name) } else { parent.is_trusted() };
+        self.nodes.meet(file, trusted)
     }
 
-    /// Finds the file that a descriptor has open.
-    fn find_open(&self, file: &OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
-        self.nodes.meet(rustix::fs::openat(CWD, path(file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+    /// Finds the file in a directory that a descriptor has open.
+    fn find_open(&self, parent: &Node, file: &OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
+        let file = rustix::fs::openat(CWD, path(file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        self.nodes.meet(file, parent.is_trusted())
+    }
+
+    /// Runs `act` as the user of the request, who must be one of the pod's.
+    fn as_asker<T>(&self, request: &Request<'_>, act: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+        let (uid, gid) = (request.header.uid, request.header.gid);
+        self.policy.check_owner(Some(uid), Some(gid))?;
+        as_user(uid, gid, act)
     }
 
     pub(super) fn entry(node: &Node, stat: &Statx) -> EntryOut {
@@ -52,19 +63,20 @@ impl Passthrough {
         let parent = self.nodes.get(request.header.node)?;
         let flags = OFlags::from_bits_retain(create.flags);
         let wanted = super::files::open_flags(create.flags);
-        let made = as_user(request.header.uid, request.header.gid, || {
+        check_mode(create.mode, 0, FileType::RegularFile, parent.is_trusted())?;
+        let made = self.as_asker(request, || {
             let flags = wanted.difference(OFlags::APPEND) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
             rustix::fs::openat(parent.fd(), name, flags, mode(create.mode))
         });
         let (file, (node, stat)) = match made {
             Ok(file) => {
-                let found = self.find_open(&file)?;
+                let found = self.find_open(&parent, &file)?;
                 (file, found)
             }
             // Somebody was faster, or the guest did not know of it.
             Err(Errno::EXIST) if !flags.contains(OFlags::EXCL) => {
                 let found = self.find(&parent, name)?;
-                let kill = create.open_flags & abi::open::KILL_SUIDGID != 0;
+                let kill = create.open_flags & abi::open::KILL_SUIDGID != 0 || !found.0.is_trusted();
                 match killing_set_id(kill, || super::files::open_node(&found.0, wanted)) {
                     Ok(file) => (file, found),
                     Err(errno) => {
@@ -75,7 +87,7 @@ impl Passthrough {
             }
             Err(errno) => return Err(errno),
         };
-        let handle = match self.handles.add(file, super::files::is_writable(wanted)) {
+        let handle = match self.handles.add(file, super::files::is_writable(wanted), node.is_trusted()) {
             Ok(handle) => handle,
             Err(errno) => {
                 self.nodes.forget(node.id, 1);
@@ -96,9 +108,9 @@ impl Passthrough {
             (mknod.rdev >> 8) & 0xfff,
             (mknod.rdev & 0xff) | ((mknod.rdev >> 12) & 0xfff00),
         );
-        as_user(request.header.uid, request.header.gid, || {
-            rustix::fs::mknodat(parent.fd(), name, kind, mode(mknod.mode), device)
-        })?;
+        check_mode(mknod.mode, 0, kind, parent.is_trusted())?;
+        self.policy.check_kind(kind, device, parent.is_trusted())?;
+        self.as_asker(request, || rustix::fs::mknodat(parent.fd(), name, kind, mode(mknod.mode), device))?;
         self.answer_entry(&parent, name, answer)
     }
 
@@ -106,9 +118,7 @@ impl Passthrough {
         let mkdir: MkdirIn = request.take()?;
         let name = request.name()?;
         let parent = self.nodes.get(request.header.node)?;
-        as_user(request.header.uid, request.header.gid, || {
-            rustix::fs::mkdirat(parent.fd(), name, mode(mkdir.mode))
-        })?;
+        self.as_asker(request, || rustix::fs::mkdirat(parent.fd(), name, mode(mkdir.mode)))?;
         self.answer_entry(&parent, name, answer)
     }
 
@@ -116,7 +126,7 @@ impl Passthrough {
         let name = request.name()?;
         let target = request.text()?;
         let parent = self.nodes.get(request.header.node)?;
-        as_user(request.header.uid, request.header.gid, || rustix::fs::symlinkat(target, parent.fd(), name))?;
+        self.as_asker(request, || rustix::fs::symlinkat(target, parent.fd(), name))?;
         self.answer_entry(&parent, name, answer)
     }
 

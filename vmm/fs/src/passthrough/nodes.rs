@@ -13,6 +13,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -43,6 +44,8 @@ pub struct Node {
     /// What it is.
     pub kind: FileType,
     key: Key,
+    /// It was found in a trusted volume, if not only there.
+    trusted: AtomicBool,
     /// Stands for the device in inode numbers.
     device_number: u64,
     places: Mutex<Places>,
@@ -107,6 +110,11 @@ impl Node {
         let version = Version::settled(stat, now);
         let before = std::mem::replace(&mut *lock(&self.opened), version);
         version.is_some() && version == before
+    }
+
+    /// Whether it is a trusted volume's.
+    pub fn is_trusted(&self) -> bool {
+        self.trusted.load(Ordering::Relaxed)
     }
 
     /// A descriptor that names it and does nothing else (`O_PATH`).
@@ -181,12 +189,13 @@ struct Table {
 
 impl Nodes {
     /// A table of nodes below `root`, with at most `limit` descriptors.
-    pub fn new(root: OwnedFd, limit: usize) -> Result<Self, Errno> {
+    pub fn new(root: OwnedFd, limit: usize, trusted: bool) -> Result<Self, Errno> {
         let stat = stat(&root)?;
         let root = Node {
             id: ROOT,
             kind: FileType::Directory,
             key: key(&stat, FileType::Directory),
+            trusted: trusted.into(),
             // Volumes are what shall have their own inode numbers.
             device_number: 0x7fff,
             places: Mutex::new(Places::new(root, stat.stx_mnt_id, true)),
@@ -204,14 +213,18 @@ impl Nodes {
         table.by_id.get(&id).map(|(node, _)| node.clone()).ok_or(Errno::STALE)
     }
 
-    /// The guest is told of the file of this `O_PATH` descriptor: once more.
-    pub fn meet(&self, fd: OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
+    /// The guest is told of the file of this `O_PATH` descriptor, once more; it was
+    /// found in a volume that is trusted, or not.
+    pub fn meet(&self, fd: OwnedFd, trusted: bool) -> Result<(Arc<Node>, Statx), Errno> {
         let stat = stat(&fd)?;
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         let key = key(&stat, kind);
         let mount = stat.stx_mnt_id;
         if let Some(node) = self.meet_again(key) {
             self.reach(&node, fd, mount)?;
+            if trusted {
+                node.trusted.store(true, Ordering::Relaxed);
+            }
             return Ok((node, stat));
         }
         let read_only = is_read_only(&fd)?;
@@ -226,7 +239,8 @@ impl Nodes {
         let id = table.last_id;
         let device_number = table.device_number(key.device);
         let places = Mutex::new(Places::new(fd, mount, read_only));
-        let node = Arc::new(Node { id, kind, key, device_number, places, opened: Mutex::default() });
+        let trusted = trusted.into();
+        let node = Arc::new(Node { id, kind, key, trusted, device_number, places, opened: Mutex::default() });
         table.by_key.insert(key, id);
         table.by_id.insert(id, (node.clone(), 1));
         Ok((node, stat))

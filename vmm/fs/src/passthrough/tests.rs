@@ -13,6 +13,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::Passthrough;
 use crate::abi::*;
 use crate::filter;
+use crate::policy::Policy;
+
+mod policy;
 
 struct Guest {
     files: Passthrough,
@@ -25,10 +28,14 @@ impl Guest {
     }
 
     fn with_open_files(open_files: usize) -> Self {
+        Self::with_policy(open_files, Policy::default())
+    }
+
+    fn with_policy(open_files: usize, policy: Policy) -> Self {
         static DESCRIPTORS: Once = Once::new();
         DESCRIPTORS.call_once(|| std::env::set_current_dir("/proc/self/fd").unwrap());
         let folder = tempfile::tempdir_in("/tmp").unwrap();
-        Self { files: Passthrough::new(folder.path(), open_files).unwrap(), folder }
+        Self { files: Passthrough::new(folder.path(), open_files, policy).unwrap(), folder }
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -38,8 +45,13 @@ impl Guest {
     /// The answer's body, or the errno; with the system calls that the process has
     /// and no others.
     fn ask(&self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
-        let header =
-            InHeader { len: (40 + body.len()) as u32, opcode, unique: 3, node, ..InHeader::default() };
+        self.ask_as((0, 0), opcode, node, body)
+    }
+
+    /// The same, as a user and a group.
+    fn ask_as(&self, (uid, gid): (u32, u32), opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        let len = (40 + body.len()) as u32;
+        let header = InHeader { len, opcode, unique: 3, node, uid, gid, ..InHeader::default() };
         let packet = [header.as_bytes(), body].concat();
         let restricted = || {
             filter::install().unwrap();
@@ -367,7 +379,7 @@ fn mounted(guest: &Guest, count: usize) -> Option<Vec<u64>> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let mount = |_| open_tree(rustix::fs::CWD, guest.folder.path(), flags).ok();
     let mounts: Option<Vec<_>> = (0..count).map(mount).collect();
-    mounts.map(|mounts| mounts.into_iter().map(|fd| guest.files.nodes.meet(fd).unwrap().0.id).collect())
+    mounts.map(|mounts| mounts.into_iter().map(|fd| guest.files.nodes.meet(fd, true).unwrap().0.id).collect())
 }
 
 #[test]

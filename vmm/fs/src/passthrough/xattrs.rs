@@ -16,8 +16,11 @@ use crate::message::{Answer, Request};
 /// Longest list or value (`XATTR_SIZE_MAX`).
 const MAX_SIZE: usize = 64 << 10;
 
+/// What a program may do beyond what its user may.
+const CAPABILITY: &CStr = c"security.capability";
+
 fn is_served(name: &[u8]) -> bool {
-    name.starts_with(b"user.") || name == b"security.capability"
+    name.starts_with(b"user.") || name == CAPABILITY.to_bytes()
 }
 
 fn check(name: &CStr) -> Result<(), Errno> {
@@ -43,7 +46,11 @@ impl Passthrough {
         let name = request.text()?;
         let value = request.bytes(set.size as usize)?;
         check(name)?;
-        let fd = self.nodes.get(request.header.node)?.fd();
+        let node = self.nodes.get(request.header.node)?;
+        if name == CAPABILITY && !node.is_trusted() {
+            return Err(Errno::PERM);
+        }
+        let fd = node.fd();
         rustix::fs::setxattr(path(&fd), name, value, XattrFlags::from_bits_retain(set.flags))
     }
 
