@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use husk_vmm_api::RateLimit;
 use serde::{Deserialize, Serialize};
 
 /// The whole file.
@@ -134,8 +135,23 @@ pub struct Handler {
     /// Directories of the host below which a pod's volumes are trusted: its machine
     /// may leave device nodes and programs with set-ID bits or capabilities there.
     pub trusted_volumes: Vec<PathBuf>,
+    /// How much a pod may do in a second.
+    pub limits: Limits,
     /// Hooks of every container.
     pub hooks: Hooks,
+}
+
+/// `[handlers.NAME.limits]`: token buckets of each device of a machine; without
+/// one there is no limit.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
+pub struct Limits {
+    /// Packets to the pod.
+    pub network_in: Option<RateLimit>,
+    /// Packets from the pod.
+    pub network_out: Option<RateLimit>,
+    /// The writable disk, and each image disk by itself.
+    pub disk: Option<RateLimit>,
 }
 
 /// `[handlers.NAME.hooks]`: hooks of the OCI runtime-spec, which run where the
@@ -288,6 +304,7 @@ impl Default for Handler {
             kernel_cmdline: String::new(),
             template: true,
             trusted_volumes: vec!["/".into()],
+            limits: Limits::default(),
             hooks: Hooks::default(),
         }
     }
@@ -448,6 +465,18 @@ mod tests {
     }
 
     #[test]
+    fn limits_are_set_by_device_and_off_by_default() {
+        let config = load(
+            "[handlers.kata-runtime.limits]\nnetwork_out = { bytes_per_second = 1000, bytes_burst = 5 }",
+        )
+        .unwrap();
+        let limits = &config.handler("").unwrap().1.limits;
+        let network_out = RateLimit { bytes_per_second: 1000, bytes_burst: 5, ..RateLimit::default() };
+        assert_eq!(limits, &Limits { network_out: Some(network_out), ..Limits::default() });
+        assert_eq!(config.handler("runc").unwrap().1.limits, Limits::default());
+    }
+
+    #[test]
     fn what_cannot_work_is_refused_by_name() {
         for (text, name) in [
             ("sokcet = 'x'", "sokcet"),
@@ -458,6 +487,7 @@ mod tests {
             ("[[handlers.kata-runtime.hooks.poststop]]\npath = 'relative'", "relative"),
             ("[[handlers.kata-runtime.hooks.sometime]]\npath = '/x'", "sometime"),
             ("[handlers.kata-runtime]\ntrusted_volumes = ['srv']", "trusted_volumes"),
+            ("[handlers.kata-runtime.limits.disk]\nbytes = 1", "bytes"),
         ] {
             let message = load(text).unwrap_err().to_string();
             assert!(message.contains(name), "{message}");

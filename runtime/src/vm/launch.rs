@@ -272,6 +272,7 @@ fn machine_config(
     let kernel = pass(open("open guest kernel", &plan.handler.kernel, false)?);
     let root = pass(open("open guest root filesystem", &plan.handler.rootfs, false)?);
     let scratch = pass(open("open sandbox disk", &plan.scratch, true)?);
+    let limits = &plan.handler.limits;
     let mut nets = Vec::new();
     for nic in &plan.nics {
         let tap = nic.tap.try_clone().map_err(|cause| Error::File {
@@ -279,7 +280,13 @@ fn machine_config(
             path: "/dev/net/tun".into(),
             cause,
         })?;
-        nets.push(NetConfig { tap: pass(tap), mac: nic.mac, mtu: MAX_MTU });
+        nets.push(NetConfig {
+            tap: pass(tap),
+            mac: nic.mac,
+            mtu: MAX_MTU,
+            receive_limit: limits.network_in,
+            send_limit: limits.network_out,
+        });
     }
     let listener = pass(vsock.into());
     // A clone's agent has spoken before.
@@ -297,8 +304,14 @@ fn machine_config(
         kernel,
         cmdline: plan.handler.kernel_cmdline.clone(),
         root,
-        disks: vec![DiskConfig { serial: SCRATCH_SERIAL.into(), file: scratch, read_only: false }],
+        disks: vec![DiskConfig {
+            serial: SCRATCH_SERIAL.into(),
+            file: scratch,
+            read_only: false,
+            limit: limits.disk,
+        }],
         slots: Slots::names(plan.handler.image_slots),
+        slot_limit: limits.disk,
         nets,
         vsock: Some(VsockConfig { cid: GUEST_CID, listener, host_port }),
         fs: Some(husk_proto::agent::paths::SHARED_TAG.into()),

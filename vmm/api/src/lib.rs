@@ -56,7 +56,7 @@ pub const SHUTDOWN_MARKER: &str = "husk: shutdown";
 /// Place of a file descriptor among those sent with the message.
 pub type FdIndex = usize;
 
-/// What huskd asks of the VMM.
+/// A request of huskd to the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
@@ -99,7 +99,7 @@ pub enum Request {
     Info,
     /// The last bytes of the guest's console, at most [`CONSOLE_TAIL`].
     Console,
-    /// What processors and devices are at, for a guest that hangs.
+    /// The present state of vCPUs and devices, for a guest that hangs.
     Inspect,
     /// Answered with [`Response::Exited`] when the machine has ended.
     Wait,
@@ -107,7 +107,7 @@ pub enum Request {
     Kill,
 }
 
-/// What the VMM answers.
+/// A response of the VMM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
@@ -127,9 +127,9 @@ pub enum Response {
     /// The request failed, and the machine is as it was. But one that could not
     /// be saved has ended, and one that could not be built is not tried again.
     Error {
-        /// What the VMM was doing, "load kernel".
+        /// The step that failed, "load kernel".
         stage: String,
-        /// What went wrong there.
+        /// The error that it met.
         message: String,
     },
 }
@@ -153,6 +153,9 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// Serial numbers of block devices that start empty, after `disks`.
     pub slots: Vec<String>,
+    /// How much each of `slots` may do.
+    #[serde(default)]
+    pub slot_limit: Option<RateLimit>,
     /// Network interfaces.
     pub nets: Vec<NetConfig>,
     /// The vsock device, if there is to be one.
@@ -188,6 +191,24 @@ pub struct DiskConfig {
     pub file: FdIndex,
     /// Guest writes are refused.
     pub read_only: bool,
+    /// How much it may do.
+    #[serde(default)]
+    pub limit: Option<RateLimit>,
+}
+
+/// How much a device may do in a second, and at once after it has done less. A
+/// rate of 0 is no limit; a burst of 0 is what the rate gives in a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes of packets or of data on a disk.
+    pub bytes_per_second: u64,
+    /// Bytes at once.
+    pub bytes_burst: u64,
+    /// Packets, or requests to a disk.
+    pub operations_per_second: u64,
+    /// Packets or requests at once.
+    pub operations_burst: u64,
 }
 
 /// A virtio network interface on a tap.
@@ -201,6 +222,12 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// Largest packet that the guest sends, bytes.
     pub mtu: u16,
+    /// How much it may receive.
+    #[serde(default)]
+    pub receive_limit: Option<RateLimit>,
+    /// How much it may send.
+    #[serde(default)]
+    pub send_limit: Option<RateLimit>,
 }
 
 /// The virtio vsock device, with unix sockets on the host's side: a client
@@ -219,7 +246,7 @@ pub struct VsockConfig {
 /// See [`VsockConfig::host_port`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPort {
-    /// Its number.
+    /// The port's number.
     pub port: u32,
     /// A connected `SOCK_STREAM` unix socket, the VMM's end of it: what the
     /// guest says comes out of the other one.
@@ -238,7 +265,7 @@ pub struct Info {
     pub boot_us: u64,
     /// Bytes of guest memory that the host holds for it now.
     pub guest_resident_bytes: u64,
-    /// What the balloon holds now, MiB.
+    /// Memory that the balloon holds now, MiB.
     pub balloon_mib: u32,
     /// How its file system device is.
     #[serde(default, deserialize_with = "known_or_default")]
@@ -271,15 +298,15 @@ pub enum FsState {
     /// The machine has no such device.
     #[default]
     None,
-    /// It has no server yet.
+    /// The device has no server yet.
     Waiting,
-    /// It has one.
+    /// The device has a server.
     Serving,
-    /// It had one.
+    /// The server has gone.
     Gone,
 }
 
-/// What a machine is at, at about one moment.
+/// The state of a machine, at about one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inspection {
     /// One for each vCPU.
@@ -288,19 +315,19 @@ pub struct Inspection {
     pub devices: Vec<DeviceReport>,
 }
 
-/// What a vCPU is at.
+/// The state of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VcpuReport {
-    /// Its thread came out of the guest and looked.
+    /// The vCPU's thread came out of the guest and looked.
     Seen {
-        /// It waits for an interrupt.
+        /// The vCPU waits for an interrupt.
         halted: bool,
         /// Address of its instruction.
         rip: u64,
-        /// Its stack.
+        /// The stack pointer.
         rsp: u64,
-        /// Its flags; bit 9 is set when it takes interrupts.
+        /// The flags register; bit 9 is set when the vCPU takes interrupts.
         rflags: u64,
         /// Vectors of interrupts that it has yet to take.
         requested: Vec<u8>,
@@ -308,33 +335,33 @@ pub enum VcpuReport {
         in_service: Vec<u8>,
         /// Value of its time stamp counter at which its timer fires; 0 is never.
         timer: u64,
-        /// Its time stamp counter.
+        /// The time stamp counter.
         tsc: u64,
     },
-    /// Its thread has ended, or is held by the host's kernel.
+    /// The vCPU's thread has ended, or is held by the host's kernel.
     Gone,
 }
 
-/// What a virtio device is at (virtio 1.2 §2.7, §4.2.2).
+/// The state of a virtio device (virtio 1.2 §2.7, §4.2.2).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceReport {
     /// Kind of device (virtio 1.2 §5): 1 network, 2 block, 4 entropy, 5
     /// balloon, 19 socket.
     pub kind: u32,
-    /// What the driver has written: 15 when it is at work.
+    /// The status that the driver has written: 15 when it is at work.
     pub status: u32,
     /// Interrupts that the driver has not acknowledged.
     pub interrupt: u32,
-    /// Its virtqueues; empty until the driver is at work.
+    /// The virtqueues; empty until the driver is at work.
     pub queues: Vec<QueueReport>,
 }
 
-/// What a virtqueue is at: counters of 16 bits that only grow.
+/// The state of a virtqueue: counters of 16 bits that only grow.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueReport {
     /// Chains that the driver has made available.
     pub available: u16,
-    /// Of these, how many the device has taken.
+    /// Number of these that the device has taken.
     pub taken: u16,
     /// The device wants to be notified of the chain after this one.
     pub notify_after: u16,
@@ -344,7 +371,7 @@ pub struct QueueReport {
     pub interrupt_after: u16,
 }
 
-/// Why a machine ended.
+/// The end of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// The kind.

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use event_manager::MutEventSubscriber;
-use husk_vmm_api::VmConfig;
+use husk_vmm_api::{RateLimit, VmConfig};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,6 +23,7 @@ use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::pmem::Pmem;
+use crate::devices::virtio::rate::Limiter;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostPort, Vsock};
 use crate::exit::ExitSignal;
@@ -37,7 +38,7 @@ use crate::stage::{StageError, at};
 pub(super) struct Devices<'a> {
     hypervisor: &'a Hypervisor,
     memory: &'a GuestMemoryMmap,
-    /// Of a machine that was saved: the devices that are yet to be added.
+    /// The devices of a saved machine that are yet to be added.
     saved: Option<std::vec::IntoIter<DeviceState>>,
     pool: IoPool,
     pub(super) pio: Bus,
@@ -109,24 +110,37 @@ impl<'a> Devices<'a> {
         for disk in &config.disks {
             let file = fds.take(disk.file).map_err(at(STAGE))?;
             let file = Disk::new(file, disk.read_only).map_err(at(STAGE))?;
-            self.add_disk(&disk.serial, Some(file))?;
+            self.add_disk(&disk.serial, Some(file), disk.limit.as_ref())?;
         }
         for serial in &config.slots {
-            self.add_disk(serial, None)?;
+            self.add_disk(serial, None, config.slot_limit.as_ref())?;
         }
         Ok(())
     }
 
     /// The pool's threads serve it, not the event loop.
-    fn add_disk(&mut self, serial: &str, disk: Option<Disk>) -> Result<(), StageError> {
+    fn add_disk(
+        &mut self,
+        serial: &str,
+        disk: Option<Disk>,
+        limit: Option<&RateLimit>,
+    ) -> Result<(), StageError> {
         const STAGE: &str = "create disks";
         let pool = self.pool.clone();
         let read_only = disk.as_ref().is_some_and(Disk::read_only);
+        let limiter = Limiter::new(limit);
         let (block, transport) = match (self.next_saved()?, disk) {
-            (None, Some(disk)) => (Block::with_disk(serial, disk, pool).map_err(at(STAGE))?, None),
-            (None, None) => (Block::slot(serial, pool).map_err(at(STAGE))?, None),
+            (None, disk) => {
+                let block = match disk {
+                    Some(disk) => Block::with_disk(serial, disk, pool),
+                    None => Block::slot(serial, pool),
+                }
+                .map_err(at(STAGE))?;
+                lock(&block).limit(limiter).map_err(at(STAGE))?;
+                (block, None)
+            }
             (Some(DeviceState { own: Own::Block(state), transport }), disk) => {
-                (Block::restore(&state, disk, pool).map_err(at(TEMPLATE))?, Some(transport))
+                (Block::restore(&state, disk, pool, limiter).map_err(at(TEMPLATE))?, Some(transport))
             }
             (Some(_), _) => return Err(another("a disk")),
         };
@@ -145,12 +159,18 @@ impl<'a> Devices<'a> {
         const STAGE: &str = "create network interfaces";
         for net in &config.nets {
             let tap = fds.take(net.tap).map_err(at(STAGE))?;
+            let limiters = [net.receive_limit.as_ref(), net.send_limit.as_ref()];
+            let [receive, send] = limiters.map(Limiter::new);
             let (device, transport) = match self.next_saved()? {
-                None => (Net::new(tap, net.mac, net.mtu).map_err(at(STAGE))?, None),
+                None => {
+                    let mut device = Net::new(tap, net.mac, net.mtu).map_err(at(STAGE))?;
+                    device.limit(receive, send).map_err(at(STAGE))?;
+                    (device, None)
+                }
                 Some(DeviceState { own: Own::Net(state), transport })
                     if (state.mac, state.mtu) == (net.mac, net.mtu) =>
                 {
-                    (Net::restore(&state, tap).map_err(at(TEMPLATE))?, Some(transport))
+                    (Net::restore(&state, tap, receive, send).map_err(at(TEMPLATE))?, Some(transport))
                 }
                 Some(_) => return Err(another("a network interface")),
             };
@@ -203,7 +223,7 @@ impl<'a> Devices<'a> {
         self.add(device, Device::Balloon, transport)
     }
 
-    /// It gets an event loop of its own together with its server.
+    /// The device gets an event loop of its own together with its server.
     pub(super) fn add_fs(&mut self, config: &VmConfig) -> Result<(), StageError> {
         let Some(tag) = &config.fs else { return Ok(()) };
         let (device, transport) = match self.next_saved()? {

@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 const MAGIC: [u8; 8] = *b"HUSKSNAP";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_LENGTH: usize = 24;
 /// Longest payload: 64 vCPUs with all their registers need about 1 MiB.
 const MAX_PAYLOAD: u64 = 64 << 20;
@@ -35,7 +35,7 @@ pub enum FormatError {
     /// Written by another version.
     #[error("the snapshot has version {0}, this program reads {VERSION}; make it anew")]
     Version(u32),
-    /// It was cut off or changed.
+    /// The payload was cut off or changed.
     #[error("the snapshot is damaged: {0}")]
     Damaged(String),
     /// The state does not fit the format.

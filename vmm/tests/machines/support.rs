@@ -146,6 +146,7 @@ impl Vmm {
             root: 1,
             disks: Vec::new(),
             slots: Vec::new(),
+            slot_limit: None,
             nets: Vec::new(),
             vsock: None,
             fs: None,

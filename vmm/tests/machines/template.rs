@@ -10,7 +10,7 @@ use crate::support::{Vmm, disk};
 const DISK: u64 = 1 << 20;
 
 fn with_disk(config: &mut VmConfig) {
-    config.disks.push(DiskConfig { serial: "data".into(), file: 2, read_only: false });
+    config.disks.push(DiskConfig { serial: "data".into(), file: 2, read_only: false, limit: None });
 }
 
 /// A saved machine: what it was, its state, and its memory.

@@ -82,6 +82,7 @@ fn boot(control: &OwnedFd, guest: &Guest, folder: &Path, ready: UnixStream) -> a
         root: 1,
         disks: Vec::new(),
         slots: Vec::new(),
+        slot_limit: None,
         nets: Vec::new(),
         vsock: Some(VsockConfig {
             cid: 3,

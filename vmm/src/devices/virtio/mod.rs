@@ -10,6 +10,7 @@ pub mod interrupt;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
+pub mod rate;
 pub mod rings;
 pub mod rng;
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! The device: its configuration, its disk, and the queue that the pool's
 //! threads take requests from.
 
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use nix::sys::timerfd::TimerFd;
 use virtio_bindings::virtio_blk as vb;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -14,10 +16,11 @@ use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::disk::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, Outcome};
 use super::pool::{IoPool, Watch};
-use super::request::Request;
+use super::request::{Request, total};
 use super::{SECTOR, SERIAL_LENGTH};
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::{CONFIG_CHANGE, Interrupt, USED_RING};
+use crate::devices::virtio::rate::{self, Limiter};
 use crate::lock;
 
 /// Requests in the queue. Linux preallocates for all of them, in each device.
@@ -37,7 +40,7 @@ pub enum BlockError {
     /// The serial number does not fit.
     #[error("serial number {0:?} is not 1 to {SERIAL_LENGTH} bytes of printable ASCII")]
     Serial(String),
-    /// It is no slot.
+    /// The device is no slot.
     #[error("disk {0:?} is not a slot")]
     NotASlot(String),
     /// A disk is in it already.
@@ -54,7 +57,7 @@ pub enum BlockError {
 /// Whether the device has its disk for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Kind {
-    /// Its disk is there from the start.
+    /// The disk is there from the start.
     Fixed {
         /// Offered as `VIRTIO_BLK_F_RO`.
         read_only: bool,
@@ -80,6 +83,13 @@ pub struct Block {
     open: usize,
     /// No more requests are taken: the machine is about to be saved.
     resting: bool,
+    limit: Option<Limit>,
+}
+
+/// How much the device may do, and when it may do more.
+struct Limit {
+    limiter: Limiter,
+    timer: TimerFd,
 }
 
 impl Block {
@@ -118,8 +128,25 @@ impl Block {
                 flight: Arc::default(),
                 open: 0,
                 resting: false,
+                limit: None,
             })
         })
+    }
+
+    /// Gives the device a limit, before a driver has come.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub fn limit(&mut self, limiter: Option<Limiter>) -> io::Result<()> {
+        self.limit = match limiter {
+            Some(limiter) => Some(Limit { limiter, timer: rate::timer()? }),
+            None => None,
+        };
+        Ok(())
+    }
+
+    pub(super) fn limiter(&self) -> Option<&Limiter> {
+        self.limit.as_ref().map(|limit| &limit.limiter)
     }
 
     /// Puts a disk into a slot.
@@ -172,7 +199,7 @@ impl Block {
         String::from_utf8_lossy(&self.serial).trim_end_matches('\0').to_owned()
     }
 
-    /// Its disk was read-only from the start.
+    /// Whether the disk was read-only from the start.
     #[must_use]
     pub const fn read_only(&self) -> bool {
         matches!(self.kind, Kind::Fixed { read_only: true })
@@ -203,6 +230,13 @@ impl Block {
         if self.resting {
             return None;
         }
+        if let Some(Limit { limiter, timer }) = &mut self.limit
+            && let Some(wait) = limiter.wait()
+        {
+            // The pool listens to the timer as it does to the queue.
+            rate::set(timer, wait);
+            return None;
+        }
         let (activation, _) = self.activation.as_mut()?;
         let queue = activation.queues.first_mut()?;
         // No more malformed chains than the queue has in one go: a guest that
@@ -222,6 +256,9 @@ impl Block {
                     let _ = notification.write(1);
                 }
                 self.open += 1;
+                if let Some(limit) = &mut self.limit {
+                    limit.limiter.take(total(&request.input) + total(&request.output));
+                }
                 return Some(Job {
                     request,
                     disk: self.disk.clone(),
@@ -231,7 +268,7 @@ impl Block {
                     _flight: Flight::begin(&self.flight),
                 });
             }
-            give_back(queue, &activation.memory, &activation.interrupt, head, 0);
+            return_chain(queue, &activation.memory, &activation.interrupt, head, 0);
         }
         None
     }
@@ -247,7 +284,7 @@ impl Block {
         let _ = activation.memory.write_obj(done.outcome.status, done.request.status);
         let Some(queue) = activation.queues.first_mut() else { return };
         let written = done.outcome.written.saturating_add(1);
-        give_back(queue, &activation.memory, &activation.interrupt, done.request.head, written);
+        return_chain(queue, &activation.memory, &activation.interrupt, done.request.head, written);
     }
 
     fn config(&self) -> [u8; CONFIG_LENGTH] {
@@ -272,7 +309,7 @@ impl Block {
 
 /// Puts a chain into the used ring. A queue whose rings went bad cannot be
 /// told so; its driver hears no more of this chain.
-fn give_back(queue: &mut Queue, memory: &GuestMemoryMmap, interrupt: &Interrupt, head: u16, written: u32) {
+fn return_chain(queue: &mut Queue, memory: &GuestMemoryMmap, interrupt: &Interrupt, head: u16, written: u32) {
     if queue.add_used(memory, head, written).is_ok() && queue.needs_notification(memory).unwrap_or(true) {
         interrupt.trigger(USED_RING);
     }
@@ -329,8 +366,11 @@ impl VirtioDevice for Block {
             return Err(failed("the driver has not set up its virtqueue".into()));
         };
         self.epoch += 1;
-        let watch =
-            self.pool.watch(self.me.clone(), notification).map_err(|error| failed(error.to_string()))?;
+        let timer = self.limit.as_ref().map(|limit| &limit.timer);
+        let watch = self
+            .pool
+            .watch(self.me.clone(), notification, timer)
+            .map_err(|error| failed(error.to_string()))?;
         self.activation = Some((activation, watch));
         Ok(())
     }
@@ -340,7 +380,7 @@ impl VirtioDevice for Block {
         if let Some((activation, watch)) = self.activation.take()
             && let Some(notification) = activation.queue_events.first()
         {
-            self.pool.unwatch(&watch, notification);
+            self.pool.unwatch(&watch, notification, self.limit.as_ref().map(|limit| &limit.timer));
         }
         // The driver may use the memory of its requests for other things as
         // soon as the reset is done (§2.1.2).

@@ -28,7 +28,7 @@ pub struct Outcome {
     pub written: u32,
 }
 
-/// Why a request failed.
+/// The reason for which a request failed.
 enum Failure {
     /// The guest asked for what cannot be.
     Invalid,

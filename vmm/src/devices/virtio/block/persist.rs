@@ -1,15 +1,18 @@
 //! Saves a block device and restores it. The queue and the registers are the
 //! transport's to save, the disk's content is in its file.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use super::device::{Block, Kind};
 use super::{Disk, IoPool, SERIAL_LENGTH};
+use crate::devices::virtio::rate::{Limiter, LimiterState};
+use crate::lock;
 
 /// Version of [`BlockState`].
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// A saved [`Block`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +21,7 @@ pub struct BlockState {
     serial: [u8; SERIAL_LENGTH],
     kind: Kind,
     sectors: Option<u64>,
+    limiter: LimiterState,
 }
 
 /// A saved block device cannot be restored.
@@ -26,6 +30,12 @@ pub enum BlockRestoreError {
     /// Saved by another version.
     #[error("block device state of version {0} is not supported")]
     Version(u16),
+    /// The limit was saved by another version.
+    #[error("rate limits of version {0} are not supported")]
+    Limits(u16),
+    /// The process has too many open files.
+    #[error("make the timer of a rate limit: {0}")]
+    Timer(#[from] io::Error),
     /// The guest knows of a disk of another size, or of none.
     #[error("the disk of {serial:?} has {found:?} sectors, but had {saved:?} when it was saved")]
     Disk {
@@ -47,11 +57,12 @@ impl Block {
             serial: *self.serial_bytes(),
             kind: self.kind(),
             sectors: self.disk().map(Disk::sectors),
+            limiter: Limiter::save(self.limiter()),
         }
     }
 
-    /// A device as it was saved, with its disk given anew. The disk of a slot
-    /// may be another one than before: the driver has to be told then.
+    /// A device as it was saved, with its disk and its limit given anew. The disk of
+    /// a slot may be another one than before: the driver has to be told then.
     ///
     /// # Errors
     /// [`BlockRestoreError`].
@@ -59,6 +70,7 @@ impl Block {
         state: &BlockState,
         disk: Option<Disk>,
         pool: IoPool,
+        limiter: Option<Limiter>,
     ) -> Result<Arc<Mutex<Self>>, BlockRestoreError> {
         if state.version != VERSION {
             return Err(BlockRestoreError::Version(state.version));
@@ -68,6 +80,9 @@ impl Block {
             let serial = String::from_utf8_lossy(&state.serial).trim_end_matches('\0').to_owned();
             return Err(BlockRestoreError::Disk { serial, found, saved: state.sectors });
         }
-        Ok(Self::build(state.serial, state.kind, disk, pool))
+        let limiter = Limiter::restore(limiter, &state.limiter).map_err(BlockRestoreError::Limits)?;
+        let block = Self::build(state.serial, state.kind, disk, pool);
+        lock(&block).limit(limiter)?;
+        Ok(block)
     }
 }

@@ -8,10 +8,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 
+use nix::sys::timerfd::TimerFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -57,11 +58,17 @@ impl IoPool {
         Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, state: Mutex::default() })))
     }
 
-    /// Serves `device` whenever `notification` is written to.
+    /// Serves `device` whenever `notification` is written to, and when its timer, if
+    /// it has one, has ended.
     ///
     /// # Errors
     /// The notification cannot be watched, or no thread can be made.
-    pub(super) fn watch(&self, device: Weak<Mutex<Block>>, notification: &EventFd) -> io::Result<Watch> {
+    pub(super) fn watch(
+        &self,
+        device: Weak<Mutex<Block>>,
+        notification: &EventFd,
+        timer: Option<&TimerFd>,
+    ) -> io::Result<Watch> {
         let mut state = lock(&self.0.state);
         let token = state.next_token;
         state.next_token += 1;
@@ -69,10 +76,9 @@ impl IoPool {
         // Edge-triggered: each notification wakes one thread, and none has to
         // read the counter.
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
-        let added = self
-            .0
-            .epoll
-            .ctl(ControlOperation::Add, notification.as_raw_fd(), event)
+        let add = |fd: RawFd| self.0.epoll.ctl(ControlOperation::Add, fd, event);
+        let added = add(notification.as_raw_fd())
+            .and_then(|()| timer.map_or(Ok(()), |timer| add(timer.as_fd().as_raw_fd())))
             .and_then(|()| if state.threads == 0 { self.spawn(&mut state) } else { Ok(()) });
         if added.is_err() {
             state.devices.remove(&token);
@@ -81,10 +87,13 @@ impl IoPool {
     }
 
     /// Stops serving a device.
-    pub(super) fn unwatch(&self, watch: &Watch, notification: &EventFd) {
+    pub(super) fn unwatch(&self, watch: &Watch, notification: &EventFd, timer: Option<&TimerFd>) {
         lock(&self.0.state).devices.remove(&watch.token);
-        // It is watched for as long as its `Watch` lives.
-        let _ = self.0.epoll.ctl(ControlOperation::Delete, notification.as_raw_fd(), EpollEvent::default());
+        // Each is watched for as long as the device's `Watch` lives.
+        let fds = [Some(notification.as_raw_fd()), timer.map(|timer| timer.as_fd().as_raw_fd())];
+        for fd in fds.into_iter().flatten() {
+            let _ = self.0.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
     }
 
     /// Sees to it that somebody listens while the caller waits for a file.
@@ -105,7 +114,7 @@ impl IoPool {
         let shared = Arc::downgrade(&self.0);
         thread::Builder::new().name("husk-io".into()).stack_size(STACK).spawn(move || work(&shared))?;
         state.threads += 1;
-        // It counts as idle from now on, so that nobody makes a third.
+        // The new thread counts as idle from now on, so that nobody makes a third.
         state.idle += 1;
         Ok(())
     }

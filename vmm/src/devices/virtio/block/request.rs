@@ -43,7 +43,7 @@ pub struct Buffer {
     pub length: u32,
 }
 
-/// What the driver asks for.
+/// The operation that the driver asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Disk to memory, from this sector on.
@@ -67,11 +67,11 @@ pub enum Operation {
 pub struct Request {
     /// Names the chain when it is given back.
     pub head: u16,
-    /// What to do.
+    /// The operation.
     pub operation: Operation,
-    /// What the driver gives: readable buffers behind the header.
+    /// Data that the driver gives: readable buffers behind the header.
     pub input: Vec<Buffer>,
-    /// What the driver gets: writable buffers before the status.
+    /// Room for data that the driver gets: writable buffers before the status.
     pub output: Vec<Buffer>,
     /// Where the status byte goes.
     pub status: GuestAddress,

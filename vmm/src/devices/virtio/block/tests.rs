@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use husk_vmm_api::RateLimit;
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk as vb;
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
@@ -24,6 +25,7 @@ use super::*;
 use crate::devices::virtio::buffers::MAX_SEGMENTS;
 use crate::devices::virtio::device::{Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::{CONFIG_CHANGE, Interrupt, USED_RING};
+use crate::devices::virtio::rate::Limiter;
 use crate::devices::virtio::test_utils::{self, DriverQueue, Part};
 
 const RING: GuestAddress = GuestAddress(0x1000);
@@ -377,6 +379,22 @@ mod devices {
     }
 
     #[test]
+    fn a_limit_lets_requests_wait_and_answers_them_all() {
+        let limit = RateLimit { operations_per_second: 50, operations_burst: 2, ..RateLimit::default() };
+        let block = with_disk(4);
+        block.lock().unwrap().limit(Limiter::new(Some(&limit))).unwrap();
+        let start = Instant::now();
+        let setup = Setup::new(block);
+        setup.read_sectors(&[0, 1, 2, 3, 0, 1]);
+        setup.wait_used(6);
+        // Four of them waited, the last one for 80 ms.
+        assert!(start.elapsed() >= Duration::from_millis(79), "{:?}", start.elapsed());
+        // A reset takes the timer out of the pool, and a new driver is served.
+        setup.block.lock().unwrap().reset();
+        setup.activate();
+    }
+
+    #[test]
     fn a_reset_device_leaves_memory_alone_and_can_start_again() {
         let setup = Setup::new(with_disk(4));
         setup.block.lock().unwrap().reset();
@@ -441,17 +459,17 @@ mod devices {
         let block = with_disk(4);
         let saved = block.lock().unwrap().save();
         let disk = |sectors| Some(Disk::new(fd(&disk_file(sectors)), false).unwrap());
-        let twin = Block::restore(&saved, disk(4), pool.clone()).unwrap();
+        let twin = Block::restore(&saved, disk(4), pool.clone(), None).unwrap();
         assert_eq!(twin.lock().unwrap().save(), saved);
         assert_eq!(twin.lock().unwrap().features(), block.lock().unwrap().features());
         for wrong in [None, disk(5)] {
             assert!(matches!(
-                Block::restore(&saved, wrong, pool.clone()),
+                Block::restore(&saved, wrong, pool.clone(), None),
                 Err(BlockRestoreError::Disk { .. })
             ));
         }
         let slot = Block::slot("s", pool.clone()).unwrap().lock().unwrap().save();
-        let filled = Block::restore(&slot, disk(7), pool).unwrap();
+        let filled = Block::restore(&slot, disk(7), pool, None).unwrap();
         assert_eq!(capacity(&filled), 7);
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use nix::sys::timerfd::TimerFd;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -18,6 +19,7 @@ use super::tx::transmit;
 use crate::devices::virtio::config;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::USED_RING;
+use crate::devices::virtio::rate::{self, Limiter};
 use crate::devices::virtio::rings::needs_interrupt;
 use crate::devices::virtio::watch::QueueWatch;
 
@@ -37,7 +39,17 @@ pub struct Net {
     pub(super) watch: QueueWatch,
     pub(super) mac: [u8; 6],
     pub(super) mtu: u16,
+    pub(super) limits: Limits,
     active: Option<Active>,
+}
+
+/// How much an interface may do.
+#[derive(Debug, Default)]
+pub(super) struct Limits {
+    pub(super) receive: Option<Limiter>,
+    pub(super) send: Option<Limiter>,
+    /// When it may do more; there is one where there are limits.
+    pub(super) timer: Option<TimerFd>,
 }
 
 struct Active {
@@ -50,9 +62,20 @@ impl Net {
     /// with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
     ///
     /// # Errors
-    /// It is no such descriptor, or the process has too many open files.
+    /// The descriptor is none of a tap, or the process has too many open files.
     pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
-        Ok(Self { tap: Tap::new(tap)?, watch: QueueWatch::new()?, mac, mtu, active: None })
+        let limits = Limits::default();
+        Ok(Self { tap: Tap::new(tap)?, watch: QueueWatch::new()?, mac, mtu, limits, active: None })
+    }
+
+    /// Gives it limits, before the event loop knows it.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub fn limit(&mut self, receive: Option<Limiter>, send: Option<Limiter>) -> io::Result<()> {
+        let timer = (receive.is_some() || send.is_some()).then(rate::timer).transpose()?;
+        self.limits = Limits { receive, send, timer };
+        Ok(())
     }
 
     /// The tap has packets.
@@ -69,8 +92,14 @@ impl Net {
         let [rx, tx] = queues.as_mut_slice() else { return };
         let before = (rx.next_used(), tx.next_used());
         let (mut to_send, mut to_receive) = (BATCH, BATCH);
-        transmit(&self.tap, memory, tx, &mut to_send);
-        receiver.receive(&self.tap, memory, rx, &mut to_receive);
+        let Limits { receive, send, timer } = &mut self.limits;
+        let waits = [
+            transmit(&self.tap, memory, tx, send, &mut to_send),
+            receiver.receive(&self.tap, memory, rx, receive, &mut to_receive),
+        ];
+        if let (Some(timer), Some(wait)) = (timer, waits.into_iter().flatten().min()) {
+            rate::set(timer, wait);
+        }
         if needs_interrupt(rx, memory, before.0) || needs_interrupt(tx, memory, before.1) {
             interrupt.trigger(USED_RING);
         }
@@ -141,7 +170,7 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.active = None;
         self.watch.reset();
-        // It fails only if the interface is gone, and then nothing comes.
+        // The call fails only if the interface is gone, and then no packet comes.
         let _ = self.tap.accept(0);
     }
 

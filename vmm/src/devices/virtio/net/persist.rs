@@ -6,9 +6,10 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 
 use super::device::Net;
+use crate::devices::virtio::rate::{Limiter, LimiterState};
 
 /// Version of [`State`].
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A saved device. A packet on its way is lost, as on any wire.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +20,10 @@ pub struct State {
     pub mac: [u8; 6],
     /// Largest packet that the guest sends, bytes.
     pub mtu: u16,
+    /// Tokens left for receiving.
+    pub receive: LimiterState,
+    /// Tokens left for sending.
+    pub send: LimiterState,
 }
 
 /// A saved device cannot be restored.
@@ -27,6 +32,9 @@ pub enum RestoreError {
     /// Another version of this program made it.
     #[error("the network device was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
+    /// The limits were saved by another version.
+    #[error("rate limits of version {0} are not supported")]
+    Limits(u16),
     /// The tap cannot be used.
     #[error("set up the tap: {0}")]
     Tap(#[from] io::Error),
@@ -35,18 +43,34 @@ pub enum RestoreError {
 impl Net {
     /// Saves what is the device's own.
     #[must_use]
-    pub const fn save(&self) -> State {
-        State { version: VERSION, mac: self.mac, mtu: self.mtu }
+    pub fn save(&self) -> State {
+        State {
+            version: VERSION,
+            mac: self.mac,
+            mtu: self.mtu,
+            receive: Limiter::save(self.limits.receive.as_ref()),
+            send: Limiter::save(self.limits.send.as_ref()),
+        }
     }
 
-    /// Restores it on another tap.
+    /// Restores it on another tap, with limits that may be others.
     ///
     /// # Errors
     /// See [`RestoreError`].
-    pub fn restore(state: &State, tap: OwnedFd) -> Result<Self, RestoreError> {
+    pub fn restore(
+        state: &State,
+        tap: OwnedFd,
+        receive: Option<Limiter>,
+        send: Option<Limiter>,
+    ) -> Result<Self, RestoreError> {
         if state.version != VERSION {
             return Err(RestoreError::Version(state.version));
         }
-        Ok(Self::new(tap, state.mac, state.mtu)?)
+        let mut net = Self::new(tap, state.mac, state.mtu)?;
+        net.limit(
+            Limiter::restore(receive, &state.receive).map_err(RestoreError::Limits)?,
+            Limiter::restore(send, &state.send).map_err(RestoreError::Limits)?,
+        )?;
+        Ok(net)
     }
 }

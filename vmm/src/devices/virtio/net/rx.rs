@@ -11,12 +11,14 @@
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
+use std::time::Duration;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::tap::{HEADER_LEN, MAX_PACKET, Tap};
 use crate::devices::virtio::buffers::{Buffers, IoVecs};
+use crate::devices::virtio::rate::Limiter;
 use crate::devices::virtio::rings::{add_used_together, next_chain};
 
 /// Place of `num_buffers` in the header.
@@ -51,18 +53,31 @@ impl Receiver {
     }
 
     /// Gives the guest packets, or drops those that it can never take: `left`
-    /// at most.
-    pub fn receive(&mut self, tap: &Tap, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
+    /// at most, and no more than `limiter` lets through. The time after which there
+    /// may be more is answered; until then they wait in the tap.
+    pub fn receive(
+        &mut self,
+        tap: &Tap,
+        memory: &GuestMemoryMmap,
+        queue: &mut Queue,
+        limiter: &mut Option<Limiter>,
+        left: &mut usize,
+    ) -> Option<Duration> {
         if self.broken || (!self.readable && self.held.is_none()) {
-            return;
+            return None;
         }
+        let mut wait = None;
         // Asked for again when there are too few buffers.
         let _ = queue.disable_notification(memory);
         let mut room = Room::default();
         while *left > 0 && (self.readable || self.held.is_some()) {
+            wait = limiter.as_mut().and_then(Limiter::wait);
+            if wait.is_some() {
+                break;
+            }
             if self.collect(memory, queue, &mut room).is_err() {
                 self.broken = true;
-                return;
+                return None;
             }
             if room.chains.is_empty() {
                 break;
@@ -85,14 +100,18 @@ impl Receiver {
                 },
             };
             *left -= 1;
+            if let Some(limiter) = limiter {
+                limiter.take(len.saturating_sub(HEADER_LEN) as u64);
+            }
             let used = room.take(len);
             if add_used_together(queue, memory, &used).is_err() {
                 self.broken = true;
-                return;
+                return None;
             }
         }
         let unused = u16::try_from(room.chains.len()).unwrap_or_default();
         queue.set_next_avail(queue.next_avail().wrapping_sub(unused));
+        wait
     }
 
     /// Collects chains until every packet fits, or there are no more.

@@ -52,7 +52,7 @@ impl Tap {
     /// IFF_VNET_HDR`.
     ///
     /// # Errors
-    /// It is none.
+    /// The descriptor is none of a tap.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;

@@ -4,6 +4,9 @@
 mod guest;
 mod host;
 
+use std::time::{Duration, Instant};
+
+use husk_vmm_api::RateLimit;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use virtio_bindings::virtio_net::{
@@ -17,6 +20,7 @@ use super::Net;
 use super::persist::{RestoreError, State};
 use super::tap::{HEADER_LEN, MAX_PACKET};
 use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::rate::Limiter;
 
 const NO_HEADER: [u8; 10] = [0; 10];
 
@@ -312,12 +316,50 @@ fn a_saved_device_is_restored() {
         let net = Net::new(tap("husk0").unwrap(), MAC, 1450).unwrap();
         let saved = bitcode::serialize(&net.save()).unwrap();
         let state: State = bitcode::deserialize(&saved).unwrap();
-        let restored = Net::restore(&state, tap("husk1").unwrap()).unwrap();
+        let restored = Net::restore(&state, tap("husk1").unwrap(), None, None).unwrap();
         assert_eq!((restored.mac, restored.mtu), (MAC, 1450));
         assert_eq!(restored.save(), net.save());
-        let newer = State { version: 2, ..state };
-        let error = Net::restore(&newer, tap("husk2").unwrap()).err().unwrap();
-        assert!(matches!(error, RestoreError::Version(2)), "{error}");
+        let newer = State { version: 3, ..state };
+        let error = Net::restore(&newer, tap("husk2").unwrap(), None, None).err().unwrap();
+        assert!(matches!(error, RestoreError::Version(3)), "{error}");
+    });
+}
+
+#[test]
+fn a_limit_holds_in_its_direction_and_loses_nothing() {
+    in_namespace(|| {
+        // Five packets at once, then one each 20 ms.
+        let limit = RateLimit { operations_per_second: 50, operations_burst: 5, ..RateLimit::default() };
+        for (receives, name) in [(true, "husk0"), (false, "husk1")] {
+            let limiter = |yes: bool| Limiter::new(yes.then_some(&limit));
+            let change = |net: &mut Net| net.limit(limiter(receives), limiter(!receives)).unwrap();
+            let mut guest = Guest::with(name, u64::MAX, change);
+            let wire = Wire::new(name);
+            guest.post(100, 2000);
+            let start = Instant::now();
+            for number in 0..15 {
+                wire.send(NO_HEADER, &frame(number, 100));
+            }
+            for number in 0..15 {
+                assert_eq!(guest.receive().1, frame(number, 100));
+            }
+            let received = start.elapsed();
+            let start = Instant::now();
+            // Alike, because all of them are at one place of the guest's memory.
+            for _ in 0..15 {
+                guest.send(&[0; HEADER_LEN], &frame(7, 100), &[200]);
+            }
+            while guest.sent() < 15 {
+                guest.wait(10);
+            }
+            let sent = start.elapsed();
+            for _ in 0..15 {
+                assert_eq!(wire.receive(ETHERTYPE).1, frame(7, 100));
+            }
+            let (limited, free) = if receives { (received, sent) } else { (sent, received) };
+            // Ten of them waited, the last one of those for 200 ms.
+            assert!(limited >= Duration::from_millis(199), "{limited:?} and {free:?}");
+        }
     });
 }
 

@@ -37,8 +37,14 @@ pub struct Guest {
 impl Guest {
     /// A guest whose driver accepts those features that the mask lets through.
     pub fn new(name: &str, features: u64) -> Self {
+        Self::with(name, features, |_| {})
+    }
+
+    /// The same, with a device that was changed before the event loop knows it.
+    pub fn with(name: &str, features: u64, change: impl FnOnce(&mut Net)) -> Self {
         let memory = memory();
-        let net = Net::new(tap(name).unwrap(), MAC, 1500).unwrap();
+        let mut net = Net::new(tap(name).unwrap(), MAC, 1500).unwrap();
+        change(&mut net);
         let device = Arc::new(Mutex::new(net));
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(device.clone());
