@@ -10,20 +10,20 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::arch::x86_64::layout::MAX_VCPUS;
 use crate::arch::x86_64::{boot, cpuid, mptable, msr, regs};
-use crate::devices::console::Console;
+use crate::console::Console;
 use crate::exit::ExitSignal;
 use crate::hypervisor::Hypervisor;
 use crate::machine::{Machine, Subscriber};
 use crate::snapshot::machine::MachineState;
 use crate::stage::{StageError, at};
-use crate::vcpu::{Surroundings, Vcpu};
+use crate::vcpu::{Vcpu, VcpuContext};
 use crate::{kernel, memory, snapshot};
 
 mod devices;
 
 use devices::Devices;
 
-/// What every guest's command line begins with.
+/// The beginning of every guest's command line.
 ///
 /// `quiet`: every character on the serial port leaves the guest. `reboot=k`:
 /// through the keyboard controller, see [`husk_vmm_api::SHUTDOWN_MARKER`].
@@ -41,7 +41,7 @@ const TEMPLATE: &str = "restore the template";
 pub struct Descriptors(Vec<Option<OwnedFd>>);
 
 impl Descriptors {
-    /// Those of one packet.
+    /// The descriptors of one packet.
     #[must_use]
     pub fn new(fds: Vec<OwnedFd>) -> Self {
         Self(fds.into_iter().map(Some).collect())
@@ -123,7 +123,7 @@ pub fn build(
         return Err(at(TEMPLATE)("it was saved with other devices, or with other words for its kernel"));
     }
 
-    let surroundings = Arc::new(Surroundings {
+    let context = Arc::new(VcpuContext {
         pio,
         mmio,
         exit: Arc::clone(exit),
@@ -133,11 +133,10 @@ pub fn build(
     let vcpus = vcpus
         .into_iter()
         .zip(0..)
-        .map(|(fd, index)| Vcpu::start(index, fd, Arc::clone(&surroundings)))
+        .map(|(fd, index)| Vcpu::start(index, fd, Arc::clone(&context)))
         .collect::<Result<_, _>>()
         .map_err(at("start vCPUs"))?;
-    let machine =
-        Machine { hypervisor, memory, ram, serial, cmdline, devices, transports, vcpus, surroundings };
+    let machine = Machine { hypervisor, memory, ram, serial, cmdline, devices, transports, vcpus, context };
     Ok((machine, subscribers))
 }
 

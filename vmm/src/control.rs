@@ -28,7 +28,7 @@ pub struct ClientId(u64);
 pub struct Incoming {
     /// Whom to answer.
     pub client: ClientId,
-    /// What is asked, or what is wrong with the packet.
+    /// The request, or the error in its packet.
     pub request: Result<(Request, Vec<OwnedFd>), String>,
 }
 
@@ -49,7 +49,7 @@ impl ControlServer {
     /// Serves a listening `SOCK_SEQPACKET` socket.
     ///
     /// # Errors
-    /// It cannot be made non-blocking.
+    /// The socket cannot be made non-blocking.
     pub fn new(listener: OwnedFd) -> io::Result<Self> {
         fcntl(&listener, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         Ok(Self { listener, clients: HashMap::new(), next_id: 0, inbox: VecDeque::new() })

@@ -15,7 +15,7 @@ use husk_vmm_api::{Exit, ExitReason};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::register_signal_handler;
 
-use crate::devices::console::Console;
+use crate::console::Console;
 use crate::lock;
 
 /// Most bytes of the words on an end.
@@ -43,7 +43,7 @@ impl ExitSignal {
         let _ = self.event.write(1);
     }
 
-    /// Why the machine has ended, if it has.
+    /// The reason for which the machine has ended, if it has.
     #[must_use]
     pub fn reason(&self) -> Option<(ExitReason, String)> {
         lock(&self.reason).clone()
@@ -79,7 +79,7 @@ pub struct Record(Target);
 #[derive(Debug)]
 enum Target {
     Words(Words),
-    /// What cannot be mapped: a pipe, or a file that is open for writing alone.
+    /// A file that cannot be mapped: a pipe, or one that is open for writing alone.
     File(File),
 }
 

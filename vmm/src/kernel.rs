@@ -34,10 +34,10 @@ pub enum KernelError {
     /// Not an ELF file for this machine.
     #[error("the kernel is not a 64-bit x86 ELF file (an uncompressed vmlinux is needed, not bzImage)")]
     NotElf,
-    /// Its headers contradict themselves.
+    /// The file's headers contradict themselves.
     #[error("the kernel's ELF headers are damaged: {0}")]
     Damaged(&'static str),
-    /// It does not fit.
+    /// The kernel does not fit into memory.
     #[error("the kernel wants memory from {start:#x} to {end:#x}, which the machine has not got")]
     NoMemory {
         /// First address.

@@ -4,12 +4,13 @@
 //! ([`control`]) and for the machine's end ([`exit`]). [`builder`] makes a [`machine`] of a request to
 //! boot: guest [`memory`] with a [`kernel`] in it, [`devices`], and a thread
 //! per [`vcpu`]. [`arch`] knows the processor; [`snapshot`] knows how a machine
-//! is written down.
+//! is saved.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod arch;
 pub mod builder;
+pub mod console;
 pub mod control;
 pub mod devices;
 pub mod exit;

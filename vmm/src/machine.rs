@@ -12,12 +12,12 @@ use crate::devices::serial::SerialPort;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError, Disk};
 use crate::devices::virtio::fs::{self, Fs};
+use crate::devices::virtio::kinds::Device;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::hypervisor::Hypervisor;
 use crate::lock;
 use crate::memory::{self, Range};
-use crate::snapshot::machine::Device;
-use crate::vcpu::{Surroundings, Vcpu};
+use crate::vcpu::{Vcpu, VcpuContext};
 
 /// Something that the event loop calls.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -49,13 +49,13 @@ pub enum MachineError {
 pub struct Machine {
     /// The VM.
     pub hypervisor: Hypervisor,
-    /// Its memory, that of the root included.
+    /// Guest memory, that of the root included.
     pub memory: GuestMemoryMmap,
     /// The ranges of it that are the guest's RAM.
     pub ram: Vec<Range>,
     /// The serial port.
     pub serial: Arc<Mutex<SerialPort>>,
-    /// What the kernel was told.
+    /// The kernel's command line.
     pub cmdline: String,
     /// All virtio devices, in the order of their addresses.
     pub devices: Vec<Device>,
@@ -63,8 +63,8 @@ pub struct Machine {
     pub transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// Running vCPUs.
     pub vcpus: Vec<Vcpu>,
-    /// What they share.
-    pub surroundings: Arc<Surroundings>,
+    /// Buses and signals that the vCPUs share.
+    pub context: Arc<VcpuContext>,
 }
 
 impl Machine {
@@ -122,13 +122,13 @@ impl Machine {
         self.fs().map_or(FsState::None, |device| lock(device).state())
     }
 
-    /// What the balloon holds, MiB.
+    /// Memory that the balloon holds, MiB.
     #[must_use]
     pub fn balloon_mib(&self) -> u32 {
         self.balloon().map_or(0, |balloon| lock(balloon).actual_mib())
     }
 
-    /// What processors and devices are at.
+    /// The present state of vCPUs and devices.
     #[must_use]
     pub fn inspect(&self) -> Inspection {
         Inspection {
@@ -160,7 +160,7 @@ impl Machine {
     /// When the guest was entered for the first time.
     #[must_use]
     pub fn entered(&self) -> Option<Instant> {
-        self.surroundings.entered.get().copied()
+        self.context.entered.get().copied()
     }
 
     /// Bytes of guest memory that the host holds now.

@@ -11,6 +11,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout::{GAP_END, GAP_START};
 
+pub use crate::arch::x86_64::layout::Range;
+
 /// Size of a page of the host.
 pub const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -33,23 +35,6 @@ pub enum MemoryError {
     /// The file behind persistent memory.
     #[error("map the root file system: {0}")]
     Root(io::Error),
-}
-
-/// A range of guest-physical memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
-    /// Its first address.
-    pub start: GuestAddress,
-    /// Bytes.
-    pub size: u64,
-}
-
-impl Range {
-    /// The address behind the last.
-    #[must_use]
-    pub const fn end(&self) -> u64 {
-        self.start.0 + self.size
-    }
 }
 
 /// The ranges of a machine's `mib` MiB, with the hole for devices left out.

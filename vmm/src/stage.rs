@@ -6,9 +6,9 @@ use std::error::Error;
 #[derive(Debug, thiserror::Error)]
 #[error("{stage}: {cause}")]
 pub struct StageError {
-    /// What was being done, "load the kernel".
+    /// The step that failed, "load the kernel".
     pub stage: &'static str,
-    /// What went wrong.
+    /// The error that it met.
     #[source]
     pub cause: Box<dyn Error + Send + Sync>,
 }

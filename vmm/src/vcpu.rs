@@ -13,12 +13,13 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EV
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::console::Console;
 use crate::devices::bus::Bus;
-use crate::devices::console::Console;
 use crate::exit::ExitSignal;
 use crate::jail::filter;
 use crate::lock;
-use crate::snapshot;
+
+mod report;
 
 /// Bytes of stack of a thread. Only what is touched costs memory.
 const STACK: usize = 256 * 1024;
@@ -28,8 +29,8 @@ const KICKS: u32 = 1000;
 /// Most time that a vCPU gets to report.
 const REPORT_WAIT: Duration = Duration::from_millis(500);
 
-/// What the vCPUs of a machine share.
-pub struct Surroundings {
+/// Buses and signals that the vCPUs of a machine share.
+pub struct VcpuContext {
     /// I/O ports.
     pub pio: Bus,
     /// Memory-mapped registers.
@@ -48,7 +49,7 @@ pub struct Vcpu {
     orders: Arc<Orders>,
 }
 
-/// What the vCPU's thread shall do between two entries into the guest.
+/// Orders for the vCPU's thread, which it looks at between two entries into the guest.
 #[derive(Default)]
 struct Orders {
     /// There are some.
@@ -62,13 +63,13 @@ impl Vcpu {
     ///
     /// # Errors
     /// The host has no more threads.
-    pub fn start(index: u8, fd: VcpuFd, surroundings: Arc<Surroundings>) -> io::Result<Self> {
+    pub fn start(index: u8, fd: VcpuFd, context: Arc<VcpuContext>) -> io::Result<Self> {
         let orders = Arc::new(Orders::default());
         let received = Arc::clone(&orders);
         let thread = thread::Builder::new()
             .name(format!("husk-vcpu{index}"))
             .stack_size(STACK)
-            .spawn(move || run(fd, &surroundings, &received))?;
+            .spawn(move || run(fd, &context, &received))?;
         Ok(Self { thread, orders })
     }
 
@@ -122,17 +123,17 @@ pub fn install_kick_handler() -> io::Result<()> {
     register_signal_handler(SIGRTMIN(), nothing).map_err(io::Error::from)
 }
 
-fn run(mut fd: VcpuFd, surroundings: &Surroundings, orders: &Orders) -> VcpuFd {
+fn run(mut fd: VcpuFd, context: &VcpuContext, orders: &Orders) -> VcpuFd {
     if let Err(error) = filter::install(filter::Thread::Vcpu) {
-        surroundings.exit.raise(ExitReason::VmmError, error.to_string());
+        context.exit.raise(ExitReason::VmmError, error.to_string());
         return fd;
     }
-    surroundings.entered.get_or_init(Instant::now);
+    context.entered.get_or_init(Instant::now);
     loop {
         if orders.any.swap(false, Ordering::SeqCst) {
             if let Some(wanted) = lock(&orders.report).take() {
-                // Who asked may have given up.
-                let _ = wanted.try_send(snapshot::vcpu::report(&fd).unwrap_or(VcpuReport::Gone));
+                // The thread that asked may have given up.
+                let _ = wanted.try_send(report::report(&fd).unwrap_or(VcpuReport::Gone));
             }
             if orders.stop.load(Ordering::SeqCst) {
                 // KVM takes the answer to what the guest last asked of a device
@@ -143,8 +144,8 @@ fn run(mut fd: VcpuFd, surroundings: &Surroundings, orders: &Orders) -> VcpuFd {
                 break;
             }
         }
-        if let Err((reason, detail)) = enter(&mut fd, surroundings) {
-            surroundings.exit.raise(reason, detail);
+        if let Err((reason, detail)) = enter(&mut fd, context) {
+            context.exit.raise(reason, detail);
             break;
         }
     }
@@ -152,21 +153,21 @@ fn run(mut fd: VcpuFd, surroundings: &Surroundings, orders: &Orders) -> VcpuFd {
 }
 
 /// Enters the guest once. An error ends the machine.
-fn enter(fd: &mut VcpuFd, surroundings: &Surroundings) -> Result<(), (ExitReason, String)> {
+fn enter(fd: &mut VcpuFd, context: &VcpuContext) -> Result<(), (ExitReason, String)> {
     let failed = |detail: String| Err((ExitReason::VmmError, detail));
     match fd.run() {
-        Ok(VcpuExit::IoIn(port, data)) => surroundings.pio.read(port.into(), data),
-        Ok(VcpuExit::IoOut(port, data)) => surroundings.pio.write(port.into(), data),
-        Ok(VcpuExit::MmioRead(address, data)) => surroundings.mmio.read(address, data),
-        Ok(VcpuExit::MmioWrite(address, data)) => surroundings.mmio.write(address, data),
+        Ok(VcpuExit::IoIn(port, data)) => context.pio.read(port.into(), data),
+        Ok(VcpuExit::IoOut(port, data)) => context.pio.write(port.into(), data),
+        Ok(VcpuExit::MmioRead(address, data)) => context.mmio.read(address, data),
+        Ok(VcpuExit::MmioWrite(address, data)) => context.mmio.write(address, data),
         Ok(VcpuExit::Intr) => {}
         // The guest faulted while it handled a double fault. Linux does that
         // on purpose when no other way to reset has worked.
-        Ok(VcpuExit::Shutdown) => return Err(surroundings.console.reason_for_reset(ExitReason::TripleFault)),
+        Ok(VcpuExit::Shutdown) => return Err(context.console.reason_for_reset(ExitReason::TripleFault)),
         Ok(VcpuExit::SystemEvent(kind, _)) => {
             return Err(match kind {
                 KVM_SYSTEM_EVENT_SHUTDOWN => (ExitReason::Shutdown, String::new()),
-                KVM_SYSTEM_EVENT_RESET => surroundings.console.reason_for_reset(ExitReason::Reset),
+                KVM_SYSTEM_EVENT_RESET => context.console.reason_for_reset(ExitReason::Reset),
                 KVM_SYSTEM_EVENT_CRASH => (ExitReason::Panic, "the guest reported a crash".into()),
                 other => (ExitReason::VmmError, format!("KVM reported the unknown system event {other}")),
             });

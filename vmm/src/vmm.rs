@@ -10,8 +10,8 @@ use event_manager::{EventManager, SubscriberOps};
 use husk_vmm_api::{Exit, ExitReason, FdIndex, FsState, Info, Request, Response, VmConfig};
 
 use crate::builder::{self, Descriptors};
+use crate::console::Console;
 use crate::control::{ClientId, ControlServer};
-use crate::devices::console::Console;
 use crate::exit::{self, ExitSignal, Record};
 use crate::hypervisor::{Hypervisor, HypervisorError};
 use crate::lock;
@@ -33,7 +33,7 @@ pub struct Vmm {
     /// Made in advance, when the process could still open KVM; taken by the boot.
     hypervisor: Option<Result<Hypervisor, HypervisorError>>,
     machine: Option<Machine>,
-    /// Who asked to be told of the end.
+    /// Clients that asked to be told of the end.
     waiting: Vec<ClientId>,
 }
 
@@ -181,7 +181,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Writes the machine down; it is gone afterwards.
+    /// Saves the machine, which is gone afterwards.
     fn save(
         &mut self,
         state: FdIndex,

@@ -13,13 +13,14 @@ use super::{Descriptors, TEMPLATE};
 use crate::arch::x86_64::layout::{
     FIRST_VIRTIO_IRQ, I8042_PORT, MAX_VIRTIO_DEVICES, SERIAL_IRQ, SERIAL_PORT, VIRTIO_MMIO, VIRTIO_MMIO_SIZE,
 };
+use crate::console::Console;
 use crate::devices::bus::Bus;
-use crate::devices::console::Console;
 use crate::devices::serial::{I8042_PORTS, ResetLine, SERIAL_PORTS, SerialPort, SerialPortState};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, Disk, IoPool};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::kinds::{Device, DeviceState, Own};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::pmem::Pmem;
@@ -31,7 +32,6 @@ use crate::hypervisor::Hypervisor;
 use crate::lock;
 use crate::machine::Subscriber;
 use crate::memory::Range;
-use crate::snapshot::machine::{Device, DeviceState, Own};
 use crate::stage::{StageError, at};
 
 /// The devices of a machine that is being built.

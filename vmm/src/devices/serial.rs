@@ -13,7 +13,7 @@ use vm_superio::{I8042Device, Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::BusDevice;
-use super::console::Console;
+use crate::console::Console;
 use crate::exit::ExitSignal;
 
 /// Version of [`SerialPortState`].
@@ -80,7 +80,7 @@ impl SerialPort {
         Self(Serial::new(Line(line), console))
     }
 
-    /// Its registers. The console's text is not part of them.
+    /// The port's registers. The console's text is not part of them.
     #[must_use]
     pub fn save(&self) -> SerialPortState {
         let state = self.0.state();

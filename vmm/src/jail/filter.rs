@@ -35,7 +35,7 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_timerfd_settime,
 ];
 
-/// What the event loop may call besides: sockets that are open, new eventfds,
+/// Calls of the event loop besides: sockets that are open, new eventfds,
 /// the sizes of files.
 const LOOP: &[i64] = &[
     libc::SYS_accept4,
@@ -57,11 +57,11 @@ const LOOP: &[i64] = &[
 /// The kind of KVM's requests.
 const KVMIO: u8 = 0xae;
 
-/// Those that run a vCPU, or tell of one: `KVM_RUN`, `GET_REGS`, `GET_MSRS`,
+/// Requests that run a vCPU, or tell of one: `KVM_RUN`, `GET_REGS`, `GET_MSRS`,
 /// `GET_LAPIC`, `GET_MP_STATE`.
 const RUN: &[u8] = &[0x80, 0x81, 0x88, 0x8e, 0x98];
 
-/// Those that build a machine, save it or restore it. Some numbers have two
+/// Requests that build a machine, save it or restore it. Some numbers have two
 /// meanings, by direction.
 const BUILD: &[u8] = &[
     0x02, // GET_MSR_INDEX_LIST
@@ -104,7 +104,7 @@ const TUN_HEADER: u8 = 0xd8;
 /// `FIONBIO` and `FIOCLEX`.
 const DESCRIPTOR: &[u8] = &[0x21, 0x51];
 
-/// Who a list is for.
+/// The threads that a list is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
     /// The event loop; other threads begin with its list.
@@ -159,7 +159,7 @@ pub fn end_on_refusal(record: Arc<Record>) -> Result<(), vmm_sys_util::errno::Er
     register_signal_handler(libc::SIGSYS, refused)
 }
 
-/// It may have interrupted anything, so that it takes no memory and no lock.
+/// The signal may have interrupted anything, so the handler takes no memory and no lock.
 extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     /// Where the kernel puts the number (`si_syscall`).
     const SYSCALL: usize = 24;

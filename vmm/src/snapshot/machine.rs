@@ -1,6 +1,5 @@
 //! A whole machine: saved in good order, for clones that go on from there.
 
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,14 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{vcpu, vm};
 use crate::devices::serial::SerialPortState;
-use crate::devices::virtio::balloon::{self, Balloon};
-use crate::devices::virtio::block::{Block, BlockState};
-use crate::devices::virtio::fs::{self, Fs};
-use crate::devices::virtio::mmio::TransportState;
-use crate::devices::virtio::net::{self, Net};
-use crate::devices::virtio::pmem::{self, Pmem};
-use crate::devices::virtio::rng::{self, Rng};
-use crate::devices::virtio::vsock::{self, Vsock};
+use crate::devices::virtio::kinds::{Device, DeviceState};
 use crate::lock;
 use crate::machine::Machine;
 use crate::memory;
@@ -30,64 +22,16 @@ const DISKS_WAIT: Duration = Duration::from_secs(10);
 #[derive(Serialize, Deserialize)]
 pub struct MachineState {
     version: u16,
-    /// What the kernel was told; it names all devices and their places.
+    /// The kernel's command line, which names all devices and their places.
     pub cmdline: String,
     /// Interrupt controllers and clock.
     pub vm: vm::VmState,
-    /// Its processors.
+    /// The vCPUs.
     pub vcpus: Vec<vcpu::VcpuState>,
-    /// Its serial port.
+    /// The serial port.
     pub serial: SerialPortState,
-    /// Its virtio devices, in the order of their addresses.
+    /// The virtio devices, in the order of their addresses.
     pub devices: Vec<DeviceState>,
-}
-
-/// A saved virtio device.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct DeviceState {
-    /// What is its own.
-    pub own: Own,
-    /// Its registers and virtqueues.
-    pub transport: TransportState,
-}
-
-/// What is a device's own.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub enum Own {
-    Pmem(pmem::persist::State),
-    Block(BlockState),
-    Net(net::persist::State),
-    Vsock(vsock::persist::State),
-    Rng(rng::persist::State),
-    Balloon(balloon::persist::State),
-    Fs(fs::persist::State),
-}
-
-/// A virtio device of a running machine.
-#[allow(missing_docs)]
-pub enum Device {
-    Pmem(Arc<Mutex<Pmem>>),
-    Block(Arc<Mutex<Block>>),
-    Net(Arc<Mutex<Net>>),
-    Vsock(Arc<Mutex<Vsock>>),
-    Rng(Arc<Mutex<Rng>>),
-    Balloon(Arc<Mutex<Balloon>>),
-    Fs(Arc<Mutex<Fs>>),
-}
-
-impl Device {
-    fn save(&self) -> Own {
-        match self {
-            Self::Pmem(device) => Own::Pmem(lock(device).save()),
-            Self::Block(device) => Own::Block(lock(device).save()),
-            Self::Net(device) => Own::Net(lock(device).save()),
-            Self::Vsock(device) => Own::Vsock(lock(device).save()),
-            Self::Rng(device) => Own::Rng(lock(device).save()),
-            Self::Balloon(device) => Own::Balloon(lock(device).save()),
-            Self::Fs(device) => Own::Fs(lock(device).save()),
-        }
-    }
 }
 
 /// Saves the machine and ends it. To be called on the event loop's thread, so

@@ -1,4 +1,4 @@
-//! A machine written down: its state as versioned plain data.
+//! A saved machine: its state as versioned plain data.
 //!
 //! ```text
 //! file      = header, payload                      format.rs

@@ -1,7 +1,6 @@
 //! The state of a vCPU. Its thread must not be in the guest.
 
-use husk_vmm_api::VcpuReport;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_HALTED};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -13,9 +12,6 @@ use crate::arch::x86_64::msr::{self, MsrError};
 
 /// Version of [`VcpuState`].
 const VERSION: u16 = 1;
-/// Offsets in the local APIC's page: interrupts in service, and requested.
-const LAPIC_ISR: usize = 0x100;
-const LAPIC_IRR: usize = 0x200;
 
 /// A saved vCPU.
 #[derive(Serialize, Deserialize)]
@@ -92,39 +88,6 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd) -> Result<VcpuState, VcpuStateError> {
         events,
         tsc_khz,
     })
-}
-
-/// What the vCPU is at.
-///
-/// # Errors
-/// KVM refused.
-pub fn report(vcpu: &VcpuFd) -> Result<VcpuReport, VcpuStateError> {
-    let mp_state = vcpu.get_mp_state().map_err(call("read the run state"))?;
-    let regs = vcpu.get_regs().map_err(call("read registers"))?;
-    let lapic = vcpu.get_lapic().map_err(call("read the local APIC"))?;
-    let [timer, tsc] = msr::read(vcpu, [msr::TSC_DEADLINE, msr::TSC])?;
-    Ok(VcpuReport::Seen {
-        halted: mp_state.mp_state == KVM_MP_STATE_HALTED,
-        rip: regs.rip,
-        rsp: regs.rsp,
-        rflags: regs.rflags,
-        requested: vectors(&lapic, LAPIC_IRR),
-        in_service: vectors(&lapic, LAPIC_ISR),
-        timer,
-        tsc,
-    })
-}
-
-/// The vectors in one of the local APIC's 256-bit registers: eight words of 32
-/// bits, 16 bytes apart.
-fn vectors(lapic: &kvm_lapic_state, register: usize) -> Vec<u8> {
-    (0..=u8::MAX)
-        .filter(|vector| {
-            let (word, bit) = (usize::from(vector / 32), vector % 32);
-            let byte = register + word * 16 + usize::from(bit / 8);
-            lapic.regs.get(byte).is_some_and(|value| value.cast_unsigned() >> (bit % 8) & 1 == 1)
-        })
-        .collect()
 }
 
 /// Puts a saved state into a fresh vCPU. `cpuid` says which registers there

@@ -6,9 +6,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
 use super::layout::{
-    BOOT_PARAMS, CMDLINE, CMDLINE_MAX, HIGH_MEMORY, LOW_MEMORY_END, MP_TABLE, PD, PDPT, PML4,
+    BOOT_PARAMS, CMDLINE, CMDLINE_MAX, HIGH_MEMORY, LOW_MEMORY_END, MP_TABLE, PD, PDPT, PML4, Range,
 };
-use crate::memory::Range;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;

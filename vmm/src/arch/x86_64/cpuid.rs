@@ -37,7 +37,7 @@ pub enum CpuidError {
     TooMany,
 }
 
-/// What all vCPUs of a machine have in common.
+/// The `cpuid` leaves that all vCPUs of a machine have in common.
 pub struct Template {
     entries: Vec<kvm_cpuid_entry2>,
     vcpus: u8,

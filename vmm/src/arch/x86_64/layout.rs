@@ -17,6 +17,23 @@
 
 use vm_memory::GuestAddress;
 
+/// A range of guest-physical memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// The first address.
+    pub start: GuestAddress,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Range {
+    /// The address behind the last.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.start.0 + self.size
+    }
+}
+
 /// The four descriptors that the boot protocol asks for.
 pub const GDT: GuestAddress = GuestAddress(0x6000);
 /// The kernel's command line; shares its page with the GDT.

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::Interrupt;
 use super::watch::QueueWatch;
 
-/// What a device works with once its driver has set `DRIVER_OK`.
+/// Memory, queues and interrupt of a device whose driver has set `DRIVER_OK`.
 pub struct Activation {
     /// The guest's memory.
     pub memory: GuestMemoryMmap,
@@ -107,6 +107,6 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// The driver reset the device: back to the state before `activate`.
     fn reset(&mut self);
 
-    /// What the device works with, while it is active; for saving its queues.
+    /// Memory, queues and interrupt, while the device is active; for saving its queues.
     fn activation(&self) -> Option<&Activation>;
 }

@@ -37,7 +37,7 @@ const VERSION: u16 = 1;
 /// Offset of the register that a driver's notification writes to.
 pub const QUEUE_NOTIFY: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
-/// What a driver has written, besides the device's own configuration.
+/// Values that a driver has written, besides the device's own configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
     status: u32,
@@ -332,7 +332,7 @@ impl MmioTransport {
         }
     }
 
-    /// What the device is at, as far as its rings can be read.
+    /// The device's present state, as far as its rings can be read.
     #[must_use]
     pub fn report(&self) -> DeviceReport {
         let device = lock(&self.device);

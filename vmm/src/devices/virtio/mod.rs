@@ -7,6 +7,7 @@ pub mod config;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
+pub mod kinds;
 pub mod mmio;
 pub mod net;
 pub mod pmem;

@@ -14,7 +14,7 @@ use husk_vmm_api::words::say;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// What an event of the loop is about.
+/// The source of an event of the loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The device was activated, was reset, or asked to be called again.
@@ -72,7 +72,7 @@ impl QueueWatch {
     /// Makes the loop call the device again soon: it stopped in the midst of
     /// its work for the sake of other devices.
     pub fn wake(&self) {
-        // It fails only when the counter is full, and then the loop wakes up.
+        // Writing fails only when the counter is full, and then the loop wakes up.
         let _ = self.wake.write(1);
     }
 

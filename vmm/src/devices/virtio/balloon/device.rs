@@ -180,7 +180,7 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    /// What the host wants stays; a new driver starts with an empty balloon.
+    /// The host's wish stays; a new driver starts with an empty balloon.
     fn reset(&mut self) {
         self.activation = None;
         self.actual = 0;

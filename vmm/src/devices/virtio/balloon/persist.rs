@@ -14,9 +14,9 @@ pub const VERSION: u32 = 1;
 pub struct State {
     /// [`VERSION`].
     pub version: u32,
-    /// What the host wants.
+    /// Pages that the host wants.
     pub wanted: u32,
-    /// What the guest has given.
+    /// Pages that the guest has given.
     pub actual: u32,
 }
 

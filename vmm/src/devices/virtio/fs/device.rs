@@ -44,7 +44,7 @@ pub enum FsError {
     /// The tag does not fit.
     #[error("tag {0:?} is not 1 to {TAG_LENGTH} bytes of printable ASCII")]
     Tag(String),
-    /// It has one.
+    /// The device has a server already.
     #[error("the file system device has a server already")]
     Attached,
     /// The guest speaks to a server that is no more; another one would not know
@@ -56,7 +56,7 @@ pub enum FsError {
     Io(#[from] io::Error),
 }
 
-/// Who answers the requests.
+/// The process that answers the requests.
 #[derive(Debug)]
 enum Server {
     /// Nobody yet; requests wait.
@@ -166,10 +166,10 @@ impl Fs {
                 };
                 match sent {
                     Sent::Awaited => self.session |= request.header.is_some_and(|header| header.is_init()),
-                    Sent::Done => give_back(queue, memory, head, 0),
+                    Sent::Done => return_chain(queue, memory, head, 0),
                     Sent::Failed(errno) => {
                         let written = request.fail(memory, errno);
-                        give_back(queue, memory, head, written);
+                        return_chain(queue, memory, head, written);
                     }
                     Sent::Stalled => {
                         // The ring keeps it until the server can take it.
@@ -220,7 +220,7 @@ impl Fs {
             let written = Buffers::of_ranges(memory, &pending.output)
                 .map_or(0, |output| write_error(&output, pending.unique, libc::EIO));
             if let Some(queue) = queues.get_mut(pending.queue) {
-                give_back(queue, memory, pending.head, written);
+                return_chain(queue, memory, pending.head, written);
             }
         }
     }
@@ -243,15 +243,15 @@ struct Request<'m> {
     output: Vec<(GuestAddress, usize)>,
 }
 
-/// What became of a request.
+/// The outcome of sending a request.
 enum Sent {
     /// The server will answer.
     Awaited,
     /// There will be no answer, as it should be.
     Done,
-    /// It was not sent.
+    /// The request was not sent.
     Failed(i32),
-    /// It cannot be sent now.
+    /// The request cannot be sent now.
     Stalled,
 }
 
@@ -327,11 +327,11 @@ fn write_error(output: &Buffers<'_>, unique: u64, errno: i32) -> u32 {
 
 /// Puts a chain into the used ring. A queue whose rings went bad cannot be
 /// told so; its driver hears no more of this chain.
-fn give_back(queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, written: u32) {
+fn return_chain(queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, written: u32) {
     let _ = queue.add_used(memory, head, written);
 }
 
-/// What became of an attempt to receive.
+/// The outcome of an attempt to receive.
 enum Received {
     /// A packet came; there may be another.
     More,
@@ -382,7 +382,7 @@ fn receive_one(
     };
     in_flight.take(header.unique);
     if let Some(queue) = activation.queues.get_mut(queue) {
-        give_back(queue, memory, head, written);
+        return_chain(queue, memory, head, written);
     }
     Received::More
 }
@@ -439,7 +439,7 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        // What is in flight is answered to nobody: its memory may be another's.
+        // Requests in flight are answered to nobody: their memory may be used for others.
         self.in_flight.take_all();
         self.activation = None;
         self.watch.reset();

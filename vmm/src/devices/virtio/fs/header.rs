@@ -20,7 +20,7 @@ pub const OUT_HEADER: usize = size_of::<OutHeader>();
 pub struct InHeader {
     /// Bytes of the request, this header included.
     pub len: u32,
-    /// What is asked.
+    /// The kind of request.
     pub opcode: u32,
     /// Names the request in its answer.
     pub unique: u64,
@@ -35,7 +35,7 @@ pub struct OutHeader {
     pub len: u32,
     /// 0, or an errno, negated.
     pub error: i32,
-    /// Of the request.
+    /// The number of the request.
     pub unique: u64,
 }
 

@@ -13,15 +13,15 @@ pub const MAX_IN_FLIGHT: usize = 256;
 pub struct Pending {
     /// The queue that it came from.
     pub queue: usize,
-    /// Its descriptor chain.
+    /// The head of its descriptor chain.
     pub head: u16,
-    /// What the guest calls it.
+    /// The guest's number of the request.
     pub unique: u64,
     /// Where its answer goes; checked to lie in guest memory.
     pub output: Vec<(GuestAddress, usize)>,
 }
 
-/// All of them, by the number that the server knows each by. Numbers are not
+/// The requests that wait, by the number that the server knows each by. Numbers are not
 /// used again, so a late answer to a request of before a reset finds nothing.
 #[derive(Debug, Default)]
 pub struct InFlight {
@@ -52,7 +52,7 @@ impl InFlight {
         self.pending.get(&number)
     }
 
-    /// It has its answer.
+    /// Removes a request that has its answer.
     pub fn take(&mut self, number: u64) -> Option<Pending> {
         self.pending.remove(&number)
     }

@@ -12,7 +12,7 @@ pub const VERSION: u32 = 1;
 pub struct State {
     /// [`VERSION`].
     pub version: u32,
-    /// What the guest knows it by.
+    /// The tag by which the guest knows the device.
     pub tag: String,
     /// The guest had begun a session with its server.
     pub session: bool,
@@ -29,7 +29,7 @@ pub enum RestoreError {
         "the guest had its file system device mounted when it was saved: save it before its first volume"
     )]
     Session,
-    /// It cannot be made.
+    /// The device cannot be made.
     #[error(transparent)]
     Fs(#[from] FsError),
 }

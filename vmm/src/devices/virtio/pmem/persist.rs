@@ -19,7 +19,7 @@ pub struct State {
     pub version: u32,
     /// Guest-physical address of the range.
     pub start: u64,
-    /// Its size, bytes.
+    /// The size of the range, bytes.
     pub size: u64,
 }
 

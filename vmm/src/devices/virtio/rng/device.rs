@@ -23,7 +23,7 @@ const QUEUE_SIZES: [u16; 1] = [64];
 pub(super) const MAX_REQUEST: usize = 4 << 10;
 /// Bytes that the guest gets per [`PERIOD`].
 pub(super) const BUDGET: usize = 64 << 10;
-/// What a request costs at least, so that empty ones end as well.
+/// Bytes that a request costs at least, so that empty ones end as well.
 const MIN_COST: usize = 64;
 /// See [`BUDGET`].
 pub(super) const PERIOD: Duration = Duration::from_millis(10);
@@ -91,7 +91,7 @@ fn fill(buffers: &Buffers<'_>) -> usize {
     let wanted = buffers.len().min(MAX_REQUEST);
     // SAFETY: `bytes` has room for `wanted` bytes.
     let result = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), wanted, libc::GRND_NONBLOCK) };
-    // It fails only in the first moments of the host's life.
+    // The call fails only in the first moments of the host's life.
     let len = usize::try_from(result).unwrap_or(0);
     buffers.write(0, bytes.get(..len).unwrap_or_default())
 }

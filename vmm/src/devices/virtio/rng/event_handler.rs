@@ -23,7 +23,7 @@ impl MutEventSubscriber for Rng {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         self.watch.sync(ops);
         if self.watch.take(events) == Source::Other(TIMER) {
-            // It fails only if the timer was set again in the meantime.
+            // Waiting fails only if the timer was set again in the meantime.
             let _ = self.timer.wait();
         }
         if !self.serve() {

@@ -127,7 +127,7 @@ impl Connection {
         connection
     }
 
-    /// Its ends.
+    /// The two ends of the connection.
     #[must_use]
     pub const fn ports(&self) -> Ports {
         self.ports
@@ -145,13 +145,13 @@ impl Connection {
         matches!(self.state, State::Over) && self.socket.is_none()
     }
 
-    /// It wants [`expire`](Self::expire) at some time.
+    /// The connection wants [`expire`](Self::expire) at some time.
     #[must_use]
     pub const fn has_deadline(&self) -> bool {
         self.deadline.is_some()
     }
 
-    /// It wants to know when the socket takes bytes again.
+    /// The connection wants to know when the socket takes bytes again.
     #[must_use]
     pub fn wants_out(&self) -> bool {
         !self.buffer.is_empty()
@@ -241,7 +241,7 @@ impl Connection {
         if self.guest_shutdown & SHUTDOWN_RECEIVE != 0
             && let Some(socket) = &self.socket
         {
-            // It fails only if the peer has gone already.
+            // The call fails only if the peer has gone already.
             let _ = socket.shutdown(Shutdown::Read);
         }
     }

@@ -21,7 +21,7 @@ pub struct Overrun;
 pub struct Credit {
     /// Bytes that the guest has sent.
     received: u32,
-    /// Those of them that left our buffer.
+    /// The bytes of these that left our buffer.
     forwarded: u32,
     /// `forwarded`, as the guest knows it.
     announced: u32,
@@ -37,7 +37,7 @@ impl Credit {
     /// The guest sent bytes.
     ///
     /// # Errors
-    /// It must not have sent so many.
+    /// The peer must not have sent so many bytes.
     pub fn receive(&mut self, len: u32) -> Result<(), Overrun> {
         let held = self.received.wrapping_sub(self.forwarded);
         if len > BUFFER_SIZE.saturating_sub(held) {

@@ -28,7 +28,7 @@ impl MutEventSubscriber for Vsock {
         }
         match self.watch.take(events) {
             Source::Other(TIMER) => {
-                // It fails only if the timer was stopped in the meantime.
+                // Waiting fails only if the timer was stopped in the meantime.
                 let _ = self.timer.wait();
                 self.muxer.tick(Instant::now());
             }

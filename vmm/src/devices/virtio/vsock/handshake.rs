@@ -15,7 +15,7 @@ pub const MAX_LINE: usize = 32;
 pub struct Handshake {
     /// The client.
     pub socket: UnixStream,
-    /// It is given up then.
+    /// The time at which the client is given up.
     pub deadline: Instant,
     line: Vec<u8>,
 }
@@ -25,9 +25,9 @@ pub struct Handshake {
 pub enum Progress {
     /// The line is not complete.
     Incomplete,
-    /// It asks for this port of the guest.
+    /// The client asks for this port of the guest.
     Connect(u32),
-    /// It said something else, or left.
+    /// The client said something else, or left.
     Bad,
 }
 

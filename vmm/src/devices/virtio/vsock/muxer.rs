@@ -46,7 +46,7 @@ const FIRST_CONNECTION: u32 = 0x2000;
 /// connection, there is no second.
 #[derive(Debug)]
 pub struct HostPort {
-    /// Its number.
+    /// The port's number.
     pub port: u32,
     /// A connected socket.
     pub socket: UnixStream,
@@ -68,7 +68,7 @@ pub enum Change {
 #[derive(Debug)]
 struct Slot {
     connection: Connection,
-    /// It is among `Muxer::ready`.
+    /// The connection is among `Muxer::ready`.
     queued: bool,
     watches_out: bool,
 }
@@ -87,9 +87,9 @@ pub struct Muxer {
     accept_failed: bool,
     handshakes: Slab<Handshake>,
     connections: Slab<Slot>,
-    /// Those connections that the guest knows.
+    /// Connections that the guest knows.
     by_ports: HashMap<Ports, usize>,
-    /// Those that have packets, in their turn.
+    /// Connections that have packets, in their turn.
     ready: VecDeque<usize>,
     /// RSTs for packets of no connection: ports and socket type.
     resets: VecDeque<(Ports, u16)>,

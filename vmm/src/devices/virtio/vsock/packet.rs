@@ -29,9 +29,9 @@ pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 )]
 #[repr(C)]
 pub struct Header {
-    /// Who sends: [`HOST_CID`] or the guest's.
+    /// The sender: [`HOST_CID`] or the guest's.
     pub src_cid: U64,
-    /// Who shall receive.
+    /// The receiver.
     pub dst_cid: U64,
     /// The sender's port.
     pub src_port: U32,
@@ -43,7 +43,7 @@ pub struct Header {
     pub kind: U16,
     /// An [`Op`].
     pub op: U16,
-    /// Of [`Op::Shutdown`].
+    /// Flags of [`Op::Shutdown`].
     pub flags: U32,
     /// Size of the sender's receive buffer for this connection.
     pub buf_alloc: U32,
@@ -51,7 +51,7 @@ pub struct Header {
     pub fwd_cnt: U32,
 }
 
-/// What a packet is for.
+/// The purpose of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Op {

@@ -19,7 +19,7 @@ pub struct State {
     pub version: u32,
     /// Context id of the guest.
     pub cid: u32,
-    /// It had connections.
+    /// The saved device had connections.
     pub connected: bool,
     /// The host's port of the next connection from there. The guest may still
     /// be closing connections of earlier ports.
@@ -46,7 +46,7 @@ impl Vsock {
     pub fn save(&self) -> State {
         State {
             version: VERSION,
-            // It was made from a u32.
+            // The context id was made from a u32.
             cid: u32::try_from(self.muxer.guest_cid()).unwrap_or_default(),
             connected: self.muxer.connections() > 0,
             next_host_port: self.muxer.next_host_port(),
