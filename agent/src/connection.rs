@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::Stream;
-use husk_proto::agent::{GRPC_PORT, LIFE_PORT, STREAM_PORT};
+use husk_proto::agent::{GRPC_PORT, LIVENESS_PORT, STREAM_PORT};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
@@ -170,7 +170,7 @@ async fn accept(listener: UnixListener, grpc: Door, streams: Door) {
                     let door = match port {
                         Ok(Ok(GRPC_PORT)) => grpc,
                         Ok(Ok(STREAM_PORT)) => streams,
-                        Ok(Ok(LIFE_PORT)) => return stay(connection).await,
+                        Ok(Ok(LIVENESS_PORT)) => return stay(connection).await,
                         // Closed without an answer, as the VMM does.
                         _ => return,
                     };
@@ -204,7 +204,7 @@ async fn preamble(connection: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io:
 fn wanted(line: &[u8]) -> Option<u32> {
     let line = std::str::from_utf8(line).ok()?;
     let port = line.strip_prefix("CONNECT ")?.trim_end().parse().ok()?;
-    [GRPC_PORT, STREAM_PORT, LIFE_PORT].contains(&port).then_some(port)
+    [GRPC_PORT, STREAM_PORT, LIVENESS_PORT].contains(&port).then_some(port)
 }
 
 /// Keeps a connection whose end tells huskd that the agent has ended.

@@ -1,6 +1,6 @@
 //! What huskd and husk-agent agree on: the gRPC service, vsock ports, the
 //! places in the guest that a container's OCI configuration may name, and the
-//! greeting that opens a standard stream.
+//! header that opens a standard stream.
 
 #[allow(missing_docs, clippy::all)]
 mod generated {
@@ -28,7 +28,7 @@ pub const READY_PORT: u32 = 1023;
 
 /// On the host alone: a connection that stays open for as long as the agent
 /// lives, so that its end is known.
-pub const LIFE_PORT: u32 = 1022;
+pub const LIVENESS_PORT: u32 = 1022;
 
 /// The AppArmor profile of containers that ask for the runtime's default.
 pub const DEFAULT_PROFILE: &str = "husk-default";
@@ -65,7 +65,7 @@ pub mod paths {
     /// The volumes that come from the host, each under its name.
     pub const SHARED: &str = "/run/husk/shared";
     /// The volumes that are copied into the pod, each under its name.
-    pub const LIVE: &str = "/run/husk/live";
+    pub const SYNCED: &str = "/run/husk/live";
     /// Tag of the file system device that has them.
     pub const SHARED_TAG: &str = "husk";
 }

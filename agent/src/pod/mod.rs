@@ -3,10 +3,10 @@
 
 pub mod apparmor;
 pub mod etc;
-pub mod live;
 pub mod netlink;
 pub mod ns;
 pub mod port;
-pub mod shared;
+pub mod shared_dir;
+pub mod synced;
 pub mod sysctl;
 pub mod userns;

@@ -75,7 +75,7 @@ pub struct Forward<C> {
     pub host: C,
     /// The port's.
     pub target: Target,
-    /// What the host sent together with its greeting.
+    /// What the host sent together with its header.
     pub early: Vec<u8>,
 }
 

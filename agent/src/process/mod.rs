@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::connection::Connection;
 use crate::guest::cgroup::Cgroup;
 use crate::process::fd::AsyncFile;
-use crate::process::pump::{End, Input, Whose};
+use crate::process::pump::{End, Input, OutputOwner};
 use crate::process::reaper::{Exit, Exited};
 use crate::process::stdio::Ends;
 
@@ -77,13 +77,13 @@ impl Process {
         let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<Connection>> {
             let (clients, receiver) = mpsc::channel(1);
             // Who asked for an exec is the only one who wants its output.
-            let whose = match (role, terminal) {
-                (Role::Init, _) => Whose::Container,
-                (Role::Exec, false) => Whose::Command,
-                (Role::Exec, true) => Whose::Session,
+            let owner = match (role, terminal) {
+                (Role::Init, _) => OutputOwner::Container,
+                (Role::Exec, false) => OutputOwner::Command,
+                (Role::Exec, true) => OutputOwner::Session,
             };
             let (keep, kept) = watch::channel(false);
-            let pump = pump::output(AsyncFile::reader(end)?, receiver, whose, exited.clone(), keep);
+            let pump = pump::output(AsyncFile::reader(end)?, receiver, owner, exited.clone(), keep);
             let exited = exited.clone();
             outputs.push(kept);
             tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {

@@ -18,7 +18,7 @@ use crate::container::bundle::{Bundle, Sources};
 use crate::container::{devices, resources, spec, user};
 use crate::guest::cgroup::Cgroup;
 use crate::id;
-use crate::pod::shared;
+use crate::pod::shared_dir;
 use crate::process::runc;
 use crate::process::stdio::{CONSOLES, Stdio};
 use crate::process::{Process, Role};
@@ -43,7 +43,7 @@ pub async fn create(
     let cgroup = spec::choose_cgroup(&mut config, &id).invalid("spec_json")?;
     sandbox::check_created(&agent)?;
 
-    if shared::is_used_by(&config) {
+    if shared_dir::is_used_by(&config) {
         agent.shared.mount().await.stage("mount the volumes")?;
     }
     if let Some(wanted) = &request.apparmor {

@@ -18,7 +18,7 @@ use crate::error::{Error, Stage};
 use crate::guest::disks::Disks;
 use crate::guest::mode::Mode;
 use crate::pod::apparmor::Policies;
-use crate::pod::shared::Shared;
+use crate::pod::shared_dir::SharedDir;
 use crate::process::reaper::Reaper;
 use crate::process::runc::Runc;
 
@@ -52,10 +52,10 @@ pub struct Agent {
     runc: Runc,
     disks: Disks,
     images: Arc<Images>,
-    shared: Shared,
+    shared: SharedDir,
     policies: Policies,
     /// Held while a volume that is copied into the pod changes.
-    live: tokio::sync::Mutex<()>,
+    syncing: tokio::sync::Mutex<()>,
     /// Set when `CreateSandbox` begins, to true when it has succeeded.
     sandbox: OnceLock<OnceLock<()>>,
     /// Whether the pod has a pid namespace that containers share.
@@ -80,9 +80,9 @@ impl Agent {
             disks: Disks::default(),
             images: Arc::new(Images::new(mode.clone())),
             mode,
-            shared: Shared::default(),
+            shared: SharedDir::default(),
             policies: Policies::default(),
-            live: tokio::sync::Mutex::default(),
+            syncing: tokio::sync::Mutex::default(),
             sandbox: OnceLock::new(),
             pid_namespace: tokio::sync::Mutex::default(),
             mapped_root: OnceLock::new(),

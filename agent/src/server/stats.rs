@@ -18,7 +18,7 @@ const DISK_USAGE_AGE: Duration = Duration::from_secs(10);
 
 /// How long an answer waits for layers that are being measured. After that it
 /// has the figures from before.
-const PATIENCE: Duration = Duration::from_secs(2);
+const MEASURE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// `ContainerStats`.
 pub async fn read(agent: &Agent, request: ContainerStatsRequest) -> Result<ContainerStatsResponse, Error> {
@@ -28,7 +28,7 @@ pub async fn read(agent: &Agent, request: ContainerStatsRequest) -> Result<Conta
         request.container_ids.iter().map(|id| agent.containers.get(id)).collect::<Result<_, _>>()?
     };
     let mut containers = Vec::with_capacity(wanted.len());
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + MEASURE_TIMEOUT;
     for container in wanted {
         let disk =
             disk_usage(&container.measured, container.bundle.upper(), &agent.measuring, deadline).await;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use husk_proto::agent::stream::{Greeting, Kind, MAX_GREETING, PortGreeting};
+use husk_proto::agent::stream::{Kind, MAX_HEADER, PortHeader, StreamHeader};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
@@ -17,23 +17,23 @@ use crate::server::Agent;
 
 /// How long a connection may take to say which stream it is for: as long as huskd
 /// waits for the answer.
-const GREETING_DEADLINE: Duration = Duration::from_secs(20);
+const HEADER_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Connections that have not said it yet; more wait in the backlog.
-const MAX_GREETERS: usize = 64;
+const MAX_HEADERLESS: usize = 64;
 
 /// Serves for ever.
 pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
-    let greeters = Arc::new(Semaphore::new(MAX_GREETERS));
+    let headerless = Arc::new(Semaphore::new(MAX_HEADERLESS));
     loop {
-        let Ok(permit) = greeters.clone().acquire_owned().await else { return };
+        let Ok(permit) = headerless.clone().acquire_owned().await else { return };
         match incoming.next().await {
             Some(Ok(connection)) => {
                 let agent = agent.clone();
                 tokio::spawn(async move {
                     // In time or not at all; what was read so far is dropped
                     // with the connection.
-                    let received = timeout(GREETING_DEADLINE, receive(connection, &agent)).await;
+                    let received = timeout(HEADER_DEADLINE, receive(connection, &agent)).await;
                     drop(permit);
                     if let Ok(Ok(Some(forward))) = received {
                         forward.copy().await;
@@ -51,9 +51,9 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
 
 /// What a connection asks for.
 #[derive(Debug, PartialEq, Eq)]
-enum Wish {
-    Stream(Greeting),
-    Port(PortGreeting),
+enum StreamRequest {
+    Stream(StreamHeader),
+    Port(PortHeader),
 }
 
 enum Found {
@@ -61,16 +61,16 @@ enum Found {
     Port(port::Target),
 }
 
-/// Answers with what is still to be done once the greeting is over.
+/// Answers with what is still to be done once the header is over.
 async fn receive(
     mut connection: Connection,
     agent: &Agent,
 ) -> std::io::Result<Option<port::Forward<Connection>>> {
-    let found = match read_greeting(&mut connection).await {
-        Ok((Wish::Stream(greeting), early)) => {
-            find(agent, &greeting).map(|process| (Found::Stream(process, greeting.kind), early))
+    let found = match read_header(&mut connection).await {
+        Ok((StreamRequest::Stream(header), early)) => {
+            find(agent, &header).map(|process| (Found::Stream(process, header.kind), early))
         }
-        Ok((Wish::Port(PortGreeting(port)), early)) => {
+        Ok((StreamRequest::Port(PortHeader(port)), early)) => {
             port::connect(port).await.map(|target| (Found::Port(target), early))
         }
         Err(reason) => Err(reason),
@@ -92,34 +92,34 @@ async fn receive(
     Ok(None)
 }
 
-fn find(agent: &Agent, greeting: &Greeting) -> Result<ProcessRef, String> {
-    let container = agent.containers.get(&greeting.container_id).map_err(|error| error.to_string())?;
-    let process = container.process(&greeting.process_id).map_err(|error| error.to_string())?;
-    process.check_stream(greeting.kind).map_err(str::to_owned)?;
+fn find(agent: &Agent, header: &StreamHeader) -> Result<ProcessRef, String> {
+    let container = agent.containers.get(&header.container_id).map_err(|error| error.to_string())?;
+    let process = container.process(&header.process_id).map_err(|error| error.to_string())?;
+    process.check_stream(header.kind).map_err(str::to_owned)?;
     Ok(process)
 }
 
 /// Reads the first line, and returns what came behind it.
-async fn read_greeting(connection: &mut (impl AsyncRead + Unpin)) -> Result<(Wish, Vec<u8>), String> {
-    let mut received = Vec::with_capacity(MAX_GREETING);
+async fn read_header(connection: &mut (impl AsyncRead + Unpin)) -> Result<(StreamRequest, Vec<u8>), String> {
+    let mut received = Vec::with_capacity(MAX_HEADER);
     loop {
-        let room = MAX_GREETING - received.len();
+        let room = MAX_HEADER - received.len();
         let count = connection.take(room as u64).read_buf(&mut received).await.map_err(|e| e.to_string())?;
         if let Some(newline) = received.iter().position(|byte| *byte == b'\n') {
             let early = received.split_off(newline + 1);
             let line = std::str::from_utf8(&received).map_err(|error| error.to_string())?;
             if let Ok(port) = line.parse() {
-                return Ok((Wish::Port(port), early));
+                return Ok((StreamRequest::Port(port), early));
             }
-            let greeting: Greeting = line.parse().map_err(|bad| format!("{bad}"))?;
-            let early = match greeting.kind {
+            let header: StreamHeader = line.parse().map_err(|bad| format!("{bad}"))?;
+            let early = match header.kind {
                 Kind::Stdin => early,
                 Kind::Stdout | Kind::Stderr => Vec::new(),
             };
-            return Ok((Wish::Stream(greeting), early));
+            return Ok((StreamRequest::Stream(header), early));
         }
         if count == 0 {
-            return Err(format!("no greeting of at most {MAX_GREETING} bytes"));
+            return Err(format!("no header of at most {MAX_HEADER} bytes"));
         }
     }
 }
@@ -131,40 +131,44 @@ mod tests {
 
     use super::*;
 
-    async fn read(bytes: &[u8]) -> Result<(Wish, Vec<u8>), String> {
+    async fn read(bytes: &[u8]) -> Result<(StreamRequest, Vec<u8>), String> {
         let mut reader: &[u8] = bytes;
-        read_greeting(&mut reader).await
+        read_header(&mut reader).await
     }
 
-    fn stream(kind: Kind, container_id: &str, process_id: &str) -> Wish {
-        Wish::Stream(Greeting { kind, container_id: container_id.into(), process_id: process_id.into() })
+    fn stream(kind: Kind, container_id: &str, process_id: &str) -> StreamRequest {
+        StreamRequest::Stream(StreamHeader {
+            kind,
+            container_id: container_id.into(),
+            process_id: process_id.into(),
+        })
     }
 
     #[tokio::test]
-    async fn what_follows_the_greeting_is_input() {
-        let (greeting, early) = read(b"STREAM stdin c1 e1\nfirst\nbytes").await.unwrap();
-        assert_eq!(greeting, stream(Kind::Stdin, "c1", "e1"));
+    async fn what_follows_the_header_is_input() {
+        let (header, early) = read(b"STREAM stdin c1 e1\nfirst\nbytes").await.unwrap();
+        assert_eq!(header, stream(Kind::Stdin, "c1", "e1"));
         assert_eq!(early, b"first\nbytes");
     }
 
     #[tokio::test]
     async fn what_follows_a_port_is_for_the_port() {
         let read = read(b"PORT 80\nGET /").await.unwrap();
-        assert_eq!(read, (Wish::Port(PortGreeting(80)), b"GET /".to_vec()));
+        assert_eq!(read, (StreamRequest::Port(PortHeader(80)), b"GET /".to_vec()));
     }
 
     #[tokio::test]
-    async fn a_greeting_may_come_in_pieces() {
+    async fn a_header_may_come_in_pieces() {
         let (mut host, mut agent) = tokio::io::duplex(3);
         let writer = tokio::spawn(async move { host.write_all(b"STREAM stdout c1\n").await.map(|()| host) });
-        let (greeting, early) = read_greeting(&mut agent).await.unwrap();
-        assert_eq!((greeting, early), (stream(Kind::Stdout, "c1", ""), Vec::new()));
+        let (header, early) = read_header(&mut agent).await.unwrap();
+        assert_eq!((header, early), (stream(Kind::Stdout, "c1", ""), Vec::new()));
         writer.await.unwrap().unwrap();
     }
 
     #[tokio::test]
-    async fn endless_and_broken_greetings_are_refused() {
-        assert!(read(&vec![b'x'; 100_000]).await.unwrap_err().contains("no greeting"));
+    async fn endless_and_broken_headers_are_refused() {
+        assert!(read(&vec![b'x'; 100_000]).await.unwrap_err().contains("no header"));
         assert!(read(b"STREAM stdout c1").await.is_err());
         assert!(read(b"STREAM \xff c1\n").await.is_err());
         assert!(read(b"HELLO\n").await.is_err());

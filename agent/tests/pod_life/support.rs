@@ -6,7 +6,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use husk_proto::agent::agent_client::AgentClient;
-use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_proto::agent::*;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
@@ -199,8 +199,8 @@ fn run(program: &str, args: &[&str]) {
 /// Connects to a standard stream.
 pub async fn stream(kind: Kind, container: &str, process: &str) -> Result<VsockStream, String> {
     let mut stream = VsockStream::connect(VsockAddr::new(VMADDR_CID_LOCAL, STREAM_PORT)).await.unwrap();
-    let greeting = Greeting { kind, container_id: container.into(), process_id: process.into() };
-    stream.write_all(format!("{greeting}\n").as_bytes()).await.unwrap();
+    let header = StreamHeader { kind, container_id: container.into(), process_id: process.into() };
+    stream.write_all(format!("{header}\n").as_bytes()).await.unwrap();
     let mut answer = String::new();
     let mut byte = [0];
     while stream.read(&mut byte).await.unwrap() == 1 && byte[0] != b'\n' {

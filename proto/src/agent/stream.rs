@@ -1,7 +1,7 @@
 //! Standard streams: one vsock connection each, from the host to
 //! [`STREAM_PORT`](super::STREAM_PORT).
 //!
-//! The host opens with one line, the [`Greeting`]; the agent answers `OK\n`, or
+//! The host opens with one line, the [`StreamHeader`]; the agent answers `OK\n`, or
 //! `ERR <reason>\n` and closes. From then on the connection carries the
 //! stream's raw bytes, in one direction, and ends with it: the agent closes
 //! stdout after its last byte, the host half-closes stdin at its end.
@@ -15,15 +15,15 @@
 //! closed, and a terminal is hung up. While it is there they end when the last
 //! process that has them open does, and a terminal with its first process.
 //!
-//! A [`PortGreeting`] asks for a connection to a port of the pod instead. It is
+//! A [`PortHeader`] asks for a connection to a port of the pod instead. It is
 //! answered once the pod has taken the connection or refused it; bytes then
 //! travel both ways, and each way ends alone.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Longest greeting that is read, its newline included, in bytes.
-pub const MAX_GREETING: usize = 512;
+/// Longest header that is read, its newline included, in bytes.
+pub const MAX_HEADER: usize = 512;
 
 /// Which of a process's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -38,7 +38,7 @@ pub enum Kind {
 
 /// The line that opens a stream: `STREAM <kind> <container id> [<process id>]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Greeting {
+pub struct StreamHeader {
     /// Which stream.
     pub kind: Kind,
     /// Whose.
@@ -49,36 +49,36 @@ pub struct Greeting {
 
 /// The line that opens a connection to a port of the pod: `PORT <number>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PortGreeting(pub u16);
+pub struct PortHeader(pub u16);
 
-impl fmt::Display for PortGreeting {
+impl fmt::Display for PortHeader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PORT {}", self.0)
     }
 }
 
-impl FromStr for PortGreeting {
-    type Err = BadGreeting;
+impl FromStr for PortHeader {
+    type Err = BadHeader;
 
-    fn from_str(line: &str) -> Result<Self, BadGreeting> {
-        let number = line.trim_end_matches('\n').strip_prefix("PORT ").ok_or(BadGreeting)?;
-        number.parse().ok().filter(|port| *port != 0).map(Self).ok_or(BadGreeting)
+    fn from_str(line: &str) -> Result<Self, BadHeader> {
+        let number = line.trim_end_matches('\n').strip_prefix("PORT ").ok_or(BadHeader)?;
+        number.parse().ok().filter(|port| *port != 0).map(Self).ok_or(BadHeader)
     }
 }
 
-/// The line is not a greeting.
+/// The line is not a header.
 #[derive(Debug, PartialEq, Eq)]
-pub struct BadGreeting;
+pub struct BadHeader;
 
-impl fmt::Display for BadGreeting {
+impl fmt::Display for BadHeader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("expected `STREAM stdin|stdout|stderr <container id> [<process id>]` or `PORT <number>`")
     }
 }
 
-impl std::error::Error for BadGreeting {}
+impl std::error::Error for BadHeader {}
 
-impl fmt::Display for Greeting {
+impl fmt::Display for StreamHeader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
             Kind::Stdin => "stdin",
@@ -93,28 +93,28 @@ impl fmt::Display for Greeting {
     }
 }
 
-impl FromStr for Greeting {
-    type Err = BadGreeting;
+impl FromStr for StreamHeader {
+    type Err = BadHeader;
 
-    fn from_str(line: &str) -> Result<Self, BadGreeting> {
+    fn from_str(line: &str) -> Result<Self, BadHeader> {
         let mut words = line.trim_end_matches('\n').split(' ');
         if words.next() != Some("STREAM") {
-            return Err(BadGreeting);
+            return Err(BadHeader);
         }
         let kind = match words.next() {
             Some("stdin") => Kind::Stdin,
             Some("stdout") => Kind::Stdout,
             Some("stderr") => Kind::Stderr,
-            _ => return Err(BadGreeting),
+            _ => return Err(BadHeader),
         };
         let container_id = match words.next() {
             Some(id) if !id.is_empty() => id.to_owned(),
-            _ => return Err(BadGreeting),
+            _ => return Err(BadHeader),
         };
         let process_id = words.next().unwrap_or_default().to_owned();
         match words.next() {
             None => Ok(Self { kind, container_id, process_id }),
-            Some(_) => Err(BadGreeting),
+            Some(_) => Err(BadHeader),
         }
     }
 }
@@ -124,19 +124,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_greeting_reads_back_as_written() {
+    fn a_header_reads_back_as_written() {
         for process_id in ["", "exec-1"] {
-            let greeting =
-                Greeting { kind: Kind::Stderr, container_id: "c0ffee".into(), process_id: process_id.into() };
-            assert_eq!(format!("{greeting}\n").parse(), Ok(greeting));
+            let header = StreamHeader {
+                kind: Kind::Stderr,
+                container_id: "c0ffee".into(),
+                process_id: process_id.into(),
+            };
+            assert_eq!(format!("{header}\n").parse(), Ok(header));
         }
     }
 
     #[test]
     fn a_port_reads_back_as_written_and_must_exist() {
-        assert_eq!(format!("{}\n", PortGreeting(8080)).parse(), Ok(PortGreeting(8080)));
+        assert_eq!(format!("{}\n", PortHeader(8080)).parse(), Ok(PortHeader(8080)));
         for line in ["PORT 0", "PORT 65536", "PORT", "PORT x", "PORT 1 2", "STREAM stdin c"] {
-            assert_eq!(line.parse::<PortGreeting>(), Err(BadGreeting), "{line:?}");
+            assert_eq!(line.parse::<PortHeader>(), Err(BadHeader), "{line:?}");
         }
     }
 
@@ -151,7 +154,7 @@ mod tests {
             "STREAM stdin a b c",
             "STREAM stdin  x",
         ] {
-            assert_eq!(line.parse::<Greeting>(), Err(BadGreeting), "{line:?}");
+            assert_eq!(line.parse::<StreamHeader>(), Err(BadHeader), "{line:?}");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_proto::agent::agent_server::{Agent as Service, AgentServer};
-use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_proto::agent::*;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -128,13 +128,13 @@ impl Fake {
     }
 
     async fn stream(self: Arc<Self>, mut socket: UnixStream) {
-        let greeting: Greeting = read_line(&mut socket).await.unwrap().parse().unwrap();
+        let header: StreamHeader = read_line(&mut socket).await.unwrap().parse().unwrap();
         if self.without_streams {
             socket.write_all(b"ERR out of streams\n").await.unwrap();
             return;
         }
         socket.write_all(b"OK\n").await.unwrap();
-        let said = match greeting.kind {
+        let said = match header.kind {
             Kind::Stderr => &self.stderr,
             _ => match &self.more {
                 Some(more) if self.asked.fetch_add(1, Ordering::Relaxed) > 0 => more,

@@ -127,9 +127,9 @@ impl Agent {
     ///
     /// # Errors
     /// When the agent refuses, or does not answer in time.
-    pub async fn open_stream(&self, greeting: &stream::Greeting) -> io::Result<UnixStream> {
-        self.greet(greeting).await?.map_err(|reason| {
-            io::Error::other(format!("open {:?} of the process: agent says `{reason}`", greeting.kind))
+    pub async fn open_stream(&self, header: &stream::StreamHeader) -> io::Result<UnixStream> {
+        self.send_header(header).await?.map_err(|reason| {
+            io::Error::other(format!("open {:?} of the process: agent says `{reason}`", header.kind))
         })
     }
 
@@ -138,14 +138,14 @@ impl Agent {
     /// # Errors
     /// When nobody listens there, or the agent does not answer in time.
     pub async fn open_port(&self, port: u16) -> io::Result<UnixStream> {
-        self.greet(&stream::PortGreeting(port)).await?.map_err(io::Error::other)
+        self.send_header(&stream::PortHeader(port)).await?.map_err(io::Error::other)
     }
 
     /// Opens a connection with one line; the inner error is the agent's answer.
-    async fn greet(&self, greeting: &impl std::fmt::Display) -> io::Result<Result<UnixStream, String>> {
+    async fn send_header(&self, header: &impl std::fmt::Display) -> io::Result<Result<UnixStream, String>> {
         let open = async {
             let mut socket = connect_port(&self.vsock, STREAM_PORT).await?;
-            socket.write_all(format!("{greeting}\n").as_bytes()).await?;
+            socket.write_all(format!("{header}\n").as_bytes()).await?;
             let answer = read_line(&mut socket).await?;
             Ok(match answer.as_str() {
                 "OK" => Ok(socket),
@@ -211,7 +211,7 @@ pub(crate) async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStre
 /// One short line, byte by byte: what follows it belongs to the stream.
 async fn read_line(socket: &mut UnixStream) -> io::Result<String> {
     let mut line = Vec::new();
-    while line.len() < stream::MAX_GREETING {
+    while line.len() < stream::MAX_HEADER {
         match socket.read_u8().await {
             Ok(b'\n') => return Ok(String::from_utf8_lossy(&line).into_owned()),
             Ok(byte) => line.push(byte),

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::stream::{Kind, StreamHeader};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -59,7 +59,7 @@ impl Capture {
     pub async fn start(agent: &Agent, container: &Arc<Container>) -> std::io::Result<Self> {
         let mut opened = Vec::new();
         for kind in kinds(container) {
-            opened.push(Some(agent.open_stream(&greeting(container, *kind)).await?));
+            opened.push(Some(agent.open_stream(&header(container, *kind)).await?));
         }
         Ok(Self::of(agent, container, opened))
     }
@@ -68,7 +68,7 @@ impl Capture {
     pub async fn resume(agent: &Agent, container: &Arc<Container>) -> Self {
         let mut opened = Vec::new();
         for kind in kinds(container) {
-            let stream = agent.open_stream(&greeting(container, *kind)).await.inspect_err(|error| {
+            let stream = agent.open_stream(&header(container, *kind)).await.inspect_err(|error| {
                 tracing::warn!(container = %container.id, %error, "open an output; it is asked for again");
             });
             opened.push(stream.ok());
@@ -104,8 +104,8 @@ impl Capture {
     }
 }
 
-fn greeting(container: &Container, kind: Kind) -> Greeting {
-    Greeting { kind, container_id: container.id.to_string(), process_id: String::new() }
+fn header(container: &Container, kind: Kind) -> StreamHeader {
+    StreamHeader { kind, container_id: container.id.to_string(), process_id: String::new() }
 }
 
 /// One of the streams.
@@ -126,7 +126,7 @@ impl Stream {
             _ => (&container.output.stdout, "stdout"),
         };
         let log = container.log();
-        let greeting = greeting(&container, self.kind);
+        let header = header(&container, self.kind);
         let mut pause = ASK_AGAIN;
         loop {
             if let Some(stream) = opened.take() {
@@ -144,7 +144,7 @@ impl Stream {
             }
             pause = (pause * 2).min(AT_THE_LATEST);
             let again = tokio::select! {
-                again = self.agent.open_stream(&greeting) => again,
+                again = self.agent.open_stream(&header) => again,
                 () = self.enough.cancelled() => break,
             };
             match again {

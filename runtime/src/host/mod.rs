@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::agent::LIFE_PORT;
+use husk_proto::agent::LIVENESS_PORT;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tokio::io::AsyncReadExt;
@@ -96,7 +96,7 @@ impl Supervisor {
                 Err(_) => {}
                 Ok(probe) => {
                     drop(probe);
-                    if let Ok(mut life) = agent::connect_port(&socket, LIFE_PORT).await {
+                    if let Ok(mut life) = agent::connect_port(&socket, LIVENESS_PORT).await {
                         let _ = life.read_u8().await;
                         continue;
                     }

@@ -5,15 +5,15 @@
 //! waits in the process's pipe, which holds the process up when it is full.
 //! Once the process has ended, its output ends at end-of-file, or earlier:
 //!
-//! | [`Whose`]   | children that keep the stream open | a client that takes nothing     |
-//! | ----------- | ---------------------------------- | ------------------------------- |
-//! | `Container` | are waited for for [`LINGER`]      | or is not there may still come  |
-//! | `Command`   | are heard like the command         | is waited for while it is there |
-//! | `Session`   | are waited for for [`LINGER`]      | is waited for while it is there |
+//! | [`OutputOwner`] | children that keep the stream open | a client that takes nothing     |
+//! | --------------- | ---------------------------------- | ------------------------------- |
+//! | `Container`     | are waited for for [`LINGER`]      | or is not there may still come  |
+//! | `Command`       | are heard like the command         | is waited for while it is there |
+//! | `Session`       | are waited for for [`LINGER`]      | is waited for while it is there |
 //!
 //! The last output of a container, what its pipe holds, is kept until somebody
 //! takes it or the container is removed: huskd may be away for long. Those who
-//! wait for the container's end go on after [`PATIENCE`].
+//! wait for the container's end go on after [`CLIENT_TIMEOUT`].
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ const LINGER: Duration = Duration::from_secs(2);
 
 /// How long after a container's end its output is not taken before it counts as
 /// kept.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long after a command's end its output waits for somebody to ask for it:
 /// longer than huskd takes to open both, if it does.
@@ -42,9 +42,9 @@ const LATE_BYTES: usize = 1024 * 1024;
 
 const CHUNK: usize = 16 * 1024;
 
-/// Whose output it is, on which depends who hears it, and until when.
+/// The owner of an output, on which depends who hears it, and until when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whose {
+pub enum OutputOwner {
     /// A container's: clients come and go, and its children end with it.
     Container,
     /// A command's: its first client is the only one.
@@ -53,7 +53,7 @@ pub enum Whose {
     Session,
 }
 
-impl Whose {
+impl OutputOwner {
     const fn has_one_client(self) -> bool {
         matches!(self, Self::Command | Self::Session)
     }
@@ -76,7 +76,7 @@ pub enum End {
 pub struct Input<C> {
     /// What the client sends from here on.
     pub connection: C,
-    /// What it sent together with its greeting.
+    /// What it sent together with its header.
     pub early: Vec<u8>,
 }
 
@@ -87,7 +87,7 @@ pub struct Input<C> {
 pub async fn output<C>(
     source: AsyncFile,
     mut clients: mpsc::Receiver<C>,
-    whose: Whose,
+    owner: OutputOwner,
     exited: Exited,
     kept: watch::Sender<bool>,
 ) -> End
@@ -98,7 +98,7 @@ where
     let mut client = None;
     let mut late = LATE_BYTES;
     while late > 0 {
-        let unclaimed = whose.has_one_client() && client.is_none();
+        let unclaimed = owner.has_one_client() && client.is_none();
         let chunk = select! {
             biased;
             newer = clients.recv() => match newer {
@@ -109,21 +109,21 @@ where
                 None => return End::Over,
             },
             chunk = source.read(CHUNK) => chunk,
-            () = gone(client.as_mut()), if whose.has_one_client() => return End::Abandoned,
-            () = after_exit(exited.clone(), opened, LINGER), if whose.ends_without_its_children() => break,
+            () = gone(client.as_mut()), if owner.has_one_client() => return End::Abandoned,
+            () = after_exit(exited.clone(), opened, LINGER), if owner.ends_without_its_children() => break,
             () = after_exit(exited.clone(), opened, UNCLAIMED), if unclaimed => return End::Over,
         };
         match chunk {
             Ok(chunk) if chunk.is_empty() => break,
             Ok(chunk) => {
-                if !deliver(&chunk, &mut client, &mut clients, whose, &exited, &kept).await {
+                if !deliver(&chunk, &mut client, &mut clients, owner, &exited, &kept).await {
                     return End::Over;
                 }
-                if whose.has_one_client() && client.is_none() {
+                if owner.has_one_client() && client.is_none() {
                     return End::Abandoned;
                 }
                 let ended = exited.borrow().as_ref().map(|exit| exit.instant);
-                if whose.ends_without_its_children() && ended.is_some_and(|ended| ended.elapsed() > LINGER) {
+                if owner.ends_without_its_children() && ended.is_some_and(|ended| ended.elapsed() > LINGER) {
                     late = late.saturating_sub(chunk.len());
                 }
             }
@@ -155,7 +155,7 @@ async fn deliver<C>(
     mut chunk: &[u8],
     client: &mut Option<C>,
     clients: &mut mpsc::Receiver<C>,
-    whose: Whose,
+    owner: OutputOwner,
     exited: &Exited,
     kept: &watch::Sender<bool>,
 ) -> bool
@@ -164,10 +164,10 @@ where
 {
     let mut progress = Instant::now();
     while !chunk.is_empty() {
-        let patience = match (whose, &client) {
-            (Whose::Container, _) => (!*kept.borrow()).then_some(PATIENCE),
-            (Whose::Command | Whose::Session, None) => Some(UNCLAIMED),
-            (Whose::Command | Whose::Session, Some(_)) => None,
+        let patience = match (owner, &client) {
+            (OutputOwner::Container, _) => (!*kept.borrow()).then_some(CLIENT_TIMEOUT),
+            (OutputOwner::Command | OutputOwner::Session, None) => Some(UNCLAIMED),
+            (OutputOwner::Command | OutputOwner::Session, Some(_)) => None,
         };
         let write = async {
             match client.as_mut() {
@@ -187,14 +187,14 @@ where
                     progress = Instant::now();
                 }
                 // The client is gone; another may come for the rest.
-                _ if whose.has_one_client() => {
+                _ if owner.has_one_client() => {
                     *client = None;
                     return true;
                 }
                 _ => *client = None,
             },
             () = after_exit(exited.clone(), progress, patience.unwrap_or_default()), if patience.is_some() => {
-                if whose.has_one_client() {
+                if owner.has_one_client() {
                     tracing::warn!("nobody takes the output of a command that has ended: it is lost");
                     return false;
                 }

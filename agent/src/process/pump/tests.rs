@@ -29,15 +29,15 @@ struct Output {
 }
 
 fn start_output() -> Output {
-    start(Whose::Container)
+    start(OutputOwner::Container)
 }
 
-fn start(whose: Whose) -> Output {
+fn start(owner: OutputOwner) -> Output {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (clients, receiver) = mpsc::channel(1);
     let (exit, exited) = watch::channel(None);
     let (keep, kept) = watch::channel(false);
-    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, whose, exited, keep));
+    let pump = tokio::spawn(output(AsyncFile::reader(reader).unwrap(), receiver, owner, exited, keep));
     Output { process: File::from(writer), clients, exit, kept, pump }
 }
 
@@ -80,7 +80,7 @@ async fn a_client_that_breaks_off_is_followed_by_another() {
 async fn the_only_client_of_a_stream_takes_it_along() {
     // Silent or not, its process is told when it writes again.
     for silent in [true, false] {
-        let mut stream = start(Whose::Command);
+        let mut stream = start(OutputOwner::Command);
         let mut client = stream.connect().await;
         stream.process.write_all(b"x").unwrap();
         client.read_u8().await.unwrap();
@@ -117,12 +117,12 @@ async fn output_that_nobody_takes_is_kept_after_the_exit_to_its_last_byte() {
     let sent = fill(&mut stream.process).await;
     drop(stream.process);
     tokio::time::pause();
-    tokio::time::sleep(PATIENCE * 3).await;
+    tokio::time::sleep(CLIENT_TIMEOUT * 3).await;
     assert!(!*stream.kept.borrow(), "while the process runs, its output just waits");
     stream.exit.send_replace(ended());
     let before = Instant::now();
     assert!(*stream.kept.wait_for(|kept| *kept).await.unwrap());
-    assert!(before.elapsed() >= PATIENCE && before.elapsed() < PATIENCE * 2);
+    assert!(before.elapsed() >= CLIENT_TIMEOUT && before.elapsed() < CLIENT_TIMEOUT * 2);
     tokio::time::sleep(Duration::from_secs(24 * 3600)).await;
     assert!(!stream.pump.is_finished());
     tokio::time::resume();
@@ -160,7 +160,7 @@ async fn a_child_left_behind_does_not_hold_the_stream_for_long() {
 
 #[tokio::test(start_paused = true)]
 async fn a_terminal_is_not_held_for_long_by_a_child_left_behind() {
-    let mut stream = start(Whose::Session);
+    let mut stream = start(OutputOwner::Session);
     let client = stream.connect().await;
     stream.process.write_all(b"last words").unwrap();
     stream.exit.send_replace(ended());
@@ -170,7 +170,7 @@ async fn a_terminal_is_not_held_for_long_by_a_child_left_behind() {
 
 #[tokio::test(start_paused = true)]
 async fn a_command_is_over_when_its_children_are() {
-    let mut stream = start(Whose::Command);
+    let mut stream = start(OutputOwner::Command);
     let client = stream.connect().await;
     stream.exit.send_replace(ended());
     tokio::time::sleep(Duration::from_secs(3600)).await;
@@ -202,24 +202,24 @@ async fn fill(process: &mut File) -> Vec<u8> {
 
 #[tokio::test]
 async fn a_command_waits_for_its_client_to_take_what_it_said() {
-    for whose in [Whose::Command, Whose::Session] {
-        let mut stream = start(whose);
+    for owner in [OutputOwner::Command, OutputOwner::Session] {
+        let mut stream = start(owner);
         let client = stream.connect().await;
         let sent = fill(&mut stream.process).await;
         drop(stream.process);
         stream.exit.send_replace(ended());
         tokio::time::pause();
         tokio::time::sleep(Duration::from_secs(3600)).await;
-        assert!(!stream.pump.is_finished(), "{whose:?}");
+        assert!(!stream.pump.is_finished(), "{owner:?}");
         tokio::time::resume();
-        assert!(read_to_end(client).await == sent, "{whose:?}");
+        assert!(read_to_end(client).await == sent, "{owner:?}");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_command_that_nobody_asks_about_is_given_up_after_its_end() {
     for says in [&b"lost"[..], b""] {
-        let mut stream = start(Whose::Command);
+        let mut stream = start(OutputOwner::Command);
         stream.process.write_all(says).unwrap();
         stream.exit.send_replace(ended());
         let before = Instant::now();

@@ -68,7 +68,7 @@ pub(super) fn build(
         }
     }
     for volume in input.volumes {
-        let folder = if volume.live { paths::LIVE } else { paths::SHARED };
+        let folder = if volume.live { paths::SYNCED } else { paths::SHARED };
         let source = format!("{folder}/{}", volume.name);
         let access = if volume.read_only_inside { "ro" } else { "rw" };
         let target = volume.container_path.to_string_lossy();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
-use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_proto::cri::{AttachRequest, AttachResponse};
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
@@ -122,10 +122,10 @@ fn type_all(agent: Agent, container: Arc<Container>, from: Incoming, once: bool)
 /// Passes on what the client types, for as long as the container takes it. With
 /// `once`, the container's input ends with it.
 async fn feed(agent: &Agent, container: &Container, mut from: Incoming, once: bool) {
-    let greeting =
-        Greeting { kind: Kind::Stdin, container_id: container.id.to_string(), process_id: String::new() };
+    let header =
+        StreamHeader { kind: Kind::Stdin, container_id: container.id.to_string(), process_id: String::new() };
     if container.record().config.stdin
-        && type_into(agent, container, &greeting, &mut from, once).await.is_some()
+        && type_into(agent, container, &header, &mut from, once).await.is_some()
     {
         return;
     }
@@ -137,7 +137,7 @@ async fn feed(agent: &Agent, container: &Container, mut from: Incoming, once: bo
 async fn type_into(
     agent: &Agent,
     container: &Container,
-    greeting: &Greeting,
+    header: &StreamHeader,
     from: &mut Incoming,
     once: bool,
 ) -> Option<()> {
@@ -151,7 +151,7 @@ async fn type_into(
         let mut held = container.stdin.lock().await;
         let stdin = match &mut *held {
             Some(stdin) => stdin,
-            none => none.insert(agent.open_stream(greeting).await.ok()?),
+            none => none.insert(agent.open_stream(header).await.ok()?),
         };
         let done = match bytes {
             Some(bytes) => stdin.write_all(&bytes).await,

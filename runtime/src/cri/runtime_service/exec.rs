@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use futures::FutureExt;
-use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_proto::agent::{ExecProcessRequest, ResizeTerminalRequest};
 use husk_proto::cri::{ExecRequest, ExecResponse};
 use tokio::net::UnixStream;
@@ -67,8 +67,9 @@ async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result
     command.runs().await.map_err(|error| error.to_string())?;
 
     let open = async |kind| -> Result<UnixStream, String> {
-        let greeting = Greeting { kind, container_id: container_id.clone(), process_id: process_id.clone() };
-        agent.open_stream(&greeting).await.map_err(|error| error.to_string())
+        let header =
+            StreamHeader { kind, container_id: container_id.clone(), process_id: process_id.clone() };
+        agent.open_stream(&header).await.map_err(|error| error.to_string())
     };
     // Output first: a command that ends at once must find a reader.
     let output = open(Kind::Stdout).await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
-use husk_proto::agent::stream::{Greeting, Kind};
+use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_proto::agent::{ExecProcessRequest, SignalProcessRequest};
 use husk_proto::cri::{ExecSyncRequest, ExecSyncResponse};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -146,8 +146,8 @@ impl Command {
         let failed =
             |error: std::io::Error| Error::Internal(format!("exec: read {kind:?} of the command: {error}"));
         let (container_id, process_id) = (self.container_id.clone(), self.process_id.clone());
-        let greeting = Greeting { kind, container_id, process_id };
-        let mut stream = self.agent.open_stream(&greeting).await.map_err(failed)?;
+        let header = StreamHeader { kind, container_id, process_id };
+        let mut stream = self.agent.open_stream(&header).await.map_err(failed)?;
         let mut kept = Vec::new();
         let mut piece = Vec::with_capacity(PIECE);
         while stream.read_buf(&mut piece).await.map_err(failed)? > 0 {

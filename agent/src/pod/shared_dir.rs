@@ -18,11 +18,11 @@ pub fn is_used_by(spec: &Spec) -> bool {
 
 /// The mount.
 #[derive(Default)]
-pub struct Shared {
+pub struct SharedDir {
     mounted: Mutex<bool>,
 }
 
-impl Shared {
+impl SharedDir {
     /// Mounts it, unless it is.
     pub async fn mount(&self) -> Result<(), Error> {
         let mut mounted = self.mounted.lock().await;

@@ -13,7 +13,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
-use husk_proto::agent::{VolumeEntry, paths::LIVE};
+use husk_proto::agent::{VolumeEntry, paths::SYNCED};
 
 /// Most entries of one volume.
 const MAX_ENTRIES: usize = 4096;
@@ -44,7 +44,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
 
 /// Makes the volume `name` what `entries` say.
 pub fn write(name: &str, entries: &[VolumeEntry]) -> Result<(), Error> {
-    write_below(&Path::new(LIVE).join(name), entries)
+    write_below(&Path::new(SYNCED).join(name), entries)
 }
 
 fn write_below(root: &Path, entries: &[VolumeEntry]) -> Result<(), Error> {
