@@ -1,6 +1,6 @@
-//! Where connections come from: ports of the vsock device in a machine, one
-//! unix socket on the host, on which huskd names the port first, in the words
-//! in which it asks the VMM for a guest's port (`CONNECT <port>`, `OK <port>`).
+//! The sources of connections. In a machine they come to ports of the vsock
+//! device. On the host they come to one unix socket, and huskd names the port
+//! in the first line, as it does to the VMM (`CONNECT <port>`, `OK <port>`).
 
 use std::ffi::OsString;
 use std::io::{self, IoSlice};
@@ -22,7 +22,7 @@ use tonic::transport::server::Connected;
 /// How long a connection may take to say where it wants to go.
 const PREAMBLE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Connections that have not said it yet; more wait in the backlog.
+/// Most connections whose first line is awaited; more wait in the backlog.
 const MAX_UNDECIDED: usize = 64;
 
 /// The argument whose value is the vsock peer that a machine's agent serves in
@@ -92,15 +92,16 @@ pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>> + Send>>;
 
 /// The two ports of the agent.
 pub struct Ports {
-    /// Of the gRPC service.
+    /// Connections to the gRPC service.
     pub grpc: Incoming,
-    /// Of the standard streams.
+    /// Connections to standard streams.
     pub streams: Incoming,
 }
 
 impl Ports {
-    /// Those of a machine, for the host alone: who can reach them has the whole
-    /// pod, and a kernel with vsock's loopback lets its processes connect too.
+    /// Listens on the ports of a machine, for the host alone. Whoever reaches
+    /// them has the whole pod, and a kernel with vsock's loopback lets every
+    /// process of the pod connect.
     pub fn of_machine(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Self> {
         let peer = peer(arguments)?;
         let listen = |port| -> anyhow::Result<Incoming> {
@@ -112,7 +113,7 @@ impl Ports {
         Ok(Self { grpc: listen(GRPC_PORT)?, streams: listen(STREAM_PORT)? })
     }
 
-    /// Those behind a unix socket, as a task of the current runtime.
+    /// Listens for both ports on a unix socket, as a task of the current runtime.
     pub fn of_socket(listener: UnixListener) -> Self {
         let (grpc, grpc_incoming) = mpsc::channel(1);
         let (streams, streams_incoming) = mpsc::channel(1);
@@ -155,9 +156,9 @@ fn admitted<C>(accepted: io::Result<(C, VsockAddr)>, peer: u32) -> Option<io::Re
     }
 }
 
-type Door = mpsc::Sender<io::Result<Connection>>;
+type PortSender = mpsc::Sender<io::Result<Connection>>;
 
-async fn accept(listener: UnixListener, grpc: Door, streams: Door) {
+async fn accept(listener: UnixListener, grpc: PortSender, streams: PortSender) {
     let undecided = std::sync::Arc::new(Semaphore::new(MAX_UNDECIDED));
     loop {
         let Ok(permit) = undecided.clone().acquire_owned().await else { return };
@@ -167,14 +168,14 @@ async fn accept(listener: UnixListener, grpc: Door, streams: Door) {
                 tokio::spawn(async move {
                     let port = timeout(PREAMBLE_DEADLINE, preamble(&mut connection)).await;
                     drop(permit);
-                    let door = match port {
+                    let sender = match port {
                         Ok(Ok(GRPC_PORT)) => grpc,
                         Ok(Ok(STREAM_PORT)) => streams,
-                        Ok(Ok(LIVENESS_PORT)) => return stay(connection).await,
+                        Ok(Ok(LIVENESS_PORT)) => return hold_open(connection).await,
                         // Closed without an answer, as the VMM does.
                         _ => return,
                     };
-                    let _ = door.send(Ok(Connection::new(connection))).await;
+                    let _ = sender.send(Ok(Connection::new(connection))).await;
                 });
             }
             Err(error) => {
@@ -207,8 +208,8 @@ fn wanted(line: &[u8]) -> Option<u32> {
     [GRPC_PORT, STREAM_PORT, LIVENESS_PORT].contains(&port).then_some(port)
 }
 
-/// Keeps a connection whose end tells huskd that the agent has ended.
-async fn stay(mut connection: UnixStream) {
+/// Keeps a connection open: its end tells huskd that the agent has ended.
+async fn hold_open(mut connection: UnixStream) {
     let _ = connection.read_u8().await;
 }
 

@@ -1,20 +1,20 @@
-//! How an RPC fails. The gRPC code is chosen here and nowhere else; its
-//! meaning is in the header of `agent.proto`.
+//! Errors of RPCs. The gRPC code is chosen here and nowhere else; the header of
+//! `agent.proto` says what each means.
 
 use std::fmt;
 
 use tonic::Status;
 
-/// Why a request was not done.
+/// A request was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It can never succeed.
+    /// The request can never succeed.
     #[error("{0}")]
     Invalid(String),
-    /// It is about something that does not exist.
+    /// The request is about something that does not exist.
     #[error("{0}")]
     NotFound(String),
-    /// It asks for an id that is in use.
+    /// The id is in use.
     #[error("{0}")]
     Exists(String),
     /// The state forbids it.
@@ -23,14 +23,9 @@ pub enum Error {
     /// One more would be too many.
     #[error("{0}")]
     Exhausted(String),
-    /// A stage of it failed.
+    /// A stage of the request failed.
     #[error("{stage}: {cause}")]
-    Failed {
-        /// What was being done.
-        stage: &'static str,
-        /// The error, in words.
-        cause: String,
-    },
+    Failed { stage: &'static str, cause: String },
 }
 
 impl From<Error> for Status {

@@ -1,7 +1,7 @@
 //! `husk-agent`: the first process of a pod's virtual machine.
 //!
 //! The kernel starts it as pid 1 with nothing mounted but the read-only root.
-//! It answers huskd over vsock: a gRPC service to set up the pod and to run
+//! The agent answers huskd over vsock: a gRPC service to set up the pod and to run
 //! its containers through runc, and one connection for each standard stream.
 //! As pid 1 it also reaps every process that ends, and must never end itself:
 //! the kernel would panic.

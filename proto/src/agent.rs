@@ -1,4 +1,4 @@
-//! What huskd and husk-agent agree on: the gRPC service, vsock ports, the
+//! The interface of huskd and husk-agent: the gRPC service, vsock ports, the
 //! places in the guest that a container's OCI configuration may name, and the
 //! header that opens a standard stream.
 
@@ -41,7 +41,7 @@ pub const OWN_DIRECTORY: &str = "own-directory";
 /// Places in the guest that exist after `CreateSandbox`. On the host they are
 /// in the pod's directory, which stands for [`BASE`](paths::BASE).
 pub mod paths {
-    /// What all of them are below.
+    /// The directory that has all of them.
     pub const BASE: &str = "/run/husk";
     /// The pod's `/etc/hosts`, bind-mounted into its containers.
     pub const HOSTS: &str = "/run/husk/sandbox/hosts";

@@ -36,41 +36,33 @@ fn layers(mode: &Mode) -> PathBuf {
 /// A bundle could not be made or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The image below.
+    /// The image could not be mounted.
     #[error("image: {0}")]
     Image(#[from] images::Error),
-    /// The overlay.
+    /// The overlay could not be mounted.
     #[error("root filesystem: {0}")]
     Rootfs(#[from] mounts::Error),
-    /// An image that is a volume.
+    /// An image that is a volume could not be mounted.
     #[error("image volume at {destination}: {cause}")]
     Volume {
         /// Where it should be in the container.
         destination: String,
-        /// Why it cannot.
         cause: images::Error,
     },
-    /// What the image has in a directory that it declares as a volume.
+    /// The content of a directory that the image declares as a volume could not
+    /// be copied.
     #[error("fill the image's volume at {destination}: {cause}")]
     Copy {
         /// Where it is in the container.
         destination: PathBuf,
-        /// What failed.
         cause: copy::Error,
     },
-    /// Its directories and files.
+    /// A directory or file could not be made or removed.
     #[error("{doing} {path}: {cause}")]
-    Files {
-        /// What failed.
-        doing: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
+    Files { doing: &'static str, path: PathBuf, cause: io::Error },
 }
 
-/// Where the files of a container come from.
+/// The sources of a container's files.
 #[derive(Clone, Copy)]
 pub struct Sources<'a> {
     /// Where the agent is.
@@ -242,7 +234,7 @@ impl Bundle {
         self.path.join("image")
     }
 
-    /// What the container has written.
+    /// The writable layer.
     pub fn upper(&self) -> PathBuf {
         self.layer.join("upper")
     }
@@ -252,7 +244,7 @@ impl Bundle {
         self.path.join("config.json")
     }
 
-    /// Writes it. It may say what is told to the container in secret.
+    /// Writes the configuration, which may have secrets in its environment.
     pub fn write_config(&self, json: &[u8]) -> io::Result<()> {
         let mut file =
             fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(self.config())?;
@@ -279,7 +271,7 @@ impl Bundle {
         self.image.release().await.map_err(images::Error::Mount)?;
         self.mounted.store(false, Ordering::Relaxed);
         layer::remove(&self.path).map_err(files("remove", &self.path))?;
-        // What the container wrote may be much.
+        // The container may have written much.
         let path = self.layer.clone();
         let removed = tokio::task::spawn_blocking(move || layer::remove(&path)).await;
         removed.unwrap_or_else(|panic| Err(io::Error::other(panic))).map_err(files("remove", &self.layer))

@@ -16,7 +16,7 @@ use nix::sys::time::TimeSpec;
 use rustix::fs::{XattrFlags, lgetxattr, lgetxattr_query, llistxattr, llistxattr_query, lsetxattr};
 use rustix::io::Errno;
 
-/// What could not be copied, and why.
+/// A file could not be copied.
 #[derive(Debug, thiserror::Error)]
 #[error("copy {path}: {cause}")]
 pub struct Error {
@@ -49,8 +49,8 @@ pub fn directory(from: &Path, to: &Path) -> Result<(), Error> {
     }
     // The innermost first: what is made in a directory changes its times.
     for (from, to) in directories.into_iter().rev() {
-        let dressed = from.metadata().and_then(|metadata| dress(&to, &from, &metadata));
-        dressed.map_err(|cause| Error { path: from, cause })?;
+        let copy_metadataed = from.metadata().and_then(|metadata| copy_metadata(&to, &from, &metadata));
+        copy_metadataed.map_err(|cause| Error { path: from, cause })?;
     }
     Ok(())
 }
@@ -72,7 +72,7 @@ fn copy(from: &Path, to: &Path, metadata: &Metadata, linked: &mut HashMap<u64, P
         let kind = SFlag::from_bits_truncate(metadata.mode()) & SFlag::S_IFMT;
         mknod(to, kind, Mode::S_IRUSR, metadata.rdev())?;
     }
-    dress(to, from, metadata)
+    copy_metadata(to, from, metadata)
 }
 
 /// Copies extended attributes, as far as the file system of `to` has them.
@@ -104,7 +104,7 @@ fn xattr(path: &Path, name: &CStr) -> io::Result<Vec<u8>> {
 
 /// Gives a copy what its original has besides its content. The owner comes
 /// first: a change of it takes set-id bits and capabilities away.
-fn dress(path: &Path, from: &Path, like: &Metadata) -> io::Result<()> {
+fn copy_metadata(path: &Path, from: &Path, like: &Metadata) -> io::Result<()> {
     lchown(path, Some(like.uid()), Some(like.gid()))?;
     if !like.is_symlink() {
         fs::set_permissions(path, Permissions::from_mode(like.mode() & 0o7777))?;

@@ -34,7 +34,7 @@ pub struct Error {
     problem: Problem,
 }
 
-/// What is in the way.
+/// The cause of an [`Error`].
 #[derive(Debug, thiserror::Error)]
 enum Problem {
     /// The kernel has no such mounts of this file system.
@@ -43,14 +43,14 @@ enum Problem {
          system that has them, such as ext4 or XFS, or run the pod without a user namespace"
     )]
     FileSystem { source_path: PathBuf, filesystem: String },
-    /// Anything else.
+    /// The kernel refused a step.
     #[error("{doing} {path}: {cause}")]
     Kernel { doing: &'static str, path: PathBuf, cause: io::Error },
 }
 
 /// A bind mount that is to be mapped.
 #[derive(Debug, PartialEq, Eq)]
-struct Wanted {
+struct MappedBind {
     source: PathBuf,
     destination: PathBuf,
     /// `MS_SLAVE` or `MS_PRIVATE`; nothing when the container shares its
@@ -58,7 +58,7 @@ struct Wanted {
     propagation: Option<MsFlags>,
 }
 
-/// The volumes of a container that are mounted so.
+/// The ID-mapped volumes of a container.
 pub struct Mapped {
     folder: PathBuf,
     /// The pod's user namespace, as a file.
@@ -67,7 +67,7 @@ pub struct Mapped {
 }
 
 impl Mapped {
-    /// Those of container `id`: none yet.
+    /// No volumes yet, for container `id`.
     pub fn of(id: &str, mode: &Mode) -> Self {
         Self { folder: mode.at(MAPPED).join(id), namespace: mode.at(paths::USER_NAMESPACE), count: 0 }
     }
@@ -78,7 +78,7 @@ impl Mapped {
         let all = take(spec, &self.folder);
         self.count = all.len();
         let (folder, namespace) = (self.folder.clone(), self.namespace.clone());
-        // It may ask the host for a file, which must not hold the agent up.
+        // The host may be asked for a file, which must not hold the agent up.
         let mapped = tokio::task::spawn_blocking(move || {
             all.iter().enumerate().try_for_each(|(number, wanted)| {
                 mount(wanted, &point(&folder, number), &namespace).map_err(|problem| Error {
@@ -90,7 +90,7 @@ impl Mapped {
         mapped.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
 
-    /// Takes them away. May be repeated after a failure.
+    /// Unmounts them. May be repeated after a failure.
     pub fn remove(&self) -> io::Result<()> {
         for number in 0..self.count {
             unmount(&point(&self.folder, number))?;
@@ -98,7 +98,7 @@ impl Mapped {
         unless_missing(fs::remove_dir(&self.folder))
     }
 
-    /// Where they are.
+    /// The directory of their mount points.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -114,7 +114,7 @@ fn unless_missing(done: io::Result<()>) -> io::Result<()> {
 
 /// Takes the mappings out of a configuration, and changes the sources of the
 /// binds that had them to places in `folder`.
-fn take(spec: &mut Spec, folder: &Path) -> Vec<Wanted> {
+fn take(spec: &mut Spec, folder: &Path) -> Vec<MappedBind> {
     let mut all = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let mapped = [mount.uid_mappings(), mount.gid_mappings()]
@@ -125,7 +125,7 @@ fn take(spec: &mut Spec, folder: &Path) -> Vec<Wanted> {
         let Some(source) = mount.source().clone().filter(|_| mapped) else { continue };
         mount.set_source(Some(point(folder, all.len())));
         let destination = mount.destination().clone();
-        all.push(Wanted { source, destination, propagation: propagation(mount) });
+        all.push(MappedBind { source, destination, propagation: propagation(mount) });
     }
     all
 }
@@ -141,8 +141,8 @@ fn propagation(mount: &Mount) -> Option<MsFlags> {
     }
 }
 
-fn mount(wanted: &Wanted, point: &Path, namespace: &Path) -> Result<(), Problem> {
-    let Wanted { source, propagation, .. } = wanted;
+fn mount(wanted: &MappedBind, point: &Path, namespace: &Path) -> Result<(), Problem> {
+    let MappedBind { source, propagation, .. } = wanted;
     let failed = |doing, path: &Path| {
         let path = path.to_owned();
         move |cause| Problem::Kernel { doing, path, cause }
@@ -166,8 +166,8 @@ fn mount(wanted: &Wanted, point: &Path, namespace: &Path) -> Result<(), Problem>
     userns::attach(&tree, point).map_err(failed("mount", point))
 }
 
-/// Takes such a mount away, with what the host has mounted below: that is no
-/// longer shared then, so the host keeps it.
+/// Unmounts a volume, with the host's mounts below it. These are made private
+/// before, so that the host keeps them.
 fn unmount(point: &Path) -> io::Result<()> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     match nix::mount::mount(None::<&str>, point, None::<&str>, private, None::<&str>) {

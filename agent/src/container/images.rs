@@ -21,18 +21,13 @@ const IMAGES: &str = "/run/husk/images";
 /// An image could not be mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its disk is not there.
+    /// The disk is not there.
     #[error(transparent)]
     Disk(#[from] disks::Error),
-    /// The device for its file.
+    /// The image's file could not be put behind a device.
     #[error("put {path} behind a loop device: {cause}")]
-    Loop {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
-    /// Its filesystem.
+    Loop { path: PathBuf, cause: io::Error },
+    /// The filesystem could not be mounted.
     #[error(transparent)]
     Mount(#[from] mounts::Error),
 }
@@ -120,7 +115,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// Where it is mounted.
+    /// The mount point.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -32,12 +32,12 @@ pub struct DiskUsage {
     pub inodes: u64,
 }
 
-/// What is known of the size of a layer.
+/// The size of a layer, as last measured.
 #[derive(Debug, Default)]
 pub struct Measured {
-    /// When it was last measured, and what came out.
+    /// The time and the result of the last measurement.
     pub last: watch::Sender<Option<(Instant, DiskUsage)>>,
-    /// It is being measured, or will be.
+    /// A measurement has begun, or waits for its turn.
     pub under_way: AtomicBool,
 }
 
@@ -74,7 +74,7 @@ fn add_up(mut directory: Dir, depth: usize, usage: &mut DiskUsage, linked: &mut 
     }
 }
 
-/// Removes the tree at `root`, itself included. None is fine.
+/// Removes the tree at `root`, which need not exist.
 pub fn remove(root: &Path) -> io::Result<()> {
     let top = match Dir::open(root, DIRECTORY, Mode::empty()) {
         Err(Errno::ENOENT) => return Ok(()),

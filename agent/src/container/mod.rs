@@ -1,4 +1,4 @@
-//! The pod's containers, what state each is in, and what that allows.
+//! The pod's containers, their states, and what each state allows.
 
 pub mod bundle;
 pub mod copy;
@@ -30,11 +30,10 @@ const MAX_EXECS: usize = 256;
 pub struct Container {
     /// Chosen by the host.
     pub id: String,
-    /// Its files.
+    /// The bundle and the layers.
     pub bundle: Bundle,
-    /// Its cgroup.
     pub cgroup: Arc<Cgroup>,
-    /// Its first process.
+    /// The first process.
     pub init: Process,
     phase: Mutex<Phase>,
     execs: Mutex<HashMap<String, ExecSlot>>,
@@ -51,7 +50,7 @@ enum Phase {
 }
 
 enum ExecSlot {
-    /// Its id is taken while runc starts it.
+    /// runc starts it, and its id is taken.
     Starting,
     Running(Arc<Process>),
 }
@@ -131,9 +130,9 @@ fn forget_oldest(execs: &mut HashMap<String, ExecSlot>) -> bool {
 
 /// A process of a container, held as long as somebody deals with it.
 pub enum ProcessRef {
-    /// The container's own.
+    /// The container's first process.
     Init(Arc<Container>),
-    /// Of an exec.
+    /// An exec's process.
     Exec(Arc<Process>),
 }
 
@@ -148,7 +147,7 @@ impl std::ops::Deref for ProcessRef {
     }
 }
 
-/// An exec's id, given back unless its process is started.
+/// An exec's id, released unless its process is started.
 pub struct ExecReservation {
     container: Arc<Container>,
     process_id: Option<String>,
@@ -235,7 +234,7 @@ impl Containers {
     }
 }
 
-/// A container's id, given back unless the container is made.
+/// A container's id, released unless the container is made.
 pub struct Reservation {
     containers: Arc<Containers>,
     id: Option<String>,
@@ -261,7 +260,6 @@ impl Drop for Reservation {
 /// A container on its way out. If that fails it is back, to be removed again.
 pub struct Removal {
     containers: Arc<Containers>,
-    /// Which.
     pub container: Arc<Container>,
     done: bool,
 }

@@ -15,10 +15,10 @@ const MAX_JSON: usize = 4 * 1024 * 1024;
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It is no OCI configuration.
+    /// The JSON is no OCI configuration.
     #[error("not an OCI configuration: {0}")]
     Json(#[from] serde_json::Error),
-    /// It is far larger than one is.
+    /// The JSON is far larger than a configuration is.
     #[error("the OCI configuration has {0} bytes; at most {MAX_JSON} are read")]
     TooLarge(usize),
     /// A part that it must have is not there.
@@ -88,7 +88,7 @@ pub fn complete(
     if terminal {
         name_terminal(environment);
     }
-    // Not the agent's own, which runc's child would inherit.
+    // Else runc's child would inherit the agent's.
     if process.oom_score_adj().is_none() {
         process.set_oom_score_adj(Some(0));
     }
@@ -119,7 +119,7 @@ pub fn joins(spec: &Spec, path: &Path) -> bool {
     namespaces.into_iter().flatten().any(|namespace| namespace.path().as_deref() == Some(path))
 }
 
-/// Who a completed configuration runs as.
+/// The user and groups of a completed configuration.
 pub fn identity(spec: &Spec) -> husk_proto::agent::Identity {
     let user = spec.process().as_ref().map(|process| process.user().clone()).unwrap_or_default();
     let groups = user.additional_gids().clone().unwrap_or_default();
@@ -133,9 +133,8 @@ fn name_terminal(environment: &mut Vec<String>) {
     }
 }
 
-/// What an exec runs: other arguments as the same user, in the same
-/// environment and directory, with the same capabilities as the container,
-/// whether that has a terminal or not.
+/// The process of an exec: other arguments with the user, environment, directory
+/// and capabilities of the container, and a terminal or none.
 pub fn exec_process(spec: &Spec, args: Vec<String>, terminal: bool) -> Result<Process, Error> {
     let mut process = spec.process().clone().ok_or(Error::Missing("process"))?;
     process.set_args(Some(args));

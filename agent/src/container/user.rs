@@ -1,6 +1,6 @@
-//! Who a container's process runs as: names looked up in the container's own
+//! The user of a container's process. Names are looked up in the container's own
 //! `/etc/passwd` and `/etc/group`, which are as hostile as its image. A number
-//! is always an id: whoever says 1234 must not become root because an image
+//! is always an id: a request for 1234 must not become root because an image
 //! has a user of that name.
 
 use std::collections::BTreeSet;
@@ -23,36 +23,18 @@ const MAX_FILE: u64 = 4 * 1024 * 1024;
 pub enum Error {
     /// A name that is not in the file.
     #[error("no {what} {name:?} in the container's /etc/{file}")]
-    Unknown {
-        /// "user" or "group".
-        what: &'static str,
-        /// As asked for.
-        name: String,
-        /// "passwd" or "group".
-        file: &'static str,
-    },
+    Unknown { what: &'static str, name: String, file: &'static str },
     /// A number that the kernel has no such id for.
     #[error("{what} {number} is not an id: those are 0 to {}", u32::MAX - 1)]
-    OutOfRange {
-        /// "user" or "group".
-        what: &'static str,
-        /// As asked for.
-        number: String,
-    },
+    OutOfRange { what: &'static str, number: String },
     /// The file is there but cannot be read.
     #[error("read the container's /{path}: {cause}")]
-    Unreadable {
-        /// Which.
-        path: &'static str,
-        /// Why.
-        cause: String,
-    },
+    Unreadable { path: &'static str, cause: String },
 }
 
 /// A process's user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// User id.
     pub uid: u32,
     /// Primary group.
     pub gid: u32,

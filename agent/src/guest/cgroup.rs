@@ -30,8 +30,8 @@ pub fn delegate_controllers() -> io::Result<()> {
 #[derive(Debug)]
 pub struct Cgroup(PathBuf);
 
-/// What a container uses, in bytes and nanoseconds, by the names that the
-/// kernel has for it.
+/// Figures of what a container uses, in bytes and nanoseconds, by the kernel's
+/// names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// `cpu.stat`: processor time since its start.
@@ -179,7 +179,7 @@ impl Cgroup {
         Ok(())
     }
 
-    /// What it uses now. A file that the kernel was built without counts as 0.
+    /// The figures now. A file that the kernel was built without counts as 0.
     pub fn usage(&self) -> Usage {
         let read = |name: &str| fs::read_to_string(self.0.join(name)).unwrap_or_default();
         let number = |name: &str| read(name).trim().parse().unwrap_or(0);

@@ -18,10 +18,10 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// A disk could not be found.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// None has this serial number.
+    /// No device has this serial number.
     #[error("no block device has the serial number {0:?}")]
     Unknown(String),
-    /// Its slot stayed empty.
+    /// The slot stayed empty.
     #[error("the block device with the serial number {0:?} has stayed empty for {deadline} s", deadline = DEADLINE.as_secs())]
     Empty(String),
     /// sysfs did not answer.
@@ -30,8 +30,7 @@ pub enum Error {
 }
 
 /// The machine's disks. All of them are there from the start, some as empty
-/// slots; each look at a serial number is a request to the device, so it is
-/// made once.
+/// slots. Serial numbers are read once, because each is a request to its device.
 #[derive(Default)]
 pub struct Disks(Mutex<HashMap<String, PathBuf>>);
 

@@ -1,11 +1,11 @@
-//! What a supervisor of host containers does before it serves: it reads what
-//! it was given, and enters the pod's namespaces. Containers that have no
+//! Prepares a supervisor of host containers: it reads its arguments and enters
+//! the pod's namespaces. Containers that have no
 //! namespace of their own for something then share the pod's, just as they
 //! share those of their machine.
 //!
-//! Its mount namespace is its own too. Whatever it mounts for its containers
-//! (images, root filesystems, shared memory) goes with the pod's last process,
-//! however that ends, and the loop devices below with it. Mounts of the host
+//! The supervisor has a mount namespace of its own. All that it mounts for its
+//! containers (images, root filesystems, shared memory) goes with the pod's last
+//! process, however that ends, and the loop devices below with it. Mounts of the host
 //! still reach the containers, and theirs the host where they may: only the
 //! pod's directory is private.
 
@@ -34,19 +34,12 @@ const OOM_SCORE_ADJ: &str = "-999";
 /// A supervisor cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its arguments are wrong.
+    /// The arguments are wrong.
     #[error("{0}")]
     Arguments(String),
-    /// The kernel said no.
+    /// The kernel refused something.
     #[error("{doing} {path}: {cause}")]
-    Kernel {
-        /// What failed.
-        doing: &'static str,
-        /// For what.
-        path: PathBuf,
-        /// Its answer.
-        cause: io::Error,
-    },
+    Kernel { doing: &'static str, path: PathBuf, cause: io::Error },
 }
 
 fn kernel<E: Into<io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E) -> Error {
@@ -104,11 +97,11 @@ pub fn enter(host: &Host) -> Result<(), Error> {
     // Fails unless it is a mount point, and then nothing may be mounted there.
     mount(None::<&str>, &host.directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
         .map_err(kernel("keep to itself what is mounted below", &host.directory))?;
-    // What runc leaves behind is this process's to wait for.
+    // Processes that runc leaves behind become children of this one.
     // SAFETY: this request has no memory effects.
     Errno::result(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) })
         .map_err(kernel("become the parent of orphans in", &host.directory))?;
-    // Best effort: it takes a capability that huskd may not have.
+    // This takes a capability that huskd may not have, so a failure is ignored.
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ);
     Ok(())
 }

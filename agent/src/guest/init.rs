@@ -1,5 +1,5 @@
-//! What pid 1 owes the processes below it before the first of them starts:
-//! the kernel's filesystems, a cgroup tree with its controllers on, limits.
+//! Prepares a machine for its first container: the kernel's filesystems, a cgroup
+//! tree with its controllers on, limits.
 
 use std::fs;
 use std::io;
@@ -13,13 +13,13 @@ use crate::guest::{cgroup, limits};
 /// The agent is the last process that the pod can do without.
 const OOM_SCORE_ADJ: &str = "-999";
 
-/// Something that pid 1 cannot do without could not be had.
+/// A machine could not be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A filesystem of the kernel.
+    /// A filesystem of the kernel could not be mounted.
     #[error(transparent)]
     Mount(#[from] mounts::Error),
-    /// The agent's own cgroup.
+    /// The agent's own cgroup could not be made.
     #[error("set up cgroups: {0}")]
     Cgroups(#[source] io::Error),
 }

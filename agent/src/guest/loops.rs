@@ -99,7 +99,7 @@ impl Loop {
         Err(io::Error::other("every free loop device was taken by others"))
     }
 
-    /// Its device node.
+    /// The device node.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -1,5 +1,5 @@
-//! Whether this agent is the first process of a pod's virtual machine, or the
-//! supervisor of a pod of plain host containers.
+//! The two places of an agent: it is the first process of a pod's virtual
+//! machine, or the supervisor of a pod of plain host containers.
 //!
 //! Both serve the same requests. In a machine everything is the pod's: its
 //! clock, its network interfaces, `/run/husk`. On the host only what the agent
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use husk_proto::agent::paths;
 
-/// Where the agent is.
+/// The place of the agent.
 #[derive(Debug, Default)]
 pub enum Mode {
     /// In a machine of its own, as its first process.
@@ -19,7 +19,7 @@ pub enum Mode {
     Host(Host),
 }
 
-/// What a supervisor on the host was given.
+/// The parts of the host that its supervisor was given.
 #[derive(Debug, Default)]
 pub struct Host {
     /// The pod's directory: a mount of its own, so that what is mounted below

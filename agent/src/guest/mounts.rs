@@ -17,32 +17,13 @@ const IDLE: Duration = Duration::from_secs(2);
 pub enum Error {
     /// mount(2) failed.
     #[error("mount {filesystem} {from} on {to}: {cause}")]
-    Mount {
-        /// Its type.
-        filesystem: String,
-        /// The source.
-        from: String,
-        /// The mount point.
-        to: PathBuf,
-        /// The kernel's answer.
-        cause: Errno,
-    },
+    Mount { filesystem: String, from: String, to: PathBuf, cause: Errno },
     /// umount(2) failed.
     #[error("unmount {path}: {cause}")]
-    Unmount {
-        /// The mount point.
-        path: PathBuf,
-        /// The kernel's answer.
-        cause: Errno,
-    },
+    Unmount { path: PathBuf, cause: Errno },
     /// The mount point could not be made.
     #[error("make mount point {path}: {cause}")]
-    MountPoint {
-        /// Where.
-        path: PathBuf,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
+    MountPoint { path: PathBuf, cause: io::Error },
 }
 
 impl Error {

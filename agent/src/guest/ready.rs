@@ -8,13 +8,13 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::io::AsyncWriteExt;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
-/// A host that has not taken the connection by then does not wait for it.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// A host that has not taken the connection after this time does not wait for it.
+const READY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sends `READY <microseconds since the kernel started>`. A host that does
 /// not listen is no failure: it finds the service by connecting to it.
 pub async fn announce() {
-    match tokio::time::timeout(PATIENCE, send()).await {
+    match tokio::time::timeout(READY_TIMEOUT, send()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!("nobody waits for the ready line: {error}"),
         Err(_) => tracing::debug!("the ready line was not taken in time"),

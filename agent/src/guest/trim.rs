@@ -1,5 +1,5 @@
-//! Gives what is deleted on the sandbox disk back to the host, whose file for it
-//! is sparse: fstrim(8) from time to time. The mount option `discard` would make
+//! Trims the sandbox disk from time to time, as fstrim(8) does. The host's file
+//! for it is sparse, and so shrinks when a pod deletes files. The mount option `discard` would make
 //! every deletion of a file wait for the host instead.
 
 use std::fs::{self, File};
@@ -59,8 +59,8 @@ impl Disk {
         Self { mounted: mounted.to_owned(), counters: Path::new("/sys/class/block").join(name).join("stat") }
     }
 
-    /// Gives back what is freed, without end.
-    pub async fn give_back(self) {
+    /// Trims the file system whenever enough may have been freed, without end.
+    pub async fn keep_trimmed(self) {
         let mut trimmed = self.level().unwrap_or_default();
         loop {
             sleep(PERIOD).await;

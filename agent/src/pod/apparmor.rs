@@ -1,7 +1,7 @@
 //! AppArmor profiles for the machine's containers. Their policy is given to the
 //! kernel before runc names them; it stays for as long as the machine lives.
 //!
-//! On the host huskd does this.
+//! On the host huskd loads them.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -21,35 +21,30 @@ const REPLACE: &str = "/sys/kernel/security/apparmor/.replace";
 /// The policy of the default profile, part of the machine's root.
 const DEFAULT_POLICY: &str = "/usr/share/husk/husk-default.apparmor";
 
-/// The kernel has not the policy that a container needs.
+/// The kernel could not be given a policy that a container needs.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Where it would take it.
+    /// securityfs, through which the kernel takes policies.
     #[error(transparent)]
     Mount(#[from] mounts::Error),
-    /// There is no such place.
+    /// The kernel has no AppArmor.
     #[error(
         "the machine's kernel has no AppArmor: its handler's `kernel` must be built with \
          CONFIG_SECURITY_APPARMOR, and `kernel_cmdline` not say otherwise"
     )]
     NoAppArmor,
-    /// The kernel refuses it.
+    /// The kernel refuses the policy.
     #[error(
         "the machine's kernel refuses the policy of {size} bytes: {cause}: load one on the host that is \
          compiled for Linux 6.12 or older (apparmor_parser --policy-features)"
     )]
-    Refused {
-        /// Its length.
-        size: usize,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
-    /// The machine's root has none.
+    Refused { size: usize, cause: io::Error },
+    /// The machine's root file system has no default policy.
     #[error("read {DEFAULT_POLICY}: {0}: the handler's `rootfs` is not of this version of Husk")]
     NoDefault(io::Error),
 }
 
-/// What the kernel was given.
+/// The policies that the kernel was given.
 #[derive(Default)]
 pub struct Policies {
     given: Mutex<Given>,
@@ -65,8 +60,8 @@ struct Given {
 }
 
 impl Policies {
-    /// Sees to it that the kernel has what a container needs. False when it has
-    /// no AppArmor, and need not have any.
+    /// Loads the policies that a container needs. False when the kernel has no
+    /// AppArmor, and need not have any.
     pub async fn load(&self, wanted: &AppArmor) -> Result<bool, Error> {
         match self.load_all(wanted).await {
             Err(Error::NoAppArmor) if wanted.unless_off => Ok(false),
@@ -144,7 +139,8 @@ mod tests {
         AppArmor { policies: revisions.iter().map(policy).collect(), ..Default::default() }
     }
 
-    /// What the kernel is given for a request; it refuses the policy `[9]`.
+    /// Answers a request for a kernel that refuses the policy `[9]`; returns what
+    /// the kernel was given.
     fn update(given: &mut Given, wanted: &AppArmor) -> (Vec<Vec<u8>>, Result<(), Error>) {
         let mut written = Vec::new();
         let result = given.update(

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use husk_proto::agent::Dns;
 
-/// What every hosts file begins with.
+/// The beginning of every hosts file.
 const LOCALHOST: &str = "127.0.0.1\tlocalhost
 ::1\tlocalhost ip6-localhost ip6-loopback
 fe00::\tip6-localnet
@@ -17,17 +17,12 @@ ff02::2\tip6-allrouters
 /// Text that would change the meaning of the file it is written to.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Not an address.
+    /// A server's address is none.
     #[error("DNS server {0:?} is not an IP address")]
     Server(String),
     /// White space or control characters in a word.
     #[error("{what} {word:?} must be one word")]
-    Word {
-        /// What it is.
-        what: &'static str,
-        /// As asked for.
-        word: String,
-    },
+    Word { what: &'static str, word: String },
 }
 
 /// The hosts file: localhost, and the pod's own name at each of its addresses.

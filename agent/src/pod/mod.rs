@@ -1,5 +1,5 @@
-//! What the containers of a pod share: its network, names, namespaces, kernel
-//! parameters and volumes.
+//! The parts of a pod that its containers share: network, names, namespaces,
+//! kernel parameters and volumes.
 
 pub mod apparmor;
 pub mod etc;

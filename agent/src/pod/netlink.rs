@@ -19,7 +19,7 @@ const MAX_NAME: usize = 15;
 /// The network could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request itself is wrong.
+    /// The request is wrong.
     #[error("{0}")]
     Invalid(String),
     /// No device has the hardware address.
@@ -27,12 +27,7 @@ pub enum Error {
     NoDevice(String),
     /// The kernel said no.
     #[error("{doing}: {cause}")]
-    Kernel {
-        /// What failed.
-        doing: String,
-        /// Its answer.
-        cause: io::Error,
-    },
+    Kernel { doing: String, cause: io::Error },
 }
 
 /// An address and the length of its network's prefix.

@@ -58,7 +58,7 @@ pub fn start_pause(reaper: &Reaper, flags: i32) -> io::Result<Pid> {
         let pid = Errno::result(pid)?;
         i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)
     })?;
-    // Not the pod's to kill before its containers.
+    // A machine that is out of memory kills the pod's containers first.
     let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-998");
     Ok(pid)
 }
@@ -73,7 +73,7 @@ pub fn pause() -> ExitCode {
         return ExitCode::FAILURE;
     }
     loop {
-        // All of them: several that end at once make one SIGCHLD.
+        // Several processes that end at once make one SIGCHLD.
         while reaper::next_ended().is_some() {}
         if signals.wait().is_err() {
             return ExitCode::FAILURE;

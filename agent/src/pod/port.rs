@@ -31,20 +31,20 @@ static FORWARDS: AtomicUsize = AtomicUsize::new(0);
 /// A port that has taken the connection.
 pub struct Target {
     socket: TcpStream,
-    _place: Place,
+    _permit: Permit,
 }
 
 /// One of [`MAX_FORWARDS`].
-struct Place;
+struct Permit;
 
-impl Place {
+impl Permit {
     fn take() -> Option<Self> {
         let free = |count: usize| count.checked_add(1).filter(|count| *count <= MAX_FORWARDS);
         FORWARDS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, free).ok().map(|_| Self)
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         FORWARDS.fetch_sub(1, Ordering::Relaxed);
     }
@@ -53,18 +53,18 @@ impl Drop for Place {
 /// Connects to a port on the pod's loopback: IPv4 first, then IPv6, as a
 /// server on `localhost` may have either.
 pub async fn connect(port: u16) -> Result<Target, String> {
-    let place = Place::take().ok_or_else(|| format!("{MAX_FORWARDS} connections are forwarded already"))?;
+    let permit = Permit::take().ok_or_else(|| format!("{MAX_FORWARDS} connections are forwarded already"))?;
     let dial = async |address: SocketAddr| {
         timeout(CONNECT_DEADLINE, TcpStream::connect(address))
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     };
     let first = match dial((Ipv4Addr::LOCALHOST, port).into()).await {
-        Ok(socket) => return Ok(Target { socket, _place: place }),
+        Ok(socket) => return Ok(Target { socket, _permit: permit }),
         Err(error) => error,
     };
     match dial((Ipv6Addr::LOCALHOST, port).into()).await {
-        Ok(socket) => Ok(Target { socket, _place: place }),
+        Ok(socket) => Ok(Target { socket, _permit: permit }),
         Err(_) => Err(format!("connect to port {port} on localhost inside the pod: {first}")),
     }
 }
@@ -75,7 +75,7 @@ pub struct Forward<C> {
     pub host: C,
     /// The port's.
     pub target: Target,
-    /// What the host sent together with its header.
+    /// Bytes that the host sent together with its header.
     pub early: Vec<u8>,
 }
 
@@ -217,7 +217,7 @@ mod tests {
         client.shutdown().await.unwrap();
         let mut heard = Vec::new();
         pod.read_to_end(&mut heard).await.unwrap();
-        // It has said its last, and waits for days.
+        // The client has said its last, and waits for days.
         tokio::time::pause();
         sleep(Duration::from_secs(3 * 86_400)).await;
         assert!(!copying.is_finished());

@@ -10,13 +10,13 @@ use tokio::sync::Mutex;
 
 use crate::guest::mounts::{self, Error};
 
-/// Whether a container has anything of it.
+/// Whether a container has a volume on it.
 pub fn is_used_by(spec: &Spec) -> bool {
     let mut sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
     sources.any(|source| source.starts_with(SHARED))
 }
 
-/// The mount.
+/// The mount of the host's file system.
 #[derive(Default)]
 pub struct SharedDir {
     mounted: Mutex<bool>,
@@ -27,7 +27,7 @@ impl SharedDir {
     pub async fn mount(&self) -> Result<(), Error> {
         let mut mounted = self.mounted.lock().await;
         if !*mounted {
-            // It asks the host, which must not hold the agent up.
+            // The mount waits for the host, and must not hold the agent up.
             in_background(|| {
                 mounts::make_mount_point(Path::new(SHARED))?;
                 mounts::mount(SHARED_TAG, SHARED, "virtiofs", MsFlags::empty(), "")
@@ -38,8 +38,8 @@ impl SharedDir {
         Ok(())
     }
 
-    /// Lets go of the files that no container has any more, so that the host
-    /// can unmount what they are on: the kernel remembers names that were used.
+    /// Forgets the files that no container has any more. The kernel remembers
+    /// names that were used, and the host cannot unmount what they are on.
     pub async fn forget_unused(&self) {
         let mounted = self.mounted.lock().await;
         if *mounted {

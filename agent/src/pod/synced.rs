@@ -29,12 +29,7 @@ pub enum Error {
     Invalid(String),
     /// A file of it.
     #[error("{path}: {cause}")]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        cause: io::Error,
-    },
+    File { path: PathBuf, cause: io::Error },
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {

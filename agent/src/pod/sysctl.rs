@@ -9,30 +9,19 @@ use crate::guest::mode::Host;
 /// A parameter could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Not the name of a parameter.
+    /// The name is not a parameter's.
     #[error("sysctl {0:?} is not a parameter's name, such as net.ipv4.ip_forward")]
     Name(String),
-    /// It is of the whole host, or of a namespace that the pod shares with it.
+    /// The parameter is the whole host's, or belongs to a namespace that the pod
+    /// shares with it.
     #[error("sysctl {0} would change the whole host, not the pod alone: run the pod in a virtual machine")]
     NotOfThePod(String),
     /// The kernel does not know it, or does not take the value.
     #[error("sysctl {name} = {value:?}: {cause}")]
-    Refused {
-        /// Which.
-        name: String,
-        /// As asked for.
-        value: String,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
+    Refused { name: String, value: String, cause: io::Error },
     /// The namespace that it belongs to cannot be entered.
     #[error("enter the pod's IPC namespace {path}: {cause}")]
-    Enter {
-        /// Where it is.
-        path: PathBuf,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
+    Enter { path: PathBuf, cause: io::Error },
 }
 
 /// Kernel parameters of an IPC namespace, with those below `fs.mqueue`.
@@ -47,8 +36,8 @@ const IPC: &[&str] = &[
     "kernel.shm_rmid_forced",
 ];
 
-/// What lets every user of a pod bind low ports and send pings, as containers
-/// have come to expect: the network is theirs alone, whoever owns it.
+/// Parameters that let every user of a pod bind low ports and send pings, as
+/// containers expect: the pod's network is theirs alone, whoever owns it.
 const OPEN_TO_USERS: &[(&str, &str)] =
     &[("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
@@ -79,7 +68,7 @@ pub fn is_of_ipc(name: &str) -> bool {
 pub fn set(name: &str, value: &str) -> Result<(), Error> {
     let path = path(name).ok_or_else(|| Error::Name(name.to_owned()))?;
     let written = fs::OpenOptions::new().write(true).open(path).and_then(|file| {
-        // One write: the kernel takes a value as a whole.
+        // The kernel takes a value as a whole, in one write.
         io::Write::write_all(&mut &file, value.as_bytes())
     });
     written.map_err(|cause| Error::Refused { name: name.to_owned(), value: value.to_owned(), cause })
@@ -126,7 +115,7 @@ fn set_as_either_root(name: &str, value: &str, root: u32) -> Result<(), Error> {
                 cause,
             })?;
             let done = set(name, value);
-            // The next one may be another's to write.
+            // The next parameter may be another user's to write.
             let _ = become_user(0);
             done
         }

@@ -24,15 +24,14 @@ use crate::process::pump::{End, Input, OutputOwner};
 use crate::process::reaper::{Exit, Exited};
 use crate::process::stdio::Ends;
 
-/// What is known of a process that has ended and whose output is handed over, or
-/// kept.
+/// The end of a process whose output is handed over, or kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
-    /// How it ended.
+    /// Its exit.
     pub exit: Exit,
-    /// The kernel killed it, or another process of its container, for want of
-    /// memory while it ran. It may still have ended well: a parent that
-    /// survives its child's death may exit with 0.
+    /// The kernel killed the process, or another of its container while it ran,
+    /// because memory ran out. A parent that survives its child's death may
+    /// still exit with 0.
     pub oom_killed: bool,
     /// Nobody has taken the last of its output: it is kept.
     pub output_kept: bool,
@@ -43,7 +42,7 @@ pub struct Outcome {
 pub enum Role {
     /// The container ends with it.
     Init,
-    /// It was added by an exec.
+    /// An exec added it.
     Exec,
 }
 
@@ -76,7 +75,7 @@ impl Process {
         let terminal = ends.terminal.is_some();
         let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<Connection>> {
             let (clients, receiver) = mpsc::channel(1);
-            // Who asked for an exec is the only one who wants its output.
+            // The client that asked for an exec is the only one of its output.
             let owner = match (role, terminal) {
                 (Role::Init, _) => OutputOwner::Container,
                 (Role::Exec, false) => OutputOwner::Command,
@@ -88,7 +87,7 @@ impl Process {
             outputs.push(kept);
             tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
                 if pump.await == End::Abandoned && terminal {
-                    // What the kernel does when a terminal goes.
+                    // The kernel sends the same when a terminal goes.
                     let _ = send(pid, &exited, libc::SIGHUP);
                 }
             })));
@@ -126,22 +125,22 @@ impl Process {
         Ok(Self { pid, role, exited, ended, stdin, stdout, stderr, terminal: ends.terminal, _tasks: tasks })
     }
 
-    /// Its pid in the guest. Only meaningful while [`Self::has_exited`] is false.
+    /// The pid in the machine, which is the process's until it has exited.
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// It has ended, though its output may not be handed over yet.
+    /// Whether it has ended; its output may not be handed over yet.
     pub fn has_exited(&self) -> bool {
         self.exited.borrow().is_some()
     }
 
-    /// Its exit, which may be to come.
+    /// The exit, which may be still to come.
     pub const fn exit(&self) -> &Exited {
         &self.exited
     }
 
-    /// When it ended, if [`Self::wait`] would answer at once.
+    /// The moment of its end, if [`Self::ended`] would answer at once.
     pub fn ended_at(&self) -> Option<Instant> {
         self.ended.borrow().as_ref().map(|outcome| outcome.exit.instant)
     }
@@ -154,7 +153,7 @@ impl Process {
     /// Waits until it has ended and its output is handed over, or until it is
     /// removed; `None` if that comes before its end, or before somebody has all
     /// the output of a command: what is cut off shall not look like a success.
-    /// Holds nothing of it.
+    /// The answer borrows nothing of the process.
     pub fn ended(&self) -> impl Future<Output = Option<Outcome>> + use<> {
         let mut ended = self.ended.clone();
         let exited = self.exited.clone();
@@ -168,7 +167,7 @@ impl Process {
         }
     }
 
-    /// Sends it a signal. One that has exited takes no notice.
+    /// Sends the process a signal; nothing happens if it has exited.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
         send(self.pid, &self.exited, signal)
     }
@@ -195,7 +194,7 @@ impl Process {
     }
 
     /// Gives a stream a client, in place of the one it may have. If the stream
-    /// has ended, the connection is closed, which says just that.
+    /// has ended, the connection is closed, as at any end of a stream.
     pub async fn connect(&self, kind: Kind, connection: Connection, early: Vec<u8>) {
         let output = match kind {
             Kind::Stdin => {
@@ -214,7 +213,7 @@ impl Process {
 }
 
 /// Sets the size of a terminal. A client whose own terminal has no size sends 0
-/// by 0, which is no size to draw in: it is ignored.
+/// by 0, in which nothing can be drawn: it is ignored.
 fn set_size(terminal: &OwnedFd, rows: u16, columns: u16) -> io::Result<()> {
     if rows == 0 || columns == 0 {
         return Ok(());

@@ -25,12 +25,12 @@ use crate::guest::clock;
 /// only when other containers fork wildly meanwhile.
 const MAX_UNCLAIMED: usize = 4096;
 
-/// How a process ended.
+/// The exit of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
     /// 0 to 255; 128 + the signal for a process that one ended.
     pub code: i32,
-    /// That signal.
+    /// The signal that ended it.
     pub signal: Option<i32>,
     /// Wall-clock time, nanoseconds since 1970.
     pub unix_nanos: i64,
@@ -38,8 +38,8 @@ pub struct Exit {
     pub instant: Instant,
 }
 
-/// Says when the process has ended: in the same turn of the event loop in
-/// which its pid becomes free for others.
+/// Tells when the process has ended, in the same turn of the event loop in which
+/// its pid becomes free for others.
 pub type Exited = watch::Receiver<Option<Exit>>;
 
 /// Waits for the end of a process.
@@ -161,12 +161,12 @@ impl Launch {
     pub fn spawn(&self, command: &mut Command) -> io::Result<(Pid, Exited)> {
         self.spawn_with(|| {
             let child = command.spawn()?;
-            // Its pid is all that is wanted: the reaper waits for it.
+            // The handle is dropped: the reaper waits for the process.
             i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other)
         })
     }
 
-    /// Starts a child by a way of its own.
+    /// Starts a child with `start`, which returns its pid.
     pub fn spawn_with(&self, start: impl FnOnce() -> io::Result<Pid>) -> io::Result<(Pid, Exited)> {
         let mut table = self.0.table();
         let pid = start()?;
@@ -218,14 +218,13 @@ mod tests {
         assert_eq!(ended(receiver).await.unwrap().code, 9);
     }
 
-    /// The test that waits for children of this process must be the only one.
+    /// No other test may wait for children of this process.
     #[tokio::test]
     async fn a_process_that_dies_of_any_signal_has_128_and_its_number() {
         let reaper = Reaper::start().unwrap();
         for signal in [libc::SIGTERM, 34, 37, 40, 64] {
             let launch = reaper.launch();
             let script = format!("kill -{signal} $$");
-            // What an exec or a container's program is to the agent.
             let (_, child) = launch.spawn(Command::new("sh").args(["-c", &script])).unwrap();
             let exit = tokio::time::timeout(std::time::Duration::from_secs(20), ended(child)).await;
             let exit = exit.unwrap_or_else(|_| panic!("signal {signal}: the exit was lost")).unwrap();

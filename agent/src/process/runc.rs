@@ -1,4 +1,4 @@
-//! Runs runc, the OCI runtime, and tells its errors in its own words.
+//! Runs runc, the OCI runtime, and passes its error messages on.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -31,24 +31,19 @@ const LONGEST_LOOK: Duration = Duration::from_millis(50);
 /// The end of its log is where the error is.
 const LOG_TAIL: u64 = 64 * 1024;
 
-/// runc did not do what it was asked.
+/// A call of runc failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It could not be run, or its files could not be read.
+    /// runc could not be run, or its files could not be read.
     #[error("{doing}: {cause}")]
-    Io {
-        /// What failed.
-        doing: &'static str,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
-    /// It said no, and why.
+    Io { doing: &'static str, cause: io::Error },
+    /// runc ended with an error message.
     #[error("{0}")]
     Refused(String),
-    /// It did not end in time and was killed.
+    /// runc did not end in time and was killed.
     #[error("runc did not end within {} s", DEADLINE.as_secs())]
     Hangs,
-    /// It started the container, whose program did not follow.
+    /// The container was started, but its program was not in time.
     #[error(
         "the program did not start within {} s; a startContainer hook that runs longer holds it up",
         DEADLINE.as_secs()
@@ -90,7 +85,7 @@ impl Drop for Files {
 pub struct Runc {
     reaper: Reaper,
     program: PathBuf,
-    /// Where it keeps its records of containers.
+    /// The directory of runc's records of containers.
     root: PathBuf,
 }
 
@@ -195,7 +190,7 @@ impl Runc {
     }
 }
 
-/// What a process runs, as far as it differs before and after execve(2).
+/// The program of a process, as far as execve(2) changes it.
 #[derive(Debug, PartialEq, Eq)]
 struct Program {
     file: Option<(u64, u64)>,

@@ -23,13 +23,13 @@ pub const CONSOLES: &str = "/run/husk/console";
 /// runc has sent the terminal before it exits, so it is there at once.
 const TERMINAL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What the agent keeps.
+/// The agent's ends of a process's streams.
 pub struct Ends {
-    /// To write standard input to.
+    /// Standard input, to write to.
     pub stdin: Option<OwnedFd>,
-    /// To read output from.
+    /// Output, to read from.
     pub stdout: OwnedFd,
-    /// To read error output from; part of `stdout` with a terminal.
+    /// Error output, to read from; part of `stdout` with a terminal.
     pub stderr: Option<OwnedFd>,
     /// The terminal, to resize.
     pub terminal: Option<OwnedFd>,
@@ -41,12 +41,12 @@ pub enum Stdio {
     Pipes {
         /// The process's side, until it is given to runc.
         process: Option<[process::Stdio; 3]>,
-        /// The agent's.
+        /// The agent's side.
         ends: Ends,
     },
     /// A terminal that runc makes inside the container.
     Terminal {
-        /// Where runc sends it.
+        /// The socket to which runc sends it.
         console: Console,
         /// Whether anything may be typed.
         stdin: bool,

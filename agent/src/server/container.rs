@@ -56,7 +56,7 @@ pub async fn create(
     if request.all_devices {
         devices::add_all(&mut config).stage("list the devices")?;
     }
-    // Given back when this function fails, and the bundle with it.
+    // The reservation ends when this function fails, and the bundle with it.
     let reservation = agent.containers.reserve(&id)?;
     let root = agent.mapped_root.get().copied();
     let sources =
@@ -86,7 +86,7 @@ pub async fn create(
     Ok(CreateContainerResponse { pid, identity: Some(identity), start_error: String::new() })
 }
 
-/// Why a container could not be made.
+/// A container could not be made.
 enum NotCreated {
     /// runc says that it cannot run.
     ByRunc(String),
@@ -184,7 +184,7 @@ pub async fn update(
     if container.init.has_exited() {
         return Err(Error::Precondition(format!("container {} has exited", container.id)));
     }
-    // Through its type, so that runc gets nothing that is no such object.
+    // The JSON is read and written again, so that runc gets nothing but limits.
     let resources: LinuxResources =
         serde_json::from_slice(&request.resources_json).invalid("resources_json")?;
     let resources = resources::for_update(resources, &agent.mode).invalid("resources_json")?;
@@ -215,7 +215,7 @@ pub async fn remove(
         .await
         .map_err(|_| format!("still alive {} s after SIGKILL", KILL_DEADLINE.as_secs()))
         .stage("kill the container")?;
-    // Once more for an exec that was on its way in.
+    // An exec may have been on its way in, so the kill is repeated.
     container.cgroup.kill();
     agent.runc.delete(&container.id, container.bundle.path()).await.stage("runc delete")?;
     container.bundle.remove().await.stage("remove the root filesystem")?;

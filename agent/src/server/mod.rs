@@ -1,4 +1,5 @@
-//! The gRPC service. Each file below has the whole story of its RPCs.
+//! The gRPC service. Each file below has its RPCs from the request to the
+//! answer.
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
@@ -41,9 +42,9 @@ const MAX_GIVEN_UP: usize = 4096;
 
 /// How long the last answers may take to reach the host once the machine is
 /// to go down.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
 
-/// Everything that the agent knows.
+/// The agent's state.
 pub struct Agent {
     /// The pod's containers.
     pub containers: Arc<Containers>,
@@ -109,15 +110,15 @@ pub async fn serve(incoming: Incoming, agent: Arc<Agent>) -> Result<(), tonic::t
     }
     // Connections that are idle are closed, the others when they have their
     // answers; a caller that does not read them does not keep us.
-    let _ = timeout(LAST_WORDS, serving).await;
+    let _ = timeout(DRAIN_DEADLINE, serving).await;
     Ok(())
 }
 
 struct Endpoint(Arc<Agent>);
 
-/// Runs a request to its end even if the caller goes away in the middle: what
-/// is half done would have to be undone.
-async fn to_the_end<T: Send + 'static>(
+/// Runs a request to its end even if the caller goes away in the middle.
+/// Stopping there would leave something half made.
+async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<Response<T>, Status> {
     match tokio::spawn(work).await {
@@ -138,7 +139,7 @@ impl Service for Endpoint {
     }
 
     async fn create_sandbox(&self, request: Request<CreateSandboxRequest>) -> Answer<CreateSandboxResponse> {
-        to_the_end(sandbox::create(self.0.clone(), request.into_inner())).await
+        run_to_completion(sandbox::create(self.0.clone(), request.into_inner())).await
     }
 
     async fn adjust_clock(&self, request: Request<AdjustClockRequest>) -> Answer<AdjustClockResponse> {
@@ -146,39 +147,39 @@ impl Service for Endpoint {
     }
 
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {
-        to_the_end(sandbox::shutdown(self.0.clone())).await
+        run_to_completion(sandbox::shutdown(self.0.clone())).await
     }
 
     async fn create_container(
         &self,
         request: Request<CreateContainerRequest>,
     ) -> Answer<CreateContainerResponse> {
-        to_the_end(container::create(self.0.clone(), request.into_inner())).await
+        run_to_completion(container::create(self.0.clone(), request.into_inner())).await
     }
 
     async fn start_container(
         &self,
         request: Request<StartContainerRequest>,
     ) -> Answer<StartContainerResponse> {
-        to_the_end(container::start(self.0.clone(), request.into_inner())).await
+        run_to_completion(container::start(self.0.clone(), request.into_inner())).await
     }
 
     async fn remove_container(
         &self,
         request: Request<RemoveContainerRequest>,
     ) -> Answer<RemoveContainerResponse> {
-        to_the_end(container::remove(self.0.clone(), request.into_inner())).await
+        run_to_completion(container::remove(self.0.clone(), request.into_inner())).await
     }
 
     async fn update_container(
         &self,
         request: Request<UpdateContainerRequest>,
     ) -> Answer<UpdateContainerResponse> {
-        to_the_end(container::update(self.0.clone(), request.into_inner())).await
+        run_to_completion(container::update(self.0.clone(), request.into_inner())).await
     }
 
     async fn exec_process(&self, request: Request<ExecProcessRequest>) -> Answer<ExecProcessResponse> {
-        to_the_end(process::exec(self.0.clone(), request.into_inner())).await
+        run_to_completion(process::exec(self.0.clone(), request.into_inner())).await
     }
 
     async fn signal_process(&self, request: Request<SignalProcessRequest>) -> Answer<SignalProcessResponse> {
@@ -197,7 +198,7 @@ impl Service for Endpoint {
     }
 
     async fn write_volume(&self, request: Request<WriteVolumeRequest>) -> Answer<WriteVolumeResponse> {
-        to_the_end(volume::write(self.0.clone(), request.into_inner())).await
+        run_to_completion(volume::write(self.0.clone(), request.into_inner())).await
     }
 
     async fn container_stats(

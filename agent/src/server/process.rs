@@ -42,7 +42,7 @@ pub async fn exec(agent: Arc<Agent>, request: ExecProcessRequest) -> Result<Exec
     let started =
         agent.runc.exec(&container.id, bundle.path(), &call, &file, &mut stdio).await.stage("runc exec");
     let _ = fs::remove_file(&file);
-    // Its input ends with the client that sends it.
+    // An exec's input ends with the client that sends it.
     let (process, _) = adopt(started?, stdio, true, Role::Exec, container.cgroup.clone()).await?;
     let pid = process.pid().as_raw().unsigned_abs();
     reservation.publish(process);

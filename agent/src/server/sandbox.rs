@@ -1,4 +1,4 @@
-//! The machine becomes a pod, and ends.
+//! Makes a pod of the machine, and ends it.
 
 use std::fs;
 use std::io;
@@ -71,7 +71,7 @@ pub async fn create(
 
     match *agent.mode {
         Mode::Guest => set_up_machine(&agent, &request).await?,
-        // The namespaces that it has are all that is set up of the host.
+        // On the host nothing but the pod's namespaces is set up.
         Mode::Host(_) => {}
     }
     if !request.hostname.is_empty() && agent.mode.host().is_none_or(|host| host.netns.is_some()) {
@@ -100,7 +100,7 @@ pub async fn create(
     for name in request.sysctls.keys() {
         sysctl::check(name, agent.mode.host()).invalid("sysctls")?;
     }
-    // First, so that what the client asks for is what holds.
+    // The defaults come first, so that the client's values hold.
     for (name, value) in sysctl::open_to_users(agent.mode.host()) {
         sysctl::set(name, value).stage("open the network to the pod's users")?;
     }
@@ -138,7 +138,7 @@ pub fn adjust_clock(agent: &Agent, request: &AdjustClockRequest) -> Result<Adjus
     Ok(AdjustClockResponse { time_unix_nanos: clock::unix_nanos() })
 }
 
-/// What a machine has of its own: clock, disk, interfaces.
+/// Sets up the clock, the disk and the interfaces of a machine.
 async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result<(), Error> {
     // A clone of a template has its template's clock and random numbers.
     if request.time_unix_nanos != 0 {
@@ -147,12 +147,12 @@ async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result
     clock::seed(&request.entropy).stage("seed random numbers")?;
 
     let device = agent.disks.wait_for(&request.scratch_serial).await.stage("find the scratch disk")?;
-    // It lives no longer than the pod: without barriers the host need not
-    // flush what will be deleted.
+    // The disk lives no longer than the pod: without barriers the host need
+    // not flush what will be deleted.
     mounts::make_mount_point(Path::new(SCRATCH)).stage("mount the scratch disk")?;
     mounts::mount(&device.to_string_lossy(), SCRATCH, "ext4", MsFlags::MS_NOATIME, "barrier=0")
         .stage("mount the scratch disk")?;
-    let trimming = tokio::spawn(Disk::new(&device, Path::new(SCRATCH)).give_back());
+    let trimming = tokio::spawn(Disk::new(&device, Path::new(SCRATCH)).keep_trimmed());
     let _ = agent.trimming.set(AbortOnDropHandle::new(trimming));
 
     netlink::configure(&request.interfaces, &request.routes).await.map_err(|error| match error {
@@ -162,7 +162,7 @@ async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result
     write_hooks(&request.hooks).stage("write hooks")
 }
 
-/// Refuses what needs a pod while the machine is none.
+/// Fails until `CreateSandbox` has succeeded.
 pub fn check_created(agent: &Agent) -> Result<(), Error> {
     match agent.sandbox.get().and_then(OnceLock::get) {
         Some(()) => Ok(()),
@@ -198,7 +198,7 @@ async fn map_users(agent: &Agent, wanted: &UserNamespace) -> Result<(), Error> {
 /// Makes the pid namespace that containers of the pod share, unless there is
 /// one.
 pub async fn share_pid_namespace(agent: &Agent) -> Result<(), Error> {
-    // One at a time: two containers may be the first to need it.
+    // The lock is held to the end: two containers may be the first to need it.
     let mut made = agent.pid_namespace.lock().await;
     if !*made {
         ns::create_pid_namespace(&agent.reaper, &agent.mode.at(paths::PID_NAMESPACE))
@@ -218,7 +218,7 @@ pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
     let removals = containers
         .iter()
         .map(|it| container::remove(agent.clone(), RemoveContainerRequest { container_id: it.id.clone() }));
-    // Whatever does not end now ends with the machine.
+    // Containers that do not end now end with the machine.
     match timeout(SHUTDOWN_DEADLINE, futures::future::join_all(removals)).await {
         Ok(removed) => {
             for error in removed.into_iter().filter_map(Result::err) {

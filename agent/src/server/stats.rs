@@ -1,4 +1,4 @@
-//! What containers and the machine use.
+//! Figures of what containers and the machine use.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -70,7 +70,7 @@ pub async fn read(agent: &Agent, request: ContainerStatsRequest) -> Result<Conta
     Ok(ContainerStatsResponse { containers, machine: Some(machine::stat()) })
 }
 
-/// What the layer `upper` holds, or held when it was last measured.
+/// The size of the layer `upper`, now or when it was last measured.
 async fn disk_usage(
     measured: &Arc<Measured>,
     upper: PathBuf,

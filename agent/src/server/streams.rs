@@ -19,10 +19,10 @@ use crate::server::Agent;
 /// waits for the answer.
 const HEADER_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Connections that have not said it yet; more wait in the backlog.
+/// Most connections whose header is awaited; more wait in the backlog.
 const MAX_HEADERLESS: usize = 64;
 
-/// Serves for ever.
+/// Serves until the last source of connections ends.
 pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
     let headerless = Arc::new(Semaphore::new(MAX_HEADERLESS));
     loop {
@@ -31,8 +31,8 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
             Some(Ok(connection)) => {
                 let agent = agent.clone();
                 tokio::spawn(async move {
-                    // In time or not at all; what was read so far is dropped
-                    // with the connection.
+                    // After the deadline the connection is closed, and what was
+                    // read of it is dropped.
                     let received = timeout(HEADER_DEADLINE, receive(connection, &agent)).await;
                     drop(permit);
                     if let Ok(Ok(Some(forward))) = received {
@@ -49,7 +49,7 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
     }
 }
 
-/// What a connection asks for.
+/// The request of a connection, from its first line.
 #[derive(Debug, PartialEq, Eq)]
 enum StreamRequest {
     Stream(StreamHeader),
@@ -61,7 +61,8 @@ enum Found {
     Port(port::Target),
 }
 
-/// Answers with what is still to be done once the header is over.
+/// Reads a connection's header and answers it. Returns a port's connection, which
+/// is still to be joined to the host's.
 async fn receive(
     mut connection: Connection,
     agent: &Agent,
@@ -99,7 +100,7 @@ fn find(agent: &Agent, header: &StreamHeader) -> Result<ProcessRef, String> {
     Ok(process)
 }
 
-/// Reads the first line, and returns what came behind it.
+/// Reads the first line, and returns it with the bytes that came behind.
 async fn read_header(connection: &mut (impl AsyncRead + Unpin)) -> Result<(StreamRequest, Vec<u8>), String> {
     let mut received = Vec::with_capacity(MAX_HEADER);
     loop {

@@ -241,7 +241,7 @@ async fn execs_run_in_the_container(machine: &mut Machine) {
     assert!(error.message().starts_with("runc exec: "), "{error}");
     assert!(machine.exec("main", "e2", &["true"]).await.is_ok(), "its id is free again");
 
-    // What a child says that is left behind is part of the output.
+    // The output of a child that is left behind is part of the command's.
     let script = "(sleep 4; echo late) & echo started";
     let (output, code) = machine.output_of("main", "e3", &["sh", "-c", script]).await;
     assert_eq!((output.as_str(), code), ("started\nlate\n", 0));
@@ -289,7 +289,7 @@ async fn limits_are_those_of_a_node(machine: &mut Machine) {
 
 async fn files_are_on_one_device(machine: &mut Machine) {
     step("device numbers");
-    // Of the image, then of the writable layer.
+    // Files of the image and of the writable layer.
     let script = "echo new > /new; stat -c %d / /bin /bin/busybox /etc/passwd /new | sort -u | wc -l; \
                   stat -c %i /etc/passwd; echo '#' >> /etc/passwd; stat -c %i /etc/passwd";
     let (output, _) = machine.output_of("main", "d1", &["sh", "-c", script]).await;
@@ -419,7 +419,8 @@ async fn containers_share_a_pid_namespace(machine: &mut Machine) {
     let output = read_all(stream(Kind::Stdout, "second", "").await.unwrap()).await;
     let output = String::from_utf8(output).unwrap();
     assert!(output.contains("sleep 1234") && output.contains("husk-pause"), "{output}");
-    // Its first process is not the namespace's, so the other must be ended too.
+    // The container's first process is not the namespace's, so the other must be
+    // ended too.
     machine.signal("first", "", 37, false).await;
     assert_eq!(machine.wait("first", "").await.exit_code, 128 + 37);
     let (output, _) = machine.output_of("main", "ps", &["true"]).await;

@@ -35,8 +35,8 @@ fn spawn(arguments: &[&str]) -> Child {
         .unwrap()
 }
 
-/// What an agent that serves the host answers to a connection from its own
-/// machine: the bytes before it closes.
+/// Connects to an agent that serves the host from its own machine, and returns
+/// the bytes that it sends before it closes.
 pub async fn answer_to_a_stranger() -> Vec<u8> {
     let mut agent = spawn(&[]);
     let deadline = Instant::now() + START;
@@ -47,7 +47,7 @@ pub async fn answer_to_a_stranger() -> Vec<u8> {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
-    // What opens a connection of gRPC (RFC 9113 §3.4).
+    // A connection of gRPC opens so (RFC 9113 §3.4).
     let _ = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
     let mut answer = Vec::new();
     let read = tokio::time::timeout(START, stream.read_to_end(&mut answer)).await;

@@ -25,25 +25,25 @@ use std::str::FromStr;
 /// Longest header that is read, its newline included, in bytes.
 pub const MAX_HEADER: usize = 512;
 
-/// Which of a process's streams.
+/// One of a process's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Bytes for the process to read.
+    /// Input: bytes for the process to read.
     Stdin,
-    /// Its output; with a terminal, all of it.
+    /// Output; with a terminal, all of it.
     Stdout,
-    /// Its error output; refused for a process with a terminal.
+    /// Error output; refused for a process with a terminal.
     Stderr,
 }
 
 /// The line that opens a stream: `STREAM <kind> <container id> [<process id>]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StreamHeader {
-    /// Which stream.
+    /// The stream.
     pub kind: Kind,
-    /// Whose.
+    /// The container.
     pub container_id: String,
-    /// Empty for the container's init.
+    /// The process's id; empty for the container's first process.
     pub process_id: String,
 }
 

@@ -45,11 +45,11 @@ const CHUNK: usize = 16 * 1024;
 /// The owner of an output, on which depends who hears it, and until when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputOwner {
-    /// A container's: clients come and go, and its children end with it.
+    /// A container: clients come and go, and its children end with it.
     Container,
-    /// A command's: its first client is the only one.
+    /// A command: its first client is the only one.
     Command,
-    /// The same with a terminal, which its children lose when it ends.
+    /// A command with a terminal, which its children lose when it ends.
     Session,
 }
 
@@ -63,20 +63,20 @@ impl OutputOwner {
     }
 }
 
-/// How an output came to its end.
+/// The end of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// By itself, or because nobody could want it any more.
+    /// The stream ended, or nobody could want the rest.
     Over,
-    /// Its only client has gone, while the process might have had more to say.
+    /// The only client has gone, while the process might have written more.
     Abandoned,
 }
 
 /// A connection for standard input.
 pub struct Input<C> {
-    /// What the client sends from here on.
+    /// The client's bytes from here on.
     pub connection: C,
-    /// What it sent together with its header.
+    /// The bytes that came together with its header.
     pub early: Vec<u8>,
 }
 
@@ -134,13 +134,13 @@ where
         }
     }
     if let Some(mut client) = client {
-        // A client that is gone needs no end.
+        // A client that has gone is not told of the end.
         let _ = client.shutdown().await;
     }
     End::Over
 }
 
-/// Waits until the client of an output, which has nothing to say, closes.
+/// Waits until the client of an output closes; it sends nothing.
 async fn gone<C: AsyncRead + Unpin>(client: Option<&mut C>) {
     match client {
         Some(client) => while !matches!(client.read(&mut [0; 16]).await, Ok(0) | Err(_)) {},
@@ -148,9 +148,9 @@ async fn gone<C: AsyncRead + Unpin>(client: Option<&mut C>) {
     }
 }
 
-/// Hands `chunk` over to its last byte; false when nobody can take it any more. A
-/// command has no client left when its first has gone; while it is there it may
-/// take its time, as what it does not get looks like the end to it.
+/// Writes all of `chunk` to the client; false when nobody can take it any more. A
+/// command has no client left when its first has gone. That one may take its time:
+/// if it were cut off, the output would look complete to it.
 async fn deliver<C>(
     mut chunk: &[u8],
     client: &mut Option<C>,
@@ -251,7 +251,7 @@ where
     loop {
         match connection.read(&mut buffer).await {
             Ok(count) if count > 0 => write_all(sink, buffer.get(..count).unwrap_or_default()).await?,
-            // A connection that broke off has ended as much as one that finished.
+            // A connection that broke off ends the input like one that finished.
             _ => return Ok(()),
         }
     }
