@@ -23,7 +23,7 @@ guest-image: ## the guest's kernel and root file system, in target/guest
 
 .PHONY: build
 build: guest-image ## everything, as it is installed, in target/dist
-	cargo build --release --package husk-runtime
+	cargo build --release --package huskd --package husk-cli
 	cargo rustc --release --package husk-vmm --bin husk-vmm -- -C target-feature=+crt-static
 	cargo rustc --release --package husk-fs --bin husk-fs -- -C target-feature=+crt-static
 	install -D -t $(dist)/bin $(target)/release/huskd $(target)/release/husk
@@ -69,6 +69,7 @@ bench: deps-test build ## start-up times, memory, streams and volumes, to target
 .PHONY: lint
 lint: ## formatting, clippy, licences and advisories
 	@tests/support/deps lint
+	tests/support/layers runtime/*/
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets --all-features -- -D warnings
 	tests/support/cargo-deny

@@ -4,13 +4,22 @@
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use crate::id::SandboxId;
 
 /// For root alone.
 pub const ROOT_ONLY: u32 = 0o700;
 
 /// Others find their way through it to what is theirs, by name.
 pub const TRAVERSE_ONLY: u32 = 0o711;
+
+/// The folder of a pod's sockets and logs, below huskd's run directory.
+#[must_use]
+pub fn sandbox_run_dir(run_dir: &Path, id: &SandboxId) -> PathBuf {
+    // A unix socket's path has at most 107 bytes.
+    run_dir.join("sandboxes").join(id.short())
+}
 
 /// Makes a folder with this mode; one that is there already gets it.
 ///

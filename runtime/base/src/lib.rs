@@ -8,6 +8,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub mod cgroup;
 pub mod dirs;
 mod error;
 pub mod id;
@@ -21,6 +22,16 @@ mod tree;
 pub use error::FileError;
 pub use json::{read_json, write_json};
 pub use tree::remove as remove_tree;
+
+/// Nanoseconds since 1970.
+#[must_use]
+pub fn now() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()
+        .and_then(|elapsed| i64::try_from(elapsed.as_nanos()).ok())
+        .unwrap_or_default()
+}
 
 /// Locks a mutex, even one whose holder panicked. Callers replace as a whole what a
 /// mutex guards, so that it is never left half-changed.

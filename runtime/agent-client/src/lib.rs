@@ -1,0 +1,361 @@
+//! The only code that talks to the agent of a pod: in its VM, or, as the
+//! supervisor of a host pod, on the host.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use husk_proto::agent::agent_client::AgentClient;
+use husk_proto::agent::{GRPC_PORT, HelloRequest, STREAM_PORT, stream};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+mod bounds;
+#[cfg(any(test, feature = "test-util"))]
+pub mod fake;
+mod wait;
+
+pub use bounds::Bounded;
+
+/// Most time until the guest has accepted a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How soon a guest that refused, or was too slow to answer, is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Streams of one connection that may have been given up and not yet answered: a
+/// guest that stands still for minutes answers nothing, and its pod is asked for
+/// its figures all the same.
+const MAX_GIVEN_UP: usize = 1024;
+
+/// Late answers to such streams before the connection is broken off.
+const MAX_LATE_ANSWERS: usize = 16 * 1024;
+
+/// A connection to one agent.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    client: AgentClient<Channel>,
+    /// A connection of its own for those who wait for processes, made when the
+    /// first one does: calls that are given up cannot break it.
+    waits: AgentClient<Channel>,
+    vsock: PathBuf,
+    timeout: Duration,
+    silent: Option<Silent>,
+}
+
+/// What is done when the agent has not answered in time.
+#[derive(Clone)]
+struct Silent(Arc<dyn Fn() -> BoxFuture<'static, ()> + Send + Sync>);
+
+impl fmt::Debug for Silent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Silent")
+    }
+}
+
+impl Agent {
+    /// Connects through the unix socket of the machine's vsock device.
+    ///
+    /// # Errors
+    /// In words.
+    pub async fn connect(vsock: PathBuf, timeout: Duration) -> Result<Self, String> {
+        let path = vsock.clone();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { connect_patiently(&path, GRPC_PORT).await.map(TokioIo::new) }
+        });
+        // The name is for the protocol's sake; the connector knows where to go.
+        let endpoint = Endpoint::from_static("http://agent")
+            .connect_timeout(timeout)
+            .http2_max_concurrent_reset_streams(MAX_GIVEN_UP)
+            .http2_max_local_error_reset_streams(MAX_LATE_ANSWERS);
+        let channel =
+            endpoint.connect_with_connector(connector.clone()).await.map_err(|error| chain(&error))?;
+        let waits = endpoint.connect_with_connector_lazy(connector);
+        let client = |channel| AgentClient::new(channel).max_decoding_message_size(bounds::MAX_ANSWER);
+        Ok(Self { client: client(channel), waits: client(waits), vsock, timeout, silent: None })
+    }
+
+    /// Has `look` called, and waited for, when the agent does not answer a call
+    /// in time: the moment to see what its VM is at, before anybody ends it.
+    #[must_use]
+    pub fn when_silent<F>(mut self, look: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.silent = Some(Silent(Arc::new(move || look().boxed())));
+        self
+    }
+
+    /// For calls that end by themselves: each gets the handler's time limit,
+    /// and no answer is longer than it may be.
+    ///
+    /// # Errors
+    /// The agent's, or `DeadlineExceeded`.
+    pub async fn call<T: Bounded>(
+        &self,
+        stage: &'static str,
+        call: impl AsyncFnOnce(AgentClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+    ) -> Result<T, Error> {
+        match tokio::time::timeout(self.timeout, call(self.client.clone())).await {
+            Ok(Ok(response)) => {
+                let mut answer = response.into_inner();
+                answer.bound();
+                Ok(answer)
+            }
+            Ok(Err(status)) => Err(Error::of(stage, &status)),
+            Err(_) => {
+                if let Some(Silent(look)) = &self.silent {
+                    look().await;
+                }
+                let late = format!("no answer within {} s", self.timeout.as_secs());
+                Err(Error::of(stage, &tonic::Status::deadline_exceeded(late)))
+            }
+        }
+    }
+
+    /// Which agent it is: its version of the protocol, and its release. An agent of
+    /// a release before there were versions has 0, and an empty name.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub async fn hello(&self) -> Result<(u32, String), Error> {
+        let hello = async |mut agent: AgentClient<Channel>| agent.hello(HelloRequest {}).await;
+        match self.call("ask which agent it is", hello).await {
+            Ok(answer) => Ok((answer.protocol, answer.release)),
+            Err(error) if error.status.code() == tonic::Code::Unimplemented => Ok((0, String::new())),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// For calls with a time limit of their own.
+    #[must_use]
+    pub fn unlimited(&self) -> AgentClient<Channel> {
+        self.client.clone()
+    }
+
+    /// Opens one of a process's standard streams.
+    ///
+    /// # Errors
+    /// When the agent refuses, or does not answer in time.
+    pub async fn open_stream(&self, header: &stream::StreamHeader) -> io::Result<UnixStream> {
+        self.send_header(header).await?.map_err(|reason| {
+            io::Error::other(format!("open {:?} of the process: agent says `{reason}`", header.kind))
+        })
+    }
+
+    /// Opens a connection to a port of the pod.
+    ///
+    /// # Errors
+    /// When nobody listens there, or the agent does not answer in time.
+    pub async fn open_port(&self, port: u16) -> io::Result<UnixStream> {
+        self.send_header(&stream::PortHeader(port)).await?.map_err(io::Error::other)
+    }
+
+    /// Opens a connection with one line; the inner error is the agent's answer.
+    async fn send_header(&self, header: &impl std::fmt::Display) -> io::Result<Result<UnixStream, String>> {
+        let open = async {
+            let mut socket = connect_port(&self.vsock, STREAM_PORT).await?;
+            socket.write_all(format!("{header}\n").as_bytes()).await?;
+            let answer = read_line(&mut socket).await?;
+            Ok(match answer.as_str() {
+                "OK" => Ok(socket),
+                _ => Err(answer.strip_prefix("ERR ").unwrap_or(&answer).to_owned()),
+            })
+        };
+        tokio::time::timeout(CONNECT_TIMEOUT, open)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+/// The agent failed at something.
+#[derive(Debug, thiserror::Error)]
+#[error("{stage}: {}", status.message())]
+pub struct Error {
+    /// What was asked of it.
+    pub stage: &'static str,
+    /// Its answer.
+    pub status: Box<tonic::Status>,
+    /// There was no answer: the connection failed.
+    pub lost: bool,
+}
+
+impl Error {
+    /// The agent's answer to `stage`, as far as it is passed on.
+    #[must_use]
+    pub fn of(stage: &'static str, status: &tonic::Status) -> Self {
+        // Only what failed on this side has a cause.
+        let lost = std::error::Error::source(status).is_some();
+        Self { stage, status: Box::new(bounds::status(status)), lost }
+    }
+}
+
+/// As [`connect_port`], for a port that the agent is known to listen on: a
+/// guest that is slow to answer is asked again, for as long as the caller waits.
+async fn connect_patiently(vsock: &Path, port: u32) -> io::Result<UnixStream> {
+    loop {
+        match connect_port(vsock, port).await {
+            // The operating system's own refusal is that of a VMM that has gone.
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && error.raw_os_error().is_none() =>
+            {
+                tracing::debug!(vsock = %vsock.display(), "the guest has not answered yet");
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Opens a connection to a port of the guest.
+///
+/// # Errors
+/// When nobody listens there.
+pub async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut socket = UnixStream::connect(vsock).await?;
+    socket.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    let answer = read_line(&mut socket).await?;
+    if answer.starts_with("OK ") {
+        Ok(socket)
+    } else {
+        Err(io::Error::other(format!("the guest refused port {port}: `{answer}`")))
+    }
+}
+
+/// One short line, byte by byte: what follows it belongs to the stream.
+async fn read_line(socket: &mut UnixStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    while line.len() < stream::MAX_HEADER {
+        match socket.read_u8().await {
+            Ok(b'\n') => return Ok(String::from_utf8_lossy(&line).into_owned()),
+            Ok(byte) => line.push(byte),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(io::Error::new(
+                    io::ErrorKind::ConnectionRefused,
+                    format!("closed after `{}`", String::from_utf8_lossy(&line)),
+                ));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::other("answer too long"))
+}
+
+/// An error with all its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use husk_proto::agent::{CreateContainerRequest, CreateContainerResponse, Identity};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn no_more_is_taken_of_an_answer_than_huskd_has_a_use_for() {
+        let identity = Identity { uid: 1, gid: 1, groups: (0..65_536).collect() };
+        let fake = fake::Fake {
+            created: CreateContainerResponse {
+                pid: 7,
+                identity: Some(identity),
+                start_error: "x".repeat(100_000),
+            },
+            ..Default::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
+        let create = async |mut agent: AgentClient<Channel>| {
+            agent.create_container(CreateContainerRequest::default()).await
+        };
+        let answer = agent.call("create container", create).await.unwrap();
+        let groups = answer.identity.unwrap().groups;
+        assert_eq!((answer.pid, groups.len(), groups.last()), (7, 1024, Some(&1023)));
+        assert_eq!(answer.start_error.len(), 4096);
+
+        let refuse = async |_| Err::<tonic::Response<()>, _>(tonic::Status::internal("é".repeat(100_000)));
+        let error = agent.call("refuse", refuse).await.unwrap_err();
+        assert_eq!(error.status.code(), tonic::Code::Internal);
+        assert!((4000..=4096).contains(&error.status.message().len()));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_fails_is_no_answer_of_the_agents() {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = fake::Fake { refusals: vec![tonic::Code::Internal].into(), ..Default::default() };
+        let fake = Arc::new(fake);
+        let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
+        let start = async |mut agent: AgentClient<Channel>| {
+            agent.start_container(husk_proto::agent::StartContainerRequest::default()).await
+        };
+        assert!(!agent.call("start", start).await.unwrap_err().lost);
+        std::fs::remove_file(folder.path().join("vsock")).unwrap();
+        fake.broken.send_replace(());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(agent.call("start", start).await.unwrap_err().lost);
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_a_release_without_versions_is_no_error() {
+        for (release, expected) in [(None, (0, "")), (Some("9.0"), (husk_proto::agent::PROTOCOL, "9.0"))] {
+            let folder = tempfile::tempdir().unwrap();
+            let fake = fake::Fake { release: release.map(str::to_owned), ..Default::default() };
+            let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
+            assert_eq!(agent.hello().await.unwrap(), (expected.0, expected.1.to_owned()));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_too_long_is_an_error() {
+        let fake = fake::Fake {
+            created: CreateContainerResponse { start_error: "x".repeat(2 << 20), ..Default::default() },
+            ..Default::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
+        let create = async |mut agent: AgentClient<Channel>| {
+            agent.create_container(CreateContainerRequest::default()).await
+        };
+        let error = agent.call("create container", create).await.unwrap_err();
+        assert_eq!(error.status.code(), tonic::Code::OutOfRange);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_slow_is_asked_again_and_a_vmm_that_has_gone_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let vmm = tokio::spawn(async move {
+            // As the VMM does for a guest that lets its time pass.
+            let (mut refused, _) = listener.accept().await.unwrap();
+            assert_eq!(read_line(&mut refused).await.unwrap(), "CONNECT 7");
+            drop(refused);
+            let (mut client, _) = listener.accept().await.unwrap();
+            assert_eq!(read_line(&mut client).await.unwrap(), "CONNECT 7");
+            client.write_all(b"OK 1\n").await.unwrap();
+        });
+        connect_patiently(&path, 7).await.unwrap();
+        vmm.await.unwrap();
+        // Nobody listens any more, but the file is there.
+        let gone = tokio::time::timeout(Duration::from_secs(10), connect_patiently(&path, 7)).await.unwrap();
+        assert_eq!(gone.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+}

@@ -1,0 +1,203 @@
+//! What a pod runs in: a VM of its own, or namespaces of the host.
+//!
+//! The question "VM or host pod?" is asked here, and by nobody above. A pod that
+//! runs is a [`RunningPod`]; what can be said and done of any other is a matter of
+//! its [`Place`]; [`start`] turns a plan into the first.
+
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+
+use husk_agent_client::Agent;
+use husk_hostpod::Supervisor;
+use husk_proto::agent::Rootfs;
+use husk_vm::Vmm;
+use husk_vmm_api::Exit;
+
+mod image_disks;
+mod place;
+mod start;
+mod start_vm;
+mod volumes;
+
+pub use image_disks::{Claim, HeldDisks, ImageDisks};
+pub use place::Place;
+pub use start::{Services, StartPlan, Started, Times, start};
+pub use volumes::FileServer;
+
+/// A pod that runs.
+#[derive(Debug)]
+pub struct RunningPod {
+    /// What it runs in, and ends with.
+    pub backend: Backend,
+    /// Its agent: in the VM, or the supervisor on the host.
+    pub agent: Agent,
+    /// The images that its containers use.
+    pub disks: ImageDisks,
+}
+
+/// The process that a pod ends with.
+#[derive(Clone, Debug)]
+pub enum Backend {
+    /// The VMM of its VM.
+    Vm(Vmm),
+    /// The supervisor of its host containers.
+    Host(Supervisor),
+}
+
+impl Backend {
+    /// Returns when the pod has ended, with what is known of the cause. `oom_kills`
+    /// is what `cgroup`, the pod's control group, had counted when the pod started.
+    pub async fn wait(&self, cgroup: Option<&Path>, oom_kills: u64) -> Ending {
+        match self {
+            Self::Vm(vmm) => Ending::of_vmm(vmm.ended().await, cgroup, oom_kills),
+            Self::Host(supervisor) => Ending::of(supervisor.wait().await),
+        }
+    }
+
+    /// The version of what a VMM speaks with huskd, and its release; `None` for a
+    /// host pod, and for a VMM that does not answer.
+    pub async fn vmm_version(&self) -> Option<(u32, String)> {
+        let Self::Vm(vmm) = self else { return None };
+        let info = vmm.control.info().await.ok()?;
+        Some((info.protocol, info.release))
+    }
+
+    /// Whether the pod has a wall clock of its own, which has to be kept right.
+    #[must_use]
+    pub const fn has_clock(&self) -> bool {
+        matches!(self, Self::Vm(_))
+    }
+
+    /// Puts an image into a disk of the VM. On the host the agent takes the file
+    /// itself.
+    ///
+    /// # Errors
+    /// The VMM's, or a file that cannot be read.
+    pub async fn attach_image(&self, disk: &str, rootfs: &Path) -> Result<(), Error> {
+        let Self::Vm(vmm) = self else { return Ok(()) };
+        let file = std::fs::File::open(rootfs).map_err(|cause| Error::File {
+            stage: "open image",
+            path: rootfs.into(),
+            cause,
+        })?;
+        Ok(vmm.control.attach_disk(disk.to_owned(), file.into()).await?)
+    }
+
+    /// Empties a disk of the VM.
+    ///
+    /// # Errors
+    /// The VMM's.
+    pub async fn detach_image(&self, disk: String) -> Result<(), Error> {
+        match self {
+            Self::Vm(vmm) => Ok(vmm.control.detach_disk(disk).await?),
+            Self::Host(_) => Ok(()),
+        }
+    }
+
+    /// Where the agent finds an image: a VM has it as a disk; on the host the agent
+    /// reads the file.
+    #[must_use]
+    pub fn rootfs(&self, disk: &str, file: &Path) -> Rootfs {
+        let image_file = match self {
+            Self::Vm(_) => String::new(),
+            Self::Host(_) => file.display().to_string(),
+        };
+        Rootfs { image_serial: disk.to_owned(), image_file }
+    }
+}
+
+/// Why a pod has ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ending {
+    /// In words; empty when it was asked to.
+    pub problem: String,
+    /// The node's kernel killed it for want of memory.
+    pub out_of_memory: bool,
+}
+
+impl Ending {
+    /// Nobody asked for it.
+    #[must_use]
+    pub fn of(problem: impl Into<String>) -> Self {
+        Self { problem: problem.into(), out_of_memory: false }
+    }
+
+    /// That of a VMM: `exit` is the record of the VM's end, which one that was
+    /// killed had no time for.
+    fn of_vmm(exit: Option<Exit>, cgroup: Option<&Path>, oom_kills: u64) -> Self {
+        match (exit, husk_vm::out_of_memory(cgroup, oom_kills)) {
+            (Some(exit), _) => Self::of(husk_vm::Error::from(exit).to_string()),
+            (None, Some(problem)) => Self { problem, out_of_memory: true },
+            (None, None) => Self::of("the machine's VMM was killed"),
+        }
+    }
+}
+
+/// A pod's backend failed at something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] husk_vm::Error),
+    /// The supervisor of host containers.
+    #[error(transparent)]
+    Host(#[from] husk_hostpod::Error),
+    /// The VM's writable disk.
+    #[error(transparent)]
+    Disk(#[from] husk_vm::DiskError),
+    /// CNI, network namespace, tap.
+    #[error("network: {0}")]
+    Network(#[from] husk_network::Error),
+    /// Mounts of volumes.
+    #[error(transparent)]
+    Volume(#[from] husk_volumes::Error),
+    /// The pod's configuration.
+    #[error(transparent)]
+    Spec(#[from] husk_oci::Error),
+    /// Programs of a handler's hooks.
+    #[error(transparent)]
+    Hooks(#[from] husk_oci::hooks::Error),
+    /// A container's AppArmor profile.
+    #[error(transparent)]
+    AppArmor(#[from] husk_oci::apparmor::Error),
+    /// The kernel gives no random numbers.
+    #[error("draw a seed for the machine's random numbers: getrandom: {0}")]
+    Seed(std::io::Error),
+    /// A file of the host.
+    #[error("{stage}: {path}: {cause}")]
+    File {
+        /// The step.
+        stage: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's reason.
+        cause: std::io::Error,
+    },
+    /// The state that the pod or the node is in does not allow it.
+    #[error("{0}")]
+    Precondition(String),
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_vmm_that_the_kernel_killed_for_want_of_memory_is_told_from_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let ending = |before| Ending::of_vmm(None, Some(folder.path()), before);
+        let killed = Ending::of("the machine's VMM was killed");
+        assert_eq!(ending(0), killed);
+        let events = folder.path().join("memory.events");
+        std::fs::write(&events, "low 0\nhigh 0\nmax 3\noom 2\noom_kill 0\noom_group_kill 0\n").unwrap();
+        assert_eq!(ending(0), killed);
+        std::fs::write(&events, "max 3\noom 2\noom_kill 1\noom_group_kill 0\n").unwrap();
+        assert!(ending(0).out_of_memory && ending(0).problem.contains("memory on the node ran out"));
+        // What came before the pod was ready has not killed it.
+        assert_eq!(ending(1), killed);
+        assert_eq!(Ending::of_vmm(None, None, 0), killed);
+    }
+}

@@ -1,0 +1,183 @@
+//! Starts a pod: its network, and what it runs in, until its agent can be asked.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use husk_config::{Handler, Kind};
+use husk_hostpod::launch;
+use husk_network::{Dns, Network, PodRef, resolv_conf};
+use husk_proto::agent::{self, CreateSandboxRequest};
+use husk_proto::cri;
+use husk_vm::SandboxDisks;
+use husk_vm::template::Templates;
+
+use crate::{Backend, Error, ImageDisks, Place, RunningPod, start_vm};
+
+/// Parts of the node that a start needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Services<'a> {
+    /// Pod networks.
+    pub network: &'a Network,
+    /// Saved VMs.
+    pub templates: &'a Arc<Templates>,
+    /// Writable disks of VMs.
+    pub disks: &'a SandboxDisks,
+}
+
+/// A pod that is to be started.
+#[derive(Debug)]
+pub struct StartPlan<'a> {
+    /// Where it will be.
+    pub place: Place,
+    /// Its handler.
+    pub handler: &'a Handler,
+    /// The client's configuration of it.
+    pub config: &'a cri::PodSandboxConfig,
+    /// The pod as its network knows it.
+    pub network: PodRef<'a>,
+    /// vCPUs of a VM.
+    pub vcpus: u8,
+    /// Memory of a VM, MiB.
+    pub memory_mib: u32,
+    /// The file of a VM's writable disk; made here.
+    pub scratch: PathBuf,
+    /// The folder of a host pod's writable layers; made here.
+    pub layers: PathBuf,
+}
+
+/// A pod that was started.
+#[derive(Debug)]
+pub struct Started {
+    /// The pod.
+    pub running: RunningPod,
+    /// What its agent is to be told of the pod, as far as that depends on the
+    /// backend and the network.
+    pub request: CreateSandboxRequest,
+    /// Its network namespace; empty for the host's.
+    pub netns: PathBuf,
+    /// Its addresses, the first one first.
+    pub ips: Vec<IpAddr>,
+    /// Process id of its VMM or its supervisor.
+    pub pid: u32,
+    /// It is a clone of a template.
+    pub cloned: bool,
+    /// How long each step took.
+    pub times: Times,
+}
+
+/// Times of the steps of a start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Network namespace, CNI and tap.
+    pub network: Duration,
+    /// Start of the VMM to the first entry into the guest.
+    pub vmm: Duration,
+    /// From there to the agent's first word.
+    pub kernel: Duration,
+    /// From there to an open connection; of a host pod, the start of its supervisor.
+    pub agent: Duration,
+}
+
+/// Starts a pod.
+///
+/// # Errors
+/// With the step in it. Whatever was started is left to [`Place::destroy`], and the
+/// network to its own `detach`.
+pub async fn start(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Started, Error> {
+    match plan.place.kind {
+        Kind::Vm => start_vm::start(services, plan).await,
+        Kind::Host => start_host(services, plan).await,
+    }
+}
+
+async fn start_host(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Started, Error> {
+    let StartPlan { place, config, .. } = plan;
+    let started = Instant::now();
+    let cgroup = place.cgroup.clone().ok_or(husk_hostpod::Error::NoCgroups)?;
+    let (netns, ips, dns) = if husk_oci::host_network(config) {
+        (None, Vec::new(), Dns::default())
+    } else {
+        let attached = services.network.attach_host_pod(&plan.network).await?;
+        (Some(attached.netns), attached.ips, attached.dns)
+    };
+    let network = started.elapsed();
+
+    let users = husk_oci::user_namespace(config)?;
+    let launching = Instant::now();
+    let supervisor = launch::Plan {
+        handler: plan.handler,
+        run_dir: place.run_dir.clone(),
+        layers: plan.layers.clone(),
+        cgroup,
+        netns: netns.clone(),
+        own_ipc: !husk_oci::host_ipc(config),
+        group: users.as_ref().and_then(|users| Some(users.gids.first()?.host_id)),
+    };
+    let (supervisor, agent, pid) = launch::launch(&supervisor).await?;
+    let times = Times { network, agent: launching.elapsed(), ..Times::default() };
+
+    // For /etc/hosts; what is set up of the interface is CNI's work.
+    let addresses = ips.iter().map(|ip| format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 }));
+    let interface =
+        agent::Interface { name: "eth0".into(), addresses: addresses.collect(), ..Default::default() };
+    let request = CreateSandboxRequest {
+        hostname: husk_oci::host_name(config, true),
+        dns: host_dns(config, dns),
+        interfaces: if ips.is_empty() { Vec::new() } else { vec![interface] },
+        ..Default::default()
+    };
+    let running = RunningPod { backend: Backend::Host(supervisor), agent, disks: ImageDisks::unlimited() };
+    Ok(Started { running, request, netns: netns.unwrap_or_default(), ips, pid, cloned: false, times })
+}
+
+/// What the client says of DNS, else what the network's plugins say, else none:
+/// then it is as on the host.
+fn host_dns(config: &cri::PodSandboxConfig, network: Dns) -> Option<agent::Dns> {
+    let nothing = asked_dns(config).is_none() && network == Dns::default();
+    (!nothing).then(|| guest_dns(config, network))
+}
+
+/// The host's, where neither client nor network says anything.
+pub(crate) fn or_hosts(config: &cri::PodSandboxConfig, network: Dns) -> Dns {
+    if asked_dns(config).is_none() && network == Dns::default() { resolv_conf::of_host() } else { network }
+}
+
+/// What the client says of DNS; a configuration with nothing in it says nothing.
+fn asked_dns(config: &cri::PodSandboxConfig) -> Option<&cri::DnsConfig> {
+    let asked = config.dns_config.as_ref();
+    asked.filter(|dns| !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()))
+}
+
+/// What the client says of DNS, else what the network's plugins say.
+pub(crate) fn guest_dns(config: &cri::PodSandboxConfig, network: Dns) -> agent::Dns {
+    match asked_dns(config) {
+        Some(dns) => agent::Dns {
+            servers: dns.servers.clone(),
+            searches: dns.searches.clone(),
+            options: dns.options.clone(),
+        },
+        None => agent::Dns { servers: network.servers, searches: network.searches, options: network.options },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_service_that_is_asked_for_with_nothing_is_not_asked_for() {
+        let network = || Dns { servers: vec!["10.0.0.1".into()], ..Dns::default() };
+        let pod = |dns_config| cri::PodSandboxConfig { dns_config, ..Default::default() };
+        let servers = |pod: &cri::PodSandboxConfig| guest_dns(pod, or_hosts(pod, network())).servers;
+        let empty = pod(Some(cri::DnsConfig::default()));
+        assert_eq!(servers(&empty), ["10.0.0.1"]);
+        assert_eq!(servers(&pod(None)), ["10.0.0.1"]);
+        assert_eq!(or_hosts(&empty, Dns::default()), resolv_conf::of_host());
+        let options = cri::DnsConfig { options: vec!["ndots:5".into()], ..Default::default() };
+        let asked = pod(Some(options));
+        assert_eq!(guest_dns(&asked, or_hosts(&asked, network())).options, ["ndots:5"]);
+        assert!(servers(&asked).is_empty(), "what is asked for stands alone");
+    }
+}

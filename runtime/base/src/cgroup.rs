@@ -1,0 +1,248 @@
+//! The control group of a pod: what it costs the host, in one place. In it are
+//! the pod's VMM, or the groups of its supervisor and its host containers.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::id::SandboxId;
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Where a sandbox's control group goes: under the parent that the client
+/// names, else under `/husk`. `None` where the host has no cgroup v2.
+#[must_use]
+pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
+    let root = Path::new(ROOT);
+    if !root.join("cgroup.controllers").exists() {
+        return None;
+    }
+    let parent = if parent.is_empty() { "husk" } else { parent };
+    let below = Path::new(parent)
+        .components()
+        .filter_map(|part| match part {
+            std::path::Component::Normal(name) => Some(name),
+            _ => None,
+        })
+        .collect::<PathBuf>();
+    Some(root.join(below).join(format!("husk-{}", id.short())))
+}
+
+/// Makes it, and has the kernel count what is used in it.
+///
+/// # Errors
+/// The kernel's.
+pub fn make(path: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(path)?;
+    count(path);
+    Ok(())
+}
+
+/// Has the controllers that tell what a pod uses, or that its containers have
+/// limits of, turned on from the root down to it, as far as the host allows:
+/// where one is missing, its figures are, and the pod runs all the same.
+fn count(path: &Path) {
+    let parents: Vec<_> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(ROOT)).collect();
+    for parent in parents.into_iter().rev() {
+        for controller in ["+cpu", "+memory", "+cpuset", "+io", "+pids", "+hugetlb"] {
+            let _ = std::fs::write(parent.join("cgroup.subtree_control"), controller);
+        }
+    }
+}
+
+/// What a VMM has used of its host, in nanoseconds and bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Processor time of all its threads, the guest's included.
+    pub cpu_nanos: u64,
+    /// `None` where the host does not count it.
+    pub memory: Option<Memory>,
+}
+
+/// The memory part of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// All of it.
+    pub current: u64,
+    /// What of it the kernel takes back first.
+    pub inactive_file: u64,
+    /// Not backed by a file: the guest's memory, for the most part.
+    pub anonymous: u64,
+    /// Page faults.
+    pub page_faults: u64,
+    /// Those that had to wait for a disk.
+    pub major_page_faults: u64,
+}
+
+/// Reads what the group at `path` has used; `None` when there is none.
+#[must_use]
+pub fn usage(path: &Path) -> Option<Usage> {
+    let cpu = std::fs::read_to_string(path.join("cpu.stat")).ok()?;
+    let current = std::fs::read_to_string(path.join("memory.current")).ok();
+    let memory = current.and_then(|text| text.trim().parse().ok()).map(|current| {
+        let stat = std::fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
+        Memory {
+            current,
+            inactive_file: keyed(&stat, "inactive_file"),
+            anonymous: keyed(&stat, "anon"),
+            page_faults: keyed(&stat, "pgfault"),
+            major_page_faults: keyed(&stat, "pgmajfault"),
+        }
+    });
+    Some(Usage { cpu_nanos: keyed(&cpu, "usage_usec").saturating_mul(1000), memory })
+}
+
+/// The value of `key` in lines of `<key> <number>`, 0 if it is not there.
+fn keyed(text: &str, key: &str) -> u64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
+/// How many of its processes the kernel has killed for want of memory, be it
+/// the group's own or that of one above it.
+#[must_use]
+pub fn oom_kills(path: &Path) -> u64 {
+    keyed(&std::fs::read_to_string(path.join("memory.events")).unwrap_or_default(), "oom_kill")
+}
+
+/// Has the group at `path` use the CPUs or memory nodes that `list` names;
+/// `file` is `cpuset.cpus` or `cpuset.mems`. An empty list stands for all that
+/// the parent has.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_list(path: &Path, file: &str, list: &str) -> io::Result<()> {
+    let own = path.join(file);
+    if std::fs::read_to_string(&own)?.trim() == list {
+        return Ok(());
+    }
+    if list.is_empty() {
+        // A list that was set cannot be emptied again while the group has
+        // processes (Linux, `kernel/cgroup/cpuset.c`, `validate_change`).
+        let parents = path.parent().unwrap_or(path).join(format!("{file}.effective"));
+        return std::fs::write(own, std::fs::read(parents)?);
+    }
+    std::fs::write(own, format!("{list}\n"))
+}
+
+/// Gives every process of the group at `path` this OOM score (`oom_score_adj` of
+/// proc(5)): a VMM and a file server. One that has ended is passed over.
+///
+/// # Errors
+/// The kernel's, for a score that huskd may not lower to.
+pub fn set_oom_score(path: &Path, score: i64) -> io::Result<()> {
+    let processes = std::fs::read_to_string(path.join("cgroup.procs"))?;
+    for process in processes.split_whitespace() {
+        match std::fs::write(format!("/proc/{process}/oom_score_adj"), score.to_string()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // It ended after the file was opened.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+/// Removes the groups below first; their files are no obstacle.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    let mut groups = vec![path.to_owned()];
+    let mut at = 0;
+    while let Some(group) = groups.get(at).cloned() {
+        at += 1;
+        let entries = std::fs::read_dir(&group)?;
+        let inner = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        groups.extend(inner.map(|entry| entry.path()));
+    }
+    for group in groups.iter().rev() {
+        match std::fs::remove_dir(group) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Kills every process in it and in the groups below: the way to end a VMM that
+/// does not listen any more, without a process id that may have become
+/// another's. Without the group there is nothing to kill.
+///
+/// # Errors
+/// The kernel's.
+pub fn kill(path: &Path) -> io::Result<()> {
+    match std::fs::write(path.join("cgroup.kill"), "1") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// True while there are processes in it or in the groups below.
+#[must_use]
+pub fn is_populated(path: &Path) -> bool {
+    let events = std::fs::read_to_string(path.join("cgroup.events")).unwrap_or_default();
+    events.lines().any(|line| line == "populated 1")
+}
+
+/// Removes it, with the groups that its containers had below, once it is empty,
+/// which takes the kernel a moment after the last process has gone. Succeeds
+/// when there is none.
+///
+/// # Errors
+/// The kernel's, `EBUSY` when a process stays in it.
+pub async fn remove(path: &Path) -> io::Result<()> {
+    let mut tries = 0;
+    loop {
+        match remove_tree(path) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Err(error) if tries >= 100 => return Err(error),
+            Err(_) => {
+                tries += 1;
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        }
+    }
+    // The folder that all such groups share goes with the last of them; while
+    // there are others this fails, as it should.
+    if let Some(parent) = path.parent()
+        && parent == Path::new(ROOT).join("husk")
+    {
+        let _ = std::fs::remove_dir(parent);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_group_without_the_memory_controller_still_tells_processor_time() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(usage(folder.path()), None);
+        std::fs::write(folder.path().join("cpu.stat"), "usage_usec 7\nuser_usec 5\n").unwrap();
+        assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: None }));
+        std::fs::write(folder.path().join("memory.current"), "4096\n").unwrap();
+        std::fs::write(folder.path().join("memory.stat"), "anon 3\npgfault 2\n").unwrap();
+        let memory = Memory { current: 4096, anonymous: 3, page_faults: 2, ..Memory::default() };
+        assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: Some(memory) }));
+    }
+
+    #[test]
+    fn every_process_of_a_group_has_its_score() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut processes =
+            [0, 1].map(|_| std::process::Command::new("/bin/sleep").arg("60").spawn().unwrap());
+        // One has ended meanwhile.
+        let listed = format!("{}\n4194399\n{}\n", processes[0].id(), processes[1].id());
+        std::fs::write(folder.path().join("cgroup.procs"), listed).unwrap();
+        let set = set_oom_score(folder.path(), 321);
+        for process in &mut processes {
+            let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", process.id())).unwrap();
+            process.kill().unwrap();
+            process.wait().unwrap();
+            assert_eq!(score, "321\n");
+        }
+        set.unwrap();
+    }
+}

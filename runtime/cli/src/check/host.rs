@@ -1,0 +1,86 @@
+//! What the machine itself must have: privileges, the kernel's network parts,
+//! CNI, cgroups.
+
+use std::path::Path;
+use std::time::Duration;
+
+use husk_config::Config;
+use husk_network::{Network, NetworkConfig, guest, netns};
+use husk_proto::cri;
+
+use super::report::{Finding, Report};
+use crate::client;
+
+/// Looks at everything but KVM and files.
+pub async fn check(report: &mut Report, config: &Config) {
+    report.add("root", root());
+    report.add("tap and tc", redirection().await);
+    report.add("cni", cni(config));
+    report.add("cgroup v2", cgroups());
+}
+
+/// Whether huskd serves.
+pub async fn huskd(report: &mut Report, config: &Config) {
+    let version = async {
+        let mut client = client::connect(&config.socket).await?;
+        let answer = client.version(cri::VersionRequest::default()).await.map_err(client::said)?;
+        anyhow::Ok(answer.into_inner().runtime_version)
+    };
+    let finding = match version.await {
+        Ok(version) => Finding::Ok(format!("{version} on {}", config.socket.display())),
+        Err(error) => Finding::note(error.to_string(), "systemctl start huskd"),
+    };
+    report.add("huskd", finding);
+}
+
+fn root() -> Finding {
+    if nix::unistd::geteuid().is_root() {
+        Finding::Ok("yes".into())
+    } else {
+        Finding::missing("huskd makes machines, namespaces and mounts", "sudo husk check")
+    }
+}
+
+/// In a namespace that nobody else sees.
+async fn redirection() -> Finding {
+    let probe = || netns::with_netlink(async |netlink| guest::probe(&netlink).await);
+    let problem = match netns::run_in_new(probe).await {
+        Ok(Ok(Ok(()))) => return Finding::Ok("the kernel makes taps and redirects their traffic".into()),
+        Ok(Ok(Err(error))) => error.to_string(),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    Finding::missing(problem, "modprobe -a tun veth bridge sch_ingress cls_u32 act_mirred")
+}
+
+fn cni(config: &Config) -> Finding {
+    let network = Network::new(NetworkConfig {
+        conf_dir: config.network.conf_dir.clone(),
+        bin_dirs: config.network.bin_dirs.clone(),
+        cache_dir: config.state_dir.join("network"),
+        plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
+    });
+    match network.ready() {
+        Ok(()) => Finding::Ok(format!("{}, and its plugins", config.network.conf_dir.display())),
+        Err(reason) => {
+            let plugins = config.network.bin_dirs.iter().any(|dir| dir.join("bridge").exists());
+            let mend = if plugins {
+                "put a CNI configuration there; docs/guides/network.md has one to start from"
+            } else {
+                "apt install containernetworking-plugins"
+            };
+            Finding::missing(reason.to_string(), mend)
+        }
+    }
+}
+
+fn cgroups() -> Finding {
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        Finding::Ok("/sys/fs/cgroup".into())
+    } else {
+        Finding::note(
+            "not mounted on /sys/fs/cgroup: a pod's cost to the host is not limited, and there are no host pods",
+            "boot with systemd.unified_cgroup_hierarchy=1",
+        )
+    }
+}

@@ -1,0 +1,55 @@
+//! `husk check`: can pods run on this machine, and if not, what is missing.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use husk_config::{Config, Error};
+
+mod files;
+mod host;
+mod kvm;
+mod report;
+
+use report::{Finding, Report};
+
+/// Says whether pods can run here, and what to do about what is missing.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Only whether KVM can run pods.
+    #[arg(long, alias = "kvm-only")]
+    kvm: bool,
+}
+
+/// Exit code 0 when pods can run here, 1 when they cannot.
+pub async fn run(arguments: &Arguments, path: &Path, config: Result<Config, Error>) -> ExitCode {
+    let mut report = Report::default();
+    report.add("kvm", kvm::check());
+    if !arguments.kvm {
+        let config = match config {
+            Ok(config) => {
+                report.add("configuration", Finding::Ok(described(path)));
+                config
+            }
+            Err(error) => {
+                report.add(
+                    "configuration",
+                    Finding::missing(error.to_string(), format!("edit {}", path.display())),
+                );
+                Config::default()
+            }
+        };
+        host::check(&mut report, &config).await;
+        files::check(&mut report, &config);
+        host::huskd(&mut report, &config).await;
+    }
+    print!("{report}");
+    if report.can_run() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn described(path: &Path) -> String {
+    if path.exists() {
+        path.display().to_string()
+    } else {
+        format!("defaults, there is no {}", path.display())
+    }
+}

@@ -1,0 +1,140 @@
+//! What the subcommands share: huskd as a CRI client sees it, and pods by
+//! whatever a person calls them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::bail;
+use husk_base::dirs::sandbox_run_dir;
+use husk_base::id::SandboxId;
+use husk_config::Config;
+use husk_proto::cri;
+use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
+use husk_vm::Control;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// For each request.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection to huskd.
+pub type Client = RuntimeServiceClient<Channel>;
+
+/// Connects to huskd.
+pub async fn connect(socket: &Path) -> anyhow::Result<Client> {
+    let path = socket.to_owned();
+    // The address is never looked at: the connector knows where to go.
+    let channel = Endpoint::from_static("http://localhost")
+        .timeout(TIMEOUT)
+        .connect_with_connector(tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await;
+    match channel {
+        Ok(channel) => Ok(RuntimeServiceClient::new(channel)),
+        Err(error) => bail!("huskd does not answer on {}: {}", socket.display(), cause(&error)),
+    }
+}
+
+/// The first cause, which is the system's own word: what is wrapped around it
+/// only says that there was one.
+fn cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+/// All pods.
+pub async fn pods(client: &mut Client) -> anyhow::Result<Vec<cri::PodSandbox>> {
+    let request = cri::ListPodSandboxRequest::default();
+    let answer = client.list_pod_sandbox(request).await.map_err(said)?;
+    Ok(answer.into_inner().items)
+}
+
+/// One pod's status, with what only huskd's own clients understand.
+pub async fn status(client: &mut Client, id: &str) -> anyhow::Result<cri::PodSandboxStatusResponse> {
+    let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
+    Ok(client.pod_sandbox_status(request).await.map_err(said)?.into_inner())
+}
+
+/// Why huskd cannot reach the machine of a pod, if it lives and does not answer.
+pub fn unreached(status: &cri::PodSandboxStatusResponse) -> Option<String> {
+    let info: serde_json::Value = serde_json::from_str(status.info.get("info")?).ok()?;
+    Some(info.get("unreached")?.as_str()?.to_owned())
+}
+
+/// Turns a refusal into what huskd says about it.
+pub fn said(status: tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("huskd: {}", status.message())
+}
+
+/// The pod that a person means: a beginning of its id, its name, or its
+/// namespace and name.
+pub fn find<'a>(pods: &'a [cri::PodSandbox], wanted: &str) -> anyhow::Result<&'a cri::PodSandbox> {
+    let is_wanted = |pod: &&cri::PodSandbox| {
+        let names = pod.metadata.as_ref().is_some_and(|metadata| {
+            metadata.name == wanted || format!("{}/{}", metadata.namespace, metadata.name) == wanted
+        });
+        names || (!wanted.is_empty() && pod.id.starts_with(wanted))
+    };
+    let mut found = pods.iter().filter(is_wanted);
+    match (found.next(), found.next()) {
+        (Some(pod), None) => Ok(pod),
+        (None, _) => bail!("there is no pod {wanted}: `husk pods` lists them"),
+        (Some(_), Some(_)) => bail!("{wanted} is more than one pod: use its id"),
+    }
+}
+
+/// The id of the pod that a person means. A machine lives on without huskd, and
+/// that is when one wants to look at it: then it has to be the id.
+pub async fn find_id(config: &Config, wanted: &str) -> anyhow::Result<String> {
+    match connect(&config.socket).await {
+        Ok(mut huskd) => Ok(find(&pods(&mut huskd).await?, wanted)?.id.clone()),
+        Err(_) => Ok(wanted.to_owned()),
+    }
+}
+
+/// The control socket of a pod's VMM; none for a pod of host containers.
+pub fn control(config: &Config, sandbox_id: &str) -> Option<Control> {
+    let folder = sandbox_run_dir(&config.run_dir, &SandboxId::from(sandbox_id));
+    (!husk_hostpod::owns(&folder)).then(|| Control::new(folder.join("vmm.sock")))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn pod(id: &str, name: &str) -> cri::PodSandbox {
+        let metadata =
+            cri::PodSandboxMetadata { name: name.into(), namespace: "default".into(), ..Default::default() };
+        cri::PodSandbox { id: id.into(), metadata: Some(metadata), ..Default::default() }
+    }
+
+    #[test]
+    fn a_pod_that_cannot_be_reached_is_told_from_others() {
+        let why = |info: &str| {
+            let info = [("info".to_owned(), info.to_owned())].into();
+            unreached(&cri::PodSandboxStatusResponse { info, ..Default::default() })
+        };
+        assert_eq!(why(r#"{"unreached":"no answer"}"#).as_deref(), Some("no answer"));
+        assert_eq!(why(r#"{"unreached":null}"#), None);
+        assert_eq!((why("{}"), why("?")), (None, None));
+    }
+
+    #[test]
+    fn a_pod_is_found_by_id_and_by_name_and_never_guessed() {
+        let pods = [pod("abc1", "web"), pod("abd2", "db")];
+        assert_eq!(find(&pods, "abc").unwrap().id, "abc1");
+        assert_eq!(find(&pods, "db").unwrap().id, "abd2");
+        assert_eq!(find(&pods, "default/web").unwrap().id, "abc1");
+        assert!(find(&pods, "ab").unwrap_err().to_string().contains("more than one"));
+        assert!(find(&pods, "x").unwrap_err().to_string().contains("no pod x"));
+        assert!(find(&pods, "").is_err());
+    }
+}

@@ -1,0 +1,27 @@
+//! `husk console`: what the guest's kernel and agent last said.
+
+use anyhow::bail;
+use husk_config::Config;
+
+use super::client;
+
+/// Prints the last of a pod's guest console.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// A beginning of its id, its name, or NAMESPACE/NAME. While huskd does not
+    /// run, its id.
+    pod: String,
+}
+
+/// Prints it as it is.
+pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
+    let id = client::find_id(config, &arguments.pod).await?;
+    let Some(control) = client::control(config, &id) else {
+        bail!("pod {id} has no console: its containers are the host's");
+    };
+    if let Err(error) = control.info().await {
+        bail!("the machine of pod {id} does not run: {error}");
+    }
+    print!("{}", control.console().await);
+    Ok(())
+}

@@ -1,0 +1,71 @@
+//! The gRPC status of an error: the one place where codes are chosen.
+
+use std::io;
+
+use husk_oci::{apparmor, hooks};
+use husk_pods::Error;
+use husk_pods::model::LookupError;
+use husk_streaming::TokenError;
+use tonic::{Code, Status};
+
+/// The status that a client gets for an error. The text says the stage first.
+pub(crate) fn of(error: &Error) -> Status {
+    Status::new(code(error), error.to_string())
+}
+
+fn code(error: &Error) -> Code {
+    match error {
+        Error::InvalidArgument(_) | Error::Spec(_) | Error::Cdi(_) | Error::ImageVolume(_) => {
+            Code::InvalidArgument
+        }
+        Error::Hooks(hooks::Error::TooLarge) => Code::FailedPrecondition,
+        Error::Volume(husk_volumes::Error::Invalid { .. }) => Code::InvalidArgument,
+        Error::Volume(husk_volumes::Error::Unsupported { .. }) => Code::Unimplemented,
+        Error::Unimplemented(_) => Code::Unimplemented,
+        Error::FailedPrecondition(_) => Code::FailedPrecondition,
+        Error::DeadlineExceeded(_) | Error::Vm(husk_vm::Error::Silent { .. }) => Code::DeadlineExceeded,
+        Error::ResourceExhausted(_) => Code::ResourceExhausted,
+        Error::NoImage(_) | Error::Lookup(LookupError::Unknown { .. }) => Code::NotFound,
+        Error::Lookup(LookupError::Ambiguous { .. }) => Code::InvalidArgument,
+        Error::Lookup(LookupError::Unread { .. }) => Code::FailedPrecondition,
+        Error::NameTaken(_) => Code::AlreadyExists,
+        Error::Host(husk_hostpod::Error::NoCgroups) => Code::FailedPrecondition,
+        Error::Streaming(TokenError::Full) | Error::Vm(husk_vm::Error::NoSlot(_)) => Code::ResourceExhausted,
+        Error::Agent(error) => error.status.code(),
+        Error::AppArmor(apparmor::Error::Invalid(_)) => Code::InvalidArgument,
+        Error::AppArmor(apparmor::Error::File { .. }) => Code::Internal,
+        Error::AppArmor(_) => Code::FailedPrecondition,
+        Error::Image(error) => image_code(error),
+        Error::Record(cause)
+        | Error::File { cause, .. }
+        | Error::Vm(husk_vm::Error::File { cause, .. })
+        | Error::Host(husk_hostpod::Error::File { cause, .. })
+        | Error::Disk(husk_vm::DiskError::File { cause, .. })
+        | Error::Volume(husk_volumes::Error::File { cause, .. })
+            if cause.kind() == io::ErrorKind::StorageFull =>
+        {
+            Code::ResourceExhausted
+        }
+        _ => Code::Internal,
+    }
+}
+
+fn image_code(error: &husk_image::Error) -> Code {
+    use husk_image::Error as E;
+    match error {
+        E::Reference { .. } | E::Ambiguous(_) => Code::InvalidArgument,
+        E::NotFound { .. } => Code::NotFound,
+        E::Unauthorized { .. } => Code::Unauthenticated,
+        E::Registry { .. } => Code::Unavailable,
+        E::Timeout { .. } => Code::DeadlineExceeded,
+        E::Refused { .. } => Code::DataLoss,
+        E::Hosts { .. } => Code::FailedPrecondition,
+        E::File { .. } | E::Mkfs(_) | E::Metadata(_) => {
+            if error.is_disk_full() {
+                Code::ResourceExhausted
+            } else {
+                Code::Internal
+            }
+        }
+    }
+}

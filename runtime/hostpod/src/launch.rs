@@ -1,0 +1,97 @@
+//! Starts the supervisor of a host pod.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_agent_client::Agent;
+use husk_base::cgroup;
+use husk_base::dirs;
+use husk_config::Handler;
+use husk_spawn::Detached;
+
+use super::{Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path};
+
+/// What a host pod is made of.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// Its kind.
+    pub handler: &'a Handler,
+    /// Where its socket, bundles and mounts go; made here.
+    pub run_dir: PathBuf,
+    /// Where the writable layers of its containers go; made here.
+    pub layers: PathBuf,
+    /// Its control group; made here.
+    pub cgroup: PathBuf,
+    /// Its network namespace; none for the host's.
+    pub netns: Option<PathBuf>,
+    /// IPC is its own.
+    pub own_ipc: bool,
+    /// The host's group for the group 0 of its user namespace, if it has one.
+    pub group: Option<u32>,
+}
+
+/// Starts the supervisor, and returns when it can be talked to, with its
+/// process id.
+///
+/// # Errors
+/// With the stage in it; whatever was started is left to [`super::destroy`].
+pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> {
+    let run_dir = &plan.run_dir;
+    // The bundles hold what containers are told in secret.
+    for path in [run_dir, &plan.layers] {
+        dirs::make(path, dirs::ROOT_ONLY).map_err(file("make folder", path))?;
+    }
+    if let Some(group) = plan.group {
+        // Its containers find their way to their own files, by name.
+        chown(run_dir, None, Some(group))
+            .and_then(|()| fs::set_permissions(run_dir, fs::Permissions::from_mode(0o710)))
+            .map_err(file("open to the pod's users", run_dir))?;
+    }
+    let link = cgroup_link(run_dir);
+    std::os::unix::fs::symlink(&plan.cgroup, &link).map_err(file("make link", &link))?;
+    make_mount(run_dir).map_err(file("make a mount of", run_dir))?;
+    cgroup::make(&plan.cgroup).map_err(file("make control group", &plan.cgroup))?;
+    let own_group = plan.cgroup.join("supervisor");
+    std::fs::create_dir_all(&own_group).map_err(file("make control group", &own_group))?;
+    let socket_path = socket_path(run_dir);
+    let socket = UnixListener::bind(&socket_path).map_err(file("make socket", &socket_path))?;
+    let log = log_path(run_dir);
+    let log = File::create(&log).map_err(file("make log", &log))?;
+
+    // The supervisor alone listens then: once it has gone, nobody does.
+    let pid = spawn(plan, &own_group, socket, log).map_err(file("start supervisor", &plan.handler.agent))?;
+    let timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
+    let failed = |cause| Error::Supervisor { cause, log: last_lines(run_dir) };
+    let agent = Agent::connect(socket_path, timeout).await.map_err(failed)?;
+    let supervisor = Supervisor { run_dir: run_dir.clone(), cgroup: plan.cgroup.clone() };
+    Ok((supervisor, agent, pid))
+}
+
+/// Starts it in a control group of its own, so that it can be ended with its pod
+/// from its first instruction on. It keeps huskd's limits: its containers get
+/// theirs from them.
+fn spawn(plan: &Plan<'_>, group: &Path, socket: UnixListener, log: File) -> io::Result<u32> {
+    let mut program = Detached::new(&plan.handler.agent)?
+        .arguments(["--host", "--directory"])?
+        .arguments([&plan.run_dir])?
+        .arguments(["--layers"])?
+        .arguments([&plan.layers])?
+        .arguments(["--cgroup"])?
+        .arguments([&plan.cgroup])?
+        .arguments(["--runc"])?
+        .arguments([&plan.handler.runc])?
+        .log(log)
+        .descriptor(socket.into())
+        .cgroup(group)?;
+    if let Some(netns) = &plan.netns {
+        program = program.arguments(["--netns"])?.arguments([netns])?;
+    }
+    if plan.own_ipc {
+        program = program.arguments(["--own-ipc"])?;
+    }
+    Ok(program.spawn()?.pid)
+}

@@ -1,0 +1,85 @@
+//! `huskd`: the CRI server of a node. Everything is wired here, and nothing owned.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use husk_config::{Config, Kind};
+use husk_pods::{Node, ops};
+use tokio::signal::unix::{SignalKind, signal};
+
+mod heap;
+mod instance;
+mod telemetry;
+
+use instance::Instance;
+
+/// How long threads may take to end that nobody waits for any more.
+const LAST_THREADS: Duration = Duration::from_secs(2);
+
+/// The CRI server of a node: pods in virtual machines of their own.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration; without the file everything has its default.
+    #[arg(long, default_value = "/etc/husk/config.toml", env = "HUSK_CONFIG")]
+    config: PathBuf,
+}
+
+fn main() -> anyhow::Result<()> {
+    heap::configure();
+    let arguments = Arguments::parse();
+    telemetry::start();
+    // The one TLS provider that is linked; a second call would be the error.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .thread_stack_size(1 << 20)
+        .enable_all()
+        .build()
+        .context("start threads")?;
+    let ended = runtime.block_on(run(arguments));
+    // What a thread still unpacks is thrown away at the next start.
+    runtime.shutdown_timeout(LAST_THREADS);
+    ended
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let config = Config::load(&arguments.config)?;
+    // Before anything is looked at or made: another huskd may be at work here.
+    let _instance = Instance::claim(&config).await?;
+    let node = Arc::new(Node::open(config)?);
+    ops::recover(&node).await.context("recover what an earlier huskd left")?;
+    // The first pod shall not wait for what every pod needs.
+    let handlers = || node.config.handlers.values().filter(|one| one.kind() == Kind::Vm && one.enabled);
+    for handler in handlers() {
+        if let Err(error) = node.disks.prepared(handler.disk_mib).await {
+            tracing::warn!(%error, "pods will fail until this is mended");
+        }
+    }
+    node.templates.recover().await;
+    let (templates, handlers) = (node.templates.clone(), handlers().cloned().collect::<Vec<_>>());
+    let preparing = tokio::spawn(async move {
+        for handler in handlers {
+            templates.prepare(&handler).await;
+        }
+    });
+    let templates = node.templates.clone();
+    let streaming = tokio::spawn(node.streaming.clone().serve());
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let served = husk_cri::serve(node, heap::trim, async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping; pods live on");
+    })
+    .await;
+    preparing.abort();
+    templates.end_making().await;
+    streaming.abort();
+    served
+}

@@ -1,0 +1,248 @@
+//! Container logs in the CRI format: a line each of
+//! `<RFC 3339 time> <stdout|stderr> <F|P> <text>`, where `P` marks a piece of a
+//! longer line and `F` its last (or only) piece.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use chrono::{SecondsFormat, Utc};
+use husk_base::lock;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio_util::sync::CancellationToken;
+
+use super::fanout::Fanout;
+
+/// Longest text in one log line, bytes; the same as other runtimes use.
+const MAX_LINE: usize = 16 * 1024;
+
+/// The log of one container, which both of its streams write to.
+#[derive(Debug)]
+pub struct LogFile {
+    path: PathBuf,
+    file: Mutex<File>,
+}
+
+impl LogFile {
+    /// Opens the log at `path`, making its folder if there is none.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        Ok(Self { path: path.into(), file: Mutex::new(append(path)?) })
+    }
+
+    /// Goes on in a new file at the same path, after log rotation has moved the
+    /// old one away.
+    ///
+    /// # Errors
+    /// The disk's; the old file stays in use then.
+    pub fn reopen(&self) -> io::Result<()> {
+        let file = append(&self.path)?;
+        *lock(&self.file) = file;
+        Ok(())
+    }
+
+    fn write(&self, entry: &[u8]) -> io::Result<()> {
+        lock(&self.file).write_all(entry)
+    }
+}
+
+fn append(path: &Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    OpenOptions::new().create(true).append(true).mode(0o640).open(path)
+}
+
+/// Copies a container's output stream to its log, and then to those who are
+/// attached, until the stream ends or breaks, or `enough` says that no more of
+/// it is waited for. A log that cannot be written (a full disk) loses text,
+/// never blocks the container. Answers with how many bytes there were.
+///
+/// # Errors
+/// The stream's.
+pub async fn copy(
+    mut from: impl AsyncRead + Unpin,
+    name: &str,
+    log: Option<&LogFile>,
+    attached: &Fanout,
+    enough: &CancellationToken,
+) -> io::Result<u64> {
+    let mut pieces = Pieces::default();
+    let mut copied = 0;
+    let mut buffer = vec![0u8; MAX_LINE];
+    let mut entry = Vec::new();
+    let mut complained = false;
+    loop {
+        let read = tokio::select! {
+            biased;
+            () = enough.cancelled() => Ok(0),
+            read = from.read(&mut buffer) => read,
+        };
+        let length = *read.as_ref().unwrap_or(&0);
+        entry.clear();
+        if length == 0 {
+            pieces.finish(name, &mut entry);
+        } else {
+            pieces.push(buffer.get(..length).unwrap_or_default(), name, &mut entry);
+        }
+        if let Some(log) = log
+            && !entry.is_empty()
+        {
+            match log.write(&entry) {
+                Ok(()) => complained = false,
+                Err(error) if !complained => {
+                    complained = true;
+                    tracing::warn!(log = %log.path.display(), %error, "container output is lost: write log");
+                }
+                Err(_) => {}
+            }
+        }
+        if length == 0 {
+            return read.map(|_| copied);
+        }
+        copied += length as u64;
+        attached.publish(buffer.get(..length).unwrap_or_default()).await;
+    }
+}
+
+/// Cuts a stream of bytes into log lines.
+#[derive(Debug, Default)]
+struct Pieces {
+    /// Text since the last newline that has not been written.
+    rest: Vec<u8>,
+}
+
+impl Pieces {
+    fn push(&mut self, bytes: &[u8], name: &str, out: &mut Vec<u8>) {
+        let time = Utc::now();
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let (text, ends) = match part.split_last() {
+                Some((b'\n', text)) => (text, true),
+                _ => (part, false),
+            };
+            self.rest.extend_from_slice(text);
+            while self.rest.len() > MAX_LINE {
+                let later = self.rest.split_off(MAX_LINE);
+                line(out, &time, name, b'P', &self.rest);
+                self.rest = later;
+            }
+            if ends {
+                line(out, &time, name, b'F', &self.rest);
+                self.rest.clear();
+            }
+        }
+    }
+
+    /// The stream has ended: what is left is a line without its newline.
+    fn finish(&mut self, name: &str, out: &mut Vec<u8>) {
+        if !self.rest.is_empty() {
+            line(out, &Utc::now(), name, b'P', &self.rest);
+            self.rest.clear();
+        }
+    }
+}
+
+fn line(out: &mut Vec<u8>, time: &chrono::DateTime<Utc>, name: &str, tag: u8, text: &[u8]) {
+    out.extend_from_slice(time.to_rfc3339_opts(SecondsFormat::Nanos, true).as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(&[b' ', tag, b' ']);
+    out.extend_from_slice(text);
+    out.push(b'\n');
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use proptest::prelude::*;
+    use tokio::io::ReadBuf;
+
+    use super::*;
+
+    async fn copied(from: impl AsyncRead + Unpin, log: &LogFile) -> io::Result<u64> {
+        copy(from, "stdout", Some(log), &Fanout::default(), &CancellationToken::new()).await
+    }
+
+    async fn logged(bytes: &[u8]) -> Vec<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/0.log");
+        let log = LogFile::open(&path).unwrap();
+        copied(bytes, &log).await.unwrap();
+        std::fs::read_to_string(path).unwrap().lines().map(|line| line[31..].to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn whole_lines_are_full_and_a_last_piece_is_partial() {
+        assert_eq!(logged(b"one\n\ntwo").await, ["stdout F one", "stdout F ", "stdout P two"]);
+        assert!(logged(b"").await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_long_line_comes_in_pieces() {
+        let text = "x".repeat(MAX_LINE * 2 + 3);
+        let lines = logged(format!("{text}\n").as_bytes()).await;
+        let sizes: Vec<_> = lines.iter().map(|line| (&line[7..8], line.len() - 9)).collect();
+        assert_eq!(sizes, [("P", MAX_LINE), ("P", MAX_LINE), ("F", 3)]);
+    }
+
+    #[tokio::test]
+    async fn after_rotation_the_log_goes_on_in_a_new_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("0.log");
+        let log = LogFile::open(&path).unwrap();
+        copied(&b"old\n"[..], &log).await.unwrap();
+        std::fs::rename(&path, folder.path().join("0.log.1")).unwrap();
+        log.reopen().unwrap();
+        copied(&b"new\n"[..], &log).await.unwrap();
+        assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout F new\n"));
+        assert!(std::fs::read_to_string(folder.path().join("0.log.1")).unwrap().ends_with("stdout F old\n"));
+    }
+
+    struct Broken;
+
+    impl AsyncRead for Broken {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_breaks_off_is_logged_to_its_last_byte() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("0.log");
+        let log = LogFile::open(&path).unwrap();
+        assert!(copied(AsyncReadExt::chain(&b"one\ntwo"[..], Broken), &log).await.is_err());
+        assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout P two\n"));
+    }
+
+    proptest! {
+        /// However the bytes arrive, the log holds all of them, in lines of bounded length.
+        #[test]
+        fn no_byte_is_lost(chunks in proptest::collection::vec(proptest::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..40_000), 0..4)) {
+            let mut pieces = Pieces::default();
+            let mut out = Vec::new();
+            for chunk in &chunks {
+                pieces.push(chunk, "stderr", &mut out);
+            }
+            pieces.finish("stderr", &mut out);
+            let mut text = Vec::new();
+            for line in out.split_inclusive(|byte| *byte == b'\n') {
+                let line = &line[31..line.len() - 1];
+                prop_assert!(line.len() <= MAX_LINE + 9);
+                text.extend_from_slice(&line[9..]);
+                if line[7] == b'F' {
+                    text.push(b'\n');
+                }
+            }
+            prop_assert_eq!(text, chunks.concat());
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Pod sandboxes as huskd knows them: their records on disk, what runs of each,
+//! and the containers inside.
+//!
+//! A record is written before the step that it is needed to undo, so a daemon
+//! that starts after a crash finds everything that may exist.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use husk_backend::{Place, RunningPod};
+use husk_base::id::SandboxId;
+use husk_base::record::{self, Durability, ReadError, Unknown};
+use husk_base::{lock, now};
+use husk_volumes::Volume;
+use serde::Serialize;
+
+use super::container::Container;
+use super::container_record::{Exit, State};
+use super::cpu_rate::CpuRate;
+use super::events::{Event, EventKind, Events};
+use super::sandbox_record::SandboxRecord;
+
+/// Which releases the programs of a pod are of, as far as they have said it. They
+/// may be older than this huskd, or newer: see ADR 9.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Versions {
+    /// The VMM's; none for a host pod.
+    pub vmm: Option<Version>,
+    /// The agent's.
+    pub agent: Option<Version>,
+}
+
+/// The version of one program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Version {
+    /// Of what it speaks with huskd; 0 before there were versions.
+    pub protocol: u32,
+    /// Its release; empty before it was told.
+    pub release: String,
+}
+
+/// One sandbox.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Its id.
+    pub id: SandboxId,
+    /// Held by whichever operation changes the sandbox or its set of containers. An
+    /// operation that holds a container's lock may take this one, never the other way round.
+    pub op_lock: tokio::sync::Mutex<()>,
+    events: Events,
+    record: Mutex<SandboxRecord>,
+    unknown: Unknown,
+    running: Mutex<Option<Arc<RunningPod>>>,
+    unreached: Mutex<Option<String>>,
+    versions: Mutex<Versions>,
+    /// How much processor time it takes.
+    pub cpu_rate: CpuRate,
+    containers: Mutex<Vec<Arc<Container>>>,
+    directory: PathBuf,
+}
+
+/// The name of the file with the record.
+pub(crate) const RECORD: &str = "sandbox.json";
+
+impl Sandbox {
+    /// A sandbox about to be made, with its record on disk in `directory`.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn create(directory: PathBuf, record: SandboxRecord, events: Events) -> std::io::Result<Self> {
+        std::fs::create_dir_all(directory.join("containers"))?;
+        let sandbox = Self::with(directory, record, Unknown::default(), events);
+        // Nobody was promised anything yet.
+        sandbox.write(&sandbox.record(), Durability::Whole)?;
+        Ok(sandbox)
+    }
+
+    /// The sandbox whose record is in `directory`.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn load(directory: PathBuf, events: Events) -> Result<Self, ReadError> {
+        let (record, unknown) = record::read(&directory.join(RECORD))?;
+        Ok(Self::with(directory, record, unknown, events))
+    }
+
+    fn with(directory: PathBuf, record: SandboxRecord, unknown: Unknown, events: Events) -> Self {
+        Self {
+            id: record.id.clone(),
+            op_lock: tokio::sync::Mutex::default(),
+            events,
+            record: Mutex::new(record),
+            unknown,
+            running: Mutex::default(),
+            unreached: Mutex::default(),
+            versions: Mutex::default(),
+            cpu_rate: CpuRate::default(),
+            containers: Mutex::default(),
+            directory,
+        }
+    }
+
+    /// What is known of it now.
+    pub fn record(&self) -> MutexGuard<'_, SandboxRecord> {
+        lock(&self.record)
+    }
+
+    /// Changes the record, on disk first, so that a power cut does not undo it.
+    ///
+    /// # Errors
+    /// The disk's; the record is then unchanged.
+    pub fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> std::io::Result<()> {
+        let mut record = lock(&self.record);
+        let mut next = record.clone();
+        change(&mut next);
+        self.write(&next, Durability::Acknowledged)?;
+        *record = next;
+        Ok(())
+    }
+
+    fn write(&self, record: &SandboxRecord, durability: Durability) -> std::io::Result<()> {
+        record::write(&self.directory.join(RECORD), record, &self.unknown, durability)?;
+        match self.directory.parent() {
+            // The sandbox's folder is in there since it was created.
+            Some(folder) if durability == Durability::Acknowledged => std::fs::File::open(folder)?.sync_all(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Changes the record by what is true whether or not it can be written: a
+    /// full disk keeps no machine alive. A daemon that starts again compares the
+    /// record with what it finds.
+    pub fn update_best_effort(&self, change: impl FnOnce(&mut SandboxRecord)) {
+        let mut record = lock(&self.record);
+        change(&mut record);
+        if let Err(error) = self.write(&record, Durability::Whole) {
+            tracing::warn!(sandbox = %self.id, %error, "write sandbox record");
+        }
+    }
+
+    /// The pod, while it runs.
+    pub fn running(&self) -> Option<Arc<RunningPod>> {
+        lock(&self.running).clone()
+    }
+
+    /// Says that the pod runs, or does not run any more; answers what it was before.
+    pub fn set_running(&self, running: Option<Arc<RunningPod>>) -> Option<Arc<RunningPod>> {
+        std::mem::replace(&mut lock(&self.running), running)
+    }
+
+    /// Where the pod is on its node; `run_dir` is huskd's.
+    pub fn place(&self, run_dir: &Path) -> Place {
+        let record = self.record();
+        Place::new(run_dir, self.id.clone(), record.kind, record.cgroup.clone())
+    }
+
+    /// Why this huskd cannot reach the machine that runs it, while that is so: it
+    /// lives, and has not answered since huskd started.
+    pub fn unreached(&self) -> Option<String> {
+        lock(&self.unreached).clone()
+    }
+
+    /// Says why it cannot be reached, or that it can.
+    pub fn set_unreached(&self, why: Option<String>) {
+        *lock(&self.unreached) = why;
+    }
+
+    /// Which releases its programs are of.
+    pub fn versions(&self) -> Versions {
+        lock(&self.versions).clone()
+    }
+
+    /// Says which releases its programs are of.
+    pub fn set_versions(&self, versions: Versions) {
+        *lock(&self.versions) = versions;
+    }
+
+    /// Its containers.
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        lock(&self.containers).clone()
+    }
+
+    /// Adds one.
+    pub fn add_container(&self, container: Arc<Container>) {
+        lock(&self.containers).push(container);
+    }
+
+    /// Takes one away.
+    pub fn drop_container(&self, container: &Container) {
+        lock(&self.containers).retain(|other| other.id != container.id);
+    }
+
+    /// Sends the event that something happened to the container `id`, or to the
+    /// sandbox itself, with how the sandbox and its containers are now.
+    pub fn send_event(&self, id: &str, kind: EventKind) {
+        self.events.send(|| {
+            let containers = self.containers().into_iter().map(|container| container.record().clone());
+            Event {
+                id: id.to_owned(),
+                kind,
+                at: now(),
+                sandbox: self.record().clone(),
+                containers: containers.filter(|record| record.state != State::Creating).collect(),
+            }
+        });
+    }
+
+    /// Records a container's end, and sends the event of it if it was the first
+    /// to be told. Who waits for the container goes on after that.
+    pub fn container_ended(&self, container: &Container, exit: Exit) {
+        if container.record_exit(exit) {
+            self.send_event(container.id.as_str(), EventKind::Stopped);
+        }
+        container.announce_exit();
+    }
+
+    /// What its containers have of the host's files.
+    pub fn volumes(&self) -> Vec<Volume> {
+        self.containers().iter().flat_map(|container| container.record().volumes.clone()).collect()
+    }
+
+    /// Its folder under the state directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The folder of the writable layers of a host pod.
+    pub fn layers(&self) -> PathBuf {
+        self.directory.join("layers")
+    }
+
+    /// The file behind the machine's writable disk.
+    pub fn scratch(&self) -> PathBuf {
+        self.directory.join("scratch.ext4")
+    }
+}

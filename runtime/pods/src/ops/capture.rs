@@ -1,0 +1,240 @@
+//! Captures a container's output: from its streams into its log, and to whoever
+//! is attached.
+//!
+//! A stream may end or break before its container does: the program has closed
+//! it, or a connection was lost. Either way it is asked for again, at a growing
+//! pause, until the container has ended and nothing more comes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_agent_client::Agent;
+use husk_proto::agent::stream::{Kind, StreamHeader};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::model::{Container, log};
+
+/// Most time between the agent's word that a container has ended and the last
+/// byte of its output.
+const LAST_BYTES: Duration = Duration::from_secs(10);
+
+/// How soon a stream that ended or broke is asked for again, and then twice as
+/// long each time.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// How long that becomes.
+const AT_THE_LATEST: Duration = Duration::from_secs(60);
+
+/// What is left of a container's output once it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Nothing: it was handed over to its last byte.
+    None,
+    /// Something that nobody has taken; the agent keeps it.
+    Kept,
+}
+
+/// The streams of one container, being copied.
+pub struct Capture {
+    streams: JoinSet<()>,
+    rest: watch::Sender<Option<Rest>>,
+    /// No more is waited for.
+    enough: CancellationToken,
+}
+
+/// Which streams a container has.
+fn kinds(container: &Container) -> &'static [Kind] {
+    if container.record().config.tty { &[Kind::Stdout] } else { &[Kind::Stdout, Kind::Stderr] }
+}
+
+impl Capture {
+    /// Opens the streams of a new container, and begins to copy them.
+    ///
+    /// # Errors
+    /// A stream that cannot be opened.
+    pub async fn start(agent: &Agent, container: &Arc<Container>) -> std::io::Result<Self> {
+        let mut opened = Vec::new();
+        for kind in kinds(container) {
+            opened.push(Some(agent.open_stream(&header(container, *kind)).await?));
+        }
+        Ok(Self::of(agent, container, opened))
+    }
+
+    /// Goes on where an earlier huskd left off.
+    pub async fn resume(agent: &Agent, container: &Arc<Container>) -> Self {
+        let mut opened = Vec::new();
+        for kind in kinds(container) {
+            let stream = agent.open_stream(&header(container, *kind)).await.inspect_err(|error| {
+                tracing::warn!(container = %container.id, %error, "open an output; it is asked for again");
+            });
+            opened.push(stream.ok());
+        }
+        Self::of(agent, container, opened)
+    }
+
+    fn of(agent: &Agent, container: &Arc<Container>, opened: Vec<Option<UnixStream>>) -> Self {
+        let (rest, told) = watch::channel(None);
+        let enough = CancellationToken::new();
+        let mut streams = JoinSet::new();
+        for (kind, opened) in kinds(container).iter().zip(opened) {
+            let (agent, container) = (agent.clone(), container.clone());
+            let stream = Stream { agent, container, kind: *kind, rest: told.clone(), enough: enough.clone() };
+            streams.spawn(stream.copy(opened));
+        }
+        if kinds(container).len() == 1 {
+            container.output.stderr.end();
+        }
+        Self { streams, rest, enough }
+    }
+
+    /// Returns once all that the container has said is in the log, or all of it
+    /// that comes within [`LAST_BYTES`] of the word of its end; false then.
+    pub async fn finish(mut self, rest: Rest) -> bool {
+        self.rest.send_replace(Some(rest));
+        let drained = async |streams: &mut JoinSet<_>| while streams.join_next().await.is_some() {};
+        let whole = timeout(LAST_BYTES, drained(&mut self.streams)).await.is_ok();
+        // What waits then waits for the stream alone.
+        self.enough.cancel();
+        drained(&mut self.streams).await;
+        whole
+    }
+}
+
+fn header(container: &Container, kind: Kind) -> StreamHeader {
+    StreamHeader { kind, container_id: container.id.to_string(), process_id: String::new() }
+}
+
+/// One of the streams.
+struct Stream {
+    agent: Agent,
+    container: Arc<Container>,
+    kind: Kind,
+    rest: watch::Receiver<Option<Rest>>,
+    enough: CancellationToken,
+}
+
+impl Stream {
+    /// Copies it to its end, beginning with a connection that is there already.
+    async fn copy(mut self, mut opened: Option<UnixStream>) {
+        let container = self.container.clone();
+        let (attached, name) = match self.kind {
+            Kind::Stderr => (&container.output.stderr, "stderr"),
+            _ => (&container.output.stdout, "stdout"),
+        };
+        let log = container.log();
+        let header = header(&container, self.kind);
+        let mut pause = ASK_AGAIN;
+        loop {
+            if let Some(stream) = opened.take() {
+                // What is asked for after the end comes at once, or not at all.
+                let had_ended = self.rest.borrow().is_some();
+                let copied = log::copy(stream, name, log.as_deref(), attached, &self.enough).await;
+                match copied {
+                    Ok(0) if had_ended => break,
+                    Ok(bytes) if bytes > 0 => pause = ASK_AGAIN,
+                    _ => {}
+                }
+            }
+            if !self.is_to_go_on(pause).await {
+                break;
+            }
+            pause = (pause * 2).min(AT_THE_LATEST);
+            let again = tokio::select! {
+                again = self.agent.open_stream(&header) => again,
+                () = self.enough.cancelled() => break,
+            };
+            match again {
+                Ok(stream) => opened = Some(stream),
+                Err(error) => {
+                    tracing::debug!(container = %container.id, %error, "ask again for an output");
+                }
+            }
+        }
+        attached.end();
+    }
+
+    /// Waits for a while, or until the container has ended; false when there is
+    /// no more to come.
+    async fn is_to_go_on(&mut self, pause: Duration) -> bool {
+        let had_ended = self.rest.borrow().is_some();
+        let rest = &mut self.rest;
+        tokio::select! {
+            biased;
+            () = self.enough.cancelled() => return false,
+            ended = rest.wait_for(Option::is_some), if !had_ended => if ended.is_err() { return false },
+            () = sleep(if had_ended { pause.min(ASK_AGAIN) } else { pause }) => {}
+        }
+        *self.rest.borrow() != Some(Rest::None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::path::Path;
+
+    use husk_agent_client::fake::Fake;
+
+    use super::*;
+    use crate::model::log::LogFile;
+    use crate::model::{Events, Exit, State};
+    use crate::ops::supervise::{follow, resume};
+    use crate::test_util::{pod_of, running};
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn logged(path: &Path) -> Vec<String> {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines().filter_map(|line| Some(line.split_once(' ')?.1.to_owned())).collect()
+    }
+
+    #[tokio::test]
+    async fn a_container_is_followed_to_its_end_whatever_breaks_on_the_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = Arc::new(Fake {
+            stdout: b"first\n".to_vec(),
+            more: Some(b"later\n".to_vec()),
+            endless: true,
+            exit_code: 3,
+            ..Fake::default()
+        });
+        let pod = pod_of(fake.serve(folder.path(), SOON).await);
+        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let path = folder.path().join("0.log");
+        container.set_log(Some(Arc::new(LogFile::open(&path).unwrap())));
+        follow(&sandbox, &pod, &container).await.unwrap();
+        let has = async |lines: &[&str]| {
+            let met = async {
+                while logged(&path) != lines {
+                    sleep(Duration::from_millis(10)).await;
+                }
+            };
+            timeout(SOON, met).await.unwrap();
+        };
+        has(&["stdout F first"]).await;
+        fake.broken.send_replace(());
+        has(&["stdout F first", "stdout F later"]).await;
+        fake.killed.send_replace(true);
+        timeout(SOON, container.wait_exited()).await.unwrap();
+        assert!(matches!(container.state(), State::Exited(Exit { code: 3, .. })), "{:?}", container.state());
+        assert_eq!(logged(&path).len(), 2);
+    }
+
+    #[tokio::test]
+    async fn what_the_agent_has_kept_is_fetched_when_its_container_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = Arc::new(Fake { stdout: b"last words\n".to_vec(), output_kept: true, ..Fake::default() });
+        let pod = pod_of(fake.serve(folder.path(), SOON).await);
+        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let path = folder.path().join("0.log");
+        container.set_log(Some(Arc::new(LogFile::open(&path).unwrap())));
+        resume(&sandbox, &pod, &container).await;
+        timeout(SOON, container.wait_exited()).await.unwrap();
+        assert!(logged(&path).contains(&"stdout F last words".to_owned()));
+    }
+}

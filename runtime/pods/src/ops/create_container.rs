@@ -1,0 +1,178 @@
+//! Making a container: the image's disk and the volumes into the pod, the OCI
+//! configuration, `runc create` by the agent, the log.
+
+use std::sync::Arc;
+
+use husk_backend::{Claim, FileServer, RunningPod};
+use husk_base::id::ContainerId;
+use husk_proto::{agent, cri};
+use husk_volumes::ImageVolume;
+
+use super::container_plan::{ContainerPlan, image_of};
+use super::ready::ready_pod;
+use super::{oom_score, pin_cpus, remove_container, supervise, synced_volumes};
+use crate::model::log::LogFile;
+use crate::model::{Container, EventKind, Sandbox, State, names};
+use crate::{Error, Node};
+
+/// Makes a container, or leaves nothing behind.
+///
+/// # Errors
+/// What the container cannot have, or the step that failed.
+pub async fn create_container(
+    node: &Arc<Node>,
+    sandbox_id: &str,
+    config: cri::ContainerConfig,
+) -> Result<ContainerId, Error> {
+    let sandbox = node.registry.sandbox(sandbox_id)?;
+    let _op = sandbox.op_lock.lock().await;
+    let running = ready_pod(&sandbox)?;
+    runs_nothing_unknown(node, &sandbox)?;
+    let image = image_of(node, &config)?;
+    let id = ContainerId::random();
+    let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
+    let plan = ContainerPlan::new(node, &sandbox, &id, &image, config)?;
+
+    let mut disks = running.disks.hold().await;
+    let claims = disks.claim_all(plan.images.iter().map(std::path::PathBuf::as_path), &id);
+    let claims = claims.ok_or_else(|| husk_vm::Error::NoSlot(disks.count()))?;
+    let container = match Container::create(sandbox.directory(), plan.record(&claims)) {
+        Ok(container) => Arc::new(container),
+        Err(error) => {
+            disks.unclaim(&claims, &id);
+            return Err(error.into());
+        }
+    };
+    node.registry.add_container(sandbox.clone(), container.clone());
+    let made = async {
+        pin_cpus::pin(node, &sandbox)?;
+        for (claim, rootfs) in claims.iter().zip(&plan.images) {
+            if let Claim::Attach(disk) = claim {
+                running.backend.attach_image(disk, rootfs).await?;
+            }
+        }
+        // From here on others may use the disks too.
+        drop(disks);
+        mount_volumes(node, &sandbox, &running, &plan).await?;
+        oom_score::set(node, &sandbox);
+        make(&sandbox, &running, &container, plan).await
+    };
+    // The pod may have ended meanwhile: whoever recorded that left this one out.
+    let made = made.await.and_then(|()| ready_pod(&sandbox).map(drop));
+    if let Err(error) = made {
+        tracing::warn!(container = %id, %error, "container was not made; undoing");
+        undo(node, &sandbox, &container).await;
+        return Err(error);
+    }
+    name.keep();
+    sandbox.send_event(id.as_str(), EventKind::Created);
+    tracing::info!(container = %id, sandbox = %sandbox.id, "container created");
+    Ok(id)
+}
+
+/// A pod with a container of which neither the name nor the disks could be told
+/// gets no other: it could be the same one again, or take its disks away.
+fn runs_nothing_unknown(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
+    let unread = node.registry.unread_of(&sandbox.id);
+    match unread.iter().find(|unread| unread.name.is_none() || unread.disks.is_none()) {
+        Some(unread) => Err(Error::FailedPrecondition(format!(
+            "the pod has a container `{}` of which nothing is known: {}",
+            unread.id,
+            unread.advice()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Tears down what was not made: now, or in the background until it is done.
+async fn undo(node: &Arc<Node>, sandbox: &Arc<Sandbox>, container: &Arc<Container>) {
+    if let Err(undo) = remove_container::tear_down(node, sandbox, container).await {
+        let id = &container.id;
+        tracing::warn!(container = %id, error = %undo, "undo a container that was not made; trying again");
+        remove_container::retry_tear_down(node, sandbox, container);
+    }
+}
+
+/// Copies the volumes that are synced, and mounts the others.
+async fn mount_volumes(
+    node: &Node,
+    sandbox: &Sandbox,
+    running: &RunningPod,
+    plan: &ContainerPlan,
+) -> Result<(), Error> {
+    for one in plan.volumes.iter().filter(|one| one.volume.synced) {
+        synced_volumes::send(running, &one.volume).await?;
+    }
+    let record = sandbox.record().clone();
+    let program = node.config.handler(&record.handler).map(|(_, handler)| handler.file_server.as_path());
+    let users = husk_oci::user_namespace(&record.config)?;
+    let server = FileServer { handler: &record.handler, users, program };
+    Ok(plan.place.mount_volumes(running, server, &plan.volumes, &plan.volumes_in_use).await?)
+}
+
+/// The agent makes the container, and its output is followed from the first
+/// byte on.
+async fn make(
+    sandbox: &Arc<Sandbox>,
+    running: &Arc<RunningPod>,
+    container: &Arc<Container>,
+    plan: ContainerPlan,
+) -> Result<(), Error> {
+    let record = container.record().clone();
+    if !record.log_path.as_os_str().is_empty() {
+        let log = LogFile::open(&record.log_path).map_err(|cause| Error::File {
+            stage: "open container log",
+            path: record.log_path.clone(),
+            cause,
+        })?;
+        container.set_log(Some(Arc::new(log)));
+    }
+    let request = agent::CreateContainerRequest {
+        container_id: container.id.to_string(),
+        spec_json: serde_json::to_vec(&plan.spec).map_err(|error| Error::Internal(error.to_string()))?,
+        rootfs: Some(running.backend.rootfs(&record.image_slot, &record.image_rootfs)),
+        image_volumes: record.image_volumes.iter().map(|volume| image_volume_of(running, volume)).collect(),
+        user: Some(plan.user),
+        terminal: record.config.tty,
+        stdin: record.config.stdin,
+        stdin_once: record.config.stdin_once,
+        apparmor: plan.apparmor,
+        all_devices: husk_oci::privileged(&record.config),
+    };
+    let made = running
+        .agent
+        .call("create container", async |mut agent| agent.create_container(request).await)
+        .await?;
+    if !made.start_error.is_empty() {
+        // Its program cannot be started. That is for StartContainer to tell.
+        container.update(|record| {
+            record.start_error = made.start_error;
+            record.state = State::Created;
+        })?;
+        return Ok(());
+    }
+    supervise::follow(sandbox, running, container).await.map_err(|cause| Error::File {
+        stage: "open container output",
+        path: container.id.as_str().into(),
+        cause,
+    })?;
+    synced_volumes::follow(running, container);
+    container.update(|record| {
+        record.guest_pid = made.pid;
+        record.user = made.identity.map(|identity| cri::LinuxContainerUser {
+            uid: identity.uid.into(),
+            gid: identity.gid.into(),
+            supplemental_groups: identity.groups.into_iter().map(i64::from).collect(),
+        });
+        record.state = State::Created;
+    })?;
+    Ok(())
+}
+
+fn image_volume_of(running: &RunningPod, volume: &ImageVolume) -> agent::ImageVolume {
+    agent::ImageVolume {
+        image: Some(running.backend.rootfs(&volume.slot, &volume.rootfs)),
+        destination: volume.container_path.display().to_string(),
+        sub_path: volume.sub_path.clone(),
+    }
+}

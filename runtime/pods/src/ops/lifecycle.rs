@@ -1,0 +1,301 @@
+//! The end of a pod, asked for or not.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_backend::{Ending, RunningPod};
+use husk_base::cgroup;
+use husk_proto::agent::ShutdownRequest;
+
+use super::{clock, supervise};
+use crate::model::{EventKind, Exit, LookupError, Phase, Sandbox, State, Version, Versions};
+use crate::{Error, Node};
+
+/// Most time that containers get to end once they have been killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Most time that hooks get which run once a container has been deleted: a
+/// little more than the agent gives them.
+const HOOKS_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// How soon a pod that could not be undone is tried again, and then twice as long
+/// each time.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long that becomes.
+const AT_THE_LATEST: Duration = Duration::from_secs(60);
+
+/// Watches a pod, so that its end is known when nobody asked for it, and keeps its
+/// clock. Asks, too, which releases its programs are of.
+pub(crate) fn watch(sandbox: &Arc<Sandbox>, running: &Arc<RunningPod>) {
+    tokio::spawn(ask_versions(sandbox.clone(), running.clone()));
+    let (sandbox, backend, agent) = (sandbox.clone(), running.backend.clone(), running.agent.clone());
+    let (cgroup, oom_kills) = {
+        let record = sandbox.record();
+        (record.cgroup.clone(), record.oom_kills)
+    };
+    tokio::spawn(async move {
+        let clock = async {
+            if backend.has_clock() { clock::keep(&agent).await } else { std::future::pending().await }
+        };
+        let ending = tokio::select! {
+            ending = backend.wait(cgroup.as_deref(), oom_kills) => ending,
+            never = clock => match never {},
+        };
+        if sandbox.record().phase != Phase::Ready {
+            return;
+        }
+        tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "machine ended unasked");
+        ended(&sandbox, &ending);
+    });
+}
+
+/// Notes which releases a pod's programs are of, for people. None is refused: what
+/// lives is used as far as it can be.
+async fn ask_versions(sandbox: Arc<Sandbox>, running: Arc<RunningPod>) {
+    let mut versions = Versions::default();
+    if let Some((protocol, release)) = running.backend.vmm_version().await {
+        if protocol > husk_vmm_api::PROTOCOL {
+            tracing::warn!(sandbox = %sandbox.id, release, "the pod's VMM is of a later release");
+        }
+        versions.vmm = Some(Version { protocol, release });
+    }
+    if let Ok((protocol, release)) = running.agent.hello().await {
+        if protocol > husk_proto::agent::PROTOCOL {
+            tracing::warn!(sandbox = %sandbox.id, release, "the pod's agent is of a later release");
+        }
+        versions.agent = Some(Version { protocol, release });
+    }
+    sandbox.set_versions(versions);
+}
+
+/// Records that a pod has ended, and its containers with it.
+pub(crate) fn ended(sandbox: &Sandbox, ending: &Ending) {
+    let problem = ending.problem.as_str();
+    sandbox.update_best_effort(|record| {
+        record.phase = Phase::NotReady;
+        if !problem.is_empty() {
+            record.problem = problem.to_owned();
+        }
+    });
+    let ran = sandbox.set_running(None).is_some();
+    sandbox.set_unreached(None);
+    for container in sandbox.containers() {
+        container.abort_tasks();
+        if container.state() == State::Creating {
+            // Nobody knows it, and whoever makes it undoes it.
+            continue;
+        }
+        let exit = match problem {
+            "" => Exit::machine_gone("the pod was stopped"),
+            _ if ending.out_of_memory => Exit::out_of_memory(problem),
+            _ => Exit::machine_gone(problem),
+        };
+        sandbox.container_ended(&container, exit);
+    }
+    if ran {
+        sandbox.send_event(sandbox.id.as_str(), EventKind::Stopped);
+    }
+}
+
+/// Stops a pod: everything of it is given back but its records. One that is not
+/// known has nothing to give back.
+///
+/// # Errors
+/// With what could not be given back; stopping again tries again.
+pub async fn stop_sandbox(node: &Node, id: &str) -> Result<(), Error> {
+    let sandbox = match node.registry.sandbox(id) {
+        Err(LookupError::Unknown { .. }) => return Ok(()),
+        found => found?,
+    };
+    let _op = sandbox.op_lock.lock().await;
+    stop(node, &sandbox).await?;
+    tracing::info!(sandbox = %sandbox.id, "pod stopped");
+    Ok(())
+}
+
+/// Stops a pod that still runs, and forgets it with all its containers. One that is
+/// not known is removed already.
+///
+/// # Errors
+/// With what could not be given back or removed; it can be repeated.
+pub async fn remove_sandbox(node: &Node, id: &str) -> Result<(), Error> {
+    let sandbox = match node.registry.sandbox(id) {
+        Err(LookupError::Unknown { .. }) => return Ok(()),
+        found => found?,
+    };
+    let _op = sandbox.op_lock.lock().await;
+    stop(node, &sandbox).await?;
+    let containers = sandbox.containers();
+    forget(node, &sandbox)?;
+    let ids = containers.iter().map(|container| container.id.as_str());
+    for id in ids.chain([sandbox.id.as_str()]) {
+        sandbox.send_event(id, EventKind::Deleted);
+    }
+    tracing::info!(sandbox = %sandbox.id, "pod removed");
+    Ok(())
+}
+
+/// Stops a sandbox: its containers, what it runs in, its network, its disk. Each
+/// step finds out for itself whether there is anything to do, so this can be
+/// repeated, and does its work after a crash as well.
+///
+/// # Errors
+/// With what could not be given back; stopping again tries again.
+pub(crate) async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+    stop_for(node, sandbox, &Ending::default()).await
+}
+
+/// As [`stop`], of a sandbox that has ended by itself.
+///
+/// # Errors
+/// The same.
+pub(crate) async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Ending) -> Result<(), Error> {
+    let running = sandbox.running();
+    if let Some(running) = &running {
+        kill_containers(sandbox, running).await;
+    }
+    sandbox.update_best_effort(|record| record.phase = Phase::NotReady);
+    if let Some(running) = &running {
+        run_poststop_hooks(sandbox, running).await;
+    }
+    let place = sandbox.place(&node.config.run_dir);
+    let (destroyed, network) = tokio::join!(place.destroy(), node.network.detach(sandbox.id.as_str()));
+    destroyed?;
+    ended(sandbox, ending);
+    forget_unmade(node, sandbox)?;
+    network?;
+    place.close_volumes()?;
+    let cgroup = sandbox.record().cgroup.clone();
+    if let Some(cgroup) = cgroup {
+        cgroup::remove(&cgroup).await.map_err(|cause| Error::File {
+            stage: "remove control group",
+            path: cgroup,
+            cause,
+        })?;
+    }
+    remove_layers(sandbox).await?;
+    let scratch = sandbox.scratch();
+    match std::fs::remove_file(&scratch) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::File { stage: "remove sandbox disk", path: scratch, cause })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Forgets containers that were never made, and could not be taken apart while
+/// there was a machine.
+fn forget_unmade(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
+    for container in sandbox.containers() {
+        if container.state() == State::Creating {
+            container.forget()?;
+            node.registry.remove_container(&container);
+        }
+    }
+    Ok(())
+}
+
+/// Removes what the containers of a host pod have written, which may be much.
+async fn remove_layers(sandbox: &Sandbox) -> Result<(), Error> {
+    let layers = sandbox.layers();
+    let path = layers.clone();
+    let removed = tokio::task::spawn_blocking(move || husk_base::remove_tree(&path)).await;
+    removed.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(|cause| Error::File {
+        stage: "remove writable layers",
+        path: layers,
+        cause,
+    })
+}
+
+/// Gives containers that still run their end, so that the last of their output
+/// is in their logs and their exit codes are true.
+async fn kill_containers(sandbox: &Sandbox, running: &RunningPod) {
+    let containers: Vec<_> =
+        sandbox.containers().into_iter().filter(|container| container.state() == State::Running).collect();
+    let ends = containers.iter().map(|container| async {
+        if let Err(error) = supervise::signal(running, &container.id, libc::SIGKILL, true).await {
+            tracing::debug!(container = %container.id, %error, "kill container");
+            return;
+        }
+        let _ = tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()).await;
+    });
+    let _ = tokio::time::timeout(KILL_TIMEOUT * 2, futures::future::join_all(ends)).await;
+}
+
+/// Has the agent delete the containers, so that their `poststop` hooks run: when
+/// the machine or the processes go, nobody runs them. It ends with that, so the
+/// sandbox must be noted as not ready before.
+async fn run_poststop_hooks(sandbox: &Sandbox, running: &RunningPod) {
+    if !sandbox.containers().iter().any(|container| container.record().poststop) {
+        return;
+    }
+    let mut agent = running.agent.unlimited();
+    match tokio::time::timeout(HOOKS_TIMEOUT, agent.shutdown(ShutdownRequest {})).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(status)) => {
+            tracing::warn!(sandbox = %sandbox.id, message = status.message(), "run poststop hooks");
+        }
+        Err(_) => {
+            let seconds = HOOKS_TIMEOUT.as_secs();
+            tracing::warn!(sandbox = %sandbox.id, seconds, "poststop hooks have not ended in time");
+        }
+    }
+}
+
+/// Takes a sandbox apart that was never ready: no client knows it.
+///
+/// # Errors
+/// With what could not be given back.
+pub(crate) async fn undo(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+    stop(node, sandbox).await?;
+    forget(node, sandbox)
+}
+
+/// As [`undo`], again until it is done: nobody else would come back to it. What
+/// keeps it from being done is shown in the runtime's status meanwhile.
+pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
+    let (node, sandbox) = (node.clone(), sandbox.clone());
+    tokio::spawn(async move {
+        let mut pause = TRY_AGAIN;
+        loop {
+            let undone = {
+                let _op = sandbox.op_lock.lock().await;
+                undo(&node, &sandbox).await
+            };
+            match undone {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::warn!(sandbox = %sandbox.id, %error, "undo a pod that was never ready; trying again");
+                    node.registry.set_unfinished(&sandbox.id, Some(error.to_string()));
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(AT_THE_LATEST);
+        }
+        node.registry.set_unfinished(&sandbox.id, None);
+        tracing::info!(sandbox = %sandbox.id, "a pod that was never ready is undone");
+    });
+}
+
+/// Removes what [`stop`] leaves: the records.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn forget(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+    match std::fs::remove_dir_all(sandbox.directory()) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::File {
+                stage: "remove sandbox record",
+                path: sandbox.directory().into(),
+                cause,
+            });
+        }
+        _ => {}
+    }
+    for container in sandbox.containers() {
+        node.registry.remove_container(&container);
+    }
+    node.registry.remove_sandbox(&sandbox.id);
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! Removing a container: kills what runs, and forgets the container.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_proto::agent;
+
+use super::ready::ready_pod;
+use super::{oom_score, pin_cpus};
+use crate::model::{Container, EventKind, LookupError, Phase, Sandbox, State};
+use crate::{Error, Node};
+
+/// Most time from the removal of a container in its machine to the news of its
+/// end.
+const END: Duration = Duration::from_secs(5);
+
+/// How soon a container that could not be taken apart is tried again, and then
+/// twice as long each time.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long that becomes.
+const AT_THE_LATEST: Duration = Duration::from_secs(60);
+
+/// Removes a container. One that is not known is removed already.
+///
+/// # Errors
+/// With what could not be removed; it can be repeated.
+pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
+    let (sandbox, container) = match node.registry.container(id) {
+        Err(LookupError::Unknown { .. }) => return Ok(()),
+        found => found?,
+    };
+    let _op = container.op_lock.lock().await;
+    let started = matches!(container.state(), State::Running | State::Exited(_));
+    leave_pod(&sandbox, &container).await?;
+    {
+        // A container being made counts on the volumes that others have, and
+        // must not find them unmounted.
+        let _op = sandbox.op_lock.lock().await;
+        release(node, &sandbox, &container)?;
+    }
+    if started {
+        // It has ended, as the agent said; its end is told before its removal.
+        let _ = tokio::time::timeout(END, container.wait_exited()).await;
+    }
+    sandbox.send_event(container.id.as_str(), EventKind::Deleted);
+    tracing::info!(container = %container.id, "container removed");
+    Ok(())
+}
+
+/// Unmounts what no other container of the pod uses.
+fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
+    if !node.registry.unread_of(&sandbox.id).is_empty() {
+        // Nobody can say what those use: volumes go with the pod.
+        return Ok(());
+    }
+    let others = sandbox.containers();
+    let others = others.iter().filter(|other| other.id != container.id);
+    let in_use: Vec<_> = others.flat_map(|other| other.record().volumes.clone()).collect();
+    let record = container.record();
+    let names = record.volumes.iter().map(|volume| volume.name.as_str());
+    let unused = names.filter(|name| !in_use.iter().any(|other| other.name == *name));
+    Ok(sandbox.place(&node.config.run_dir).release_volumes(unused)?)
+}
+
+/// Removes a container in whatever state it is, half-made ones included. Can be
+/// repeated. The caller holds the sandbox's lock.
+///
+/// # Errors
+/// With what could not be removed; the record stays then.
+pub(crate) async fn tear_down(
+    node: &Node,
+    sandbox: &Arc<Sandbox>,
+    container: &Arc<Container>,
+) -> Result<(), Error> {
+    leave_pod(sandbox, container).await?;
+    release(node, sandbox, container)
+}
+
+/// As [`tear_down`], again until it is done: after a failure nobody else would
+/// come back to it, for no client knows it.
+pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, container: &Arc<Container>) {
+    let (node, sandbox, container) = (node.clone(), sandbox.clone(), container.clone());
+    tokio::spawn(async move {
+        let mut pause = TRY_AGAIN;
+        loop {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(AT_THE_LATEST);
+            let _op = sandbox.op_lock.lock().await;
+            if sandbox.record().phase != Phase::Ready {
+                // It goes with its pod.
+                return;
+            }
+            match tear_down(&node, &sandbox, &container).await {
+                Ok(()) => {
+                    return tracing::info!(container = %container.id, "container that was not made is gone");
+                }
+                Err(error) => {
+                    tracing::warn!(container = %container.id, %error, "undo a container that was not made");
+                }
+            }
+        }
+    });
+}
+
+/// Removes it from its pod, if that runs, and gives back its disks.
+async fn leave_pod(sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
+    let phase = sandbox.record().phase;
+    let running = match phase {
+        Phase::Ready => Some(ready_pod(sandbox)?),
+        Phase::Creating | Phase::NotReady => sandbox.running(),
+    };
+    let Some(running) = running else { return Ok(()) };
+    let request = agent::RemoveContainerRequest { container_id: container.id.to_string() };
+    running.agent.call("remove container", async |mut agent| agent.remove_container(request).await).await?;
+    let disks: Vec<_> = container.record().disks().collect();
+    let mut held = running.disks.hold().await;
+    for (slot, _) in disks {
+        if held.release(&slot, &container.id) {
+            running.backend.detach_image(slot.clone()).await?;
+            held.emptied(&slot);
+        }
+    }
+    Ok(())
+}
+
+/// Gives back what it has of the host, and forgets it.
+fn release(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Result<(), Error> {
+    container.abort_tasks();
+    release_volumes(node, sandbox, container)?;
+    container.forget()?;
+    node.registry.remove_container(container);
+    oom_score::set(node, sandbox);
+    if let Err(error) = pin_cpus::pin(node, sandbox) {
+        tracing::debug!(sandbox = %sandbox.id, %error, "pin what is left of the pod");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::path::Path;
+
+    use husk_agent_client::fake::Fake;
+    use husk_base::lock;
+    use husk_config::Kind;
+
+    use super::*;
+    use crate::test_util;
+
+    /// A pod and its container, as a node knows them.
+    fn known(folder: &Path, phase: Phase, state: State) -> (Arc<Node>, Arc<Sandbox>, Arc<Container>) {
+        let node = test_util::node(folder);
+        let sandbox = test_util::sandbox(&node, Kind::Vm, phase);
+        let container = test_util::container(&sandbox, state);
+        node.registry.add_sandbox(sandbox.clone());
+        node.registry.add_container(sandbox.clone(), container.clone());
+        (node, sandbox, container)
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_taken_apart_is_tried_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (node, sandbox, container) = known(folder.path(), Phase::Ready, State::Creating);
+        let refusals = vec![tonic::Code::FailedPrecondition; 2].into();
+        let fake = Arc::new(Fake { refusals, ..Default::default() });
+        let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
+        sandbox.set_running(Some(test_util::pod_of(agent)));
+        tear_down(&node, &sandbox, &container).await.unwrap_err();
+        retry_tear_down(&node, &sandbox, &container);
+        let gone = async {
+            while node.registry.container(container.id.as_str()).is_ok() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(TRY_AGAIN * 10, gone).await.unwrap();
+        assert!(lock(&fake.refusals).is_empty());
+    }
+
+    #[tokio::test]
+    async fn no_volume_goes_while_a_container_is_made_that_may_count_on_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (node, sandbox, container) = known(folder.path(), Phase::NotReady, State::Created);
+        let known = || node.registry.container(container.id.as_str()).is_ok();
+        // As a container that is being made has it, from its look at the volumes on.
+        let making = sandbox.op_lock.lock().await;
+        let removal = {
+            let (node, id) = (node.clone(), container.id.clone());
+            tokio::spawn(async move { remove_container(&node, id.as_str()).await })
+        };
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(known() && !removal.is_finished());
+        drop(making);
+        tokio::time::timeout(END, removal).await.unwrap().unwrap().unwrap();
+        assert!(!known());
+    }
+}

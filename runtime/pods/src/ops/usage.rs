@@ -1,0 +1,67 @@
+//! What pods and containers use, as their agents count it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use husk_proto::agent::{self, ContainerStat, MachineStat};
+
+use crate::model::{Container, ContainerRecord, Sandbox, State};
+
+/// Most time that one pod's agent may take before the figures of the others are
+/// given without its own.
+const AGENT_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the agent of a pod has counted.
+#[derive(Debug, Default)]
+pub struct Usage {
+    /// The containers that run.
+    pub containers: Vec<ContainerUsage>,
+    /// The pod as a whole.
+    pub machine: MachineStat,
+}
+
+/// What a container has used.
+#[derive(Debug)]
+pub struct ContainerUsage {
+    /// The container.
+    pub record: ContainerRecord,
+    /// What was counted.
+    pub stat: ContainerStat,
+    /// Processor time that it takes at present, nanoseconds per second.
+    pub nano_cores: Option<u64>,
+}
+
+/// Asks a pod's agent for the figures of those of `containers` that run.
+/// `None` when it does not answer, or not in time.
+pub async fn usage(sandbox: &Sandbox, containers: Vec<Arc<Container>>) -> Option<Usage> {
+    let running: Vec<_> =
+        containers.into_iter().filter(|container| container.state() == State::Running).collect();
+    let running_pod = sandbox.running()?;
+    // One container by its id. Several as all that there are: one of them may
+    // be removed meanwhile, and the others' figures are still wanted.
+    let container_ids = match running.as_slice() {
+        [one] => vec![one.id.to_string()],
+        _ => Vec::new(),
+    };
+    let request = agent::ContainerStatsRequest { container_ids };
+    let asked = running_pod.agent.call("stats", async |mut agent| agent.container_stats(request).await);
+    let answer = match tokio::time::timeout(AGENT_LIMIT, asked).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => {
+            tracing::warn!(sandbox = %sandbox.id, %error, "no figures");
+            return None;
+        }
+        Err(_) => {
+            tracing::warn!(sandbox = %sandbox.id, "no figures: the agent does not answer");
+            return None;
+        }
+    };
+    let read = Instant::now();
+    let containers = running.into_iter().filter_map(|container| {
+        let stats = &answer.containers;
+        let stat = stats.iter().find(|stat| stat.container_id == container.id.as_str())?.clone();
+        let nano_cores = container.cpu_rate.read(stat.cpu_usage_nanos, read);
+        Some(ContainerUsage { record: container.record().clone(), stat, nano_cores })
+    });
+    Some(Usage { containers: containers.collect(), machine: answer.machine.unwrap_or_default() })
+}

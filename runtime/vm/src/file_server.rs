@@ -1,0 +1,219 @@
+//! Starts `husk-fs`, which serves a pod's volumes, and tells the VMM of it.
+//!
+//! A pod has one from its first volume on, until its machine ends: the server
+//! ends with the socket between the two. Like the VMM it outlives huskd, which
+//! finds it again by what is written down of it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use husk_base::cgroup;
+use husk_base::id::SandboxId;
+use husk_proto::agent::UserNamespace;
+use husk_spawn::{Detached, Limit};
+use husk_vmm_api::{FILE_SERVER_READY, FsState, words};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socketpair, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use super::{Control, Error};
+
+/// Bytes that may be on their way in one direction.
+const SOCKET_BUFFER: usize = 1 << 20;
+
+/// Most seconds until it is ready.
+const START_SECONDS: i64 = 30;
+
+/// What it may have at most. Its files are the volumes', of any size and number:
+/// it raises the limit of open ones itself, and has as many threads as requests.
+const LIMITS: [Limit; 3] = [(libc::RLIMIT_NPROC, 64), (libc::RLIMIT_MEMLOCK, 0), (libc::RLIMIT_CORE, 0)];
+
+/// Which process it is, in the machine's folder.
+const RECORD: &str = "fs.process";
+
+/// What a file server is made of.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// Whose it is.
+    pub id: &'a SandboxId,
+    /// The `husk-fs` program.
+    pub program: &'a Path,
+    /// The directory it serves.
+    pub root: &'a Path,
+    /// Where its log goes.
+    pub run_dir: &'a Path,
+    /// The pod's control group.
+    pub cgroup: Option<PathBuf>,
+    /// How the names of volumes begin in which the guest may leave anything.
+    pub trusted: &'a str,
+    /// The pod's user namespace: its ids are the only ones that files may have.
+    pub users: Option<UserNamespace>,
+}
+
+/// Sees to it that the machine has a file server.
+///
+/// # Errors
+/// With the stage in it.
+pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
+    const STAGE: &str = "start file server";
+    let problem = |cause: &str| Error::Control { stage: STAGE, cause: cause.into() };
+    match control.info().await?.fs {
+        FsState::Serving => return Ok(()),
+        FsState::Waiting => {}
+        FsState::None => return Err(problem("the machine has no file system device")),
+        FsState::Gone => return Err(problem("it has died, and the pod's files with it: restart the pod")),
+    }
+    let program = plan.program.to_owned();
+    let log = plan.run_dir.join("fs.log");
+    let record = plan.run_dir.join(RECORD);
+    let (started, process) =
+        start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
+    let log_path = log.clone();
+    let socket = tokio::task::spawn_blocking(move || wait_ready(started, &log_path))
+        .await
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+        .map_err(|cause| Error::File { stage: STAGE, path: log, cause })?;
+    std::fs::write(&record, process.to_string()).map_err(|cause| Error::File {
+        stage: STAGE,
+        path: record,
+        cause,
+    })?;
+    control.attach_fs(socket).await
+}
+
+/// The mount namespace of a machine's file server; `None` when there is none,
+/// or it has gone, and the namespace with it.
+///
+/// # Errors
+/// The file system's.
+pub fn namespace(run_dir: &Path) -> Result<Option<OwnedFd>, Error> {
+    let record = run_dir.join(RECORD);
+    let recorded = match std::fs::read_to_string(&record) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        recorded => {
+            recorded.map_err(|cause| Error::File { stage: "find the file server", path: record, cause })?
+        }
+    };
+    let Some(process) = Process::parse(&recorded) else { return Ok(None) };
+    let Ok(namespace) = File::open(format!("/proc/{}/ns/mnt", process.pid)) else { return Ok(None) };
+    // Whatever else has the process id by now began later.
+    Ok((Process::of(process.pid) == Some(process)).then(|| namespace.into()))
+}
+
+/// Starts it; answers the VMM's end of the socket.
+fn start(plan: &Plan<'_>, log: &Path) -> io::Result<(OwnedFd, Process)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    for socket in [&ours, &theirs] {
+        // Without the privilege, as much as anybody may have.
+        if setsockopt(socket, sockopt::SndBufForce, &SOCKET_BUFFER).is_err() {
+            setsockopt(socket, sockopt::SndBuf, &SOCKET_BUFFER)?;
+        }
+    }
+    let mut program = Detached::new(plan.program)?
+        .arguments(["--id", plan.id.as_str(), "--root"])?
+        .arguments([plan.root])?
+        .arguments(["--trusted", plan.trusted])?
+        .stdin(theirs)
+        .log(super::record_file(log)?)
+        .limits(LIMITS)
+        .own_pids();
+    for (option, ranges) in id_options(plan.users.as_ref()) {
+        program = program.arguments([option, &ranges])?;
+    }
+    if let Some(path) = &plan.cgroup {
+        cgroup::make(path)?;
+        program = program.cgroup(path)?;
+    }
+    let process = Process::of(program.spawn()?.pid).ok_or_else(|| io::Error::other("it ended at once"))?;
+    Ok((ours, process))
+}
+
+/// Which ids the files of a pod with a user namespace may have: the container's own
+/// in volumes that are mapped, the host's for them in others.
+fn id_options(users: Option<&UserNamespace>) -> Vec<(&'static str, String)> {
+    let Some(users) = users else { return Vec::new() };
+    let uids = users.uids.iter().map(|range| ("--uids", range));
+    let gids = users.gids.iter().map(|range| ("--gids", range));
+    uids.chain(gids)
+        .flat_map(|(option, range)| {
+            [range.container_id, range.host_id].map(|first| (option, format!("{first}:{}", range.length)))
+        })
+        .collect()
+}
+
+/// A process: its id, and when it began (clock ticks since the host's boot).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Process {
+    pid: u32,
+    began: u64,
+}
+
+impl Process {
+    fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, field 2, may have anything in it; the beginning is field 22.
+        let (_, fields) = stat.rsplit_once(')')?;
+        let began = fields.split_whitespace().nth(19)?.parse().ok()?;
+        Some(Self { pid, began })
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (pid, began) = text.split_once(' ')?;
+        Some(Self { pid: pid.parse().ok()?, began: began.parse().ok()? })
+    }
+}
+
+impl std::fmt::Display for Process {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.pid, self.began)
+    }
+}
+
+/// Waits for its first word. Without one it ends by itself, because the socket
+/// is closed here.
+fn wait_ready(socket: OwnedFd, log: &Path) -> io::Result<OwnedFd> {
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(START_SECONDS))?;
+    let mut word = [0; 16];
+    let raw = std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd());
+    let len = recv(raw, &mut word, MsgFlags::empty())?;
+    if word.get(..len) != Some(FILE_SERVER_READY) {
+        let said = File::open(log).and_then(words::read).unwrap_or_default();
+        return Err(io::Error::other(format!("it ended at once: {}", said.trim())));
+    }
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(0))?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn files_belong_to_the_users_of_the_pods_namespace() {
+        let range =
+            |container_id, host_id, length| husk_proto::agent::IdMapping { container_id, host_id, length };
+        let users =
+            UserNamespace { uids: vec![range(0, 131_072, 65_536)], gids: vec![range(0, 196_608, 1000)] };
+        let options: Vec<_> =
+            id_options(Some(&users)).iter().map(|(option, ids)| format!("{option} {ids}")).collect();
+        assert_eq!(options, ["--uids 0:65536", "--uids 131072:65536", "--gids 0:1000", "--gids 196608:1000"]);
+        assert!(id_options(None).is_empty());
+    }
+
+    #[test]
+    fn a_process_is_found_again_and_no_other_is_taken_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(namespace(folder.path()).unwrap().is_none());
+        let me = Process::of(std::process::id()).unwrap();
+        let record = folder.path().join(RECORD);
+        std::fs::write(&record, me.to_string()).unwrap();
+        assert!(namespace(folder.path()).unwrap().is_some());
+        std::fs::write(&record, Process { began: me.began + 1, ..me }.to_string()).unwrap();
+        assert!(namespace(folder.path()).unwrap().is_none());
+        std::fs::write(&record, "nonsense").unwrap();
+        assert!(namespace(folder.path()).unwrap().is_none());
+    }
+}

@@ -1,0 +1,218 @@
+//! Virtual machines: the only code that talks to `husk-vmm`.
+//!
+//! A VM is started by [`launch`], as a clone if there is a [`template`] of it, and
+//! spoken to through its [`Control`] socket. Both outlive huskd: [`reattach`] finds
+//! them again, and [`destroy`] ends whatever is left.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_agent_client::Agent;
+use husk_base::cgroup;
+use husk_vmm_api::{Exit, Info, Request, Response, words};
+
+mod control;
+pub mod file_server;
+pub mod launch;
+mod process;
+mod sandbox_disks;
+pub mod template;
+mod users;
+
+pub use control::Control;
+pub use process::Process;
+pub use sandbox_disks::{Error as DiskError, SandboxDisks};
+
+/// Most time that the VMM may take for one request.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The VMM of a machine that runs.
+#[derive(Clone, Debug)]
+pub struct Vmm {
+    /// Where it takes requests.
+    pub control: Control,
+    process: Process,
+    run_dir: PathBuf,
+}
+
+impl Vmm {
+    /// The VMM that is the process `process`; its files are in `run_dir`.
+    #[must_use]
+    pub fn new(control: Control, process: Process, run_dir: &Path) -> Self {
+        Self { control, process, run_dir: run_dir.into() }
+    }
+
+    /// Returns when its process has ended: with the record of the machine's end,
+    /// or without when the VMM was itself killed.
+    pub async fn ended(&self) -> Option<Exit> {
+        self.process.ended().await;
+        exit_record(&self.run_dir)
+    }
+}
+
+/// Something went wrong with a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that the machine is made of.
+    #[error("{stage}: {path}: {cause}")]
+    File {
+        /// What was being done.
+        stage: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why it failed.
+        cause: std::io::Error,
+    },
+    /// The VMM refused or failed at a request.
+    #[error("VMM: {stage}: {message}")]
+    Vmm {
+        /// What the VMM was doing.
+        stage: String,
+        /// What went wrong there.
+        message: String,
+    },
+    /// The VMM cannot be reached.
+    #[error("VMM: {stage}: {cause}")]
+    Control {
+        /// What was being asked.
+        stage: &'static str,
+        /// Why it failed.
+        cause: String,
+    },
+    /// The machine ended before its agent spoke.
+    #[error("guest boot: the machine ended ({reason:?}{}{detail}){}", if detail.is_empty() { "" } else { ": " }, console_tail(console))]
+    Ended {
+        /// How.
+        reason: husk_vmm_api::ExitReason,
+        /// In words.
+        detail: String,
+        /// The guest's last words.
+        console: String,
+    },
+    /// The agent did not speak in time.
+    #[error("guest boot: no word from the agent within {seconds} s{}", console_tail(console))]
+    Silent {
+        /// How long was waited.
+        seconds: u64,
+        /// The guest's last words.
+        console: String,
+    },
+    /// The agent spoke, but cannot be talked to.
+    #[error("connect to agent: {0}")]
+    Agent(String),
+    /// All image disks are in use.
+    #[error(
+        "attach image: this pod already uses {0} different images; raise `image_slots` of its handler in the configuration"
+    )]
+    NoSlot(usize),
+}
+
+fn console_tail(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = lines.get(lines.len().saturating_sub(12)..).unwrap_or_default();
+    if last.is_empty() {
+        "; the guest's console is empty".into()
+    } else {
+        format!("; last lines of the guest's console:\n  {}", last.join("\n  "))
+    }
+}
+
+/// The control socket in it.
+fn control_path(run_dir: &Path) -> PathBuf {
+    run_dir.join("vmm.sock")
+}
+
+/// The vsock device's socket in it.
+fn vsock_path(run_dir: &Path) -> PathBuf {
+    run_dir.join("vsock.sock")
+}
+
+/// The VMM's exit record in it.
+fn exit_path(run_dir: &Path) -> PathBuf {
+    run_dir.join("exit.json")
+}
+
+/// Takes over a machine that runs already, after a restart of huskd.
+///
+/// # Errors
+/// When its VMM or its agent does not answer. Whether it lives is another
+/// question, see [`lives`].
+pub async fn reattach(run_dir: &Path, agent_timeout: Duration) -> Result<(Vmm, Agent), Error> {
+    let control = Control::new(control_path(run_dir));
+    let process = Process::of(&control).await?;
+    let agent = Agent::connect(vsock_path(run_dir), agent_timeout).await.map_err(Error::Agent)?;
+    let agent = inspected_when_silent(agent, &control);
+    Ok((Vmm::new(control, process, run_dir), agent))
+}
+
+/// The agent of a VM that is looked at when the agent does not answer.
+fn inspected_when_silent(agent: Agent, control: &Control) -> Agent {
+    let control = control.clone();
+    agent.when_silent(move || {
+        let control = control.clone();
+        async move { control.log_inspection().await }
+    })
+}
+
+/// Serial numbers of the image disks of a VM with `count` of them.
+#[must_use]
+pub fn slot_names(count: u8) -> Vec<String> {
+    (0..count).map(|number| format!("image-{number}")).collect()
+}
+
+/// Whether a VMM listens in `run_dir`.
+pub async fn lives(run_dir: &Path) -> bool {
+    Control::new(control_path(run_dir)).listens().await
+}
+
+/// What is said of a VMM that had no time for an exit record, if the kernel has
+/// killed it for want of memory: since the pod's start, when its control group
+/// had counted `before` such kills.
+#[must_use]
+pub fn out_of_memory(cgroup: Option<&Path>, before: u64) -> Option<String> {
+    let cgroup = cgroup.filter(|cgroup| cgroup::oom_kills(cgroup) > before)?;
+    Some(format!(
+        "the pod's memory on the node ran out, and the kernel killed the machine's VMM: raise the pod's memory \
+         limit or the overhead of its RuntimeClass, or free memory of the node (the pod's control group is {})",
+        cgroup.display()
+    ))
+}
+
+/// Ends whatever VMM still listens in `run_dir`, and removes the folder.
+/// Succeeds when there is nothing.
+///
+/// # Errors
+/// When a VMM is there and does not go, or the folder cannot be removed.
+pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
+    let path = control_path(run_dir);
+    if path.exists() {
+        Control::new(path).kill().await?;
+    }
+    users::release(run_dir);
+    match std::fs::remove_dir_all(run_dir) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::File { stage: "remove sockets", path: run_dir.into(), cause })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The exit record that the VMM left behind, if it could.
+#[must_use]
+pub fn exit_record(run_dir: &Path) -> Option<Exit> {
+    let file = std::fs::File::open(exit_path(run_dir)).ok()?;
+    serde_json::from_str(&words::read(file).ok()?).ok()
+}
+
+/// A file of `run_dir` that a process which faces a guest writes to, see
+/// [`words`]. It maps it, for which it has to be readable as well.
+fn record_file(path: &Path) -> std::io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+impl From<Exit> for Error {
+    fn from(exit: Exit) -> Self {
+        Self::Ended { reason: exit.reason, detail: exit.detail, console: exit.console }
+    }
+}

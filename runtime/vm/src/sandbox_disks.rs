@@ -1,0 +1,196 @@
+//! The sandbox disk: one sparse file per pod, with an ext4 filesystem for the
+//! writable layers of its containers.
+//!
+//! The filesystem is made once and copied, holes and all: a copy writes a few
+//! hundred KiB. It has no journal, because nothing on it outlives its machine.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_base::dirs;
+use tokio::process::Command;
+
+/// Most time that making the filesystem may take.
+const MKFS_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// One inode for so much of the disk, as mke2fs(8) has it for most disks: trees of
+/// small files (`node_modules`, a package manager's cache) must not run out of
+/// inodes long before the disk is full. Inodes that nobody uses take no space.
+const BYTES_PER_INODE: &str = "16384";
+
+/// Where the prepared filesystems are.
+#[derive(Debug)]
+pub struct SandboxDisks {
+    directory: PathBuf,
+    making: tokio::sync::Mutex<()>,
+}
+
+/// There is no sandbox disk.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file of it.
+    #[error("sandbox disk: {stage} {path}: {cause}")]
+    File {
+        /// What was being done.
+        stage: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why it failed.
+        cause: io::Error,
+    },
+    /// `mke2fs` failed.
+    #[error("sandbox disk: mke2fs: {0} (it is in Debian's package e2fsprogs)")]
+    Mkfs(String),
+}
+
+impl SandboxDisks {
+    /// Keeps prepared filesystems in `directory`.
+    #[must_use]
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory, making: tokio::sync::Mutex::default() }
+    }
+
+    /// Makes a disk of `mib` MiB at `path`.
+    ///
+    /// # Errors
+    /// With nothing left at `path`.
+    pub async fn create(&self, path: &Path, mib: u64) -> Result<(), Error> {
+        let prepared = self.prepared(mib).await?;
+        let to = path.to_owned();
+        tokio::task::spawn_blocking(move || {
+            copy_sparse(&prepared, &to).map_err(|cause| {
+                let _ = std::fs::remove_file(&to);
+                Error::File { stage: "copy to", path: to, cause }
+            })
+        })
+        .await
+        .unwrap_or_else(|error| {
+            Err(Error::File { stage: "copy to", path: path.into(), cause: io::Error::other(error) })
+        })
+    }
+
+    /// The prepared filesystem of that size, made if it is not there.
+    ///
+    /// # Errors
+    /// With nothing left behind.
+    pub async fn prepared(&self, mib: u64) -> Result<PathBuf, Error> {
+        let path = self.directory.join(format!("{mib}-{BYTES_PER_INODE}.ext4"));
+        let _making = self.making.lock().await;
+        if path.exists() {
+            return Ok(path);
+        }
+        let file = |stage, path: &Path| {
+            let path = path.to_owned();
+            move |cause| Error::File { stage, path, cause }
+        };
+        std::fs::create_dir_all(&self.directory).map_err(file("make folder", &self.directory))?;
+        let new = path.with_extension("new");
+        File::create(&new).and_then(|disk| disk.set_len(mib * 1024 * 1024)).map_err(file("make", &new))?;
+        let mut mkfs = Command::new("mke2fs");
+        mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", BYTES_PER_INODE])
+            .args(["-O", "^has_journal,^resize_inode"])
+            // The file is full of holes, which read as zeros: nothing need be
+            // zeroed now, nor by the guest later.
+            .args(["-E", "assume_storage_prezeroed=1,nodiscard,root_owner=0:0"])
+            .arg(&new)
+            .kill_on_drop(true);
+        let output = tokio::time::timeout(MKFS_TIMEOUT, mkfs.output())
+            .await
+            .map_err(|_| Error::Mkfs(format!("not done within {} s", MKFS_TIMEOUT.as_secs())))?
+            .map_err(|error| Error::Mkfs(error.to_string()))?;
+        if !output.status.success() {
+            let _ = std::fs::remove_file(&new);
+            return Err(Error::Mkfs(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+        }
+        std::fs::rename(&new, &path).map_err(file("rename to", &path))?;
+        Ok(path)
+    }
+}
+
+/// Copies what the file holds, and leaves its holes holes.
+fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let source = File::open(from)?;
+    let target = dirs::private_file(to)?;
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut buffer = vec![0u8; 64 * 1024];
+    let mut position = 0u64;
+    while let Some(start) = seek(&source, position, libc::SEEK_DATA)? {
+        let end = seek(&source, start, libc::SEEK_HOLE)?.unwrap_or(length);
+        position = start;
+        while position < end {
+            let part = usize::try_from(end - position).unwrap_or(usize::MAX).min(buffer.len());
+            let part = buffer.get_mut(..part).unwrap_or_default();
+            source.read_exact_at(part, position)?;
+            target.write_all_at(part, position)?;
+            position += part.len() as u64;
+        }
+    }
+    Ok(())
+}
+
+/// The next data or hole at or after `offset`; `None` past the last data.
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: lseek touches no memory of ours.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_copy_has_the_same_bytes_and_the_same_holes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = (folder.path().join("a"), folder.path().join("b"));
+        let source = File::create(&from).unwrap();
+        source.set_len(64 << 20).unwrap();
+        source.write_all_at(b"early", 4096).unwrap();
+        source.write_all_at(&[7u8; 100_000], 32 << 20).unwrap();
+        copy_sparse(&from, &to).unwrap();
+        assert!(std::fs::read(&from).unwrap() == std::fs::read(&to).unwrap());
+        assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn a_disk_is_sparse_and_every_pod_has_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let disks = SandboxDisks::new(folder.path().join("prepared"));
+        for name in ["one", "two"] {
+            let path = folder.path().join(name);
+            disks.create(&path, 1024).await.unwrap();
+            let metadata = std::fs::metadata(&path).unwrap();
+            assert_eq!(metadata.len(), 1 << 30);
+            assert!(metadata.blocks() * 512 < 4 << 20, "{} KiB are taken", metadata.blocks() / 2);
+            let mut magic = [0u8; 2];
+            File::open(&path).unwrap().read_exact_at(&mut magic, 1024 + 56).unwrap();
+            assert_eq!(magic, [0x53, 0xef], "an ext4 superblock");
+            let mut inodes = [0u8; 4];
+            File::open(&path).unwrap().read_exact_at(&mut inodes, 1024).unwrap();
+            assert_eq!(u32::from_le_bytes(inodes), (1 << 30) / 16384);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_cannot_be_written_is_named() {
+        let disks = SandboxDisks::new("/proc/husk".into());
+        let error = disks.create(Path::new("/proc/husk/disk"), 64).await.unwrap_err();
+        assert!(error.to_string().contains("/proc/husk"), "{error}");
+    }
+}

@@ -1,0 +1,492 @@
+//! Templates: a machine that has booted until its agent waits, saved once for
+//! its key, so that the machines of pods begin there.
+//!
+//! ```text
+//! <state>/templates/<boot>-<key>/state    processors and devices
+//! <state>/templates/<boot>-<key>/memory   guest memory, mapped privately by all clones
+//! ```
+//!
+//! `boot` is that of the host: a template does not outlive the kernel under
+//! which it was made. `key` is a hash of all that must be the same: kernel,
+//! root file system and VMM, processors, memory, disks. The template is saved
+//! before it is a pod; a clone gets its clock, its random numbers, its addresses
+//! and its name from the agent's `CreateSandbox`, as a machine that booted does.
+//!
+//! No pod waits for one. That of the machines which most pods have is made when
+//! huskd starts; any other when a key is asked for the second time, after the
+//! pod that asked has its machine. What has none yet boots, as does what cannot
+//! have one, because it has several network interfaces or cannot be saved.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use husk_base::id::{SandboxId, hex};
+use husk_base::lock;
+use husk_config::Handler;
+use husk_proto::agent::ContainerStatsRequest;
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+
+use super::launch::{self, Launched, MAIN_MAC, Nic, Plan};
+use super::{Control, Error, SandboxDisks};
+
+/// Most templates on disk; the one that was made first goes.
+const MAX: usize = 8;
+/// Most keys that are remembered to have been asked for.
+const MAX_SEEN: usize = 256;
+/// Most time until the guest has heard that huskd has hung up.
+const HANG_UP: Duration = Duration::from_secs(5);
+
+/// Makes a tap that is connected to nothing, for the network interface of a VM
+/// that shall become a template.
+#[derive(Clone)]
+pub struct MakeTap(Arc<dyn Fn() -> BoxFuture<'static, io::Result<OwnedFd>> + Send + Sync>);
+
+impl MakeTap {
+    /// With `make`, which is called for each template.
+    pub fn new<F>(make: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = io::Result<OwnedFd>> + Send + 'static,
+    {
+        Self(Arc::new(move || make().boxed()))
+    }
+
+    fn call(&self) -> BoxFuture<'static, io::Result<OwnedFd>> {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for MakeTap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MakeTap")
+    }
+}
+
+/// The templates of a node.
+#[derive(Debug)]
+pub struct Templates {
+    /// Where they are.
+    dir: PathBuf,
+    /// Where the sockets of machines are that shall become one.
+    run_dir: PathBuf,
+    disks: Arc<SandboxDisks>,
+    make_tap: MakeTap,
+    known: Mutex<Known>,
+    /// Held while one is made: one at a time.
+    making: Semaphore,
+}
+
+/// What was found out about keys.
+#[derive(Debug, Default)]
+struct Known {
+    /// Asked for once.
+    seen: HashSet<String>,
+    /// None can be saved.
+    unsupported: HashSet<String>,
+}
+
+/// The open files of one.
+#[derive(Debug)]
+pub struct Template {
+    /// Processors and devices.
+    pub state: File,
+    /// Guest memory.
+    pub memory: File,
+}
+
+/// Why there is no template.
+enum Failure {
+    /// The machine did not come up, as the pod's own would not.
+    Boot(Error),
+    /// It cannot be saved.
+    Save(Error),
+}
+
+impl Templates {
+    /// Keeps templates below `state_dir`.
+    #[must_use]
+    pub fn new(state_dir: &Path, run_dir: &Path, disks: Arc<SandboxDisks>, make_tap: MakeTap) -> Self {
+        Self {
+            dir: state_dir.join("templates"),
+            run_dir: run_dir.join("templates"),
+            disks,
+            make_tap,
+            known: Mutex::default(),
+            making: Semaphore::new(1),
+        }
+    }
+
+    /// Removes what an earlier huskd was in the midst of making, and what an
+    /// earlier boot of the host has left.
+    pub async fn recover(&self) {
+        self.end_making().await;
+        let this_boot = host_boot();
+        for folder in entries(&self.dir) {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !name.starts_with(&this_boot) || name.ends_with(".new") {
+                remove(&folder);
+            }
+        }
+    }
+
+    /// Ends machines that shall become a template: huskd is about to go, or has
+    /// just come.
+    pub async fn end_making(&self) {
+        for folder in entries(&self.run_dir) {
+            if let Err(error) = super::destroy(&folder).await {
+                tracing::warn!(path = %folder.display(), %error, "end the machine of a template");
+            }
+        }
+    }
+
+    /// Makes the template of machines as a handler's pods have them that ask
+    /// for nothing.
+    pub async fn prepare(&self, handler: &Handler) {
+        let Some(key) = TemplateKey::new(handler, handler.vcpus, handler.memory_mib) else { return };
+        if self.open(&key).is_none() {
+            self.make(key).await;
+        }
+    }
+
+    /// Starts a machine: as a clone if it can be one.
+    ///
+    /// # Errors
+    /// As [`launch::launch`].
+    pub async fn launch(self: &Arc<Self>, plan: &Plan<'_>) -> Result<Launched, Error> {
+        // One interface is what a template has.
+        let key = || TemplateKey::new(plan.handler, plan.vcpus, plan.memory_mib);
+        let Some(key) = (plan.nics.len() == 1).then(key).flatten() else {
+            return launch::launch(plan, None).await;
+        };
+        if let Some(template) = self.open(&key) {
+            match launch::launch(plan, Some(template)).await {
+                Ok(launched) => return Ok(launched),
+                Err(error) => {
+                    tracing::warn!(sandbox = %plan.id, %error, "clone a machine; booting one instead");
+                    remove(&self.dir.join(&key.name));
+                    super::destroy(&plan.run_dir).await?;
+                }
+            }
+        }
+        let launched = launch::launch(plan, None).await?;
+        if self.is_wanted(&key) {
+            let templates = self.clone();
+            tokio::spawn(async move { templates.make(key).await });
+        }
+        Ok(launched)
+    }
+
+    /// Whether a key that has no template should get one: it is not the first
+    /// time that it is asked for, and nothing speaks against it.
+    fn is_wanted(&self, key: &TemplateKey) -> bool {
+        let mut known = lock(&self.known);
+        if known.unsupported.contains(&key.name) {
+            return false;
+        }
+        // Sizes may come and go without an end.
+        if known.seen.len() >= MAX_SEEN {
+            known.seen.clear();
+        }
+        !known.seen.insert(key.name.clone())
+    }
+
+    /// Makes the template of a key, unless one is being made: it will be asked
+    /// for again.
+    async fn make(&self, key: TemplateKey) {
+        let Ok(_one_at_a_time) = self.making.try_acquire() else { return };
+        if self.open(&key).is_some() {
+            return;
+        }
+        match make(&key, &self.place(&key), &self.disks, &self.make_tap).await {
+            Ok(()) => self.evict(),
+            Err(Failure::Boot(error)) => {
+                tracing::warn!(template = key.name, %error, "a machine that should become a template did not come up");
+            }
+            Err(Failure::Save(error)) => {
+                tracing::warn!(template = key.name, %error, "no template; machines will boot");
+                lock(&self.known).unsupported.insert(key.name);
+            }
+        }
+    }
+
+    fn open(&self, key: &TemplateKey) -> Option<Template> {
+        let folder = self.dir.join(&key.name);
+        let state = File::open(folder.join("state")).ok()?;
+        let memory = File::open(folder.join("memory")).ok()?;
+        Some(Template { state, memory })
+    }
+
+    fn place(&self, key: &TemplateKey) -> Place {
+        Place { folder: self.dir.join(&key.name), run_dir: self.run_dir.join(&key.name) }
+    }
+
+    /// Clones keep what they have mapped, so a template can go at any time.
+    fn evict(&self) {
+        let made = |folder: &PathBuf| fs::metadata(folder).and_then(|metadata| metadata.modified()).ok();
+        let mut all = entries(&self.dir);
+        all.sort_by_key(made);
+        for folder in all.iter().take(all.len().saturating_sub(MAX)) {
+            remove(folder);
+        }
+    }
+}
+
+/// What must be the same in a machine and its template.
+#[derive(Clone, Debug)]
+struct TemplateKey {
+    name: String,
+    handler: Handler,
+    vcpus: u8,
+    memory_mib: u32,
+}
+
+impl TemplateKey {
+    /// `None` for a handler without templates.
+    fn new(handler: &Handler, vcpus: u8, memory_mib: u32) -> Option<Self> {
+        if !handler.template {
+            return None;
+        }
+        let mut hash = Sha256::new();
+        hash.update(env!("CARGO_PKG_VERSION"));
+        for file in [&handler.vmm, &handler.kernel, &handler.rootfs] {
+            // A file that is not there has no template either.
+            let identity = fs::metadata(file).map_or([0; 5], |file| {
+                [
+                    file.dev(),
+                    file.ino(),
+                    file.size(),
+                    file.mtime().cast_unsigned(),
+                    file.mtime_nsec().cast_unsigned(),
+                ]
+            });
+            hash.update(format!("{} {identity:?}\n", file.display()));
+        }
+        let Handler { disk_mib, image_slots, kernel_cmdline, .. } = handler;
+        hash.update(format!("{vcpus} {memory_mib} {disk_mib} {image_slots} {kernel_cmdline}"));
+        let digest = hex(&hash.finalize()[..8]);
+        Some(Self { name: format!("{}-{digest}", host_boot()), handler: handler.clone(), vcpus, memory_mib })
+    }
+}
+
+/// Names this boot of the host.
+fn host_boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.chars().take(8).collect()
+}
+
+/// Where a template is made.
+struct Place {
+    folder: PathBuf,
+    run_dir: PathBuf,
+}
+
+/// Boots a machine and saves it. Nothing stays but the template, all at once.
+async fn make(
+    key: &TemplateKey,
+    place: &Place,
+    disks: &SandboxDisks,
+    make_tap: &MakeTap,
+) -> Result<(), Failure> {
+    let started = Instant::now();
+    let work = place.folder.with_extension("new");
+    remove(&work);
+    super::destroy(&place.run_dir).await.map_err(Failure::Boot)?;
+    let made = make_in(key, place, &work, disks, make_tap).await;
+    if let Err(error) = super::destroy(&place.run_dir).await {
+        tracing::warn!(template = key.name, %error, "end the machine of a template");
+    }
+    let made = made.and_then(|()| {
+        // What is there was not whole, or it would have been opened.
+        remove(&place.folder);
+        fs::rename(&work, &place.folder).map_err(|cause| Failure::Save(file("publish", &place.folder, cause)))
+    });
+    if made.is_err() {
+        remove(&work);
+    } else {
+        let took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(template = key.name, took_ms, memory_mib = key.memory_mib, "template saved");
+    }
+    made
+}
+
+async fn make_in(
+    key: &TemplateKey,
+    place: &Place,
+    work: &Path,
+    disks: &SandboxDisks,
+    make_tap: &MakeTap,
+) -> Result<(), Failure> {
+    let failed = |what: &Path| {
+        let what = what.to_owned();
+        move |cause: io::Error| file("make", &what, cause)
+    };
+    fs::create_dir_all(work).map_err(failed(work)).map_err(Failure::Save)?;
+    let disk = work.join("disk");
+    disks
+        .create(&disk, key.handler.disk_mib)
+        .await
+        .map_err(|error| Failure::Boot(file("make", &disk, io::Error::other(error))))?;
+    let tap = make_tap.call().await.map_err(|cause| Failure::Boot(file("make a tap for", work, cause)))?;
+    let id = SandboxId::from(format!("template-{}", key.name).as_str());
+    let plan = Plan {
+        id: &id,
+        handler: &key.handler,
+        vcpus: key.vcpus,
+        memory_mib: key.memory_mib,
+        run_dir: place.run_dir.clone(),
+        scratch: disk.clone(),
+        nics: vec![Nic { tap, mac: MAIN_MAC }],
+        cgroup: None,
+    };
+    let Launched { vmm, agent, .. } = launch::launch(&plan, None).await.map_err(Failure::Boot)?;
+    // Any answer will do: it shows that the agent has set itself up.
+    let asked = agent
+        .call("try the agent", async |mut agent| {
+            agent.container_stats(ContainerStatsRequest::default()).await
+        })
+        .await;
+    if let Err(error) = asked
+        && error.status.code() == tonic::Code::DeadlineExceeded
+    {
+        return Err(Failure::Boot(Error::Agent(error.to_string())));
+    }
+    let control = vmm.control.clone();
+    drop(agent);
+    hang_up(&control).await.map_err(Failure::Save)?;
+
+    let create = |name: &str| {
+        let path = work.join(name);
+        File::create_new(&path).map_err(failed(&path)).map_err(Failure::Save)
+    };
+    control.save(create("state")?, create("memory")?).await.map_err(Failure::Save)?;
+    fs::remove_file(&disk).map_err(failed(&disk)).map_err(Failure::Save)
+}
+
+/// Waits until the guest has no connection open: it could not go on with it.
+async fn hang_up(control: &Control) -> Result<(), Error> {
+    let begun = Instant::now();
+    while control.info().await?.connections > 0 {
+        if begun.elapsed() > HANG_UP {
+            return Err(Error::Agent("it does not close its connections".into()));
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+fn file(stage: &'static str, path: &Path, cause: io::Error) -> Error {
+    Error::File { stage, path: path.into(), cause }
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+}
+
+fn remove(folder: &Path) {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %folder.display(), %error, "remove a template");
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn handler(folder: &Path) -> Handler {
+        for name in ["vmm", "kernel", "rootfs"] {
+            fs::write(folder.join(name), name).unwrap();
+        }
+        let place = |name| folder.join(name);
+        let (vmm, kernel, rootfs) = (place("vmm"), place("kernel"), place("rootfs"));
+        Handler { vmm, kernel, rootfs, template: true, ..Handler::default() }
+    }
+
+    fn templates(folder: &Path) -> Templates {
+        let disks = Arc::new(SandboxDisks::new(folder.join("scratch")));
+        let make_tap = MakeTap::new(|| async { Err(io::ErrorKind::Unsupported.into()) });
+        Templates::new(&folder.join("state"), &folder.join("run"), disks, make_tap)
+    }
+
+    #[test]
+    fn a_shape_is_all_that_a_clone_shares() {
+        let folder = tempfile::tempdir().unwrap();
+        let handler = handler(folder.path());
+        let name = |handler: &Handler, vcpus, memory| TemplateKey::new(handler, vcpus, memory).unwrap().name;
+        let one = name(&handler, 1, 256);
+        assert_eq!(one, name(&handler, 1, 256));
+        let mut all = HashSet::from([one, name(&handler, 2, 256), name(&handler, 1, 512)]);
+        all.insert(name(&Handler { disk_mib: 99, ..handler.clone() }, 1, 256));
+        all.insert(name(&Handler { image_slots: 2, ..handler.clone() }, 1, 256));
+        all.insert(name(&Handler { kernel_cmdline: "x".into(), ..handler.clone() }, 1, 256));
+        fs::write(&handler.kernel, "another one").unwrap();
+        all.insert(name(&handler, 1, 256));
+        assert_eq!(all.len(), 7);
+    }
+
+    #[tokio::test]
+    async fn what_was_left_half_made_or_by_another_boot_goes() {
+        let folder = tempfile::tempdir().unwrap();
+        let templates = templates(folder.path());
+        let good = TemplateKey::new(&handler(folder.path()), 1, 256).unwrap();
+        let half = format!("{}.new", good.name);
+        for name in [&good.name, &half, "00000000-1", "something"] {
+            fs::create_dir_all(templates.dir.join(name)).unwrap();
+            fs::write(templates.dir.join(name).join("state"), "").unwrap();
+            fs::write(templates.dir.join(name).join("memory"), "").unwrap();
+        }
+        templates.recover().await;
+        assert_eq!(entries(&templates.dir), [templates.dir.join(&good.name)]);
+        assert!(templates.open(&good).is_some());
+    }
+
+    #[test]
+    fn a_shape_is_wanted_when_it_is_asked_for_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let templates = templates(folder.path());
+        let handler = handler(folder.path());
+        let key = |memory| TemplateKey::new(&handler, 1, memory).unwrap();
+        assert!(!templates.is_wanted(&key(256)) && !templates.is_wanted(&key(512)));
+        assert!(templates.is_wanted(&key(256)) && templates.is_wanted(&key(256)));
+        lock(&templates.known).unsupported.insert(key(256).name);
+        assert!(!templates.is_wanted(&key(256)) && templates.is_wanted(&key(512)));
+        for memory in 1000..1000 + 2 * u32::try_from(MAX_SEEN).unwrap() {
+            templates.is_wanted(&key(memory));
+        }
+        assert!(lock(&templates.known).seen.len() <= MAX_SEEN);
+    }
+
+    #[test]
+    fn the_oldest_templates_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let templates = templates(folder.path());
+        for number in 0..MAX + 2 {
+            fs::create_dir_all(templates.dir.join(number.to_string())).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        templates.evict();
+        assert_eq!(entries(&templates.dir).len(), MAX);
+        assert!(!templates.dir.join("0").exists() && !templates.dir.join("1").exists());
+    }
+
+    #[test]
+    fn a_handler_without_templates_has_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let handler = Handler { template: false, ..handler(folder.path()) };
+        assert!(TemplateKey::new(&handler, 1, 256).is_none());
+    }
+}
