@@ -18,17 +18,14 @@ deps: ## install what building, testing and linting needs (Debian 12 and 13)
 	@tests/support/deps
 
 .PHONY: guest-image
-guest-image: ## the guest's kernel and root file system, in target/guest
+guest-image: ## all programs, and the guest's kernel and root file system in target/guest
 	guest-image/build target/guest
 
 .PHONY: build
 build: guest-image ## everything, as it is installed, in target/dist
-	cargo build --release --package huskd --package husk-cli
-	cargo rustc --release --package husk-vmm --bin husk-vmm -- -C target-feature=+crt-static
-	cargo rustc --release --package husk-fs --bin husk-fs -- -C target-feature=+crt-static
 	install -D -t $(dist)/bin $(target)/release/huskd $(target)/release/husk
 	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm $(target)/release/husk-fs \
-		$(target)/agent/husk-agent
+		$(target)/release/husk-agent
 	install -D -m 644 -t $(dist)/share/husk target/guest/vmlinux target/guest/rootfs.erofs \
 		target/guest/husk-default.apparmor
 
@@ -45,8 +42,13 @@ deps-test:
 	@tests/support/deps test
 
 .PHONY: test
-test: deps-test build ## all tests; ends with the number that passed and failed
-	tests/support/run-tests
+test: deps-test build ## some of each kind of tests, what changes touch, and a part of the rest that is another one each day
+	tests/support/run-tests $(if $(MINUTES),--minutes $(MINUTES))
+
+.PHONY: test-all
+test-all: deps-test build ## every test there is, conformance and benchmarks too: hours
+	@tests/support/deps posix
+	tests/support/run-tests --all
 
 HANDLER ?= kata-runtime
 .PHONY: critest
@@ -61,18 +63,19 @@ posix: deps-test build ## pjdfstest on a volume in a pod, results in target/posi
 
 .PHONY: bench
 bench: deps-test build ## start-up times, memory, streams and volumes, to target/bench
-	cargo rustc --release --package husk-tests --bin husk-bench -- -C target-feature=+crt-static
+	cargo build --release --workspace --bins
 	install -D -t $(dist)/bin $(target)/release/husk-bench
 	mkdir -p target/bench
 	$(kvm_host) --timeout 3000 --rwdir target/bench -- tests/bench/run
 
 .PHONY: lint
-lint: ## formatting, clippy, licences and advisories
+lint: ## formatting, clippy, licences and advisories, ruff, shellcheck
 	@tests/support/deps lint
 	tests/support/layers runtime/*/
 	cargo fmt --all --check
-	cargo clippy --release --workspace --all-targets --all-features -- -D warnings
+	tests/support/lint
 	tests/support/cargo-deny
+	cargo clippy --release --workspace --all-targets --all-features -- -D warnings
 
 .PHONY: kvm-shell
 kvm-shell: deps-test ## a shell in the KVM host that the tests run in

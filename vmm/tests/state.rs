@@ -25,6 +25,7 @@ fn encoded<T: Serialize>(state: &T) -> Vec<u8> {
 }
 
 #[test]
+#[ignore = "needs KVM, in a KVM host: see tests/README.md"]
 fn a_restored_vcpu_has_the_registers_of_the_saved_one() {
     let (hypervisor, vcpus) = machine(2);
     let memory = memory::allocate(16, None).unwrap();
@@ -55,6 +56,7 @@ fn a_restored_vcpu_has_the_registers_of_the_saved_one() {
 }
 
 #[test]
+#[ignore = "needs KVM, in a KVM host: see tests/README.md"]
 fn a_restored_vm_has_the_interrupt_controllers_of_the_saved_one() {
     let (hypervisor, _vcpus) = machine(1);
     hypervisor.vm().set_irq_line(7, true).unwrap();

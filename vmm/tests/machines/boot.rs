@@ -11,6 +11,7 @@ use husk_vmm_api::{DiskConfig, ExitReason, Request, Response, socket};
 use crate::support::{PATIENCE, USER, Vmm, disk};
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn a_guest_that_ends_in_good_order() {
     let exit = Vmm::boot("shutdown", |_| (), &[]).wait();
     assert_eq!(exit.reason, ExitReason::Shutdown, "{}", exit.console);
@@ -18,11 +19,13 @@ fn a_guest_that_ends_in_good_order() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn a_guest_that_resets() {
     assert_eq!(Vmm::boot("reset", |_| (), &[]).wait().reason, ExitReason::Reset);
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn a_kernel_that_panics() {
     let exit = Vmm::boot("panic", |_| (), &[]).wait();
     assert_eq!(exit.reason, ExitReason::Panic);
@@ -31,12 +34,14 @@ fn a_kernel_that_panics() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn a_guest_that_triple_faults() {
     let exit = Vmm::boot("reset", |config| config.cmdline += " reboot=t", &[]).wait();
     assert_eq!(exit.reason, ExitReason::TripleFault);
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn a_guest_that_is_killed() {
     let vmm = Vmm::boot("idle", |_| (), &[]);
     vmm.wait_console("guest is up");
@@ -54,6 +59,7 @@ fn a_guest_that_is_killed() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn many_processors_and_memory_above_the_hole() {
     for (vcpus, memory_mib) in [(1, 64), (2, 3200), (8, 128)] {
         let exit = Vmm::boot(
@@ -78,6 +84,7 @@ fn many_processors_and_memory_above_the_hole() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn the_guest_reads_and_writes_its_disks() {
     let file = disk(16 << 20, 3 * 512, "written by the host");
     let add = DiskConfig { serial: "data-0".into(), file: 2, read_only: false, limit: None };
@@ -99,6 +106,7 @@ fn the_guest_reads_and_writes_its_disks() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn disks_come_and_go_while_the_guest_runs() {
     let vmm = Vmm::boot("slots", |config| config.slots = vec!["slot-0".into(), "slot-1".into()], &[]);
     vmm.wait_console("ready for a disk");
@@ -122,6 +130,7 @@ fn disks_come_and_go_while_the_guest_runs() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn the_balloon_gives_memory_back() {
     let vmm = Vmm::boot("idle", |config| config.balloon = true, &[]);
     vmm.wait_console("guest is up");
@@ -143,6 +152,7 @@ fn the_balloon_gives_memory_back() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn what_cannot_be_booted_is_refused_with_its_stage() {
     let text = disk(4096, 0, "no kernel");
     let ask = |vmm: &Vmm, config| match vmm.ask(&Request::Boot(config), &[text.as_fd(), text.as_fd()]) {
@@ -175,6 +185,7 @@ fn what_cannot_be_booted_is_refused_with_its_stage() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn clients_that_do_not_behave_cost_nobody_else_anything() {
     let vmm = Vmm::boot("idle", |_| (), &[]);
     vmm.wait_console("guest is up");
@@ -201,6 +212,7 @@ fn clients_that_do_not_behave_cost_nobody_else_anything() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn the_vmm_itself_is_small() {
     let vmm = Vmm::boot("idle", |config| config.slots = (0..8).map(|i| format!("slot-{i}")).collect(), &[]);
     vmm.wait_console("guest is up");
@@ -228,6 +240,7 @@ fn the_vmm_itself_is_small() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn the_vmm_has_given_up_what_it_does_not_need() {
     let vmm = Vmm::boot("idle", |_| (), &[]);
     vmm.wait_console("guest is up");

@@ -57,6 +57,7 @@ impl Template {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn clones_go_on_where_the_template_was_saved_with_disks_of_their_own() {
     for vcpus in [1, 2] {
         let (template, last) = save(vcpus);
@@ -76,6 +77,7 @@ fn clones_go_on_where_the_template_was_saved_with_disks_of_their_own() {
 }
 
 #[test]
+#[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn a_clone_that_would_be_another_machine_is_refused() {
     let (template, _) = save(1);
     let refused = |change: &dyn Fn(&mut VmConfig)| match template.clone(change, "x") {
