@@ -46,9 +46,9 @@ class PodTest(unittest.TestCase):
     def tearDown(self):
         """Whatever a test did, its pods go, and with them everything they had."""
         node = self.node
-        for pod in node.crictl("pods", "-q").split():
-            node.crictl("rmp", "-f", pod)
-        self.assertEqual(node.crictl("ps", "-aq"), "")
+        for pod in node.cri.pods():
+            node.cri.remove_pod(pod)
+        self.assertEqual(node.cri.containers(), [])
         self.assert_nothing_left()
 
     def assert_nothing_left(self):
@@ -77,14 +77,14 @@ class PodTest(unittest.TestCase):
             type(self).count += 1
             name = f"pod{self.count}"
         config = self.node.sandbox_file(name, **settings)
-        return self.node.crictl("runp", "--runtime", self.handler, config), config
+        return self.node.cri.run_pod(config, self.handler), config
 
     def container(self, pod, sandbox, name="main", image="busybox", start=True, **settings):
         settings.setdefault("command", ["sleep", "3600"])
         config = self.node.container_file(name, image, **settings)
-        container = self.node.crictl("create", pod, config, sandbox)
+        container = self.node.cri.create(pod, config, sandbox)
         if start:
-            self.node.crictl("start", container)
+            self.node.cri.start(container)
         return container
 
     def running(self, **settings):
@@ -92,7 +92,7 @@ class PodTest(unittest.TestCase):
         return pod, self.container(pod, sandbox, **settings)
 
     def status(self, container):
-        return self.node.crictl_json("inspect", container)["status"]
+        return self.node.cri.status(container)
 
     def wait_exited(self, container, seconds=60):
         def exited():
@@ -112,6 +112,15 @@ class PodTest(unittest.TestCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         return process
+
+    def exec_fails(self, container, *command):
+        """What a command in a container printed that failed, as it must."""
+        try:
+            status, printed = self.node.cri.exec(container, *command)
+        except Failed as failure:
+            return str(failure)
+        self.assertNotEqual(status, 0, printed)
+        return printed
 
     def fails(self, *arguments):
         """What crictl says when it fails, as it must."""
@@ -147,15 +156,15 @@ class MappedVolumes:
         container = self.container(pod, sandbox, mounts=mounts, linux=USER_NAMESPACE)
 
         def sh(script):
-            return self.node.crictl("exec", "-s", container, "sh", "-c", script)
+            return self.node.exec(container, "sh", "-c", script)
 
         seen = sh("stat -c %u:%g /data/own /data/users /data/beyond /file /plain/own /plain/users").split()
         stranger = "65534:65534"
         self.assertEqual(seen, ["0:0", "1234:1234", stranger, "0:0", stranger, stranger])
         self.assertEqual(sh("cat /data/own /data/users /file /read/own").split("\n"), ["of own", "of users", "of own", "of own"])
         for path in ("/data/beyond", "/plain/own"):
-            self.assertIn("ermission denied", self.fails("exec", "-s", container, "cat", path), path)
-        self.assertIn("ead-only", self.fails("exec", "-s", container, "touch", "/read/new"))
+            self.assertIn("ermission denied", self.exec_fails(container, "cat", path), path)
+        self.assertIn("ead-only", self.exec_fails(container, "touch", "/read/new"))
 
         sh("cd /data && echo hi >made && chown 33:44 made && chmod 4750 made && mkdir dir && mv made dir && ln -s x dir/link && mkfifo dir/pipe")
         sh("cd /data && echo more >>users && chown 5:6 users && touch -d @1000 own && echo of a stranger >/plain/strangers")
@@ -168,11 +177,11 @@ class MappedVolumes:
         user = {"run_as_user": {"value": 1000}, "run_as_group": {"value": 2000}}
         linux = {"security_context": {**USER_NAMESPACE["security_context"], **user}}
         other = self.container(pod, sandbox, "other", mounts=mounts, linux=linux)
-        self.node.crictl("exec", "-s", other, "sh", "-c", "echo hi >/data/users-own && mkdir /data/users-dir")
+        self.node.exec(other, "sh", "-c", "echo hi >/data/users-own && mkdir /data/users-dir")
         for name in ("users-own", "users-dir"):
             found = (folder / name).stat()
             self.assertEqual((found.st_uid, found.st_gid), (1000, 2000), name)
-        self.assertIn("ermission denied", self.fails("exec", "-s", other, "cat", "/data/own"))
+        self.assertIn("ermission denied", self.exec_fails(other, "cat", "/data/own"))
 
         others = [{**IDS[0], "host_id": 200000}]
         for settings in ({"uidMappings": others, "gidMappings": others}, {"uidMappings": IDS}, {"uidMappings": IDS * 2, "gidMappings": IDS * 2}):

@@ -37,7 +37,7 @@ class Words:
         return self.container(pod, sandbox, name, linux={"security_context": security})
 
     def does(self, container, *command):
-        return self.node.crictl("exec", "-s", container, *command)
+        return self.node.exec(container, *command)
 
     def label(self, container):
         """Of its first process and of one that joins it."""
@@ -46,7 +46,7 @@ class Words:
         return first
 
     def assert_forbidden(self, container, path):
-        self.assertIn("Permission denied", self.fails("exec", "-s", container, "touch", path))
+        self.assertIn("Permission denied", self.exec_fails(container, "touch", path))
 
 
 class Profiles(Words):
@@ -89,7 +89,7 @@ class Profiles(Words):
         self.does(free, "mkdir", "/mnt")
         for command in (mount, change):
             self.does(free, *command)
-            self.assertIn("denied", self.fails("exec", "-s", default, *command))
+            self.assertIn("denied", self.exec_fails(default, *command))
         for name, security in (("old", {"apparmor_profile": "runtime/default"}), ("unsaid", {})):
             container = self.secured(pod, sandbox, name, **security, **OWN_PROCESSES)
             self.assertEqual(self.label(container), "husk-default (enforce)", name)

@@ -51,7 +51,7 @@ class BadRequests(PodTest):
                 said = self.fails("start", done.stdout.strip())
                 self.node.crictl("rm", done.stdout.strip())
             self.assertIn(word, said)
-            self.assertEqual(self.node.crictl("ps", "-aq"), "")
+            self.assertEqual(self.node.cri.containers(), [])
 
 
 class BadSurroundings(PodTest):
@@ -75,7 +75,7 @@ class BadSurroundings(PodTest):
             plugin.unlink()
         self.assertIn("no luck today", said)
         self.assertIn("failing", said)
-        self.assertEqual(self.node.crictl("pods", "-q"), "")
+        self.assertEqual(self.node.cri.pods(), [])
         self.assert_nothing_left()
 
     def test_without_cni_configuration_the_network_is_not_ready_and_why(self):
@@ -104,7 +104,7 @@ class BadSurroundings(PodTest):
         self.node.crictl("rmi", self.node.image("nginx"), check=False)
         room = os.statvfs(self.node.state)
         filler = self.node.state / "filler"
-        with open(filler, "wb") as file:
+        with open(filler, "wb"):
             subprocess.run(["fallocate", "-l", str(room.f_bavail * room.f_frsize), str(filler)], check=True)
         try:
             said = self.fails("pull", self.node.image("nginx"))

@@ -25,7 +25,7 @@ class Fields(PodTest):
         linux = {"cgroup_parent": "/husk-client/pod", "overhead": overhead, "security_context": context}
         pod, sandbox = self.pod(annotations=annotations, linux=linux)
         container = self.container(pod, sandbox)
-        self.assertEqual(self.node.crictl("exec", "-s", container, "sh", "-c", "touch /file && id -u && id -G"), "0\n0")
+        self.assertEqual(self.node.exec(container, "sh", "-c", "touch /file && id -u && id -G"), "0\n0")
         [machine] = machines()
         group = pathlib.Path(f"/proc/{machine}/cgroup").read_text().strip()
         self.assertEqual(group, f"0::/husk-client/pod/husk-{pod[:13]}")
@@ -35,7 +35,7 @@ class Fields(PodTest):
         self.assertEqual(said["status"]["annotations"], annotations)
         kept = said["info"]["config"]["linux"]["overhead"]
         self.assertEqual((kept["memory_limit_in_bytes"], kept["cpu_shares"]), (160 << 20, 100))
-        self.node.crictl("rmp", "-f", pod)
+        self.node.cri.remove_pod(pod)
         self.assertEqual([path.name for path in parent.iterdir() if path.is_dir()], [])
 
     def test_a_process_is_what_its_client_says(self):
@@ -82,9 +82,9 @@ class DeclaredVolumes:
         first = self.container(pod, sandbox, "first", image="volumes", mounts=mounts, linux=sealed)
 
         def sh(container, script):
-            return self.node.crictl("exec", "-s", container, "sh", "-ec", script)
+            return self.node.exec(container, "sh", "-ec", script)
 
-        self.assertIn("ead-only", self.fails("exec", "-s", first, "touch", "/srv/file"))
+        self.assertIn("ead-only", self.exec_fails(first, "touch", "/srv/file"))
         seen = sh(first, "cd /srv && stat -c %a:%u:%g data data/deep/file new && cat data/deep/file")
         self.assertEqual(seen.split("\n"), ["1770:0:0", "4640:0:0", "755:0:0", "of the image"])
         sh(first, "cd /srv && echo mine > data/deep/file && touch data/made new/made && chown 33:44 new/made")
@@ -92,7 +92,7 @@ class DeclaredVolumes:
         kinds = [line.split()[1:3] for line in sh(first, "cat /proc/mounts").split("\n") if " /srv/" in line]
         self.assertEqual(sorted(place for place, _ in kinds), ["/srv/data", "/srv/mounted", "/srv/new"])
         self.assertNotIn("overlay", [kind for _, kind in kinds])
-        self.node.crictl("rm", "-f", first)
+        self.node.cri.remove(first)
         second = self.container(pod, sandbox, "second", image="volumes", mounts=mounts, linux=sealed)
         self.assertEqual(sh(second, "cat /srv/data/deep/file; ls /srv/data /srv/new").split(), ["of", "the", "image", "/srv/data:", "deep", "/srv/new:"])
 

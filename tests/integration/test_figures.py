@@ -42,7 +42,7 @@ class Figures(PodTest):
             return int(network["defaultInterface"]["txBytes"]["value"])
 
         before = sent()
-        self.node.crictl("exec", "-s", container, "ping", "-c", "3", "-s", "1000", "10.88.0.1")
+        self.node.exec(container, "ping", "-c", "3", "-s", "1000", "10.88.0.1")
         self.assertGreater(sent() - before, 3000)
 
     def test_metrics_have_descriptions_and_true_values(self):
@@ -72,7 +72,7 @@ class Updates(PodTest):
             "memory_limit_in_bytes": 64 << 20, "memory_swap_limit_in_bytes": 64 << 20, "cpu_shares": 512,
         }}
         _, container = self.running(linux=limit)
-        read = lambda name: self.node.crictl("exec", "-s", container, "cat", f"/sys/fs/cgroup/{name}")
+        read = lambda name: self.node.exec(container, "cat", f"/sys/fs/cgroup/{name}")
         self.assertEqual(read("memory.max"), str(64 << 20))
         self.node.crictl("update", "--memory", str(96 << 20), "--cpu-quota", "50000", "--cpu-period", "100000", container)
         self.assertEqual(read("memory.max"), str(96 << 20))
@@ -91,7 +91,7 @@ class Updates(PodTest):
         fill = "until [ -e /go ]; do sleep 0.1; done; x=a; while :; do x=$x$x; done"
         _, container = self.running(command=["sh", "-c", fill])
         self.node.crictl("update", "--memory", str(24 << 20), container)
-        self.node.crictl("exec", "-s", container, "touch", "/go")
+        self.node.exec(container, "touch", "/go")
         status = self.wait_exited(container)
         self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
 

@@ -49,8 +49,8 @@ class Hooks(PodTest):
         folder = self.node.root / "hooked"
         folder.mkdir()
         pod, container = self.running(mounts=[{"host_path": str(folder), "container_path": "/data"}])
-        self.assertEqual(self.node.crictl("exec", "-s", container, "cat", "/hooked"), "before the start")
-        self.assertEqual(self.node.crictl("exec", "-s", container, "cat", "/inside"), "inside")
+        self.assertEqual(self.node.exec(container, "cat", "/hooked"), "before the start")
+        self.assertEqual(self.node.exec(container, "cat", "/inside"), "inside")
         # The kubelet stops a pod and removes its containers when they have no machine any more.
         self.assertFalse((folder / "poststop").exists())
         self.node.crictl("stopp", pod)
@@ -78,9 +78,9 @@ class Hooks(PodTest):
             command=["sh", "-c", "cat /steps > /part && mv /part /before; sleep 3600"],
         )
         self.node.crictl("start", container)
-        read = lambda path: self.node.crictl("exec", "-s", container, "cat", path)  # noqa: E731
+        read = lambda path: self.node.exec(container, "cat", path)  # noqa: E731
         made = ["prestart", "createRuntime", "createContainer"]
-        wait_until(lambda: self.node.crictl("exec", "-s", container, "ls", "-A", "/").count("before"), 30, "wait for the program")
+        wait_until(lambda: self.node.exec(container, "ls", "-A", "/").count("before"), 30, "wait for the program")
         before = read("/before").split()
         self.assertEqual(before[:3], made)
         self.assertIn("startContainer", before)
@@ -91,7 +91,7 @@ class Hooks(PodTest):
         self.assertEqual(state["annotations"]["of.the/client"], "kept")
         self.assertEqual(state["annotations"]["io.kubernetes.cri.sandbox-name"], "hooked")
         self.assertNotIn("hook poststop", self.console(pod))
-        self.node.crictl("rm", "-f", container)
+        self.node.cri.remove(container)
         said = self.console(pod)
         self.assertEqual(said.count("hook poststop"), 1, said[-2000:])
         self.assertIn(container, said)

@@ -84,17 +84,17 @@ class Life(HostTest):
         one = self.container(pod, sandbox, "one", command=["sh", "-c", "echo mine > /here; while :; do nc -l -p 700 -e echo hello; done"])
         two = self.container(pod, sandbox, "two")
         crictl = self.node.crictl
-        self.assertEqual(crictl("exec", "-s", two, "hostname"), "the-pod")
+        self.assertEqual(self.node.exec(two, "hostname"), "the-pod")
         self.assertNotEqual(os.uname().nodename, "the-pod")
         address = crictl("inspectp", "-o", "go-template", "--template", "{{.status.network.ip}}", pod)
-        self.assertIn(f"{address}\tthe-pod", crictl("exec", "-s", two, "cat", "/etc/hosts"))
-        self.assertIn(address, crictl("exec", "-s", two, "ip", "address"))
-        self.fails("exec", "-s", two, "cat", "/here")
-        self.assertEqual(crictl("exec", "-s", one, "cat", "/here"), "mine")
-        said = crictl("exec", "-s", two, "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do nc 127.0.0.1 700 && break; sleep 0.3; done")
+        self.assertIn(f"{address}\tthe-pod", self.node.exec(two, "cat", "/etc/hosts"))
+        self.assertIn(address, self.node.exec(two, "ip", "address"))
+        self.exec_fails(two, "cat", "/here")
+        self.assertEqual(self.node.exec(one, "cat", "/here"), "mine")
+        said = self.node.exec(two, "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do nc 127.0.0.1 700 && break; sleep 0.3; done")
         self.assertEqual(said, "hello")
         # One pid namespace for both: each sees the other's processes, and none of the host's.
-        seen = crictl("exec", "-s", two, "ps")
+        seen = self.node.exec(two, "ps")
         self.assertIn("nc -l -p 700", seen)
         self.assertNotIn("huskd", seen)
 
@@ -112,7 +112,7 @@ class Life(HostTest):
         busy = self.container(pod, sandbox, "busy", command=["sh", "-c", "while :; do :; done"], linux=pages)
         counted = "hugetlb" in pathlib.Path("/sys/fs/cgroup/cgroup.controllers").read_text()
         if counted and os.path.exists("/sys/kernel/mm/hugepages/hugepages-2048kB"):
-            self.assertEqual(self.node.crictl("exec", "-s", busy, "cat", "/sys/fs/cgroup/hugetlb.2MB.max"), "0")
+            self.assertEqual(self.node.exec(busy, "cat", "/sys/fs/cgroup/hugetlb.2MB.max"), "0")
         greedy = self.container(pod, sandbox, "greedy", command=["sh", "-c", "x=a; while :; do x=$x$x; done"], linux=limit)
         status = self.wait_exited(greedy)
         self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
@@ -125,7 +125,7 @@ class Life(HostTest):
         config = self.node.sandbox_file("machine")
         machine = self.node.crictl("runp", "--runtime", "kata-runtime", config)
         there = self.container(machine, config, command=["sh", "-c", "uname -r; sleep 3600"])
-        kernels = [self.node.crictl("exec", "-s", container, "uname", "-r") for container in (here, there)]
+        kernels = [self.node.exec(container, "uname", "-r") for container in (here, there)]
         self.assertEqual(kernels[0], host_kernel())
         self.assertNotEqual(kernels[1], host_kernel())
         handlers = {handler.get("name") for handler in self.node.crictl_json("info")["runtimeHandlers"]}
@@ -139,16 +139,15 @@ class TheHostsOwn(HostTest):
         pod, sandbox = self.pod("hostnet", hostname="", linux=namespaces(network=NODE))
         self.assertEqual(lowest.read_text(), before)
         container = self.container(pod, sandbox, linux=namespaces(network=NODE))
-        crictl = self.node.crictl
-        self.assertEqual(set(crictl("exec", "-s", container, "ls", "/sys/class/net").split()), set(os.listdir("/sys/class/net")))
-        self.assertEqual(crictl("exec", "-s", container, "hostname"), os.uname().nodename)
-        self.assertIn(f"HOSTNAME={os.uname().nodename}", crictl("exec", "-s", container, "env").split("\n"))
+        self.assertEqual(set(self.node.exec(container, "ls", "/sys/class/net").split()), set(os.listdir("/sys/class/net")))
+        self.assertEqual(self.node.exec(container, "hostname"), os.uname().nodename)
+        self.assertIn(f"HOSTNAME={os.uname().nodename}", self.node.exec(container, "env").split("\n"))
         self.assertFalse(crictl_status(self, pod)["network"].get("ip"))
 
     def test_a_pod_with_the_hosts_processes_sees_them(self):
         pod, sandbox = self.pod("hostpid", linux=namespaces(pid=NODE))
         container = self.container(pod, sandbox, linux=namespaces(pid=NODE))
-        self.assertIn("huskd", self.node.crictl("exec", "-s", container, "ps"))
+        self.assertIn("huskd", self.node.exec(container, "ps"))
 
     def test_a_pod_with_the_hosts_ipc_shares_its_memory(self):
         mark = f"/dev/shm/husk-test-{os.getpid()}"
@@ -187,25 +186,24 @@ class TheHostsOwn(HostTest):
         container = self.container(
             pod, sandbox, mounts=mounts, linux={"security_context": {"privileged": True}}
         )
-        crictl = self.node.crictl
-        crictl("exec", "-s", container, "touch", "/fresh/made")
+        self.node.exec(container, "touch", "/fresh/made")
         self.assertTrue((fresh / "made").exists())
-        self.assertIn("ead-only", self.fails("exec", "-s", container, "touch", "/read/x"))
-        crictl("exec", "-s", container, "mount", "-t", "tmpfs", "inside", "/both/inner")
+        self.assertIn("ead-only", self.exec_fails(container, "touch", "/read/x"))
+        self.node.exec(container, "mount", "-t", "tmpfs", "inside", "/both/inner")
         self.assertTrue(os.path.ismount(shared / "inner"))
         subprocess.run(["mount", "-t", "tmpfs", "outside", shared / "outer"], check=True)
-        self.assertIn("/both/outer", crictl("exec", "-s", container, "cat", "/proc/mounts"))
+        self.assertIn("/both/outer", self.node.exec(container, "cat", "/proc/mounts"))
 
     def test_a_privileged_container_has_the_hosts_devices(self):
         privileged = {"security_context": {"privileged": True}}
         pod, sandbox = self.pod(linux=privileged)
         container = self.container(pod, sandbox, linux=privileged)
-        self.assertIn("loop-control", self.node.crictl("exec", "-s", container, "ls", "/dev"))
+        self.assertIn("loop-control", self.node.exec(container, "ls", "/dev"))
         if os.path.exists("/dev/net/tun"):
-            self.node.crictl("exec", "-s", container, "test", "-c", "/dev/net/tun")
-        self.assertIn(container, self.node.crictl("exec", "-s", container, "cat", "/proc/self/cgroup"))
+            self.node.exec(container, "test", "-c", "/dev/net/tun")
+        self.assertIn(container, self.node.exec(container, "cat", "/proc/self/cgroup"))
         plain = self.container(pod, sandbox, "plain")
-        self.assertNotIn("loop-control", self.node.crictl("exec", "-s", plain, "ls", "/dev"))
+        self.assertNotIn("loop-control", self.node.exec(plain, "ls", "/dev"))
 
     def test_users_of_a_user_namespace_are_others_on_the_host(self):
         users = {"mode": 0, "uids": [{"host_id": 200000, "container_id": 0, "length": 65536}]}
@@ -214,7 +212,7 @@ class TheHostsOwn(HostTest):
         sysctls = {"kernel.shmmax": "123456", "fs.mqueue.msg_max": "100", "net.ipv4.ip_unprivileged_port_start": "70"}
         pod, sandbox = self.pod(linux={"sysctls": sysctls, **security})
         container = self.container(pod, sandbox, command=["sh", "-c", "exec sleep 876543"], linux=security)
-        run = lambda *words: self.node.crictl("exec", "-s", container, *words)  # noqa: E731
+        run = lambda *words: self.node.exec(container, *words)  # noqa: E731
         self.assertEqual(run("cat", "/proc/self/uid_map").split(), ["0", "200000", "65536"])
         files = ["/proc/sys/" + name.replace(".", "/") for name in sysctls]
         self.assertEqual(run("cat", *files).split(), list(sysctls.values()))
@@ -238,8 +236,8 @@ class Volumes(MappedVolumes, HostTest):
 
     def tearDown(self):
         if os.path.ismount(self.place):
-            for pod in self.node.crictl("pods", "-q").split():
-                self.node.crictl("rmp", "-f", pod)
+            for pod in self.node.cri.pods():
+                self.node.cri.remove_pod(pod)
             subprocess.run(["umount", "-R", self.place], check=True)
         super().tearDown()
 
@@ -288,14 +286,14 @@ class Volumes(MappedVolumes, HostTest):
             for propagation, path in enumerate(("/private", "/follows", "/both"))
         ]
         container = self.container(pod, sandbox, mounts=mounts, linux=USER_NAMESPACE)
-        self.node.crictl("exec", "-s", container, "cat", "/private/early/file", "/follows/early/file", "/both/early/file")
+        self.node.exec(container, "cat", "/private/early/file", "/follows/early/file", "/both/early/file")
         subprocess.run(["mount", "-t", "tmpfs", "late", folder / "late"], check=True)
         (folder / "late/file").write_text("late")
-        seen = self.node.crictl("exec", "-s", container, "sh", "-c", "ls /private/late; cat /follows/late/file")
+        seen = self.node.exec(container, "sh", "-c", "ls /private/late; cat /follows/late/file")
         self.assertEqual(seen, "late")
         self.kill_daemon()
         self.node.start_daemon()
-        self.node.crictl("rm", "-f", container)
+        self.node.cri.remove(container)
         self.assertEqual(self.mounts_of_the_pod(), [])
         for name in ("early", "late"):
             self.assertTrue(os.path.ismount(folder / name), name)
@@ -312,17 +310,17 @@ class Volumes(MappedVolumes, HostTest):
         ]
         pod, sandbox = self.pod()
         container = self.container(pod, sandbox, mounts=mounts)
-        run = lambda *words: self.node.crictl("exec", "-s", container, *words)  # noqa: E731
+        run = lambda *words: self.node.exec(container, *words)  # noqa: E731
         run("cmp", "/all/etc/nginx/nginx.conf", "/part/nginx.conf")
-        self.assertIn("ead-only", self.fails("exec", "-s", container, "touch", "/part/new"))
-        self.assertIn("denied", self.fails("exec", "-s", container, "/all/bin/sh", "-c", "true"))
+        self.assertIn("ead-only", self.exec_fails(container, "touch", "/part/new"))
+        self.assertIn("denied", self.exec_fails(container, "/all/bin/sh", "-c", "true"))
         run("touch", "/all/tmp/in-a-volume")
         self.assertEqual(os.listdir(folder), ["in-a-volume"])
         # In use, whatever the daemon remembers.
         self.kill_daemon()
         self.node.start_daemon()
         run("cmp", "/all/etc/nginx/nginx.conf", "/part/nginx.conf")
-        self.node.crictl("rm", "-f", container)
+        self.node.cri.remove(container)
         self.assertEqual(self.mounts_of_the_pod(), [])
         for mount, words in (
             ({"image_sub_path": "no/such", **image}, "find in the image"),
@@ -339,7 +337,7 @@ class Volumes(MappedVolumes, HostTest):
         image = {"image": {"image": self.node.image("nginx")}, "readonly": True, "container_path": "/image", **MAPPED}
         pod, sandbox = self.pod(linux=USER_NAMESPACE)
         container = self.container(pod, sandbox, mounts=[image], linux=USER_NAMESPACE)
-        self.assertEqual(self.node.crictl("exec", "-s", container, "stat", "-c", "%u:%g", "/image/etc/nginx"), "0:0")
+        self.assertEqual(self.node.exec(container, "stat", "-c", "%u:%g", "/image/etc/nginx"), "0:0")
 
 
 class Death(HostTest):
@@ -351,7 +349,7 @@ class Death(HostTest):
         self.node.start_daemon()
         self.assertEqual(self.node.crictl("pods", "-q", "--state", "ready"), pod)
         self.assertEqual(self.status(container)["state"], "CONTAINER_RUNNING")
-        self.assertEqual(self.node.crictl("exec", "-s", container, "echo", "here"), "here")
+        self.assertEqual(self.node.exec(container, "echo", "here"), "here")
         lines = len(self.node.crictl("logs", container).splitlines())
         wait_until(lambda: len(self.node.crictl("logs", container).splitlines()) > lines, 30, "wait for more output")
         self.node.crictl("stop", "--timeout", "60", container)
@@ -385,9 +383,9 @@ class Death(HostTest):
             self.kill_daemon()
             runp.wait()
         self.node.start_daemon()
-        for pod in self.node.crictl("pods", "-q").split():
+        for pod in self.node.cri.pods():
             # It was ready just before the kill.
-            self.node.crictl("rmp", "-f", pod)
+            self.node.cri.remove_pod(pod)
         wait_until(lambda: not self.supervisors(), 30, "wait for the supervisor to go")
 
 
@@ -418,12 +416,12 @@ class Refused(HostTest):
                 said = self.fails("start", done.stdout.strip())
                 self.node.crictl("rm", done.stdout.strip())
             self.assertIn(word, said)
-            self.assertEqual(self.node.crictl("ps", "-aq"), "")
+            self.assertEqual(self.node.cri.containers(), [])
 
     def test_a_namespaced_sysctl_is_set_for_the_pod_alone(self):
         pod, sandbox = self.pod(linux={"sysctls": {"net.ipv4.ip_unprivileged_port_start": "81", "kernel.shmmax": "123456"}})
         container = self.container(pod, sandbox)
-        read = lambda name: self.node.crictl("exec", "-s", container, "cat", f"/proc/sys/{name}")
+        read = lambda name: self.node.exec(container, "cat", f"/proc/sys/{name}")
         self.assertEqual((read("net/ipv4/ip_unprivileged_port_start"), read("kernel/shmmax")), ("81", "123456"))
         self.assertEqual(read("net/ipv4/ping_group_range").split(), ["0", "2147483647"])
         with open("/proc/sys/kernel/shmmax") as value:

@@ -59,10 +59,10 @@ class Life(PodTest):
         security = {"security_context": {"privileged": True}}
         pod, sandbox = self.pod(linux=security)
         container = self.container(pod, sandbox, linux=security)
-        right = lambda: abs(int(self.node.crictl("exec", "-s", container, "date", "+%s")) - time.time()) < 5
+        right = lambda: abs(int(self.node.exec(container, "date", "+%s")) - time.time()) < 5
         self.assertTrue(right())
         # For the machine this is as if the host's clock had been set.
-        self.node.crictl("exec", "-s", container, "date", "-s", "@1000000000")
+        self.node.exec(container, "date", "-s", "@1000000000")
         self.assertFalse(right())
         wait_until(right, 120, "wait for the right time")
 
@@ -72,7 +72,7 @@ class Life(PodTest):
         self.container(pod, sandbox, "one", start=False)
         config = self.node.container_file("one", "busybox", command=["sleep", "1"])
         self.assertIn("AlreadyExists", self.fails("create", pod, config, sandbox))
-        self.node.crictl("rmp", "-f", pod)
+        self.node.cri.remove_pod(pod)
         self.pod("twin")
 
     def test_lists_filter_by_id_state_and_label(self):
@@ -102,11 +102,10 @@ class Life(PodTest):
         pod, sandbox = self.pod("shared", hostname="the-pod")
         one = self.container(pod, sandbox, "one", command=["sh", "-c", "echo mine > /here; nc -l -p 700 -e echo hello"])
         two = self.container(pod, sandbox, "two")
-        crictl = self.node.crictl
-        self.assertEqual(crictl("exec", "-s", two, "hostname"), "the-pod")
-        self.fails("exec", "-s", two, "cat", "/here")
-        self.assertEqual(crictl("exec", "-s", one, "cat", "/here"), "mine")
-        said = crictl("exec", "-s", two, "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do nc 127.0.0.1 700 && break; sleep 0.3; done")
+        self.assertEqual(self.node.exec(two, "hostname"), "the-pod")
+        self.exec_fails(two, "cat", "/here")
+        self.assertEqual(self.node.exec(one, "cat", "/here"), "mine")
+        said = self.node.exec(two, "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do nc 127.0.0.1 700 && break; sleep 0.3; done")
         self.assertEqual(said, "hello")
 
     def test_a_memory_limit_ends_in_an_oom_kill_that_is_called_so(self):
@@ -163,7 +162,7 @@ class Daemon(PodTest):
         self.node.start_daemon()
         self.assertEqual(self.node.crictl("pods", "-q", "--state", "ready"), pod)
         self.assertEqual(self.status(container)["state"], "CONTAINER_RUNNING")
-        self.assertEqual(self.node.crictl("exec", "-s", container, "echo", "here"), "here")
+        self.assertEqual(self.node.exec(container, "echo", "here"), "here")
         lines = len(self.node.crictl("logs", container).splitlines())
         wait_until(lambda: len(self.node.crictl("logs", container).splitlines()) > lines, 30, "wait for more output")
         self.node.crictl("stop", "--timeout", "60", container)
@@ -313,5 +312,5 @@ class Daemon(PodTest):
             self.kill_daemon()
             runp.wait()
         self.node.start_daemon()
-        self.assertEqual(self.node.crictl("pods", "-q"), "")
+        self.assertEqual(self.node.cri.pods(), [])
         self.assert_nothing_left()

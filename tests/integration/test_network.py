@@ -46,7 +46,7 @@ class Network(PodTest):
         return [network["ip"], *(address["ip"] for address in network.get("additionalIps", []))]
 
     def says(self, container, *command):
-        return self.node.crictl("exec", "-s", container, *command)
+        return self.node.exec(container, *command)
 
     def hears(self, address):
         """What a server of the pod says to the host."""
@@ -77,8 +77,8 @@ class Network(PodTest):
             said = self.says(container, "sh", "-c", f"sleep 2 | nc {gateway} {server.getsockname()[1]}")
         self.assertEqual(said, "from the host")
         self.assertIn(f"via {gateway}", self.says(container, "ip", "-6", "route"))
-        self.node.crictl("rmp", "-f", pod)
-        self.node.crictl("rmp", "-f", before)
+        self.node.cri.remove_pod(pod)
+        self.node.cri.remove_pod(before)
         self.assertEqual(leases(self.node), [])
 
     def test_a_second_interface_is_the_pods_too(self):

@@ -15,7 +15,7 @@ class Security(PodTest):
         return self.container(pod, sandbox, name, linux={"security_context": security}, **settings)
 
     def does(self, container, *command):
-        return self.node.crictl("exec", "-s", container, *command)
+        return self.node.exec(container, *command)
 
     def refused(self, pod, sandbox, **settings):
         config = self.node.container_file("refused", "busybox", **{"command": ["true"], **settings})
@@ -51,11 +51,11 @@ class Security(PodTest):
         ambient = self.secured(pod, sandbox, "ambient", capabilities=chown, run_as_user={"value": 1000})
         self.assertEqual((bits(ambient, "CapAmb"), bits(ambient, "CapEff")), (1, 1))
         plain = self.secured(pod, sandbox, "plain")
-        self.fails("exec", "-s", plain, "mount", "-t", "tmpfs", "none", "/mnt")
-        self.fails("exec", "-s", plain, "test", "-e", "/dev/loop-control")
+        self.exec_fails(plain, "mount", "-t", "tmpfs", "none", "/mnt")
+        self.exec_fails(plain, "test", "-e", "/dev/loop-control")
         self.assertEqual(self.does(plain, "cat", "/proc/self/cgroup"), "0::/")
         self.assertIn("privileged", self.refused(pod, sandbox, linux={"security_context": {"privileged": True}}))
-        self.node.crictl("rmp", "-f", pod)
+        self.node.cri.remove_pod(pod)
         pod, sandbox = self.pod(linux={"security_context": {"privileged": True}})
         seccomp = {"profile_type": LOCALHOST, "localhost_ref": self.profile()}
         free = self.secured(pod, sandbox, "free", privileged=True, seccomp=seccomp)
@@ -77,12 +77,12 @@ class Security(PodTest):
             container = self.secured(pod, sandbox, name, seccomp={"profile_type": kind})
             self.assertEqual(self.does(container, *mode).split()[1], expected)
             if name == "default":
-                self.assertIn("not permitted", self.fails("exec", "-s", container, "unshare", "-U", "true"))
+                self.assertIn("not permitted", self.exec_fails(container, "unshare", "-U", "true"))
                 self.does(container, "linux32", "true")
             else:
                 self.does(container, "unshare", "-U", "true")
         own = self.secured(pod, sandbox, "own", seccomp={"profile_type": LOCALHOST, "localhost_ref": self.profile()})
-        self.assertIn("Operation not permitted", self.fails("exec", "-s", own, "chmod", "400", "/"))
+        self.assertIn("Operation not permitted", self.exec_fails(own, "chmod", "400", "/"))
         for path in ("relative.json", "/no/such/profile.json", "/etc/passwd"):
             profile = {"profile_type": LOCALHOST, "localhost_ref": path}
             self.assertIn(path, self.refused(pod, sandbox, linux={"security_context": {"seccomp": profile}}))
@@ -91,10 +91,10 @@ class Security(PodTest):
         pod, sandbox = self.pod()
         container = self.secured(pod, sandbox, "paths", masked_paths=["/etc/passwd"], readonly_paths=["/tmp"])
         self.assertEqual(self.does(container, "cat", "/etc/passwd"), "")
-        self.assertIn("Read-only", self.fails("exec", "-s", container, "touch", "/tmp/x"))
+        self.assertIn("Read-only", self.exec_fails(container, "touch", "/tmp/x"))
         self.does(container, "touch", "/x")
         sealed = self.secured(pod, sandbox, "sealed", readonly_rootfs=True)
-        self.assertIn("Read-only", self.fails("exec", "-s", sealed, "touch", "/x"))
+        self.assertIn("Read-only", self.exec_fails(sealed, "touch", "/x"))
         # Nothing is masked that nobody names.
         self.assertNotIn(" /proc/", self.does(sealed, "cat", "/proc/mounts"))
 
@@ -130,7 +130,7 @@ class Security(PodTest):
         two = self.secured(pod, sandbox, "two")
         self.assertEqual(self.does(two, "cat", "/dev/shm/word"), "hello")
         alone = self.secured(pod, sandbox, "alone", namespace_options={"ipc": CONTAINER})
-        self.fails("exec", "-s", alone, "cat", "/dev/shm/word")
+        self.exec_fails(alone, "cat", "/dev/shm/word")
         self.assertNotEqual(self.does(alone, "readlink", "/proc/self/ns/ipc"), self.does(one, "readlink", "/proc/self/ns/ipc"))
 
     def test_users_of_a_user_namespace_are_others_in_the_machine(self):
@@ -151,7 +151,7 @@ class Security(PodTest):
         own = self.secured(pod, sandbox, "own", namespace_options={"userns_options": users, "pid": CONTAINER, "ipc": CONTAINER})
         self.assertIn("sleep", self.does(own, "cat", "/proc/1/cmdline"))
         for name in (container, own):
-            self.node.crictl("rm", "-f", name)
+            self.node.cri.remove(name)
         other = {"mode": NODE}
         said = self.refused(pod, sandbox, linux={"security_context": {"namespace_options": {"userns_options": other}}})
         self.assertIn("userns_options", said)
@@ -193,7 +193,7 @@ class Security(PodTest):
         self.assertEqual(self.does(container, "sh", "-c", "cat /proc/$(pidof sleep)/oom_score_adj"), "500")
         group = pathlib.Path(self.node.crictl_json("inspectp", pod)["info"]["cgroup"])
         self.assertEqual((group / "cpuset.cpus").read_text().strip(), "0")
-        self.node.crictl("rm", "-f", container)
+        self.node.cri.remove(container)
         all_cpus = (group.parent / "cpuset.cpus.effective").read_text()
         self.assertEqual((group / "cpuset.cpus.effective").read_text(), all_cpus)
         for resources, word in (

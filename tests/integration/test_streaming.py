@@ -43,7 +43,7 @@ class StreamingTest(PodTest):
                 stream.close()
 
     def says(self, container, *command):
-        return self.node.crictl("exec", "-s", container, *command)
+        return self.node.exec(container, *command)
 
     def read_until(self, stream, text, seconds=60):
         """What a process has printed, up to `text`."""
@@ -305,7 +305,7 @@ class PortForward(StreamingTest):
             with self.subTest(transport):
                 _, port = self.forward(pod, 8001, transport)
                 for size in (10, 3_000_000):
-                    wait_until(lambda: "8001" in self.node.crictl("exec", "-s", self.node.crictl("ps", "-q", "--pod", pod), "netstat", "-ln"),
+                    wait_until(lambda: "8001" in self.node.exec(self.node.crictl("ps", "-q", "--pod", pod), "netstat", "-ln"),
                                60, "wait for the server")
                     with socket.create_connection(("127.0.0.1", port), timeout=120) as client:
                         client.sendall(b"x" * size)

@@ -23,7 +23,7 @@ class Templates(PodTest):
         seen = []
         for _ in range(2):
             pod, container = self.running()
-            run = lambda *words, of=container: self.node.crictl("exec", "-s", of, *words)  # noqa: E731
+            run = lambda *words, of=container: self.node.exec(of, *words)  # noqa: E731
             before = time.time()
             now = int(run("date", "+%s"))
             self.assertTrue(before - 3 <= now <= time.time() + 3, f"{now} at {before}")
@@ -43,7 +43,7 @@ class Templates(PodTest):
         pod, sandbox = self.pod(linux=linux)
         self.assertTrue(self.pods_said()[-1])
         # The limit is on top of the handler's own 256 MiB.
-        memory = self.node.crictl("exec", "-s", self.container(pod, sandbox), "grep", "MemTotal", "/proc/meminfo")
+        memory = self.node.exec(self.container(pod, sandbox), "grep", "MemTotal", "/proc/meminfo")
         self.assertGreater(int(memory.split()[1]), 260 << 10)
 
     def test_a_damaged_template_costs_no_pod(self):
@@ -62,8 +62,8 @@ class Templates(PodTest):
 
     def test_a_daemon_that_dies_while_it_makes_one_leaves_nothing(self):
         self.pod()
-        for pod in self.node.crictl("pods", "-q").split():
-            self.node.crictl("rmp", "-f", pod)
+        for pod in self.node.cri.pods():
+            self.node.cri.remove_pod(pod)
         self.kill_daemon()
         for state in self.states():
             state.unlink()

@@ -55,7 +55,7 @@ class Volumes(MappedVolumes, PodTest):
         self.mounts_before = leftovers.mounts()
 
     def sh(self, container, script):
-        return self.node.crictl("exec", "-s", container, "sh", "-c", script)
+        return self.node.exec(container, "sh", "-c", script)
 
     def with_volume(self, *mounts, **settings):
         pod, sandbox = self.pod()
@@ -99,7 +99,7 @@ class Volumes(MappedVolumes, PodTest):
             self.assertEqual((found.st_uid, found.st_gid), (1000, 2000), name)
         (self.folder / "secret").write_text("root's own")
         (self.folder / "secret").chmod(0o600)
-        self.assertIn("Permission denied", self.fails("exec", "-s", container, "cat", "/data/secret"))
+        self.assertIn("Permission denied", self.exec_fails(container, "cat", "/data/secret"))
 
     def test_a_large_file_arrives_whole_both_ways(self):
         data = os.urandom(1 << 20) * 24
@@ -119,7 +119,7 @@ class Volumes(MappedVolumes, PodTest):
         host = os.statvfs(disk)
         sizes = self.sh(container, "stat -f -c %b:%s /memory /disk; stat -c %a /memory /disk").split()
         self.assertEqual(sizes, ["256:4096", f"{host.f_blocks}:{host.f_bsize}", "777", "777"])
-        said = self.fails("exec", "-s", container, "dd", "if=/dev/zero", "of=/memory/large", "bs=64k", "count=20")
+        said = self.exec_fails(container, "dd", "if=/dev/zero", "of=/memory/large", "bs=64k", "count=20")
         self.assertIn("No space left", said)
         self.assertEqual((memory / "large").stat().st_size, 1 << 20)
         self.sh(container, "rm /memory/large && echo fits >/memory/small && echo fits >/disk/small")
@@ -142,8 +142,8 @@ class Volumes(MappedVolumes, PodTest):
         container = self.container(pod, sandbox, mounts=mounts, linux=USER_NAMESPACE)
         self.assertFalse((self.node.root / "run/volumes").exists(), "both are copied")
         self.assertEqual(self.sh(container, "cat /data/key; stat -L -c %u:%g /data/key /plain/key").split(), ["one", "0:0", "65534:65534"])
-        self.assertIn("Permission denied", self.fails("exec", "-s", container, "cat", "/plain/key"))
-        self.assertIn("Read-only", self.fails("exec", "-s", container, "touch", "/data/new"))
+        self.assertIn("Permission denied", self.exec_fails(container, "cat", "/plain/key"))
+        self.assertIn("Read-only", self.exec_fails(container, "touch", "/data/new"))
         self.write_configmap("two", ["key"], 0o600)
         wait_until(lambda: self.sh(container, "cat /data/key") == "two", 30, "see the second version")
 
@@ -171,7 +171,7 @@ class Volumes(MappedVolumes, PodTest):
         self.assertEqual(sorted(os.listdir(self.folder / "sub")), ["file", "part"])
         self.sh(container, "echo of the part >/part/file && grep -q added /single")
         self.assertEqual((self.folder / "sub/part/file").read_text(), "of the part\n")
-        self.assertIn("Read-only", self.fails("exec", "-s", container, "sh", "-c", "echo x >/single"))
+        self.assertIn("Read-only", self.exec_fails(container, "sh", "-c", "echo x >/single"))
 
     def test_what_is_read_only_is_so_on_the_host(self):
         (self.folder / "file").write_text("safe")
@@ -185,7 +185,7 @@ class Volumes(MappedVolumes, PodTest):
             self.mount("/writable", selinux_relabel=True),
         )
         for path in ("/plain/file", "/plain/new", "/recursive/file", "/recursive/below/new"):
-            self.assertIn("Read-only", self.fails("exec", "-s", container, "sh", "-c", f"echo x >{path}"), path)
+            self.assertIn("Read-only", self.exec_fails(container, "sh", "-c", f"echo x >{path}"), path)
         # Mounts below are not meant, unless it is said.
         self.sh(container, "echo x >/plain/below/new && echo y >/writable/file")
         self.assertEqual((self.folder / "below/new").read_text(), "x\n")
@@ -224,12 +224,12 @@ class Volumes(MappedVolumes, PodTest):
             {"container_path": "/all/tmp", "host_path": str(self.folder)},
         ])
         self.sh(container, "test -f /all/etc/nginx/nginx.conf && cmp /all/etc/nginx/nginx.conf /part/nginx.conf")
-        self.assertIn("Read-only", self.fails("exec", "-s", container, "touch", "/part/new"))
-        self.assertIn("denied", self.fails("exec", "-s", container, "/all/bin/sh", "-c", "true"))
+        self.assertIn("Read-only", self.exec_fails(container, "touch", "/part/new"))
+        self.assertIn("denied", self.exec_fails(container, "/all/bin/sh", "-c", "true"))
         self.sh(container, "touch /all/tmp/in-a-volume")
         # The disk is shared with a container of that image, and outlives neither.
         other = self.container(pod, sandbox, name="other", image="nginx")
-        self.node.crictl("rm", "-f", container)
+        self.node.cri.remove(container)
         self.sh(other, "test -f /etc/nginx/nginx.conf")
 
         for mount, words in (
@@ -280,7 +280,7 @@ class Volumes(MappedVolumes, PodTest):
         container = self.container(pod, sandbox, CDI_devices=[{"name": "husk.test/node=mine"}])
         self.assertEqual(self.sh(container, "stat -c %t:%T:%a:%g /dev/mine && exec 3<>/dev/mine"), "a:e5:640:44")
         self.assertEqual(self.sh(container, "echo $VENDOR; sh /vendor/program"), "yes\nof the vendor")
-        self.assertIn("ermission denied", self.fails("exec", "-s", container, "/vendor/program"))
+        self.assertIn("ermission denied", self.exec_fails(container, "/vendor/program"))
         for name, word in [("kvm", "/dev/kvm"), ("other", "no CDI file has it")]:
             config = self.node.container_file("bad", "busybox", CDI_devices=[{"name": f"husk.test/node={name}"}])
             self.assertIn(word, self.fails("create", pod, config, sandbox))
@@ -296,7 +296,7 @@ class Volumes(MappedVolumes, PodTest):
         pod, sandbox, container = self.with_volume(self.mount(readonly=True), self.tools())
         self.assertEqual(os.listdir(self.node.root / "run/volumes" / pod[:13]), ["v1"], "this one is copied")
         self.assertEqual(self.sh(container, "cat /data/key; readlink /data/..data"), "one\n..one")
-        self.assertIn("Read-only", self.fails("exec", "-s", container, "sh", "-c", "echo x >/data/new"))
+        self.assertIn("Read-only", self.exec_fails(container, "sh", "-c", "echo x >/data/new"))
         self.sh(container, "(/tools/volume-tool watch /data >/tmp/events 2>&1 &)")
         wait_until(lambda: "watching" in self.sh(container, "cat /tmp/events"), 20, "watch the volume")
         write("two", ["key", "second"])
@@ -321,8 +321,8 @@ class Volumes(MappedVolumes, PodTest):
         wait_until(lambda: (self.folder / "heard").read_text() == "through\n", 20, "hear of the pipe")
         self.sh(two, "/tools/volume-tool try /other/lock")
         self.sh(one, "(/tools/volume-tool hold /data/lock >/dev/null 2>&1 &) ; sleep 1")
-        self.fails("exec", "-s", two, "/tools/volume-tool", "try", "/other/lock")
-        self.node.crictl("rm", "-f", one)
+        self.exec_fails(two, "/tools/volume-tool", "try", "/other/lock")
+        self.node.cri.remove(one)
         self.assertEqual(self.sh(two, "cat /other/file"), "hello")
 
     def test_a_volume_is_let_go_with_its_last_container(self):
@@ -340,7 +340,7 @@ class Volumes(MappedVolumes, PodTest):
         for _ in range(2):
             container = self.container(pod, sandbox, mounts=[self.mount(host_path=place)])
             self.sh(container, "mkdir -p /data/a/b && echo x >/data/a/b/c && ls -lR /data")
-            self.node.crictl("rm", "-f", container)
+            self.node.cri.remove(container)
         subprocess.run(["umount", str(place)], check=True)
         self.mounts_before.discard(str(place))
         # The device is free only when nobody holds a file of it any more.
@@ -367,7 +367,7 @@ class Volumes(MappedVolumes, PodTest):
         pod, sandbox, container = self.with_volume()
         (server,) = named("husk-fs")
         os.kill(server, signal.SIGKILL)
-        said = self.fails("exec", "-s", container, "sh", "-c", "echo x >/data/file")
+        said = self.exec_fails(container, "sh", "-c", "echo x >/data/file")
         self.assertIn("Input/output error", said)
         self.assertEqual(self.sh(container, "echo alive"), "alive")
         config = self.node.container_file("late", "busybox", command=["true"], mounts=[self.mount()])

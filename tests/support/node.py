@@ -4,6 +4,7 @@ Run inside a KVM host (see kvm-host). Everything is below one directory of the n
 told afterwards whether anything was left.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -200,6 +201,20 @@ class Node:
         if done.returncode != 0:
             raise Failed(f"crictl {' '.join(map(str, arguments))}: {(done.stderr or done.stdout).strip()}")
         return done.stdout.rstrip("\n")
+
+    @functools.cached_property
+    def cri(self):
+        """Husk's CRI without crictl, in the Python that tests run in."""
+        from cri import Cri
+
+        return Cri(f"{self.root}/husk.sock")
+
+    def exec(self, container, *command):
+        """What a command in a container printed, without the last newline."""
+        status, printed = self.cri.exec(container, *command)
+        if status != 0:
+            raise Failed(f"{' '.join(map(str, command))}: exit code {status}: {printed}")
+        return printed
 
     def crictl_json(self, verb, *arguments):
         return json.loads(self.crictl(verb, "-o", "json", *arguments))

@@ -1,0 +1,123 @@
+"""Speaks CRI with a daemon: one connection for many calls, where crictl is a process for each.
+
+Python's classes for the messages are made from proto/cri/v1/api.proto when they are first wanted, and kept in the cache.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Tests start processes all the time, and none of those speaks gRPC.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import grpc  # noqa: E402
+from google.protobuf import json_format  # noqa: E402
+from node import Failed  # noqa: E402
+
+SUPPORT = Path(__file__).resolve().parent
+PROTO = SUPPORT.parent.parent / "proto/cri/v1/api.proto"
+CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache" / "husk")
+# Most time for a call: software emulation is slow.
+SECONDS = 240
+
+
+def generated():
+    """The directory with the generated modules."""
+    key = hashlib.sha256(PROTO.read_bytes() + (SUPPORT / "requirements/test.txt").read_bytes()).hexdigest()[:16]
+    place = CACHE / "python" / f"cri-{key}"
+    if not place.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE / "python") as work:
+            files = Path(work) / "files"
+            files.mkdir()
+            common = importlib.resources.files("grpc_tools") / "_proto"
+            command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO.parent}", f"-I{common}"]
+            subprocess.run([*command, f"--python_out={files}", f"--grpc_python_out={files}", PROTO.name], check=True)
+            files.rename(place)
+    return place
+
+
+sys.path.append(str(generated()))
+
+import api_pb2  # noqa: E402
+import api_pb2_grpc  # noqa: E402
+
+
+class Refused(Failed):
+    """A call that the daemon answered with an error, in the words that crictl has for it."""
+
+    def __init__(self, error):
+        # As Go writes it: NotFound, not NOT_FOUND.
+        code = "".join(word.capitalize() for word in error.code().name.split("_"))
+        super().__init__(f"code = {code} desc = {error.details()}")
+        self.code = code
+
+
+class Cri:
+    def __init__(self, socket):
+        # A daemon that is started again is found at once.
+        options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
+        self.channel = grpc.insecure_channel(f"unix:{socket}", options=[*options, ("grpc.enable_http_proxy", 0)])
+        self.stub = api_pb2_grpc.RuntimeServiceStub(self.channel)
+
+    def call(self, name, **fields):
+        """Calls the RPC of that name with the fields of its request."""
+        request = getattr(api_pb2, f"{name}Request")(**fields)
+        try:
+            return getattr(self.stub, name)(request, timeout=SECONDS, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise Refused(error) from None
+
+    # --- Pods ------------------------------------------------------------------------------------------
+
+    def run_pod(self, config, handler):
+        """Of the file with its configuration; answers its id."""
+        config = message(config, api_pb2.PodSandboxConfig())
+        return self.call("RunPodSandbox", config=config, runtime_handler=handler).pod_sandbox_id
+
+    def pods(self):
+        return [pod.id for pod in self.call("ListPodSandbox").items]
+
+    def remove_pod(self, pod):
+        self.call("StopPodSandbox", pod_sandbox_id=pod)
+        self.call("RemovePodSandbox", pod_sandbox_id=pod)
+
+    # --- Containers ------------------------------------------------------------------------------------
+
+    def create(self, pod, config, sandbox):
+        """Of the files with its configuration and its pod's; answers its id."""
+        config, sandbox = message(config, api_pb2.ContainerConfig()), message(sandbox, api_pb2.PodSandboxConfig())
+        return self.call("CreateContainer", pod_sandbox_id=pod, config=config, sandbox_config=sandbox).container_id
+
+    def start(self, container):
+        self.call("StartContainer", container_id=container)
+
+    def remove(self, container):
+        """Whether it runs or not."""
+        self.call("StopContainer", container_id=container, timeout=0)
+        self.call("RemoveContainer", container_id=container)
+
+    def containers(self):
+        return [container.id for container in self.call("ListContainers").containers]
+
+    def status(self, container):
+        """Its status as crictl prints it: JSON, with names in camel case."""
+        status = self.call("ContainerStatus", container_id=container).status
+        return json_format.MessageToDict(status, always_print_fields_with_no_presence=True)
+
+    def exec(self, container, *command):
+        """The exit code of a command and what it printed: standard output, then standard error."""
+        done = self.call("ExecSync", container_id=container, cmd=[str(word) for word in command], timeout=0)
+        return done.exit_code, (done.stdout + done.stderr).decode(errors="replace").rstrip("\n")
+
+
+def message(file, empty):
+    return json_format.ParseDict(json.loads(Path(file).read_text()), empty)
+
+
+if __name__ == "__main__":
+    print(generated())
