@@ -33,8 +33,7 @@ build: guest-image ## everything, as it is installed, in target/dist
 demo: ## a pod in a virtual machine, from nothing, driven by crictl
 	@tests/support/steps \
 		'tools and images' 'tests/support/deps demo' \
-		"the guest's kernel and runc" 'guest-image/build --parts target/guest' \
-		"Husk's own programs" '$(MAKE) --no-print-directory build' \
+		"Husk's own programs, the guest's kernel and runc" '$(MAKE) --no-print-directory build' \
 		'pods' '$(kvm_host) --timeout 2400 -- tests/demo'
 
 .PHONY: deps-test
