@@ -62,13 +62,16 @@ pub struct Sandbox {
 /// The name of the file with the record.
 pub(crate) const RECORD: &str = "sandbox.json";
 
+/// The name of the folder with those of its containers.
+pub(crate) const CONTAINERS: &str = "containers";
+
 impl Sandbox {
     /// A sandbox about to be made, with its record on disk in `directory`.
     ///
     /// # Errors
     /// The disk's.
     pub fn create(directory: PathBuf, record: SandboxRecord, events: Events) -> std::io::Result<Self> {
-        std::fs::create_dir_all(directory.join("containers"))?;
+        std::fs::create_dir_all(directory.join(CONTAINERS))?;
         let sandbox = Self::with(directory, record, Unknown::default(), events);
         // Nobody was promised anything yet.
         sandbox.write(&sandbox.record(), Durability::Whole)?;

@@ -71,9 +71,25 @@ impl Unread {
         }
     }
 
+    /// All containers of `sandbox`, when not even their records can be found.
+    #[must_use]
+    pub fn containers(sandbox: &SandboxId, folder: &Path, why: &std::io::Error) -> Self {
+        Self {
+            what: "container",
+            id: format!("of {sandbox}"),
+            sandbox: Some(sandbox.clone()),
+            path: folder.into(),
+            why: why.to_string(),
+            name: None,
+            disks: None,
+        }
+    }
+
     /// Logs it, and keeps a copy of the record beside it.
     pub fn tell(&self) {
-        if let Err(error) = record::keep_bad(&self.path) {
+        if self.path.is_file()
+            && let Err(error) = record::keep_bad(&self.path)
+        {
             tracing::warn!(path = %self.path.display(), %error, "copy a record that does not read");
         }
         tracing::error!(

@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{lifecycle, orphans, remove_container, start_container, supervise, synced_volumes};
 use crate::model::log::LogFile;
-use crate::model::sandbox::RECORD;
+use crate::model::sandbox::{CONTAINERS, RECORD};
 use crate::model::unread::Unread;
 use crate::model::{Container, Phase, Sandbox, State, names};
 use crate::{Error, Node};
@@ -156,7 +156,9 @@ fn register(node: &Node, sandbox: &Arc<Sandbox>) {
     }
     node.registry.add_sandbox(sandbox.clone());
     if let Err(error) = load_containers(node, sandbox) {
-        tracing::warn!(sandbox = %sandbox.id, %error, "recover sandbox");
+        let unread = Unread::containers(&sandbox.id, &sandbox.directory().join(CONTAINERS), &error);
+        unread.tell();
+        node.registry.add_unread(unread);
     }
 }
 
@@ -288,21 +290,23 @@ async fn resume(
     }
 }
 
-fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
-    let folder = sandbox.directory().join("containers");
-    let entries = match std::fs::read_dir(&folder) {
-        Ok(entries) => entries,
-        Err(cause) => return Err(Error::File { stage: "read container records", path: folder, cause }),
-    };
-    for path in entries.flatten().map(|entry| entry.path()).filter(|path| is_record(path)) {
+fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(sandbox.directory().join(CONTAINERS))? {
+        let path = entry?.path();
+        if !is_record(&path) {
+            continue;
+        }
         match Container::load(path.clone()) {
             Ok(container) => {
                 let container = Arc::new(container);
                 let record = container.record().clone();
-                if !record.log_path.as_os_str().is_empty()
-                    && let Ok(log) = LogFile::open(&record.log_path)
-                {
-                    container.set_log(Some(Arc::new(log)));
+                if !record.log_path.as_os_str().is_empty() {
+                    match LogFile::open(&record.log_path) {
+                        Ok(log) => container.set_log(Some(Arc::new(log))),
+                        Err(error) => {
+                            tracing::warn!(container = %container.id, %error, "open log; output is lost from here on");
+                        }
+                    }
                 }
                 let name = names::container(&record.config, &sandbox.record().config);
                 if let Ok(held) = node.registry.reserve(name, container.id.as_str()) {

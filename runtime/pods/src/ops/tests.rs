@@ -17,7 +17,7 @@ use super::lifecycle;
 use super::recover::{recover, recover_within};
 use super::remove_container::tear_down;
 use crate::Node;
-use crate::model::sandbox::RECORD;
+use crate::model::sandbox::{CONTAINERS, RECORD};
 use crate::model::{ContainerRecord, Events, Phase, SandboxRecord, State, names};
 use crate::test_util::{container, node, running, sandbox};
 

@@ -94,6 +94,19 @@ async fn a_container_whose_record_does_not_read_is_not_made_again() {
 }
 
 #[tokio::test]
+async fn a_pod_whose_containers_cannot_be_listed_is_one_that_has_unknown_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(folder.path());
+    let pod = sandbox(&node, Kind::Vm, Phase::NotReady);
+    let containers = pod.directory().join(CONTAINERS);
+    std::fs::remove_dir(&containers).unwrap();
+    std::fs::write(&containers, "").unwrap();
+    recover(&node).await.unwrap();
+    let [unread] = &node.registry.unread_of(&pod.id)[..] else { panic!("nothing is known of them") };
+    assert_eq!((&unread.name, &unread.disks), (&None, &None));
+}
+
+#[tokio::test]
 async fn what_a_later_release_has_added_to_a_record_survives_this_one() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
