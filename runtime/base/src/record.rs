@@ -8,8 +8,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::json;
@@ -180,6 +180,7 @@ fn put_back(known: &mut Value, unknown: &Value) {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use serde::Deserialize;
     use serde_json::json;
 
     use super::*;
