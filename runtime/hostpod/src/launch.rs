@@ -13,7 +13,9 @@ use husk_base::dirs;
 use husk_config::Handler;
 use husk_spawn::Detached;
 
-use super::{Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path};
+use super::{
+    Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path, supervisor_group,
+};
 
 /// What a host pod is made of.
 #[derive(Debug)]
@@ -55,7 +57,7 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> 
     std::os::unix::fs::symlink(&plan.cgroup, &link).map_err(file("make link", &link))?;
     make_mount(run_dir).map_err(file("make a mount of", run_dir))?;
     cgroup::make(&plan.cgroup).map_err(file("make control group", &plan.cgroup))?;
-    let own_group = plan.cgroup.join("supervisor");
+    let own_group = supervisor_group(&plan.cgroup);
     std::fs::create_dir_all(&own_group).map_err(file("make control group", &own_group))?;
     let socket_path = socket_path(run_dir);
     let socket = UnixListener::bind(&socket_path).map_err(file("make socket", &socket_path))?;

@@ -87,7 +87,7 @@ impl Supervisor {
         let socket = socket_path(&self.run_dir);
         loop {
             match UnixStream::connect(&socket).await {
-                Err(error) if is_gone(&error) => break,
+                Err(error) if is_gone(&error, &self.cgroup) => break,
                 // Its backlog may be full: that is no end.
                 Err(_) => {}
                 Ok(probe) => {
@@ -107,14 +107,26 @@ impl Supervisor {
     }
 }
 
-/// Nobody listens there any more.
-fn is_gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
+/// Whether an error at a supervisor's socket says that it has gone. One whose socket
+/// somebody has removed lives for as long as there is a process in its group.
+fn is_gone(error: &io::Error, cgroup: &Path) -> bool {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => true,
+        io::ErrorKind::NotFound => !cgroup::is_populated(&supervisor_group(cgroup)),
+        _ => false,
+    }
 }
 
-/// Whether a supervisor listens in `run_dir`. One that is slow to answer does.
+/// The control group of the supervisor alone.
+fn supervisor_group(cgroup: &Path) -> PathBuf {
+    cgroup.join("supervisor")
+}
+
+/// Whether there is a supervisor that `run_dir` belongs to. One that is slow to
+/// answer lives.
 pub async fn lives(run_dir: &Path) -> bool {
-    !UnixStream::connect(socket_path(run_dir)).await.is_err_and(|error| is_gone(&error))
+    let cgroup = std::fs::read_link(cgroup_link(run_dir)).unwrap_or_default();
+    !UnixStream::connect(socket_path(run_dir)).await.is_err_and(|error| is_gone(&error, &cgroup))
 }
 
 fn socket_path(run_dir: &Path) -> PathBuf {
@@ -213,6 +225,24 @@ mod tests {
         assert!(!owns(&run_dir));
         destroy(&run_dir, None).await.unwrap();
         destroy(&run_dir, Some(&folder.path().join("no-group"))).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_whose_socket_was_removed_lives_while_it_has_a_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run_dir, cgroup) = (folder.path().join("run"), folder.path().join("group"));
+        let group = supervisor_group(&cgroup);
+        std::fs::create_dir_all(&group).unwrap();
+        std::fs::create_dir(&run_dir).unwrap();
+        std::os::unix::fs::symlink(&cgroup, cgroup_link(&run_dir)).unwrap();
+        let supervisor = Supervisor { run_dir: run_dir.clone(), cgroup };
+        std::fs::write(group.join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+        assert!(lives(&run_dir).await);
+        let soon = Duration::from_secs(2);
+        assert!(tokio::time::timeout(soon, supervisor.wait()).await.is_err());
+        std::fs::write(group.join("cgroup.events"), "populated 0\nfrozen 0\n").unwrap();
+        assert!(!lives(&run_dir).await);
+        tokio::time::timeout(soon * 5, supervisor.wait()).await.unwrap();
     }
 
     #[test]
