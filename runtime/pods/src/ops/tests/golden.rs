@@ -14,7 +14,11 @@ use super::*;
 fn values(record: &Value, path: &str, all: &mut Vec<(String, Value)>) {
     match record {
         Value::Object(fields) if !fields.is_empty() => {
-            fields.iter().for_each(|(name, value)| values(value, &format!("{path}/{name}"), all));
+            for (name, value) in fields {
+                // As RFC 6901 has it.
+                let name = name.replace('~', "~0").replace('/', "~1");
+                values(value, &format!("{path}/{name}"), all);
+            }
         }
         Value::Array(list) if !list.is_empty() => {
             list.iter().enumerate().for_each(|(place, value)| values(value, &format!("{path}/{place}"), all));
