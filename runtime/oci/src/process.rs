@@ -1,6 +1,7 @@
 //! What runs in a container, as whom, and with which powers.
 
-use std::collections::HashSet;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 
 use husk_proto::{agent, cri};
 use oci_spec::runtime::{
@@ -9,6 +10,11 @@ use oci_spec::runtime::{
 };
 
 use super::{Error, Input, host_name};
+
+/// Most bytes of one argument or variable with its final zero (execve(2)).
+const MAX_ARG_STRLEN: usize = 128 << 10;
+/// Most bytes of all of them: a quarter of the stack's usual limit, 8 MiB (execve(2)).
+const ARG_MAX: usize = 2 << 20;
 
 /// What a container may do unless it is told otherwise: what containers have
 /// come to expect since Docker chose it.
@@ -82,6 +88,8 @@ pub(super) fn build(
     input: &Input<'_>,
     security: &cri::LinuxContainerSecurityContext,
 ) -> Result<Process, Error> {
+    let (args, env) = (args(input)?, env(input)?);
+    fits_exec(&args, &env)?;
     let capabilities = capabilities(security)?;
     let ambient = ambient(security)?;
     let open_files = PosixRlimitBuilder::default()
@@ -92,8 +100,8 @@ pub(super) fn build(
     let mut process = ProcessBuilder::default()
         .terminal(input.config.tty)
         .user(UserBuilder::default().uid(0u32).gid(0u32).build()?)
-        .args(args(input)?)
-        .env(env(input)?)
+        .args(args)
+        .env(env)
         .cwd(cwd(input))
         .capabilities(
             LinuxCapabilitiesBuilder::default()
@@ -124,7 +132,9 @@ fn args(input: &Input<'_>) -> Result<Vec<String>, Error> {
     let (mut args, rest) = if input.config.command.is_empty() {
         let rest =
             if input.config.args.is_empty() { image(input.image.cmd()) } else { input.config.args.clone() };
-        (image(input.image.entrypoint()), rest)
+        // Builders write an entrypoint that was taken back as one empty word.
+        let entrypoint = image(input.image.entrypoint());
+        (if entrypoint == [""] { Vec::new() } else { entrypoint }, rest)
     } else {
         (input.config.command.clone(), input.config.args.clone())
     };
@@ -135,27 +145,81 @@ fn args(input: &Input<'_>) -> Result<Vec<String>, Error> {
     }
 }
 
-/// The image's variables, then the client's over them.
+/// The image's variables, then the client's over them. An entry of the image without
+/// `=` sets nothing, and unsets an earlier variable of that name.
 fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
-    let mut env = vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
+    let mut env = Variables::default();
+    env.set("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
     let hostname = host_name(input.sandbox, input.host.is_some());
     if !hostname.is_empty() {
-        env.push(format!("HOSTNAME={hostname}"));
+        env.set(format!("HOSTNAME={hostname}"));
     }
-    let mut wanted = input.image.env().clone().unwrap_or_default();
+    for variable in input.image.env().iter().flatten() {
+        env.set(variable.clone());
+    }
     for variable in &input.config.envs {
         let value = std::str::from_utf8(&variable.value)
             .map_err(|_| Error::Invalid(format!("variable `{}` is not UTF-8", variable.key)))?;
-        wanted.push(format!("{}={value}", variable.key));
+        env.set(format!("{}={value}", variable.key));
     }
-    for variable in wanted {
-        let key = variable.split_once('=').map_or(variable.as_str(), |(key, _)| key);
-        match env.iter_mut().find(|old| old.split_once('=').is_some_and(|(old, _)| old == key)) {
-            Some(old) => *old = variable,
-            None => env.push(variable),
+    Ok(env.entries.into_iter().flatten().collect())
+}
+
+/// Variables in the order in which their names came first.
+#[derive(Default)]
+struct Variables {
+    /// `NAME=value`, or nothing where one was unset.
+    entries: Vec<Option<String>>,
+    places: HashMap<String, usize>,
+}
+
+impl Variables {
+    fn set(&mut self, variable: String) {
+        let (name, set) = match variable.split_once('=') {
+            Some((name, _)) => (name.to_owned(), true),
+            None => (variable.clone(), false),
+        };
+        let place = match self.places.entry(name) {
+            Entry::Occupied(there) => *there.get(),
+            Entry::Vacant(_) if !set => return,
+            Entry::Vacant(free) => {
+                let place = *free.insert(self.entries.len());
+                self.entries.push(None);
+                place
+            }
+        };
+        if let Some(entry) = self.entries.get_mut(place) {
+            *entry = set.then_some(variable);
         }
     }
-    Ok(env)
+}
+
+/// Refuses what execve(2) would: the kernel's own error would come from runc, and name
+/// neither the limit nor what passes it.
+fn fits_exec(args: &[String], env: &[String]) -> Result<(), Error> {
+    for text in args.iter().chain(env) {
+        if text.len() >= MAX_ARG_STRLEN {
+            let shown: String = text.chars().take(40).collect();
+            return Err(Error::Invalid(format!(
+                "argument or variable `{shown}…` has {} bytes, and Linux takes at most {} in one \
+                 (MAX_ARG_STRLEN): put it into a file",
+                text.len(),
+                MAX_ARG_STRLEN - 1
+            )));
+        }
+    }
+    let pointer = size_of::<usize>();
+    let bytes: usize = args.iter().chain(env).map(|text| text.len() + 1 + pointer).sum();
+    if bytes > ARG_MAX {
+        return Err(Error::Invalid(format!(
+            "{} arguments and {} variables take {bytes} bytes, and Linux starts no program with more than \
+             {ARG_MAX} (ARG_MAX): pass less, or in files (`enableServiceLinks: false` leaves the variables of \
+             services out)",
+            args.len(),
+            env.len()
+        )));
+    }
+    Ok(())
 }
 
 fn cwd(input: &Input<'_>) -> String {

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use oci_spec::image::ConfigBuilder;
-use oci_spec::runtime::Capability;
+use oci_spec::runtime::{Capability, Process};
 use proptest::prelude::*;
 
 use super::*;
@@ -67,6 +67,58 @@ fn a_clients_variable_wins_over_the_images() {
     assert!(env.contains(&"A=client=1".to_owned()) && env.contains(&"B=image".to_owned()), "{env:?}");
     assert_eq!(env.iter().filter(|variable| variable.starts_with("A=")).count(), 1);
     assert!(env.contains(&"HOSTNAME=the-pod".to_owned()), "the pod's own name: {env:?}");
+}
+
+fn process_of(config: &cri::ContainerConfig, image: &ImageConfig) -> Result<Process, Error> {
+    of(config, image, build).map(|spec| spec.process().clone().unwrap())
+}
+
+#[test]
+fn an_entrypoint_of_one_empty_word_is_none() {
+    let image = |entrypoint: &[&str]| {
+        let entrypoint: Vec<_> = entrypoint.iter().map(|word| (*word).to_owned()).collect();
+        ConfigBuilder::default().entrypoint(entrypoint).cmd(vec!["/run".to_owned()]).build().unwrap()
+    };
+    let none = cri::ContainerConfig::default();
+    assert_eq!(process_of(&none, &image(&[""])).unwrap().args().clone().unwrap(), ["/run"]);
+    let args = cri::ContainerConfig { args: vec!["/mine".into()], ..Default::default() };
+    assert_eq!(process_of(&args, &image(&[""])).unwrap().args().clone().unwrap(), ["/mine"]);
+    for entrypoint in [&["", "x"][..], &["", ""]] {
+        assert!(process_of(&none, &image(entrypoint)).unwrap_err().to_string().contains("no command"));
+    }
+}
+
+#[test]
+fn a_variable_without_a_value_unsets_an_earlier_one() {
+    let env = ["A=1", "B", "A", "C=3", "HOSTNAME", "D=4", "D", "D=5"].map(str::to_owned).to_vec();
+    let image = ConfigBuilder::default().cmd(vec!["/run".to_owned()]).env(env).build().unwrap();
+    let process = process_of(&cri::ContainerConfig::default(), &image).unwrap();
+    let env = process.env().clone().unwrap();
+    assert!(env[0].starts_with("PATH="), "{env:?}");
+    assert_eq!(env[1..], ["C=3", "D=5"]);
+}
+
+fn with_variables(count: usize, value: &str) -> cri::ContainerConfig {
+    let variable =
+        |number| cri::KeyValue { key: format!("SERVICE_{number}_HOST"), value: value.to_owned().into() };
+    cri::ContainerConfig { envs: (0..count).map(variable).collect(), ..Default::default() }
+}
+
+#[test]
+fn as_many_variables_as_linux_takes_cost_no_time() {
+    let start = std::time::Instant::now();
+    let process = process_of(&with_variables(15_000, "10.96.0.1"), &image()).unwrap();
+    assert_eq!(process.env().as_ref().unwrap().len(), 15_004);
+    assert!(start.elapsed() < std::time::Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[test]
+fn more_than_a_program_can_be_started_with_is_refused_by_name() {
+    let error = process_of(&with_variables(60_000, "10.96.0.1"), &image()).unwrap_err().to_string();
+    assert!(error.contains("ARG_MAX") && error.contains("60004 variables"), "{error}");
+    let error = process_of(&with_variables(1, &"x".repeat(128 << 10)), &image()).unwrap_err().to_string();
+    assert!(error.contains("MAX_ARG_STRLEN") && error.contains("`SERVICE_0_HOST="), "{error}");
+    process_of(&with_variables(1, &"x".repeat(127 << 10)), &image()).unwrap();
 }
 
 #[test]
