@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use reader::{Guarded, Stopped};
 mod archive;
 mod attributes;
 mod reader;
+mod sparse;
 
 /// Most bytes of the names of one layer's folders, which are remembered until
 /// its end.
@@ -209,7 +210,7 @@ impl Unpacker {
                 layer.remember_folder(path, attributes.mtime)?;
                 ("make folder", place.make_folder().map(|()| FileType::Directory))
             }
-            EntryType::Regular | EntryType::Continuous => {
+            EntryType::Regular => {
                 self.file(entry, body, &place, path)?;
                 ("make file", Ok(FileType::RegularFile))
             }
@@ -249,6 +250,19 @@ impl Unpacker {
             ))
         })?;
         let mut file = place.make_file().map_err(|error| self.disk("make file", path, error))?;
+        let Some(parts) = &entry.parts else { return self.copy(body, u64::MAX, &mut file, path) };
+        for part in parts {
+            let there = file.seek(SeekFrom::Start(part.offset));
+            there.map_err(|error| self.disk("write file", path, error))?;
+            self.copy(body, part.length, &mut file, path)?;
+        }
+        // What is after the last part, and between the parts, stays a hole.
+        file.set_len(entry.size).map_err(|error| self.disk("write file", path, error))
+    }
+
+    /// Writes at most `most` bytes of an entry's contents.
+    fn copy(&self, body: &mut impl Read, most: u64, file: &mut File, path: &Path) -> Result<(), Failure> {
+        let mut body = body.take(most);
         let mut buffer = vec![0; 64 * 1024];
         loop {
             let length = body.read(&mut buffer).map_err(damaged)?;
@@ -357,7 +371,7 @@ impl Unpacker {
     }
 
     fn prune_inside(&self, folder: &Path, seen: &Seen) -> io::Result<bool> {
-        let names = tree::names(&self.tree.folder(folder, false)?)?;
+        let names = tree::names(&self.tree.folder(folder)?)?;
         let mut stays = false;
         for name in names {
             stays |= self.prune(&folder.join(name), seen)?;

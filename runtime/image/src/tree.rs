@@ -1,8 +1,9 @@
 //! A folder that takes the files of an image, and out of which no path leads.
 //!
-//! Every path is resolved by the kernel inside the folder (`openat2` with
-//! `RESOLVE_IN_ROOT`), so a symbolic link that an earlier layer planted leads
-//! nowhere else. The last component is never followed.
+//! Paths are resolved here, a component at a time, and the kernel never follows a link or
+//! `..`: a symbolic link that an earlier layer planted is read, and its target resolved
+//! from the folder as if that were the root. The last component is never followed.
+//! Nothing here needs `/proc`.
 
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
@@ -12,8 +13,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat,
-    chownat, linkat, mkdirat, mknodat, openat, openat2, statat, symlinkat, unlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, linkat,
+    mkdirat, mknodat, openat, readlinkat, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 
@@ -24,12 +25,13 @@ const MAX_PATH: usize = 4095;
 pub(super) const MAX_DEPTH: usize = 256;
 const MAX_NAME: usize = 255;
 
+/// Most links on the way to a folder, as Linux has it.
+const MAX_LINKS: usize = 40;
+
 /// The folder.
 #[derive(Debug)]
 pub(super) struct Tree {
     root: OwnedFd,
-    /// Components of the root's own path.
-    depth: usize,
     /// Folders made because something is in them.
     made: Cell<u64>,
 }
@@ -88,10 +90,8 @@ pub(super) fn safe_path(bytes: &[u8]) -> Result<PathBuf, String> {
 
 impl Tree {
     pub(super) fn open(root: &Path) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::open(root, flags, Mode::empty())?;
-        let depth = real_path(&root)?.components().count();
-        Ok(Self { root, depth, made: Cell::new(0) })
+        let root = rustix::fs::open(root, FOLDER, Mode::empty())?;
+        Ok(Self { root, made: Cell::new(0) })
     }
 
     /// How many folders were made that nobody asked for.
@@ -101,55 +101,81 @@ impl Tree {
 
     /// The tree's own place.
     pub(super) fn root(&self) -> io::Result<Place> {
-        Ok(Place { parent: self.resolve(Path::new(""))?, name: ".".into() })
+        Ok(Place { parent: self.root.try_clone()?, name: ".".into() })
     }
 
     /// An entry's place. Folders on the way are made when `make` says so.
     pub(super) fn place(&self, path: &Path, make: bool) -> io::Result<Place> {
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        let parent = self.folder(path.parent().unwrap_or(Path::new("")), make)?;
-        if make {
-            self.has_room(&parent)?;
+        let (parent, depth) = self.walk(path.parent().unwrap_or(Path::new("")), make)?;
+        if make && depth >= MAX_DEPTH {
+            return Err(Errno::NAMETOOLONG.into());
         }
         Ok(Place { parent, name })
     }
 
-    /// Whether there may be more in a folder. How deep it is says only the
-    /// kernel, because a short path through links leads far down.
-    fn has_room(&self, folder: &OwnedFd) -> io::Result<()> {
-        let depth = real_path(folder)?.components().count().saturating_sub(self.depth);
-        if depth >= MAX_DEPTH { Err(Errno::NAMETOOLONG.into()) } else { Ok(()) }
+    /// Opens a folder, following links inside the tree.
+    pub(super) fn folder(&self, path: &Path) -> io::Result<OwnedFd> {
+        Ok(self.walk(path, false)?.0)
     }
 
-    /// Opens a folder, following links inside the tree.
-    pub(super) fn folder(&self, path: &Path, make: bool) -> io::Result<OwnedFd> {
-        match self.resolve(path) {
-            Err(Errno::NOENT) if make => {}
-            result => return Ok(result?),
-        }
-        let mut walked = PathBuf::new();
-        for component in path.components() {
-            let parent = self.resolve(&walked)?;
-            walked.push(component);
-            match self.resolve(&walked) {
-                Err(Errno::NOENT) => {
-                    self.has_room(&parent)?;
-                    mkdirat(&parent, component.as_os_str(), Mode::from_raw_mode(0o755))?;
+    /// Opens a folder, and tells how deep it is: a short path through links leads far
+    /// down. With `make`, folders that are missing are made, also where a link leads.
+    fn walk(&self, path: &Path, make: bool) -> io::Result<(OwnedFd, usize)> {
+        // The folders from the one below the root to the present one.
+        let mut folders: Vec<OwnedFd> = Vec::new();
+        let mut rest: Vec<OsString> = components(path.as_os_str());
+        let mut links = 0;
+        while let Some(name) = rest.pop() {
+            if name == "/" {
+                folders.clear();
+                continue;
+            }
+            if name == ".." {
+                folders.pop();
+                continue;
+            }
+            let parent = folders.last().unwrap_or(&self.root);
+            match openat(parent, &name, FOLDER, Mode::empty()) {
+                Ok(folder) => folders.push(folder),
+                Err(Errno::NOENT) if make => {
+                    if folders.len() >= MAX_DEPTH {
+                        return Err(Errno::NAMETOOLONG.into());
+                    }
+                    mkdirat(parent, &name, Mode::from_raw_mode(0o755))?;
                     self.made.set(self.made.get().saturating_add(1));
+                    let folder = openat(parent, &name, FOLDER, Mode::empty())?;
+                    folders.push(folder);
                 }
-                result => {
-                    result?;
+                Err(Errno::NOTDIR | Errno::LOOP) => {
+                    let target = readlinkat(parent, &name, Vec::new()).map_err(|error| match error {
+                        Errno::INVAL => Errno::NOTDIR,
+                        error => error,
+                    })?;
+                    links += 1;
+                    if links > MAX_LINKS {
+                        return Err(Errno::LOOP.into());
+                    }
+                    rest.extend(components(OsStr::from_bytes(target.as_bytes())));
                 }
+                Err(error) => return Err(error.into()),
             }
         }
-        Ok(self.resolve(path)?)
+        let depth = folders.len();
+        let folder = folders.pop().map_or_else(|| self.root.try_clone(), Ok)?;
+        Ok((folder, depth))
     }
+}
 
-    fn resolve(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
-        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        openat2(&self.root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
-    }
+/// How folders are opened: as places, never through a link.
+const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// The components of a path, the first one last; "/" stands for the root.
+fn components(path: &OsStr) -> Vec<OsString> {
+    let names = Path::new(path).components().filter(|component| *component != Component::CurDir);
+    let mut names: Vec<_> = names.map(|component| component.as_os_str().to_owned()).collect();
+    names.reverse();
+    names
 }
 
 impl Place {
@@ -211,10 +237,16 @@ impl Place {
         Ok(())
     }
 
-    /// After [`Place::set_owner`], which takes `security.capability` away.
+    /// After [`Place::set_owner`], which takes `security.capability` away. Only files and
+    /// folders have attributes.
     pub(super) fn set_xattr(&self, name: &str, value: &[u8]) -> io::Result<()> {
-        // By way of /proc, because there is no call for a name in a folder.
-        Ok(rustix::fs::lsetxattr(self.proc_path(), name, value, XattrFlags::empty())?)
+        match self.existing()? {
+            Some(FileType::RegularFile | FileType::Directory) => {}
+            _ => return Err(Errno::PERM.into()),
+        }
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = openat(&self.parent, &self.name, flags, Mode::empty())?;
+        Ok(rustix::fs::fsetxattr(file, name, value, XattrFlags::empty())?)
     }
 
     /// When it was changed: seconds and nanoseconds.
@@ -228,20 +260,6 @@ impl Place {
     pub(super) fn set_folder_time(&self, time: (i64, i64)) -> io::Result<()> {
         if self.existing()? == Some(FileType::Directory) { self.set_time(time) } else { Ok(()) }
     }
-
-    fn proc_path(&self) -> PathBuf {
-        proc_path(&self.parent).join(&self.name)
-    }
-}
-
-fn proc_path(file: &OwnedFd) -> PathBuf {
-    use std::os::fd::AsRawFd;
-    Path::new("/proc/self/fd").join(file.as_raw_fd().to_string())
-}
-
-/// Where an open folder is: `ENAMETOOLONG` where no path can say it.
-fn real_path(folder: &OwnedFd) -> io::Result<PathBuf> {
-    std::fs::read_link(proc_path(folder))
 }
 
 /// Removes everything in a folder.

@@ -10,8 +10,10 @@ use std::io::{self, Read};
 
 use tar::{EntryType, Header};
 
+use super::sparse::{self, Part};
+
 /// Every header takes one block, and contents are filled up to whole ones.
-const BLOCK: u64 = 512;
+const BLOCK: u64 = sparse::BLOCK as u64;
 /// Most bytes of long names and PAX records before one entry, as Go's
 /// `archive/tar` has it.
 const MAX_EXTENSION: u64 = 1 << 20;
@@ -36,17 +38,36 @@ pub(super) struct Entry {
     pub(super) link: Vec<u8>,
     /// PAX records, in order.
     pub(super) records: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Bytes of its contents.
+    /// Bytes of the file, holes included.
     pub(super) size: u64,
+    /// The parts of a sparse file that the contents are, one after another.
+    pub(super) parts: Option<Vec<Part>>,
 }
 
 impl Entry {
-    /// What it is. Before POSIX, a folder was a file with a slash.
+    /// The kind of file that the entry becomes.
     pub(super) fn kind(&self) -> EntryType {
-        match self.header.entry_type() {
-            EntryType::Regular if self.path.ends_with(b"/") => EntryType::Directory,
-            kind => kind,
-        }
+        kind(&self.header, &self.path)
+    }
+}
+
+/// Before POSIX, a folder was a file with a slash.
+fn kind(header: &Header, path: &[u8]) -> EntryType {
+    match header.entry_type() {
+        EntryType::Regular if path.ends_with(b"/") => EntryType::Directory,
+        EntryType::GNUSparse | EntryType::Continuous => EntryType::Regular,
+        kind => kind,
+    }
+}
+
+/// Whether contents follow a header. Some tools give links, folders and devices a size,
+/// and no contents; every reader takes it so.
+fn has_contents(header: &Header, path: &[u8]) -> bool {
+    match kind(header, path) {
+        // POSIX has no folder that is a file with a slash.
+        EntryType::Directory => header.as_old().linkflag == [b'0'],
+        EntryType::Link | EntryType::Symlink | EntryType::Char | EntryType::Block | EntryType::Fifo => false,
+        _ => true,
     }
 }
 
@@ -100,9 +121,6 @@ impl<R: Read> Archive<R> {
             let found = records.iter().rev().find(|(key, _)| key == wanted);
             found.map(|(_, value)| value.clone()).filter(|value| !value.is_empty())
         };
-        if records.iter().any(|(key, _)| key.starts_with(b"GNU.sparse.")) {
-            return Err(invalid("a sparse file, which is not supported"));
-        }
         let size = match record(b"size") {
             Some(text) => std::str::from_utf8(&text)
                 .ok()
@@ -110,13 +128,33 @@ impl<R: Read> Archive<R> {
                 .ok_or_else(|| invalid("a size that is no number"))?,
             None => header.entry_size()?,
         };
-        let path = record(b"path").or(long_path).unwrap_or_else(|| header.path_bytes().into_owned());
+        let mut path = record(b"path").or(long_path).unwrap_or_else(|| header.path_bytes().into_owned());
         let link = record(b"linkpath")
             .or(long_link)
             .or_else(|| header.link_name_bytes().map(|link| link.into_owned()))
             .unwrap_or_default();
-        self.follows(size);
-        Ok(Entry { header, path, link, records, size })
+        let stored = if has_contents(&header, &path) { size } else { 0 };
+        if header.entry_type() == EntryType::GNUSparse {
+            let (size, parts) = sparse::old_gnu(&header, || self.block()?.ok_or_else(truncated))?;
+            self.follows(stored);
+            sparse::check(size, &parts, stored)?;
+            return Ok(Entry { header, path, link, records, size, parts: Some(parts) });
+        }
+        self.follows(stored);
+        let Some(file) = sparse::described(&records)? else {
+            return Ok(Entry { header, path, link, records, size, parts: None });
+        };
+        path = file.name.unwrap_or(path);
+        if kind(&header, &path) != EntryType::Regular {
+            return Err(invalid("a sparse file that is not a file"));
+        }
+        let parts = match file.parts {
+            Some(parts) => parts,
+            None => sparse::in_contents(self)?,
+        };
+        let size = file.size.unwrap_or(size);
+        sparse::check(size, &parts, self.body)?;
+        Ok(Entry { header, path, link, records, size, parts: Some(parts) })
     }
 
     fn follows(&mut self, size: u64) {
@@ -131,12 +169,9 @@ impl<R: Read> Archive<R> {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         (self.body, self.filling) = (0, 0);
-        let mut block = Vec::with_capacity(BLOCK as usize);
-        (&mut self.reader).take(BLOCK).read_to_end(&mut block)?;
-        if block.iter().all(|byte| *byte == 0) {
-            return if matches!(block.len() as u64, 0 | BLOCK) { Ok(None) } else { Err(truncated()) };
-        }
-        let Ok(block) = <[u8; BLOCK as usize]>::try_from(block) else { return Err(truncated()) };
+        let Some(block) = self.block()?.filter(|block| block.iter().any(|byte| *byte != 0)) else {
+            return Ok(None);
+        };
         let mut header = Header::new_old();
         header.as_mut_bytes().copy_from_slice(&block);
         let sum: u32 = block
@@ -149,6 +184,16 @@ impl<R: Read> Archive<R> {
             return Err(invalid("a header with a wrong checksum"));
         }
         Ok(Some(header))
+    }
+
+    /// The next block; `None` at the end of the stream.
+    fn block(&mut self) -> io::Result<Option<[u8; sparse::BLOCK]>> {
+        let mut block = Vec::with_capacity(sparse::BLOCK);
+        (&mut self.reader).take(BLOCK).read_to_end(&mut block)?;
+        if block.is_empty() {
+            return Ok(None);
+        }
+        block.try_into().map(Some).map_err(|_| truncated())
     }
 
     /// The contents of a header that tells more about the next entry.
@@ -205,7 +250,7 @@ fn truncated() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "it is truncated")
 }
 
-fn invalid(what: &str) -> io::Error {
+pub(super) fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
@@ -272,6 +317,18 @@ mod tests {
         let entry = archive.next().unwrap().unwrap();
         assert_eq!((entry.path, entry.size), (name.into_bytes(), 3));
         assert_eq!(archive.next().unwrap().unwrap().path, b"next", "unread contents are passed over");
+    }
+
+    #[test]
+    fn a_size_without_contents_is_ignored() {
+        let kinds = [EntryType::Link, EntryType::Symlink, EntryType::Char, EntryType::Block];
+        for kind in kinds.into_iter().chain([EntryType::Fifo, EntryType::Directory]) {
+            let bytes =
+                [block(kind, "first", 4096, b""), block(EntryType::Regular, "next", 2, b"hi")].concat();
+            let mut archive = Archive::new(bytes.as_slice());
+            assert_eq!(archive.next().unwrap().unwrap().path, b"first");
+            assert_eq!(archive.next().unwrap().unwrap().path, b"next", "{kind:?}");
+        }
     }
 
     #[test]

@@ -339,6 +339,92 @@ fn a_link_in_a_lower_layer_leads_nowhere_outside() {
 }
 
 #[test]
+fn a_folder_is_made_where_a_link_leads_that_leads_nowhere_yet() {
+    let mut image = Image::new();
+    let link = |archive: Archive, path, target| archive.entry(EntryType::Symlink, path, target, b"");
+    let archive = link(Archive::new(), "opt/l", "/nowhere/dir").file("opt/l/file", "absolute");
+    let archive = link(archive, "opt/r", "../beside/./dir").file("opt/r/file", "relative");
+    let archive = link(archive, "opt/up", "../../../above").file("opt/up/file", "above");
+    let archive = link(archive, "one", "two/x");
+    let archive = link(archive, "two", "three").file("one/file", "through two");
+    image.apply(archive).unwrap();
+    for (path, text) in [
+        ("nowhere/dir/file", "absolute"),
+        ("beside/dir/file", "relative"),
+        ("above/file", "above"),
+        ("three/x/file", "through two"),
+    ] {
+        assert_eq!(image.text(path), text);
+    }
+    assert!(std::fs::symlink_metadata(image.path("opt/l")).unwrap().is_symlink());
+    let circle = link(link(Archive::new(), "a", "b"), "b", "a").file("a/file", "");
+    assert!(image.apply(circle).unwrap_err().contains("does not lead to a place"));
+}
+
+/// An archive of a file with holes, made by GNU tar.
+fn sparse_archive(folder: &Path, options: &[&str]) -> Vec<u8> {
+    use std::os::unix::fs::FileExt;
+    let file = File::create(folder.join("sparse")).unwrap();
+    file.set_len(64 << 20).unwrap();
+    for number in 0..40u64 {
+        file.write_all_at(format!("part {number}").as_bytes(), number << 20).unwrap();
+    }
+    std::fs::write(folder.join("after"), "plain").unwrap();
+    let mut tar = std::process::Command::new("tar");
+    tar.args(["--sparse", "--create", "--file=-", "--directory"]).arg(folder).args(options);
+    let output = tar.args(["sparse", "after"]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    output.stdout
+}
+
+#[test]
+fn a_sparse_file_of_any_format_has_its_holes() {
+    let folder = tempfile::tempdir().unwrap();
+    for options in [
+        &["--format=gnu"][..],
+        &["--format=posix", "--sparse-version=0.0"],
+        &["--format=posix", "--sparse-version=0.1"],
+        &["--format=posix", "--sparse-version=1.0"],
+    ] {
+        let bytes = sparse_archive(folder.path(), options);
+        assert!(bytes.len() < 8 << 20, "tar has stored the holes");
+        let mut image = Image::new();
+        image.apply_bytes(&bytes, Packing::Plain).unwrap();
+        let made = std::fs::read(image.path("sparse")).unwrap();
+        assert!(made == std::fs::read(folder.path().join("sparse")).unwrap(), "{options:?}");
+        let metadata = std::fs::metadata(image.path("sparse")).unwrap();
+        assert!(metadata.blocks() * 512 < 8 << 20, "{options:?}: {} blocks", metadata.blocks());
+        assert_eq!(image.text("after"), "plain");
+        let few = Limits { bytes: 32 << 20, ..Limits::default() };
+        let error = Image::with(few).apply_bytes(&bytes, Packing::Plain).unwrap_err();
+        assert!(error.contains("more than"), "holes count: {error}");
+    }
+}
+
+#[test]
+fn attributes_are_set_on_files_and_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("dir")).unwrap();
+    let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    std::fs::write(folder.path().join("tool"), "x").unwrap();
+    rustix::fs::setxattr(
+        folder.path().join("tool"),
+        "security.capability",
+        &capability,
+        rustix::fs::XattrFlags::empty(),
+    )
+    .unwrap();
+    let mut tar = std::process::Command::new("tar");
+    tar.args(["--xattrs", "--xattrs-include=*", "--create", "--file=-", "--directory"]).arg(folder.path());
+    let output = tar.args(["tool", "dir"]).output().unwrap();
+    let mut image = Image::new();
+    image.apply_bytes(&output.stdout, Packing::Plain).unwrap();
+    let mut value = [0; 64];
+    let length = rustix::fs::getxattr(image.path("tool"), "security.capability", &mut value).unwrap();
+    assert_eq!(value[..length], capability);
+}
+
+#[test]
 fn too_much_is_refused() {
     let limits = Limits { bytes: 100, entries: 3, devices: 1 };
     let many = (0..5).fold(Archive::new(), |archive, number| archive.file(&format!("f{number}"), ""));
