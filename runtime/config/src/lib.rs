@@ -52,6 +52,10 @@ pub struct Images {
     /// Registries spoken to over plain HTTP, `host` or `host:port`. Loopback
     /// addresses always are.
     pub insecure_registries: Vec<String>,
+    /// Hosts that a registry may send huskd to for a token, password included, and for
+    /// content, though their addresses are more private than the registry's or their
+    /// domain is another.
+    pub trusted_hosts: Vec<String>,
     /// Where `<host>/hosts.toml` name mirrors, as containerd reads them. It
     /// can be containerd's own `/etc/containerd/certs.d`.
     pub hosts_dir: PathBuf,
@@ -265,6 +269,7 @@ impl Default for Images {
     fn default() -> Self {
         Self {
             insecure_registries: Vec::new(),
+            trusted_hosts: Vec::new(),
             hosts_dir: "/etc/husk/certs.d".into(),
             stall_timeout_seconds: 60,
             pull_timeout_seconds: 900,

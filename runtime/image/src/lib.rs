@@ -13,11 +13,13 @@ use std::sync::Arc;
 use oci_spec::image::ImageConfiguration;
 
 mod chain;
+mod document;
 mod erofs;
 mod hosts;
 mod layer;
 mod pull;
 mod reference;
+mod referral;
 mod registry;
 mod store;
 mod tree;
@@ -35,6 +37,9 @@ const MAX_PEM: u64 = 4 << 20;
 pub struct ImageConfig {
     /// Registries spoken to over plain HTTP, besides loopback addresses.
     pub insecure_registries: Vec<String>,
+    /// Hosts that registries may send huskd to for tokens, passwords included, and for
+    /// content, whatever their addresses are.
+    pub trusted_hosts: Vec<String>,
     /// The folder with a `<host>/hosts.toml` for each registry that has mirrors.
     pub hosts_dir: PathBuf,
     /// Most time without a byte from the registry.
@@ -49,6 +54,7 @@ impl Default for ImageConfig {
     fn default() -> Self {
         Self {
             insecure_registries: Vec::new(),
+            trusted_hosts: Vec::new(),
             hosts_dir: "/etc/husk/certs.d".into(),
             stall_timeout: std::time::Duration::from_secs(60),
             pull_timeout: std::time::Duration::from_secs(900),

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
 use super::chain::ChainId;
+use super::document::{self, Document};
 use super::layer::{Failure, Unpacker, is_layer};
 use super::registry::{self, Credentials};
 use super::store::{Record, file};
@@ -76,6 +77,14 @@ impl Drop for Cancel {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// A document as it came, its media type as the registry has it, and its digest, counted
+/// here.
+struct Fetched {
+    bytes: Vec<u8>,
+    media_type: Option<String>,
+    digest: String,
 }
 
 /// One pull.
@@ -184,51 +193,60 @@ impl Pull<'_> {
 
     /// The manifest for this machine, and the digest that the reference leads to.
     async fn manifest(&self, workspace: &Path) -> Result<(ImageManifest, String), Error> {
-        let (bytes, digest) = self.document(self.reference.digest()).await?;
-        let manifest = match serde_json::from_slice::<ImageIndex>(&bytes) {
-            Ok(index) => self.choose(&index, workspace).await?,
-            Err(_) => self.parse(&bytes)?,
+        let fetched = self.document(self.reference.digest()).await?;
+        let document = Document::read(&fetched.bytes, fetched.media_type.as_deref());
+        let manifest = match document.map_err(|cause| self.refused(cause))? {
+            Document::Index(index) => self.choose(&index, workspace).await?,
+            Document::Manifest(manifest) => manifest,
         };
-        Ok((manifest, digest))
-    }
-
-    /// What an index has for this machine. An entry that does not say what it is
-    /// for is taken if its configuration does not speak of another machine.
-    async fn choose(&self, index: &ImageIndex, workspace: &Path) -> Result<ImageManifest, Error> {
-        if let Some(entry) = index.manifests().iter().find(|entry| is_ours(entry)) {
-            return self.entry(entry).await;
-        }
-        let silent = index.manifests().iter().filter(|entry| entry.platform().is_none());
-        for entry in silent.take(MAX_SILENT) {
-            let manifest = self.entry(entry).await?;
-            let (_, config) = self.config(&manifest, workspace).await?;
-            if [(config.os().to_string(), "linux"), (config.architecture().to_string(), "amd64")]
-                .iter()
-                .all(|(said, ours)| said.is_empty() || said == ours)
-            {
-                return Ok(manifest);
-            }
-        }
-        Err(self.refused("the image is not there for linux/amd64".into()))
-    }
-
-    async fn entry(&self, entry: &Descriptor) -> Result<ImageManifest, Error> {
-        self.parse(&self.document(Some(entry.digest().as_ref())).await?.0)
-    }
-
-    fn parse(&self, bytes: &[u8]) -> Result<ImageManifest, Error> {
-        let manifest = serde_json::from_slice::<ImageManifest>(bytes)
-            .map_err(|error| self.refused(format!("the manifest does not read: {error}")))?;
         let count = manifest.layers().len();
         if count > MAX_LAYERS {
             return Err(self.refused(format!("{count} layers are more than {MAX_LAYERS}")));
         }
-        Ok(manifest)
+        Ok((manifest, fetched.digest))
+    }
+
+    /// What an index has for this machine: an image for amd64, else one for 386, which
+    /// runs on amd64 too. An entry that does not say what it is for is taken if its
+    /// configuration does not speak of another machine.
+    async fn choose(&self, index: &ImageIndex, workspace: &Path) -> Result<ImageManifest, Error> {
+        let declared = |machine| index.manifests().iter().find(|entry| is_for(entry, machine));
+        if let Some(entry) = declared("amd64") {
+            return self.entry(entry).await;
+        }
+        let silent = index.manifests().iter().filter(|entry| entry.platform().is_none());
+        let mut older = None;
+        for entry in silent.take(MAX_SILENT) {
+            let manifest = self.entry(entry).await?;
+            let (_, config) = self.config(&manifest, workspace).await?;
+            if !matches!(config.os().to_string().as_str(), "" | "linux") {
+                continue;
+            }
+            match config.architecture().to_string().as_str() {
+                "" | "amd64" => return Ok(manifest),
+                "386" if older.is_none() => older = Some(manifest),
+                _ => {}
+            }
+        }
+        match (declared("386"), older) {
+            (Some(entry), _) => self.entry(entry).await,
+            (None, Some(manifest)) => Ok(manifest),
+            (None, None) => Err(self.refused("the image is not there for linux/amd64".into())),
+        }
+    }
+
+    async fn entry(&self, entry: &Descriptor) -> Result<ImageManifest, Error> {
+        let fetched = self.document(Some(entry.digest().as_ref())).await?;
+        let document = Document::read(&fetched.bytes, Some(entry.media_type().as_ref()));
+        match document.map_err(|cause| self.refused(cause))? {
+            Document::Manifest(manifest) => Ok(manifest),
+            Document::Index(_) => Err(self.refused("an index inside of an index is not supported".into())),
+        }
     }
 
     /// The bytes of the manifest with that digest, or of the one that the tag
     /// leads to; and their digest, counted here.
-    async fn document(&self, digest: Option<&str>) -> Result<(Vec<u8>, String), Error> {
+    async fn document(&self, digest: Option<&str>) -> Result<Fetched, Error> {
         let wanted = if digest.is_some() { Wanted::Content } else { Wanted::Tag };
         let mut rounds = Rounds::new(&self.sources, wanted);
         while let Some(source) = rounds.next().await {
@@ -241,13 +259,10 @@ impl Pull<'_> {
     }
 
     /// On an error, says whether it may pass.
-    async fn try_document(
-        &self,
-        source: &Source,
-        digest: Option<&str>,
-    ) -> Result<(Vec<u8>, String), (Error, bool)> {
+    async fn try_document(&self, source: &Source, digest: Option<&str>) -> Result<Fetched, (Error, bool)> {
         let name = digest.or(self.reference.tag()).unwrap_or("latest");
-        let bytes = source.registry.manifest(name, MEDIA_TYPES, MAX_DOCUMENT).await.map_err(|failure| {
+        let fetched = source.registry.manifest(name, MEDIA_TYPES, MAX_DOCUMENT).await;
+        let (bytes, media_type) = fetched.map_err(|failure| {
             let passing = failure.may_pass();
             (self.registry("fetch manifest", failure), passing)
         })?;
@@ -256,7 +271,7 @@ impl Pull<'_> {
             Some(asked) if asked != found => {
                 Err((self.refused(format!("the registry answers digest {asked} with {found}")), false))
             }
-            _ => Ok((bytes, found)),
+            _ => Ok(Fetched { bytes, media_type, digest: found }),
         }
     }
 
@@ -268,10 +283,12 @@ impl Pull<'_> {
         if manifest.config().size() > MAX_DOCUMENT as u64 {
             return Err(self.refused("the configuration is too large".into()));
         }
+        document::check_configuration_type(manifest.config().media_type().as_ref())
+            .map_err(|cause| self.refused(cause))?;
         let path = workspace.join("config");
         self.blob("fetch configuration".into(), manifest.config(), &path).await?;
         let text = std::fs::read_to_string(&path).map_err(file("read configuration", &path))?;
-        let config = serde_json::from_str(&text)
+        let config = document::configuration(&text)
             .map_err(|error| self.refused(format!("the configuration does not read: {error}")))?;
         Ok((text, config))
     }
@@ -425,12 +442,12 @@ fn layer_path(workspace: &Path, number: usize) -> PathBuf {
     workspace.join(format!("layer-{number}"))
 }
 
-/// Whether an index says that an entry is for this machine. Of the variants
-/// only the first runs on every such machine.
-fn is_ours(entry: &Descriptor) -> bool {
+/// Whether an index says that an entry is for Linux on such a machine. Of the variants
+/// only the first runs on every one.
+fn is_for(entry: &Descriptor, machine: &str) -> bool {
     entry.platform().as_ref().is_some_and(|platform| {
         platform.os().to_string() == "linux"
-            && platform.architecture().to_string() == "amd64"
+            && platform.architecture().to_string() == machine
             && matches!(platform.variant().as_deref(), None | Some("" | "v1"))
     })
 }

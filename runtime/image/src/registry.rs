@@ -6,16 +6,19 @@
 //! without a bound.
 
 use std::fmt;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use base64::Engine;
 use http_auth::ChallengeParser;
-use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
-use reqwest::{Client, Response, StatusCode, Url};
+use husk_base::lock;
+use reqwest::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, WWW_AUTHENTICATE,
+};
+use reqwest::{Client, ClientBuilder, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::pull::chain;
-use husk_base::lock;
+use super::referral::{Referrals, Resolver};
 
 /// Most bytes of an answer that grants a token.
 const MAX_TOKEN: usize = 1 << 20;
@@ -23,6 +26,8 @@ const MAX_TOKEN: usize = 1 << 20;
 const MAX_ERROR: usize = 64 << 10;
 /// Most characters of it that are told.
 const MAX_WORDS: usize = 500;
+/// Most servers that a request is sent on to.
+const MAX_REDIRECTS: usize = 10;
 
 /// Who asks.
 #[derive(Clone, PartialEq, Eq)]
@@ -48,7 +53,11 @@ impl fmt::Debug for Credentials {
 
 /// A repository of a registry.
 pub(super) struct Registry {
+    /// Asks the registry itself.
     http: Client,
+    /// Asks whom the registry sends huskd to.
+    referred: Client,
+    referrals: Arc<Referrals>,
     /// Up to the repository: "https://registry.example/v2/library/nginx".
     url: String,
     /// What a mirror is told of the registry that it stands for.
@@ -76,6 +85,9 @@ pub(super) enum Failure {
     /// Nobody granted a token.
     #[error("token from {0}")]
     Token(String),
+    /// It sends huskd where it must not.
+    #[error("{0}")]
+    Referral(String),
     /// There is more than anybody needs.
     #[error("the answer is larger than {0} bytes")]
     TooLarge(usize),
@@ -83,32 +95,57 @@ pub(super) enum Failure {
 
 impl Registry {
     /// `address` is a host with or without a port, and what comes before `/v2`
-    /// in the path; `namespace` is the registry that a mirror stands for.
+    /// in the path; `namespace` is the registry that a mirror stands for. `client`
+    /// says how the registry is connected to, and `trusted` whom it may send huskd
+    /// to whatever their addresses are.
+    ///
+    /// # Errors
+    /// An address that is none, or a client that cannot be made.
     pub(super) fn new(
-        http: Client,
+        client: impl Fn() -> ClientBuilder,
         (plain, address): (bool, &str),
         repository: &str,
         namespace: Option<&str>,
         credentials: Credentials,
-    ) -> Self {
+        trusted: &[String],
+    ) -> Result<Self, String> {
         let scheme = if plain { "http" } else { "https" };
         let authorization = match &credentials {
             Credentials::Bearer(token) => header("Bearer", token),
             _ => None,
         };
-        Self {
-            http,
-            url: format!("{scheme}://{address}/v2/{repository}"),
+        let url = format!("{scheme}://{address}/v2/{repository}");
+        let own = Url::parse(&url).map_err(|error| format!("`{address}`: {error}"))?;
+        let referrals = Arc::new(Referrals::new(own, trusted));
+        let build = |client: ClientBuilder| {
+            let client = client.redirect(reqwest::redirect::Policy::none());
+            client.build().map_err(|error| chain(&error))
+        };
+        Ok(Self {
+            http: build(client())?,
+            referred: build(client().dns_resolver(Arc::new(Resolver(referrals.clone()))))?,
+            referrals,
+            url,
             query: namespace.map(|namespace| format!("?ns={namespace}")).unwrap_or_default(),
             repository: repository.to_owned(),
             credentials,
             authorization: Mutex::new(authorization),
-        }
+        })
     }
 
-    /// The manifest with a tag or a digest, of at most `most` bytes.
-    pub(super) async fn manifest(&self, name: &str, accept: &str, most: usize) -> Result<Vec<u8>, Failure> {
-        whole(self.get(&format!("manifests/{name}"), accept).await?, most).await
+    /// The manifest with a tag or a digest, of at most `most` bytes, and its media type
+    /// as the registry has it.
+    pub(super) async fn manifest(
+        &self,
+        name: &str,
+        accept: &str,
+        most: usize,
+    ) -> Result<(Vec<u8>, Option<String>), Failure> {
+        let response = self.get(&format!("manifests/{name}"), accept).await?;
+        let media_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let media_type =
+            media_type.and_then(|text| text.split(';').next()).map(|text| text.trim().to_owned());
+        Ok((whole(response, most).await?, media_type))
     }
 
     /// The blob with a digest; nothing of it has been read.
@@ -118,20 +155,18 @@ impl Registry {
 
     async fn get(&self, path: &str, accept: &str) -> Result<Response, Failure> {
         let url = format!("{}/{path}{}", self.url, self.query);
+        let url = Url::parse(&url).map_err(|error| Failure::Referral(format!("`{url}`: {error}")))?;
         let mut challenged = false;
         loop {
-            let mut request = self.http.get(&url).header(ACCEPT, accept);
-            if let Some(authorization) = lock(&self.authorization).clone() {
-                request = request.header(AUTHORIZATION, authorization);
-            }
-            let response = request.send().await?;
+            let authorization = lock(&self.authorization).clone();
+            let response = self.follow(&url, accept, authorization).await?;
             let status = response.status();
             if status == StatusCode::OK {
                 return Ok(response);
             }
             // A token may have expired, so this is for later requests too. Another
             // host that the registry sends us to is none of its own.
-            if status == StatusCode::UNAUTHORIZED && !challenged && self.is_own(response.url()) {
+            if status == StatusCode::UNAUTHORIZED && !challenged && self.referrals.is_own(response.url()) {
                 challenged = true;
                 if let Some(authorization) = self.authorize(response.headers()).await? {
                     *lock(&self.authorization) = Some(authorization);
@@ -142,8 +177,31 @@ impl Registry {
         }
     }
 
-    fn is_own(&self, url: &Url) -> bool {
-        Url::parse(&self.url).is_ok_and(|own| own.host_str() == url.host_str())
+    /// Asks for `start`, and goes where the answers send the request on to.
+    /// `authorization` is for the server of `start` alone.
+    async fn follow(
+        &self,
+        start: &Url,
+        accept: &str,
+        authorization: Option<HeaderValue>,
+    ) -> Result<Response, Failure> {
+        let mut url = start.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let own = self.referrals.is_own(&url);
+            let http = if own { &self.http } else { &self.referred };
+            let mut request = http.get(url.clone()).header(ACCEPT, accept);
+            if let Some(authorization) = authorization.clone().filter(|_| url.origin() == start.origin()) {
+                request = request.header(AUTHORIZATION, authorization);
+            }
+            let response = request.send().await?;
+            if own {
+                self.referrals.answered(response.remote_addr()).await;
+            }
+            let Some(next) = redirect(&response)? else { return Ok(response) };
+            self.referrals.check(&next).map_err(Failure::Referral)?;
+            url = next;
+        }
+        Err(Failure::Referral(format!("the registry sends huskd on more than {MAX_REDIRECTS} times")))
     }
 
     /// What has to be sent along, by what the registry asks for; `None` if there
@@ -188,11 +246,19 @@ impl Registry {
         if let Some(service) = service {
             url.query_pairs_mut().append_pair("service", &service);
         }
-        let mut request = self.http.get(url);
-        if let Credentials::Basic(user, password) = &self.credentials {
-            request = request.basic_auth(user, Some(password));
-        }
-        let response = request.send().await?;
+        self.referrals.check(&url).map_err(Failure::Referral)?;
+        let authorization = match &self.credentials {
+            Credentials::Basic(..) if !self.referrals.may_know_password(&url) => {
+                return Err(Failure::Referral(format!(
+                    "the registry wants the password at `{}`, a host outside of its own domain; if that is right, \
+                     name the host under `trusted_hosts` of [images]",
+                    shown(realm)
+                )));
+            }
+            Credentials::Basic(user, password) => header("Basic", &base64(user, password)),
+            _ => None,
+        };
+        let response = self.follow(&url, "*/*", authorization).await?;
         if response.status() != StatusCode::OK {
             let failure = Failure::told(response).await;
             // That it lacks something says nothing about the image.
@@ -292,9 +358,20 @@ impl Failure {
             Self::Status { status, .. } => {
                 status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS
             }
-            Self::Token(_) | Self::TooLarge(_) => false,
+            Self::Token(_) | Self::Referral(_) | Self::TooLarge(_) => false,
         }
     }
+}
+
+/// Where an answer sends the request on to.
+fn redirect(response: &Response) -> Result<Option<Url>, Failure> {
+    if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+    let next = location.and_then(|location| response.url().join(location).ok());
+    next.map(Some)
+        .ok_or_else(|| Failure::Referral("the registry sends huskd on, and does not say where".into()))
 }
 
 /// All of an answer, if it is not longer than `most`.

@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use oci_spec::image::ImageConfiguration;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use super::chain::ChainId;
 use super::pull::Flights;
 use super::reference::{self, Name};
-use super::{Error, Image, ImageConfig};
+use super::{Error, Image, ImageConfig, document};
 use husk_base::dirs;
 use husk_base::lock;
 use husk_base::remove_tree;
@@ -256,7 +255,7 @@ impl ImageStore {
     }
 
     fn image(&self, record: Record) -> Result<Image, Error> {
-        let config: ImageConfiguration = serde_json::from_str(&record.config).map_err(metadata)?;
+        let config = document::configuration(&record.config).map_err(metadata)?;
         Ok(Image {
             rootfs: self.rootfs(&record.chain_id),
             id: record.id.into(),

@@ -62,6 +62,7 @@ impl Node {
             &config.state_dir,
             ImageConfig {
                 insecure_registries: config.images.insecure_registries.clone(),
+                trusted_hosts: config.images.trusted_hosts.clone(),
                 hosts_dir: config.images.hosts_dir.clone(),
                 stall_timeout: Duration::from_secs(config.images.stall_timeout_seconds),
                 pull_timeout: Duration::from_secs(config.images.pull_timeout_seconds),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use oci_spec::distribution::Reference;
-use reqwest::{Certificate, Client};
+use reqwest::{Certificate, Client, ClientBuilder};
 
 use super::{Error, TRIES, pause};
 use crate::hosts::{Connection, Host, Hosts};
@@ -43,15 +43,17 @@ pub(super) fn sources(
         None => {
             // Where there are certificates for it, it has one.
             let plain = hosts.registry.ca.is_empty() && plain(config, own);
-            let http = client(config, &hosts.registry, reference)?;
+            let client = client(config, &hosts.registry)?;
+            let registry = Registry::new(
+                client,
+                (plain, own),
+                reference.repository(),
+                None,
+                credentials.clone(),
+                &config.trusted_hosts,
+            );
             Source {
-                registry: Registry::new(
-                    http,
-                    (plain, own),
-                    reference.repository(),
-                    None,
-                    credentials.clone(),
-                ),
+                registry: registry.map_err(|cause| unusable(config, reference, cause))?,
                 resolve: true,
                 pull: true,
                 name: None,
@@ -74,9 +76,12 @@ impl Source {
             "" => reference.repository().to_owned(),
             prefix => format!("{prefix}/{}", reference.repository()),
         };
-        let http = client(config, &host.connection, reference)?;
+        let client = client(config, &host.connection)?;
+        let namespace = Some(reference.registry());
+        let registry =
+            Registry::new(client, address, &repository, namespace, credentials, &config.trusted_hosts);
         Ok(Self {
-            registry: Registry::new(http, address, &repository, Some(reference.registry()), credentials),
+            registry: registry.map_err(|cause| unusable(config, reference, cause))?,
             resolve: host.resolve,
             pull: host.pull,
             name: Some(host.name.clone()),
@@ -84,7 +89,12 @@ impl Source {
     }
 }
 
-fn client(config: &ImageConfig, connection: &Connection, reference: &Reference) -> Result<Client, Error> {
+fn unusable(config: &ImageConfig, reference: &Reference, cause: String) -> Error {
+    Error::Hosts { path: config.hosts_dir.join(reference.registry()), cause }
+}
+
+/// How to make clients for a host.
+fn client(config: &ImageConfig, connection: &Connection) -> Result<impl Fn() -> ClientBuilder, Error> {
     let mut certificates = Vec::new();
     for path in &connection.ca {
         let wrong = |cause: String| Error::Hosts { path: path.clone(), cause };
@@ -96,18 +106,17 @@ fn client(config: &ImageConfig, connection: &Connection, reference: &Reference) 
         }
         certificates.extend(found);
     }
-    let dial_timeout = connection.dial_timeout.unwrap_or(config.stall_timeout.min(Duration::from_secs(30)));
-    Client::builder()
-        .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
-        .read_timeout(config.stall_timeout)
-        .connect_timeout(dial_timeout)
-        .tls_danger_accept_invalid_certs(connection.skip_verify)
-        .tls_certs_merge(certificates)
-        .build()
-        .map_err(|error| Error::Hosts {
-            path: config.hosts_dir.join(reference.registry()),
-            cause: super::chain(&error),
-        })
+    let stall_timeout = config.stall_timeout;
+    let dial_timeout = connection.dial_timeout.unwrap_or(stall_timeout.min(Duration::from_secs(30)));
+    let skip_verify = connection.skip_verify;
+    Ok(move || {
+        Client::builder()
+            .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
+            .read_timeout(stall_timeout)
+            .connect_timeout(dial_timeout)
+            .tls_danger_accept_invalid_certs(skip_verify)
+            .tls_certs_merge(certificates.clone())
+    })
 }
 
 /// Whether a host whose address does not say so is spoken to without TLS.

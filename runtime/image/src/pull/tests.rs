@@ -24,6 +24,8 @@ struct Behaviour {
     authorization: Option<String>,
     /// What they are told to do about it, if not to give a password.
     challenge: Option<String>,
+    /// Paths that are answered with another place.
+    redirects: HashMap<String, String>,
     /// Paths that contain this get a header and no body, for ever.
     hang: Option<String>,
     /// This many requests fail with 503 first.
@@ -126,7 +128,11 @@ impl Behaviour {
     }
 
     async fn serve(self) -> SocketAddr {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.serve_at("127.0.0.1").await
+    }
+
+    async fn serve_at(self, address: &str) -> SocketAddr {
+        let listener = TcpListener::bind((address, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -155,7 +161,9 @@ impl Behaviour {
                 .is_ok();
             let challenge = self.challenge.as_deref().unwrap_or("Basic realm=\"r\"");
             let unauthorized = format!("401 Unauthorized\r\nwww-authenticate: {challenge}");
+            let moved = self.redirects.get(path).map(|to| format!("307 Moved\r\nlocation: {to}"));
             let (status, kind, body) = match self.answers.get(path) {
+                _ if moved.is_some() => (moved.as_deref().unwrap(), "text/plain", &[][..]),
                 _ if !allowed => (unauthorized.as_str(), "text/plain", &[][..]),
                 _ if fails => ("503 Service Unavailable", "text/plain", &[][..]),
                 Some((kind, body)) => ("200 OK", kind.as_str(), body.as_slice()),
@@ -188,16 +196,22 @@ struct Node {
 
 impl Node {
     async fn with(behaviour: Behaviour) -> Self {
+        Self::at(behaviour.serve().await, |_| {})
+    }
+
+    /// A node that pulls from the registry at an address, configured by `change`.
+    fn at(registry: SocketAddr, change: impl FnOnce(&mut ImageConfig)) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let root = tempfile::tempdir().unwrap();
-        let config = ImageConfig {
+        let mut config = ImageConfig {
             stall_timeout: Duration::from_millis(500),
             pull_timeout: Duration::from_secs(20),
             hosts_dir: root.path().join("certs.d"),
             ..ImageConfig::default()
         };
+        change(&mut config);
         let store = ImageStore::open(root.path(), config).unwrap();
-        Self { root, store, registry: behaviour.serve().await }
+        Self { root, store, registry }
     }
 
     async fn pull(&self, name: &str) -> Result<String, Error> {
@@ -395,6 +409,7 @@ async fn an_index_leads_to_the_image_that_this_machine_can_run() {
     };
     let (plain, newer, arm, silent) =
         (image("amd64", "plain"), image("amd64", "newer"), image("arm64", "arm"), image("", "silent"));
+    let old = image("386", "old");
     let amd64 = |variant| platform("amd64", variant);
     let nowhere = || json!({"os": "unknown", "architecture": "unknown"});
     let none = serde_json::Value::Null;
@@ -405,6 +420,9 @@ async fn an_index_leads_to_the_image_that_this_machine_can_run() {
         (vec![(none.clone(), &newer), (amd64(Some("")), &plain)], Some("plain")),
         (vec![(none.clone(), &arm), (nowhere(), &newer), (none.clone(), &plain)], Some("plain")),
         (vec![(none.clone(), &silent)], Some("silent")),
+        (vec![(nowhere(), &arm), (platform("386", None), &old)], Some("old")),
+        (vec![(platform("386", None), &old), (none.clone(), &plain)], Some("plain")),
+        (vec![(none.clone(), &old), (none.clone(), &arm)], Some("old")),
         (vec![(none, &arm)], None),
     ] {
         let mut registry = images.clone();
@@ -425,6 +443,45 @@ async fn an_index_leads_to_the_image_that_this_machine_can_run() {
             (pulled, _) => panic!("{index:?}: {pulled:?}"),
         }
     }
+}
+
+#[tokio::test]
+async fn a_document_that_could_mean_two_images_is_refused() {
+    let honest = Behaviour::honest();
+    let both = |first: &str, second: &str| {
+        let mut one: serde_json::Value = serde_json::from_slice(&honest.answers[first].1).unwrap();
+        let other: serde_json::Value = serde_json::from_slice(&honest.answers[second].1).unwrap();
+        for (key, value) in other.as_object().unwrap() {
+            one.as_object_mut().unwrap().entry(key).or_insert(value.clone());
+        }
+        one
+    };
+    let (index, manifest) = ("/v2/app/manifests/1", "/v2/app/manifests/plain");
+    for (kind, body, word) in [
+        (INDEX, both(index, manifest), "two images"),
+        (MANIFEST, both(manifest, index), "two images"),
+        (INDEX, serde_json::from_slice(&honest.answers[manifest].1).unwrap(), "contradicts"),
+    ] {
+        let mut registry = honest.clone();
+        registry.put(index, kind, body.to_string().as_bytes());
+        let node = Node::with(registry).await;
+        let error = node.pull("app:1").await.unwrap_err();
+        assert!(matches!(&error, Error::Refused { .. }) && error.to_string().contains(word), "{error}");
+        node.assert_nothing_left().await;
+    }
+}
+
+#[tokio::test]
+async fn a_configuration_as_go_writes_it_is_taken() {
+    let mut config = config("amd64");
+    config["config"]["Volumes"] = json!({"/d": null});
+    config["config"]["ExposedPorts"] = json!({"80/tcp": null});
+    let mut registry = Behaviour::default();
+    registry.image(&config, LAYER);
+    let node = Node::with(registry).await;
+    let id = node.pull("app:plain").await.unwrap();
+    let image = node.store.resolve(&id).unwrap().unwrap();
+    assert_eq!(image.config.config().as_ref().unwrap().volumes().clone().unwrap(), ["/d"]);
 }
 
 #[tokio::test]
@@ -724,4 +781,132 @@ async fn a_token_is_asked_for_where_the_registry_says() {
     node.assert_nothing_left().await;
     node.pull_with("app:1", basic("p")).await.unwrap();
     node.pull_with("app:1", Credentials::Bearer("granted".into())).await.unwrap();
+}
+
+/// Runs a test on a thread whose network is empty but for loopback, and for a public and a
+/// private address of this machine.
+fn on_the_internet<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    let run = move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        for arguments in [&["link", "set", "lo", "up"][..], &["addr", "add", PUBLIC, "dev", "lo"]] {
+            assert!(std::process::Command::new("ip").args(arguments).status().unwrap().success());
+        }
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+    };
+    std::thread::spawn(run).join().unwrap();
+}
+
+/// Of a block that is nobody's (RFC 5737).
+const PUBLIC: &str = "203.0.113.7";
+
+/// A server on loopback, as an administrator may have one, and how often it was asked.
+async fn secret_service() -> (SocketAddr, Arc<AtomicU64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let asked = Arc::new(AtomicU64::new(0));
+    let counted = asked.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let body = r#"{"token": "secret"}"#;
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request).await;
+            let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
+        }
+    });
+    (address, asked)
+}
+
+#[test]
+fn a_registry_sends_huskd_to_no_service_of_the_node() {
+    on_the_internet(|| async {
+        let (service, asked) = secret_service().await;
+        let mut realms = vec![];
+        for host in ["127.0.0.1", "localhost"] {
+            let realm = format!("http://{host}:{}/token", service.port());
+            realms.push(Behaviour {
+                authorization: Some("authorization: Bearer granted".into()),
+                challenge: Some(format!("Bearer realm=\"{realm}\"")),
+                ..Behaviour::honest()
+            });
+            let honest = Behaviour::honest();
+            let redirects = [(honest.layer_path(), format!("http://{host}:{}/", service.port()))].into();
+            realms.push(Behaviour { redirects, ..honest });
+        }
+        for registry in realms {
+            let address = registry.serve_at(PUBLIC).await;
+            let node = Node::at(address, |config| config.insecure_registries = vec![address.to_string()]);
+            let error = node.pull("app:1").await.unwrap_err();
+            assert!(error.to_string().contains("`trusted_hosts` of [images]"), "{error}");
+            node.assert_nothing_left().await;
+        }
+        assert_eq!(asked.load(Ordering::SeqCst), 0);
+    });
+}
+
+#[test]
+fn a_host_that_the_configuration_trusts_may_be_anywhere() {
+    on_the_internet(|| async {
+        let mut tokens = Behaviour::default();
+        tokens.put("/token", "application/json", br#"{"token": "granted"}"#);
+        let realm = format!("http://{}/token", tokens.serve().await);
+        let registry = Behaviour {
+            authorization: Some("authorization: Bearer granted".into()),
+            challenge: Some(format!("Bearer realm=\"{realm}\"")),
+            ..Behaviour::honest()
+        };
+        let address = registry.serve_at(PUBLIC).await;
+        let node = Node::at(address, |config| {
+            config.insecure_registries = vec![address.to_string()];
+            config.trusted_hosts = vec!["127.0.0.1".into()];
+        });
+        node.pull_with("app:1", Credentials::Basic("u".into(), "p".into())).await.unwrap();
+    });
+}
+
+#[tokio::test]
+async fn a_password_stays_in_the_registrys_own_domain() {
+    let (service, asked) = secret_service().await;
+    let registry = Behaviour {
+        authorization: Some("authorization: Bearer secret".into()),
+        challenge: Some(format!("Bearer realm=\"http://localhost:{}/token\"", service.port())),
+        ..Behaviour::honest()
+    };
+    let node = Node::with(registry).await;
+    let error = node.pull_with("app:1", Credentials::Basic("u".into(), "p".into())).await.unwrap_err();
+    assert!(error.to_string().contains("password") && error.to_string().contains("localhost"), "{error}");
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+    node.pull("app:1").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_registry_with_tls_sends_nobody_to_plain_http() {
+    let (certificate, key) = (include_str!("tests/localhost.crt"), include_str!("tests/localhost.key"));
+    let (service, asked) = secret_service().await;
+    let registry = Behaviour {
+        authorization: Some("authorization: Bearer secret".into()),
+        challenge: Some(format!("Bearer realm=\"http://{service}/token\"")),
+        ..Behaviour::honest()
+    };
+    let node = Node::with(registry).await;
+    let tls = tls_in_front_of(node.registry, certificate, key);
+    let file = format!("server = 'https://localhost:{}'\nca = 'registry.crt'", tls.port());
+    node.hosts("registry.example", &file);
+    std::fs::write(node.root.path().join("certs.d/registry.example/registry.crt"), certificate).unwrap();
+    let error = node.store.pull("registry.example/app:1", Credentials::Anonymous).await.unwrap_err();
+    assert!(error.to_string().contains("not https"), "{error}");
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn content_may_be_at_another_server() {
+    let honest = Behaviour::honest();
+    let elsewhere = honest.clone().serve().await;
+    let path = honest.layer_path();
+    let redirects = [(path.clone(), format!("http://{elsewhere}{path}"))].into();
+    Node::with(Behaviour { redirects, ..honest.clone() }).await.pull("app:1").await.unwrap();
+    let circle = [(path.clone(), path)].into();
+    let error = Node::with(Behaviour { redirects: circle, ..honest }).await.pull("app:1").await.unwrap_err();
+    assert!(error.to_string().contains("more than 10 times"), "{error}");
 }
