@@ -1,5 +1,5 @@
-//! Folders and files of huskd's own, and what the node's other users may do with
-//! them.
+//! Folders and files of huskd's own, with modes that say what the node's other users may
+//! do with them.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 
 use crate::id::SandboxId;
 
-/// For root alone.
+/// The mode of a folder that only root enters.
 pub const ROOT_ONLY: u32 = 0o700;
 
-/// Others find their way through it to what is theirs, by name.
+/// The mode of a folder that other users pass through, if they know the name of their own
+/// file below it.
 pub const TRAVERSE_ONLY: u32 = 0o711;
 
 /// The folder of a pod's sockets and logs, below huskd's run directory.
@@ -21,17 +22,17 @@ pub fn sandbox_run_dir(run_dir: &Path, id: &SandboxId) -> PathBuf {
     run_dir.join("sandboxes").join(id.short())
 }
 
-/// Makes a folder with this mode; one that is there already gets it.
+/// Makes a folder with this mode; a folder that is there already gets the mode.
 ///
 /// # Errors
 /// The file system's.
 pub fn make(path: &Path, mode: u32) -> io::Result<()> {
-    // From the first moment, and then whatever the umask takes away.
+    // The mode holds from the first moment; the second call gives what the umask took.
     DirBuilder::new().recursive(true).mode(mode).create(path)?;
     fs::set_permissions(path, Permissions::from_mode(mode))
 }
 
-/// Makes a file for root alone, or empties the one that is there.
+/// Makes a file that only root can read and write, or empties the one that is there.
 ///
 /// # Errors
 /// The file system's.

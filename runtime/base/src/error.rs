@@ -1,5 +1,7 @@
-//! The error of a file that could not be read, written or removed.
+//! The error of a file that could not be read, written or removed, and what is to be
+//! found in a chain of errors.
 
+use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -25,13 +27,54 @@ impl FileError {
     }
 }
 
+/// An error with its causes, as a person shall read it. What an error repeats of its
+/// cause is not said twice.
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Whether a full disk, or a full quota, is among the causes of an error.
+#[must_use]
+pub fn is_full_disk(error: &(dyn Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use std::error::Error;
-
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_found_in_the_chain() {
+        let full = || FileError {
+            stage: "write record",
+            path: "/r".into(),
+            source: io::Error::from_raw_os_error(libc::ENOSPC),
+        };
+        assert!(is_full_disk(&full()) && is_full_disk(&io::Error::from_raw_os_error(libc::EDQUOT)));
+        assert!(!is_full_disk(&io::Error::from_raw_os_error(libc::EIO)));
+        let text = chain(&full());
+        assert!(text.starts_with("write record: /r: No space left"), "{text}");
+    }
 
     #[test]
     fn the_cause_is_in_the_chain_and_not_in_the_text() {

@@ -12,7 +12,7 @@ fn random() -> String {
     hex(&bytes)
 }
 
-/// Bytes in hexadecimal.
+/// Writes bytes in hexadecimal.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
@@ -29,25 +29,25 @@ macro_rules! id {
         pub struct $name(String);
 
         impl $name {
-            /// A new one, never used before.
+            /// Makes a new id, which was never used before.
             #[must_use]
             pub fn random() -> Self {
                 Self(random())
             }
 
-            /// Whether a text has the form of one.
+            /// Whether a text has the form of an id.
             #[must_use]
             pub fn is_one(text: &str) -> bool {
                 text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
             }
 
-            /// As text.
+            /// The id as text.
             #[must_use]
             pub fn as_str(&self) -> &str {
                 &self.0
             }
 
-            /// The first characters, enough for a person and a log.
+            /// The first 13 characters, which are enough for a person and a log.
             #[must_use]
             pub fn short(&self) -> &str {
                 self.0.get(..13).unwrap_or(&self.0)

@@ -19,7 +19,7 @@ pub mod record;
 pub mod text_file;
 mod tree;
 
-pub use error::FileError;
+pub use error::{FileError, chain, is_full_disk};
 pub use json::{read_json, write_json};
 pub use tree::remove as remove_tree;
 

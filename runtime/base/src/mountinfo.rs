@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-/// A path as it stands there: blanks and backslashes are octal.
+/// Reads a path of that file, in which blanks and backslashes are octal.
 #[must_use]
 pub fn unescape(field: &[u8]) -> PathBuf {
     let mut path = Vec::with_capacity(field.len());

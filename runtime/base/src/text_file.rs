@@ -1,15 +1,15 @@
-//! Configuration that others have written: read whole, if it is a file of a
-//! sensible size.
+//! Reads configuration that others have written, if it is a file of a sensible size.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// The text of a file of at most `most` bytes.
+/// Reads the text of a file of at most `most` bytes.
 ///
 /// # Errors
-/// The kernel's; what is no regular file, too large or not UTF-8.
+/// The kernel's; `InvalidInput` for anything but a regular file, `FileTooLarge`, and
+/// `InvalidData` for text that is not UTF-8.
 pub fn read(path: &Path, most: u64) -> io::Result<String> {
     // A fifo in the file's place must not hold the daemon up.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;

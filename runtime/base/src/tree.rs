@@ -1,16 +1,15 @@
-//! Removes what containers have written. They can make directories deeper than
-//! a path can name and than a stack is: so no path here is ever long, and
-//! nothing recurses.
+//! Removes what containers have written. They can make directories deeper than a path can
+//! name and deeper than the stack allows, so paths stay short here and nothing recurses.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Removes `root` and all in it, without following links. None is fine. Nobody
-/// may be changing it meanwhile.
+/// Removes `root` and everything in it, without following links; a root that is not there
+/// is removed already. Nobody may change the tree meanwhile.
 ///
 /// # Errors
-/// The file system's; what is left can be removed by another try.
+/// The file system's; another try removes the rest.
 pub fn remove(root: &Path) -> io::Result<()> {
     if !root.is_dir() || root.is_symlink() {
         return Ok(());
