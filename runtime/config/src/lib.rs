@@ -63,6 +63,12 @@ pub struct Images {
     pub stall_timeout_seconds: u64,
     /// Most seconds that a pull may take in all.
     pub pull_timeout_seconds: u64,
+    /// MiB that stay free on the images' disk: a pull that would leave less fails.
+    pub min_free_mib: u64,
+    /// Most pulls at a time; others wait.
+    pub parallel_pulls: usize,
+    /// Most images that are unpacked at a time; other pulls wait.
+    pub parallel_unpacks: usize,
     /// Tags or digests, as `crictl images` tells them, of images that clients
     /// are asked not to remove to free space.
     pub pinned: Vec<String>,
@@ -273,6 +279,9 @@ impl Default for Images {
             hosts_dir: "/etc/husk/certs.d".into(),
             stall_timeout_seconds: 60,
             pull_timeout_seconds: 900,
+            min_free_mib: 256,
+            parallel_pulls: 8,
+            parallel_unpacks: 2,
             pinned: Vec::new(),
         }
     }

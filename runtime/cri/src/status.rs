@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 
 /// The status that a client gets for an error. The text says the stage first.
 pub(crate) fn of(error: &Error) -> Status {
-    Status::new(code(error), error.to_string())
+    Status::new(code(error), husk_base::chain(error))
 }
 
 fn code(error: &Error) -> Code {
@@ -46,6 +46,7 @@ fn code(error: &Error) -> Code {
         {
             Code::ResourceExhausted
         }
+        error if husk_base::is_full_disk(error) => Code::ResourceExhausted,
         _ => Code::Internal,
     }
 }
@@ -54,18 +55,42 @@ fn image_code(error: &husk_image::Error) -> Code {
     use husk_image::Error as E;
     match error {
         E::Reference { .. } | E::Ambiguous(_) => Code::InvalidArgument,
+        E::Busy { .. } => Code::ResourceExhausted,
         E::NotFound { .. } => Code::NotFound,
         E::Unauthorized { .. } => Code::Unauthenticated,
         E::Registry { .. } => Code::Unavailable,
         E::Timeout { .. } => Code::DeadlineExceeded,
         E::Refused { .. } => Code::DataLoss,
         E::Hosts { .. } => Code::FailedPrecondition,
-        E::File { .. } | E::Mkfs(_) | E::Metadata(_) => {
-            if error.is_disk_full() {
-                Code::ResourceExhausted
-            } else {
-                Code::Internal
-            }
+        E::NoRoom { .. } | E::File(_) | E::Mkfs(_) | E::Metadata(_) | E::Unpacker { .. } => {
+            if error.is_disk_full() { Code::ResourceExhausted } else { Code::Internal }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_base::FileError;
+
+    use super::*;
+
+    fn full() -> io::Error {
+        io::ErrorKind::StorageFull.into()
+    }
+
+    #[test]
+    fn a_full_disk_is_called_so_wherever_it_strikes() {
+        let file = FileError { stage: "write", path: "/images/x".into(), source: full() };
+        for error in [
+            Error::Image(husk_image::Error::File(file)),
+            Error::Image(husk_image::Error::Metadata(full())),
+            Error::Network(husk_network::Error::Record(full())),
+            Error::Record(full()),
+        ] {
+            let status = of(&error);
+            assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+            let count = status.message().matches(&full().to_string()).count();
+            assert_eq!(count, 1, "the cause is told once: {status}");
         }
     }
 }

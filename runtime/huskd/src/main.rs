@@ -1,12 +1,14 @@
 //! `huskd`: the CRI server of a node. Everything is wired here, and nothing owned.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
 use husk_config::{Config, Kind};
+use husk_image::unpack;
 use husk_pods::{Node, ops};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -28,7 +30,11 @@ struct Arguments {
     config: PathBuf,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
+    // Under another name it is the process that unpacks the layers of an image.
+    if unpack::is_asked() {
+        return Ok(unpack::main());
+    }
     heap::configure();
     let arguments = Arguments::parse();
     telemetry::start();
@@ -42,9 +48,9 @@ fn main() -> anyhow::Result<()> {
         .build()
         .context("start threads")?;
     let ended = runtime.block_on(run(arguments));
-    // What a thread still unpacks is thrown away at the next start.
+    // What a thread still removes is removed at the next start.
     runtime.shutdown_timeout(LAST_THREADS);
-    ended
+    ended.map(|()| ExitCode::SUCCESS)
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {

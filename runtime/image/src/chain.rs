@@ -1,25 +1,24 @@
-//! The names of stacks of layers, by which their files are kept.
+//! Chain ids: the names of stacks of layers, by which their files are kept.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use husk_base::id::hex;
 
-/// Most characters of a text that is none which are told.
+/// Most characters that an error quotes of a text that is no digest.
 const MAX_SHOWN: usize = 80;
 
-/// The name of a stack of layers (OCI image-spec, `config.md`). An image says
-/// what it is made from, and a file is named by it: so there is none that is
-/// anything but a digest.
+/// The name of a stack of layers (OCI image-spec, `config.md`). An image chooses the input,
+/// and a file is named by the result, so a chain id is always a digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(super) struct ChainId(String);
 
 impl ChainId {
-    /// Of layers with these digests, the lowest first.
+    /// Names the stack of layers with these digests, the lowest first.
     ///
     /// # Errors
-    /// The first that is no digest.
+    /// Names the first text that is no digest.
     pub(super) fn of(diff_ids: &[String]) -> Result<Self, String> {
         for diff_id in diff_ids {
             check(diff_id).map_err(|cause| format!("the image's configuration: diff id {cause}"))?;
@@ -30,7 +29,7 @@ impl ChainId {
         Ok(Self(ids.fold(first, |chain, diff_id| digest(&format!("{chain} {diff_id}")))))
     }
 
-    /// Without "sha256:".
+    /// The digits, without "sha256:".
     pub(super) fn digits(&self) -> &str {
         self.0.strip_prefix("sha256:").unwrap_or(&self.0)
     }
@@ -51,7 +50,7 @@ impl From<ChainId> for String {
     }
 }
 
-/// Whether a text is a SHA-256 digest in the one way to write it.
+/// Checks that a text is a SHA-256 digest, written in its one way.
 fn check(text: &str) -> Result<(), String> {
     let is_digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     match text.strip_prefix("sha256:") {

@@ -26,7 +26,7 @@ const CONFIGURATION: [&str; 6] = [
     "",
 ];
 
-/// What a name leads to in a registry.
+/// A document that a name leads to in a registry.
 #[derive(Debug)]
 pub(super) enum Document {
     Index(ImageIndex),

@@ -11,11 +11,14 @@ use super::Error;
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Packs `folder` into `file`, uncompressed: its pages are read straight from
-/// the host's page cache. On an error the file may be there in part.
-pub(super) async fn pack(folder: &Path, file: &Path) -> Result<(), Error> {
+/// the host's page cache. On an error a part of the file may be there.
+/// With `holes`, those of sparse files take no room: files are made of chunks then, which
+/// need an index (Linux 5.15).
+pub(super) async fn pack(folder: &Path, file: &Path, holes: bool) -> Result<(), Error> {
     let mut mkfs = Command::new("mkfs.erofs");
-    // The same files give the same bytes.
+    // A fixed UUID: the same files give the same bytes.
     mkfs.args(["-U", "00000000-0000-0000-0000-000000000000", "--quiet"])
+        .args(holes.then_some("--chunksize=4096"))
         .arg(file)
         .arg(folder)
         .kill_on_drop(true);

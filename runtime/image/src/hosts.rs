@@ -1,8 +1,8 @@
-//! Where the images of a registry may come from: `certs.d/<host>/hosts.toml`, as containerd reads it.
+//! Reads `certs.d/<host>/hosts.toml`, which names the mirrors of a registry, as containerd does.
 //!
-//! The files are read at every pull, so that a change needs no restart. What they say and cannot be done here
-//! makes that one host unusable, with the reason; a file that does not read fails the pull, because a mirror that
-//! is skipped in silence may be what keeps a node off the internet.
+//! The files are read at every pull, so that a change needs no restart. A file that does not read, or that asks
+//! for something which is not supported, fails the pull: a mirror that is skipped in silence may be what keeps a
+//! node off the internet.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,13 +18,13 @@ use husk_base::text_file;
 /// A `hosts.toml` is small; more than this is another file.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Why a host with a certificate for us is not asked.
+/// The reason why a host that wants a certificate of huskd's is not asked.
 const CLIENT: &str = "client certificates are not supported";
 
-/// One host that may be asked for an image.
+/// A host that may be asked for an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Host {
-    /// As the file has it, for messages.
+    /// The name that the file has for it, for messages.
     pub name: String,
     /// Plain HTTP, or `None` where the name does not say.
     pub plain: Option<bool>,
@@ -32,20 +32,20 @@ pub(super) struct Host {
     pub address: String,
     /// The part of the path that comes after `/v2`, before the repository.
     pub prefix: String,
-    /// Tags may be resolved there.
+    /// The host may say what a tag leads to.
     pub resolve: bool,
-    /// Content may be fetched there, by its digest.
+    /// The host may hand out content by its digest.
     pub pull: bool,
-    /// How it is connected to.
+    /// The way to connect to it.
     pub connection: Connection,
 }
 
-/// How a host is connected to.
+/// The way to connect to a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Connection {
-    /// Its certificate is not looked at.
+    /// The host's certificate is not verified.
     pub skip_verify: bool,
-    /// Certificates that vouch for it, besides the system's.
+    /// Certificates that vouch for the host, besides the system's.
     pub ca: Vec<PathBuf>,
     /// Most time for a connection to come about.
     pub dial_timeout: Option<Duration>,
@@ -56,9 +56,9 @@ pub(super) struct Connection {
 pub(super) struct Hosts {
     /// Mirrors, in the order in which they are asked.
     pub mirrors: Vec<Host>,
-    /// What is asked last, if it is not simply the registry itself.
+    /// The host that is asked last in the registry's place.
     pub server: Option<Host>,
-    /// How the registry itself is connected to, where no `server` stands for it.
+    /// The way to connect to the registry itself, where no `server` stands for it.
     pub registry: Connection,
 }
 
@@ -85,15 +85,15 @@ enum OneOrMany {
 #[derive(Debug, Deserialize)]
 struct File {
     server: Option<String>,
-    // Where each is in the file: a table has no order of its own, and mirrors have one.
+    // Spans keep the order of the mirrors, which a table does not.
     #[serde(default)]
     host: BTreeMap<String, Spanned<Settings>>,
 }
 
 impl Hosts {
-    /// What `root` says of `registry`, a host with or without a port. Without
-    /// a file, the registry itself is asked; the certificates in the folder
-    /// vouch for it then, as Docker has it.
+    /// Reads what `root` says of `registry`, a host with or without a port. Without a file
+    /// the registry itself is asked, and the certificates in the folder vouch for it, as
+    /// Docker has it.
     ///
     /// # Errors
     /// A file that is there and cannot be used.

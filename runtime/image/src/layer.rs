@@ -1,5 +1,5 @@
-//! Applies the layers of an image to a folder, as the OCI image specification
-//! says (`layer.md`), and refuses what no honest layer holds.
+//! Applies the layers of an image to a folder, as the OCI image specification says
+//! (`layer.md`), and refuses entries that no honest layer has.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -8,27 +8,25 @@ use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use rustix::fs::FileType;
+use serde::{Deserialize, Serialize};
 use tar::EntryType;
 
 use super::tree::{self, Attributes, Place, Tree, safe_path};
 use archive::{Archive, Entry};
-use reader::{Guarded, Stopped};
+use reader::{Guarded, TooLarge};
 
 mod archive;
 mod attributes;
 mod reader;
 mod sparse;
 
-/// Most bytes of the names of one layer's folders, which are remembered until
-/// its end.
+/// Most bytes of the names of one layer's folders, which are kept until its end.
 const MAX_FOLDER_NAMES: u64 = 64 << 20;
 
-/// What the layers of one image may hold together.
-#[derive(Clone, Debug)]
+/// Limits on all layers of one image together.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Limits {
     /// Bytes of all files.
     pub bytes: u64,
@@ -71,7 +69,7 @@ pub(super) fn is_layer(media_type: &str) -> bool {
     )
 }
 
-/// How a layer is packed.
+/// The packing of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Packing {
     Plain,
@@ -80,19 +78,19 @@ enum Packing {
 }
 
 impl Packing {
-    /// By the layer's first bytes: its media type may say another, and other
-    /// runtimes do not ask it.
+    /// Finds the packing by the layer's first bytes: its media type may name another, and
+    /// other runtimes do not ask it.
     const fn of(first: &[u8]) -> Self {
         match first {
             [0x1f, 0x8b, ..] => Self::Gzip,
-            // What comes first may be a frame to be skipped.
+            // A frame that is to be skipped may come first.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             _ => Self::Plain,
         }
     }
 }
 
-/// A layer's unpacked bytes.
+/// Unpacks a layer's bytes.
 fn unpacked(file: File) -> io::Result<Box<dyn Read>> {
     let mut file = BufReader::with_capacity(128 * 1024, file);
     Ok(match Packing::of(file.fill_buf()?) {
@@ -107,22 +105,26 @@ fn unpacked(file: File) -> io::Result<Box<dyn Read>> {
     })
 }
 
-/// The folder that layers are applied to, and what is left of the limits.
+/// The folder that layers are applied to, and the rest of the limits.
 #[derive(Debug)]
 pub(super) struct Unpacker {
     tree: Tree,
     path: PathBuf,
     limits: Limits,
     left: Limits,
-    cancelled: Arc<AtomicBool>,
+    holes: bool,
 }
 
 impl Unpacker {
-    /// `folder` exists and is empty. Soon after `cancelled` is set, everything
-    /// fails.
-    pub(super) fn new(folder: &Path, limits: &Limits, cancelled: Arc<AtomicBool>) -> Result<Self, Failure> {
+    /// `folder` exists and is empty.
+    pub(super) fn new(folder: &Path, limits: &Limits) -> Result<Self, Failure> {
         let tree = Tree::open(folder).map_err(|error| Failure::Disk("open", folder.into(), error))?;
-        Ok(Self { tree, path: folder.into(), limits: limits.clone(), left: limits.clone(), cancelled })
+        Ok(Self { tree, path: folder.into(), limits: limits.clone(), left: limits.clone(), holes: false })
+    }
+
+    /// Whether a layer has brought a sparse file.
+    pub(super) const fn has_holes(&self) -> bool {
+        self.holes
     }
 
     /// Applies one layer, whose unpacked bytes must have the digest `diff_id`.
@@ -132,14 +134,13 @@ impl Unpacker {
         // The archive's own overhead is at most a few blocks an entry.
         let room =
             self.left.bytes.saturating_add(self.left.entries.saturating_mul(4096)).saturating_add(1 << 20);
-        let cancelled = self.cancelled.clone();
-        let mut reader = Guarded::new(reader, room, &cancelled);
+        let mut reader = Guarded::new(reader, room);
         let mut layer = Layer::default();
         let mut archive = Archive::new(&mut reader);
         while let Some(entry) = archive.next().map_err(damaged)? {
             self.entry(&entry, &mut archive, &mut layer)?;
         }
-        // What is put into folders changes their times.
+        // Folders get their times last, because new entries change them.
         for (path, time) in layer.folders.iter().rev() {
             match self.tree.place(path, false).and_then(|place| place.set_folder_time(*time)) {
                 // Another entry of the layer took its place.
@@ -218,7 +219,7 @@ impl Unpacker {
                 let target = link_target(entry)?;
                 ("make symbolic link", place.make_symlink(target).map(|()| FileType::Symlink))
             }
-            // It shares the attributes of its target.
+            // A hard link shares the attributes of its target.
             EntryType::Link => return self.hard_link(entry, &place, path),
             EntryType::Char | EntryType::Block => ("make device node", self.device(entry, &place)?),
             EntryType::Fifo => ("make fifo", place.make_node(FileType::Fifo, 0, 0).map(|()| FileType::Fifo)),
@@ -251,6 +252,7 @@ impl Unpacker {
         })?;
         let mut file = place.make_file().map_err(|error| self.disk("make file", path, error))?;
         let Some(parts) = &entry.parts else { return self.copy(body, u64::MAX, &mut file, path) };
+        self.holes = true;
         for part in parts {
             let there = file.seek(SeekFrom::Start(part.offset));
             there.map_err(|error| self.disk("write file", path, error))?;
@@ -276,7 +278,7 @@ impl Unpacker {
         let target = safe_path(link_target(entry)?.as_bytes()).map_err(|why| {
             Failure::Refused(format!("hard link `{}` leaves the image: {why}", path.display()))
         })?;
-        // Not over what it links to, and not to what goes when it is made.
+        // A link must not replace its own target, or a folder above it.
         if target.starts_with(path) {
             return Err(none());
         }
@@ -406,7 +408,7 @@ impl Unpacker {
     }
 }
 
-/// What one layer has brought so far.
+/// The state of a layer that is being applied.
 #[derive(Default)]
 struct Layer {
     seen: Seen,
@@ -446,8 +448,8 @@ impl Seen {
 }
 
 fn damaged(error: io::Error) -> Failure {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<Stopped>()) {
-        Some(stopped) => Failure::Refused(stopped.to_string()),
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<TooLarge>()) {
+        Some(too_large) => Failure::Refused(too_large.to_string()),
         None => Failure::Refused(format!("a layer is damaged: {error}")),
     }
 }

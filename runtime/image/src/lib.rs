@@ -1,7 +1,10 @@
-//! OCI images: pulled and verified, unpacked, kept as one EROFS file each.
+//! OCI images: pulled and verified, unpacked, and kept as one EROFS file each.
 //!
-//! A pull works in a folder of its own and becomes visible by one transaction;
-//! whatever a crash leaves is swept when the store opens.
+//! [`ImageStore::pull`] asks a registry (`registry`, or the mirrors that `hosts` names),
+//! reads its documents (`document`), has a jailed process unpack the layers ([`unpack`],
+//! `layer`, `tree`) and packs the files (`erofs`). A pull works in a folder of its own and
+//! becomes visible by one transaction of the `store`, which sweeps what a crash leaves when
+//! it opens.
 
 #![forbid(unsafe_code)]
 
@@ -10,19 +13,23 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use husk_base::FileError;
 use oci_spec::image::ImageConfiguration;
 
 mod chain;
 mod document;
 mod erofs;
+mod gate;
 mod hosts;
 mod layer;
+mod metadata;
 mod pull;
 mod reference;
 mod referral;
 mod registry;
 mod store;
 mod tree;
+pub mod unpack;
 
 pub use layer::Limits;
 pub use reference::{full_name, is_at};
@@ -32,7 +39,7 @@ pub use store::{FsInfo, ImageStore};
 /// Largest file of certificates that is read.
 const MAX_PEM: u64 = 4 << 20;
 
-/// How images are pulled.
+/// The settings of an image store.
 #[derive(Clone, Debug)]
 pub struct ImageConfig {
     /// Registries spoken to over plain HTTP, besides loopback addresses.
@@ -42,12 +49,20 @@ pub struct ImageConfig {
     pub trusted_hosts: Vec<String>,
     /// The folder with a `<host>/hosts.toml` for each registry that has mirrors.
     pub hosts_dir: PathBuf,
-    /// Most time without a byte from the registry.
+    /// The most time that may pass without a byte from the registry.
     pub stall_timeout: std::time::Duration,
-    /// Most time for a pull as a whole.
+    /// The most time that a pull may take.
     pub pull_timeout: std::time::Duration,
-    /// What an image may be made of.
+    /// Limits on what an image is made of.
     pub limits: Limits,
+    /// Bytes that stay free on the images' disk: a pull that would leave less fails.
+    pub min_free: u64,
+    /// Most pulls at a time; others wait.
+    pub parallel_pulls: usize,
+    /// Most images that are unpacked at a time; other pulls wait.
+    pub parallel_unpacks: usize,
+    /// The program that runs [`unpack::main`]: huskd itself, unless a test says otherwise.
+    pub unpacker: PathBuf,
 }
 
 impl Default for ImageConfig {
@@ -59,11 +74,15 @@ impl Default for ImageConfig {
             stall_timeout: std::time::Duration::from_secs(60),
             pull_timeout: std::time::Duration::from_secs(900),
             limits: Limits::default(),
+            min_free: 256 << 20,
+            parallel_pulls: 8,
+            parallel_unpacks: 2,
+            unpacker: "/proc/self/exe".into(),
         }
     }
 }
 
-/// An image that is here. Cheap to clone.
+/// An image of the store. It is cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Image {
     /// Digest of its configuration, "sha256:…".
@@ -74,11 +93,11 @@ pub struct Image {
     pub repo_digests: Vec<String>,
     /// Bytes of its EROFS file.
     pub size: u64,
-    /// Of its manifest.
+    /// The annotations of its manifest.
     pub annotations: BTreeMap<String, String>,
-    /// What it says about itself.
+    /// The image's configuration.
     pub config: Arc<ImageConfiguration>,
-    /// Its files: a read-only EROFS filesystem.
+    /// The image's files: a read-only EROFS file system.
     pub rootfs: PathBuf,
 }
 
@@ -88,18 +107,18 @@ pub enum Error {
     /// The name is not one.
     #[error("image reference `{name}`: {cause}")]
     Reference {
-        /// As given.
+        /// The name as it was given.
         name: String,
-        /// What is wrong with it.
+        /// The reason.
         cause: String,
     },
-    /// Several images have ids that start so.
+    /// The ids of several images begin with it.
     #[error("image id `{0}` is ambiguous: give more of its characters")]
     Ambiguous(String),
     /// The registry does not have it.
     #[error("pull {reference}: not found in the registry: {cause}")]
     NotFound {
-        /// What was asked for.
+        /// The image that was asked for.
         reference: String,
         /// The registry's words.
         cause: String,
@@ -107,7 +126,7 @@ pub enum Error {
     /// The registry wants other credentials.
     #[error("pull {reference}: the registry refuses access: {cause}; check the credentials")]
     Unauthorized {
-        /// What was asked for.
+        /// The image that was asked for.
         reference: String,
         /// The registry's words.
         cause: String,
@@ -115,59 +134,83 @@ pub enum Error {
     /// The registry cannot be reached or does not do its work.
     #[error("pull {reference}: {stage}: {cause}")]
     Registry {
-        /// What was asked for.
+        /// The image that was asked for.
         reference: String,
-        /// What was being fetched.
+        /// The part that was being fetched.
         stage: String,
-        /// What went wrong.
+        /// The reason.
         cause: String,
     },
-    /// It took too long.
+    /// The pull took too long.
     #[error("pull {reference}: {stage}: {cause}")]
     Timeout {
-        /// What was asked for.
+        /// The image that was asked for.
         reference: String,
-        /// What was being fetched.
+        /// The part that was being fetched.
         stage: String,
-        /// Which limit was passed.
+        /// The limit that was passed.
         cause: String,
     },
-    /// What came is not what was promised, or not an image that may be used.
+    /// The content is not what was promised, or not an image that may be used.
     #[error("pull {reference}: {cause}")]
     Refused {
-        /// What was asked for.
+        /// The image that was asked for.
         reference: String,
-        /// Why it is refused.
+        /// The reason.
         cause: String,
     },
-    /// What `hosts.toml` says of the registry, or a certificate that it names.
+    /// A `hosts.toml`, or a certificate that it names, cannot be used.
     #[error("registry hosts: {path}: {cause}")]
     Hosts {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         cause: String,
     },
-    /// A file of the store.
-    #[error("{stage}: {path}: {cause}")]
-    File {
-        /// What was being done.
-        stage: &'static str,
-        /// To which file.
+    /// The disk has less room than it is to keep.
+    #[error(
+        "pull {reference}: No space left: {free_mib} MiB are free on the disk of {path}, and `min_free_mib` of \
+         [images] keeps {min_free_mib} MiB free: remove images, or make room"
+    )]
+    NoRoom {
+        /// The image that was asked for.
+        reference: String,
+        /// A folder on that disk.
         path: PathBuf,
-        /// Why it failed.
-        cause: io::Error,
+        /// Bytes that are free, in MiB.
+        free_mib: u64,
+        /// The setting.
+        min_free_mib: u64,
     },
+    /// Too many pulls wait for others.
+    #[error("pull {reference}: {waiting} pulls wait already (`parallel_pulls` of [images]): try again later")]
+    Busy {
+        /// The image that was asked for.
+        reference: String,
+        /// The number of those that wait.
+        waiting: usize,
+    },
+    /// The process that unpacks layers did not do its work.
+    #[error("pull {reference}: unpack: {cause}")]
+    Unpacker {
+        /// The image that was asked for.
+        reference: String,
+        /// The way in which it ended.
+        cause: String,
+    },
+    /// A file of the store failed.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// mkfs.erofs failed.
     #[error("make root filesystem: mkfs.erofs: {0} (it is in Debian's package erofs-utils)")]
     Mkfs(String),
-    /// The metadata.
-    #[error("image metadata: {0}")]
-    Metadata(String),
+    /// The database of the store failed.
+    #[error("image metadata")]
+    Metadata(#[source] io::Error),
 }
 
 impl Error {
-    /// What the registry, or the look at its answer, said.
+    /// The reason that the registry, or the check of its answer, gave.
     fn cause_mut(&mut self) -> Option<&mut String> {
         match self {
             Self::NotFound { cause, .. }
@@ -183,9 +226,9 @@ impl Error {
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
         match self {
-            Self::File { cause, .. } => cause.kind() == io::ErrorKind::StorageFull,
+            Self::NoRoom { .. } => true,
             Self::Mkfs(text) => text.contains("No space left"),
-            _ => false,
+            _ => husk_base::is_full_disk(self),
         }
     }
 }

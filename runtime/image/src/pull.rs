@@ -1,12 +1,14 @@
-//! PullImage's work: manifest, configuration, layers, files, record.
+//! A pull: the manifest, the configuration, the layers, their files, and the record.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
+use husk_base::id::hex;
+use husk_base::{chain, remove_tree};
 use oci_spec::distribution::Reference;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use sha2::{Digest, Sha256};
@@ -14,13 +16,11 @@ use tokio::io::AsyncWriteExt;
 
 use super::chain::ChainId;
 use super::document::{self, Document};
-use super::layer::{Failure, Unpacker, is_layer};
+use super::layer::is_layer;
+use super::metadata::ImageRecord;
 use super::registry::{self, Credentials};
-use super::store::{Record, file};
-use super::{Error, ImageStore, erofs, reference};
-use husk_base::id::hex;
-use husk_base::lock;
-use husk_base::remove_tree;
+use super::store::file;
+use super::{Error, ImageStore, erofs, reference, unpack};
 
 mod source;
 use source::{Rounds, Source, Wanted, sources};
@@ -31,12 +31,11 @@ const PARALLEL: usize = 3;
 const MAX_DOCUMENT: usize = 4 << 20;
 /// Most bytes of annotations that are kept of an image.
 const MAX_ANNOTATIONS: usize = 64 << 10;
-/// As many layers as other runtimes take.
+/// Most layers of an image, as other runtimes have it.
 const MAX_LAYERS: usize = 127;
-/// Most entries of an index, which do not say what they are for, that are
-/// looked into.
+/// Most entries of an index that do not name their platform which are looked into.
 const MAX_SILENT: usize = 16;
-/// How often a blob is asked for before the pull is given up.
+/// Tries to fetch a blob before the pull is given up.
 const TRIES: u32 = 3;
 
 /// Manifests that are understood.
@@ -45,37 +44,23 @@ const MEDIA_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
                            application/vnd.docker.distribution.manifest.v2+json, \
                            application/vnd.docker.distribution.manifest.list.v2+json";
 
-/// Pulls under way, so that one reference is pulled by one at a time.
-#[derive(Debug, Default)]
-pub(super) struct Flights(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
-
-/// Tells the folders of pulls apart.
+/// The number of the next pull, which tells their folders apart.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// A folder that goes when the last who works in it lets it go.
+/// The folder of a pull. It is removed when it is dropped.
 struct Workspace(PathBuf);
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        // A pull that is given up may just be making a file, or mkfs.erofs is:
-        // neither makes a second one.
+        // A process that was killed with its pull may just be making a file, and makes no
+        // second one.
         let removed = remove_tree(&self.0).or_else(|_| {
             std::thread::sleep(Duration::from_millis(50));
             remove_tree(&self.0)
         });
         if let Err(error) = removed {
-            tracing::warn!(path = %self.0.display(), %error, "remove the folder of a pull");
+            tracing::warn!(path = %self.0.display(), %error, "failed to remove the folder of a pull");
         }
-    }
-}
-
-/// Tells a thread that nobody waits for it any more.
-#[derive(Default)]
-struct Cancel(Arc<AtomicBool>);
-
-impl Drop for Cancel {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -87,7 +72,7 @@ struct Fetched {
     digest: String,
 }
 
-/// One pull.
+/// A pull of one image.
 struct Pull<'a> {
     store: &'a ImageStore,
     sources: Vec<Source>,
@@ -100,20 +85,21 @@ impl ImageStore {
     /// only looked up in the registry.
     ///
     /// # Errors
-    /// With the stage in it; nothing is left behind.
+    /// Every error names the stage, and nothing is left behind.
     pub async fn pull(&self, name: &str, credentials: Credentials) -> Result<String, Error> {
         let reference = reference::parse(name)?;
         let canonical = reference::canonical(&reference);
         let sources = sources(&self.config, &reference, &credentials)?;
-        let flight = lock(&self.flights.0).entry(canonical.clone()).or_default().clone();
+        let turn = self.in_flight.turn(&canonical);
         let limit = self.config.pull_timeout;
         let pulled = tokio::time::timeout(limit, async {
-            let _flight = flight.lock().await;
+            let _turn = turn.lock().await;
+            let _pull = self.gates.pull(&canonical).await?;
             Pull { store: self, sources, reference, name: canonical.clone() }.run().await
         })
         .await;
-        drop(flight);
-        lock(&self.flights.0).retain(|_, flight| Arc::strong_count(flight) > 1);
+        drop(turn);
+        self.in_flight.forget_done();
         pulled.unwrap_or_else(|_| {
             Err(Error::Timeout {
                 reference: canonical,
@@ -143,7 +129,7 @@ impl Pull<'_> {
         let annotations = self.annotations(&manifest);
         if let Some(known) = self.store.by_id(&id)? {
             let (tags, digests, annotations) = (tags.clone(), digests.clone(), annotations.clone());
-            if self.store.adopt(Record { tags, digests, annotations, ..known })? {
+            if self.store.commit_existing(ImageRecord { tags, digests, annotations, ..known })? {
                 return Ok(id);
             }
         }
@@ -152,22 +138,19 @@ impl Pull<'_> {
         let diff_ids = config.rootfs().diff_ids().clone();
         let layers = self.layers(&manifest, &diff_ids)?;
         let chain_id = ChainId::of(&diff_ids).map_err(|cause| self.refused(cause))?;
-        let record =
-            Record { id: id.clone(), tags, digests, chain_id, size: 0, config: config_text, annotations };
-        if !self.store.adopt(record.clone())? {
-            self.fetch(layers, &workspace.0).await?;
-            self.unpack(diff_ids, &workspace).await?;
-            let packed = workspace.0.join("rootfs.erofs");
-            erofs::pack(&workspace.0.join("files"), &packed).await?;
-            // On disk before it has the name that says that it is whole.
-            let synced = packed.clone();
-            tokio::task::spawn_blocking(move || {
-                std::fs::File::open(&synced).and_then(|file| file.sync_all())
-            })
-            .await
-            .map_err(|error| self.refused(error.to_string()))?
-            .map_err(file("sync", &packed))?;
-            self.store.settle(record, &packed)?;
+        let record = ImageRecord {
+            id: id.clone(),
+            tags,
+            digests,
+            chain_id,
+            size: 0,
+            config: config_text,
+            annotations,
+        };
+        if !self.store.commit_existing(record.clone())? {
+            let make = self.make(layers, diff_ids, &workspace.0);
+            let packed = self.store.gates.while_there_is_room(&self.name, make).await?;
+            self.store.commit(record, &packed)?;
         }
         // Removing the files takes a moment that nobody need wait for.
         tokio::task::spawn_blocking(move || drop(workspace));
@@ -175,8 +158,34 @@ impl Pull<'_> {
         Ok(id)
     }
 
-    /// What the manifest says about itself, unless it is more than a list of
-    /// images can bear.
+    /// Fetches and unpacks the layers, and packs their files into one, which is on disk
+    /// when this is done.
+    async fn make(
+        &self,
+        layers: &[Descriptor],
+        diff_ids: Vec<String>,
+        workspace: &Path,
+    ) -> Result<PathBuf, Error> {
+        // The layers take as much as the manifest says; what they unpack to is watched.
+        let bytes = layers.iter().map(Descriptor::size).fold(0, u64::saturating_add);
+        self.store.gates.has_room(&self.name, bytes)?;
+        self.fetch(layers, workspace).await?;
+        let _unpack = self.store.gates.unpack(&self.name).await?;
+        let (program, limits) = (&self.store.config.unpacker, &self.store.config.limits);
+        let holes = unpack::unpack(program, workspace, limits, diff_ids, &self.name).await?;
+        let packed = workspace.join("rootfs.erofs");
+        erofs::pack(&unpack::files(workspace), &packed, holes).await?;
+        // The file is on disk before it gets the name that says that it is whole.
+        let synced = packed.clone();
+        tokio::task::spawn_blocking(move || std::fs::File::open(&synced).and_then(|file| file.sync_all()))
+            .await
+            .map_err(|error| file("sync", &packed)(std::io::Error::other(error)))?
+            .map_err(file("sync", &packed))?;
+        Ok(packed)
+    }
+
+    /// The annotations of the manifest, unless they are more than a list of images can
+    /// bear.
     fn annotations(&self, manifest: &ImageManifest) -> BTreeMap<String, String> {
         let all: BTreeMap<_, _> = manifest.annotations().clone().unwrap_or_default().into_iter().collect();
         let bytes: usize = all.iter().map(|(key, value)| key.len() + value.len()).sum();
@@ -206,7 +215,7 @@ impl Pull<'_> {
         Ok((manifest, fetched.digest))
     }
 
-    /// What an index has for this machine: an image for amd64, else one for 386, which
+    /// Chooses the image that an index has for this machine: one for amd64, else one for 386, which
     /// runs on amd64 too. An entry that does not say what it is for is taken if its
     /// configuration does not speak of another machine.
     async fn choose(&self, index: &ImageIndex, workspace: &Path) -> Result<ImageManifest, Error> {
@@ -244,8 +253,7 @@ impl Pull<'_> {
         }
     }
 
-    /// The bytes of the manifest with that digest, or of the one that the tag
-    /// leads to; and their digest, counted here.
+    /// Fetches the document with that digest, or the one that the tag leads to.
     async fn document(&self, digest: Option<&str>) -> Result<Fetched, Error> {
         let wanted = if digest.is_some() { Wanted::Content } else { Wanted::Tag };
         let mut rounds = Rounds::new(&self.sources, wanted);
@@ -258,7 +266,7 @@ impl Pull<'_> {
         Err(rounds.error(|| self.refused("hosts.toml lets no host resolve tags".into())))
     }
 
-    /// On an error, says whether it may pass.
+    /// Asks one source. An error comes with whether it may pass.
     async fn try_document(&self, source: &Source, digest: Option<&str>) -> Result<Fetched, (Error, bool)> {
         let name = digest.or(self.reference.tag()).unwrap_or("latest");
         let fetched = source.registry.manifest(name, MEDIA_TYPES, MAX_DOCUMENT).await;
@@ -293,7 +301,7 @@ impl Pull<'_> {
         Ok((text, config))
     }
 
-    /// The layers, as many and of such types as can be.
+    /// The layers, checked for their number and types.
     fn layers<'a>(
         &self,
         manifest: &'a ImageManifest,
@@ -318,7 +326,8 @@ impl Pull<'_> {
         let mut fetches = Vec::with_capacity(count);
         for (number, layer) in layers.iter().enumerate() {
             let stage = format!("fetch layer {} of {count}", number + 1);
-            fetches.push(async move { self.blob(stage, layer, &layer_path(workspace, number)).await });
+            fetches
+                .push(async move { self.blob(stage, layer, &unpack::layer_path(workspace, number)).await });
         }
         futures::stream::iter(fetches).buffer_unordered(PARALLEL).try_collect::<()>().await
     }
@@ -334,7 +343,7 @@ impl Pull<'_> {
         Err(rounds.error(|| self.refused("hosts.toml lets no host be pulled from".into())))
     }
 
-    /// On an error, says whether it may pass.
+    /// Asks one source. An error comes with whether it may pass.
     async fn try_blob(
         &self,
         source: &Source,
@@ -379,34 +388,6 @@ impl Pull<'_> {
         Ok(())
     }
 
-    /// A pull that is given up lets the thread go, which stops at its next read
-    /// and has the folder for itself until then.
-    async fn unpack(&self, diff_ids: Vec<String>, workspace: &Arc<Workspace>) -> Result<(), Error> {
-        let workspace = workspace.clone();
-        let limits = self.store.config.limits.clone();
-        let cancel = Cancel::default();
-        let cancelled = cancel.0.clone();
-        let unpacked = tokio::task::spawn_blocking(move || {
-            let workspace = &workspace.0;
-            let folder = workspace.join("files");
-            std::fs::create_dir(&folder)
-                .map_err(|error| Failure::Disk("make folder", folder.clone(), error))?;
-            let mut unpacker = Unpacker::new(&folder, &limits, cancelled)?;
-            for (number, diff_id) in diff_ids.iter().enumerate() {
-                let blob = layer_path(workspace, number);
-                unpacker.apply(&blob, diff_id)?;
-                let _ = std::fs::remove_file(&blob);
-            }
-            Ok(())
-        })
-        .await
-        .map_err(|error| self.refused(error.to_string()))?;
-        unpacked.map_err(|failure| match failure {
-            Failure::Refused(cause) => self.refused(format!("unpack: {cause}")),
-            Failure::Disk(stage, path, cause) => Error::File { stage, path, cause },
-        })
-    }
-
     fn refused(&self, cause: String) -> Error {
         Error::Refused { reference: self.name.clone(), cause }
     }
@@ -438,10 +419,6 @@ impl Pull<'_> {
     }
 }
 
-fn layer_path(workspace: &Path, number: usize) -> PathBuf {
-    workspace.join(format!("layer-{number}"))
-}
-
 /// Whether an index says that an entry is for Linux on such a machine. Of the variants
 /// only the first runs on every one.
 fn is_for(entry: &Descriptor, machine: &str) -> bool {
@@ -455,20 +432,3 @@ fn is_for(entry: &Descriptor, machine: &str) -> bool {
 async fn pause(tries: u32) {
     tokio::time::sleep(Duration::from_millis(200) * 2u32.pow(tries)).await;
 }
-
-/// An error with its causes, without saying anything twice.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests;

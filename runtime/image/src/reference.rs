@@ -1,10 +1,10 @@
-//! Names of images, as people write them and as they are kept.
+//! The names of images, as people write them and as the store keeps them.
 
 use oci_spec::distribution::Reference;
 
 use super::Error;
 
-/// What a client may mean by a name.
+/// A meaning that a client's name may have.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Name {
     /// "docker.io/library/nginx:latest", or with a digest.
@@ -19,15 +19,15 @@ pub(super) fn parse(name: &str) -> Result<Reference, Error> {
         .map_err(|error| Error::Reference { name: name.to_owned(), cause: error.to_string() })
 }
 
-/// The whole of a name that may be short: with its host, and with a tag or a
-/// digest. `None` for what is no name.
+/// Completes a name that may be short: with its host, and with a tag or a digest. `None`
+/// for a text that is no name.
 #[must_use]
 pub fn full_name(name: &str) -> Option<String> {
     parse(name).ok().map(|reference| canonical(&reference))
 }
 
-/// Whether `server`, a host or a URL, is the registry of an image; any is that
-/// of a name that is none, whose pull fails anyway.
+/// Whether `server`, a host or a URL, is the registry of an image. For a text that is no
+/// name the answer is yes, because its pull fails anyway.
 #[must_use]
 pub fn is_at(name: &str, server: &str) -> bool {
     // Docker Hub is called by the first, and asked at the others.
@@ -41,8 +41,8 @@ pub fn is_at(name: &str, server: &str) -> bool {
     })
 }
 
-/// A name by which an image may be here: ids come first, because twelve
-/// hexadecimal digits are also a repository's name.
+/// The meanings of a name: ids come first, because twelve hexadecimal digits are also a
+/// repository's name.
 pub(super) fn candidates(name: &str) -> Vec<Name> {
     let mut candidates = Vec::new();
     let digits = name.strip_prefix("sha256:").unwrap_or(name);
@@ -57,8 +57,8 @@ pub(super) fn candidates(name: &str) -> Vec<Name> {
     candidates
 }
 
-/// The one way in which a reference is kept: with its host, and with a tag or
-/// a digest, a digest alone if there are both.
+/// Writes a reference in the one way in which the store keeps it: with its host, and with
+/// a tag or a digest; the digest alone if there are both.
 pub(super) fn canonical(reference: &Reference) -> String {
     match (reference.digest(), reference.tag()) {
         (Some(digest), _) => format!("{}@{digest}", repository(reference)),

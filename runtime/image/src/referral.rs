@@ -1,4 +1,4 @@
-//! Where a registry may send huskd: for a token, or for content that it keeps elsewhere.
+//! Checks where a registry sends huskd: for a token, or for content that is elsewhere.
 //!
 //! Whoever names an image chooses the registry, and a registry's answers name other
 //! servers. huskd asks from the host's own network, where a cloud's metadata service and
@@ -19,14 +19,14 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 const PROXY_VARIABLES: [&str; 6] =
     ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
 
-/// Who can reach an address, from everybody to this machine.
+/// The range from which an address can be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Reach {
-    /// The internet's.
+    /// Everybody reaches it.
     Public,
-    /// Those of a site (RFC 1918, RFC 6598, RFC 4193).
+    /// A site reaches it (RFC 1918, RFC 6598, RFC 4193).
     Private,
-    /// Loopback, link-local, and what clouds keep for their metadata.
+    /// This machine reaches it: loopback, link-local, and the metadata services of clouds.
     Local,
 }
 
@@ -78,14 +78,14 @@ fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// What one registry may send huskd to.
+/// The rules for one registry.
 #[derive(Debug)]
 pub(super) struct Referrals {
     registry: Url,
     /// Hosts that the node's administrator vouches for.
     trusted: Vec<String>,
-    /// Where the registry itself has answered from. It only gets narrower, so that a name
-    /// that leads to another address at each look gains nothing.
+    /// The most public address that the registry has answered from, so that a name that
+    /// leads to another address at each look gains nothing.
     reach: Mutex<Option<Reach>>,
     proxies: Vec<Url>,
 }

@@ -1,23 +1,21 @@
-//! One registry over HTTP: as much of the OCI distribution specification as a
-//! pull needs.
+//! A client of one registry: as much of the OCI distribution specification as a pull needs.
 //!
-//! Whoever names an image names the server that is asked for it, and servers
-//! name others that grant tokens. So nothing of an answer is kept in memory
-//! without a bound.
+//! Whoever names an image chooses the server that is asked for it, and servers name others
+//! that grant tokens. So no answer is kept in memory without a bound, and [`Referrals`]
+//! checks where the registry sends huskd.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use base64::Engine;
 use http_auth::ChallengeParser;
-use husk_base::lock;
+use husk_base::{chain, lock};
 use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, WWW_AUTHENTICATE,
 };
 use reqwest::{Client, ClientBuilder, Response, StatusCode, Url};
 use serde::Deserialize;
 
-use super::pull::chain;
 use super::referral::{Referrals, Resolver};
 
 /// Most bytes of an answer that grants a token.
@@ -29,18 +27,18 @@ const MAX_WORDS: usize = 500;
 /// Most servers that a request is sent on to.
 const MAX_REDIRECTS: usize = 10;
 
-/// Who asks.
+/// The identity under which a registry is asked.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credentials {
-    /// Nobody in particular.
+    /// No identity.
     Anonymous,
     /// A user with a password.
     Basic(String, String),
-    /// Whoever has this token.
+    /// A token that the registry takes as it is.
     Bearer(String),
 }
 
-// Without what is secret.
+// Secrets are left out.
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -58,23 +56,23 @@ pub(super) struct Registry {
     /// Asks whom the registry sends huskd to.
     referred: Client,
     referrals: Arc<Referrals>,
-    /// Up to the repository: "https://registry.example/v2/library/nginx".
+    /// The URL up to the repository: "https://registry.example/v2/library/nginx".
     url: String,
-    /// What a mirror is told of the registry that it stands for.
+    /// The query that names, for a mirror, the registry that it stands for.
     query: String,
     repository: String,
     credentials: Credentials,
-    /// What is sent along since the registry has asked for it.
+    /// The header that the registry has asked for.
     authorization: Mutex<Option<HeaderValue>>,
 }
 
-/// Why the registry did not answer as it should.
+/// The registry did not answer as it should.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// It cannot be reached, or the connection broke.
+    /// The registry cannot be reached, or the connection broke.
     #[error("{}", chain(.0))]
     Http(#[from] reqwest::Error),
-    /// It said something else.
+    /// The registry answered with another status.
     #[error("HTTP status {status}{words}")]
     Status {
         status: StatusCode,
@@ -82,13 +80,13 @@ pub(super) enum Failure {
         codes: Vec<String>,
         words: String,
     },
-    /// Nobody granted a token.
+    /// No token was granted.
     #[error("token from {0}")]
     Token(String),
-    /// It sends huskd where it must not.
+    /// The registry sends huskd where it must not.
     #[error("{0}")]
     Referral(String),
-    /// There is more than anybody needs.
+    /// The answer is larger than anybody needs.
     #[error("the answer is larger than {0} bytes")]
     TooLarge(usize),
 }
@@ -173,7 +171,7 @@ impl Registry {
                     continue;
                 }
             }
-            return Err(Failure::told(response).await);
+            return Err(Failure::from_response(response).await);
         }
     }
 
@@ -204,8 +202,7 @@ impl Registry {
         Err(Failure::Referral(format!("the registry sends huskd on more than {MAX_REDIRECTS} times")))
     }
 
-    /// What has to be sent along, by what the registry asks for; `None` if there
-    /// is nothing that would help.
+    /// The header that the registry asks for; `None` if no header would help.
     async fn authorize(&self, headers: &HeaderMap) -> Result<Option<HeaderValue>, Failure> {
         if matches!(self.credentials, Credentials::Bearer(_)) {
             return Ok(None);
@@ -239,7 +236,7 @@ impl Registry {
         service: Option<String>,
         scope: Option<String>,
     ) -> Result<HeaderValue, Failure> {
-        let wrong = |what: String| Failure::Token(format!("{}: {what}", shown(realm)));
+        let wrong = |what: String| Failure::Token(format!("{}: {what}", sanitize(realm)));
         let mut url = Url::parse(realm).map_err(|error| wrong(error.to_string()))?;
         let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository));
         url.query_pairs_mut().append_pair("scope", &scope);
@@ -252,7 +249,7 @@ impl Registry {
                 return Err(Failure::Referral(format!(
                     "the registry wants the password at `{}`, a host outside of its own domain; if that is right, \
                      name the host under `trusted_hosts` of [images]",
-                    shown(realm)
+                    sanitize(realm)
                 )));
             }
             Credentials::Basic(user, password) => header("Basic", &base64(user, password)),
@@ -260,8 +257,8 @@ impl Registry {
         };
         let response = self.follow(&url, "*/*", authorization).await?;
         if response.status() != StatusCode::OK {
-            let failure = Failure::told(response).await;
-            // That it lacks something says nothing about the image.
+            let failure = Failure::from_response(response).await;
+            // A realm that was not found says nothing about the image.
             return Err(if failure.may_pass() { failure } else { wrong(failure.to_string()) });
         }
         let answer = whole(response, MAX_TOKEN).await.map_err(|failure| match failure {
@@ -277,39 +274,39 @@ impl Registry {
     }
 }
 
-/// What the specification of tokens says: one of them is there.
+/// A realm's answer: one of both is there.
 #[derive(Deserialize)]
 struct Granted {
     token: Option<String>,
     access_token: Option<String>,
 }
 
-/// How the specification tells errors.
+/// An error's body, as the specification has it.
 #[derive(Deserialize)]
-struct Told {
-    errors: Vec<ToldError>,
+struct ErrorDocument {
+    errors: Vec<OneError>,
 }
 
 #[derive(Deserialize)]
-struct ToldError {
+struct OneError {
     #[serde(default)]
     code: String,
     message: Option<String>,
 }
 
 impl Failure {
-    /// What an answer says of an error.
-    async fn told(mut response: Response) -> Self {
+    /// Reads an error's body.
+    async fn from_response(mut response: Response) -> Self {
         let status = response.status();
         let mut body = Vec::new();
-        // What does not come is not missed.
+        // A body that breaks off is shown as far as it came.
         while body.len() < MAX_ERROR
             && let Ok(Some(chunk)) = response.chunk().await
         {
             let room = MAX_ERROR - body.len();
             body.extend_from_slice(chunk.get(..room).unwrap_or(&chunk));
         }
-        let told = serde_json::from_slice::<Told>(&body).map(|told| told.errors).unwrap_or_default();
+        let told = serde_json::from_slice::<ErrorDocument>(&body).map(|told| told.errors).unwrap_or_default();
         let text = match &told[..] {
             [] => String::from_utf8_lossy(&body).into_owned(),
             told => told
@@ -318,12 +315,12 @@ impl Failure {
                 .collect::<Vec<_>>()
                 .join(", "),
         };
-        let text = shown(text.trim());
+        let text = sanitize(text.trim());
         let words = if text.is_empty() { text } else { format!(": {text}") };
         Self::Status { status, codes: told.into_iter().map(|error| error.code).collect(), words }
     }
 
-    /// The registry does not have it.
+    /// Whether the registry does not have the image.
     pub(super) fn is_not_found(&self) -> bool {
         self.says(
             &[StatusCode::NOT_FOUND],
@@ -331,7 +328,7 @@ impl Failure {
         )
     }
 
-    /// The registry, or who grants tokens for it, wants somebody else.
+    /// Whether the registry, or its realm, wants other credentials.
     pub(super) fn is_unauthorized(&self) -> bool {
         matches!(self, Self::Token(_))
             || self.says(&[StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN], &["UNAUTHORIZED", "DENIED"])
@@ -346,7 +343,7 @@ impl Failure {
         }
     }
 
-    /// Nothing came for too long.
+    /// Whether nothing came for too long.
     pub(super) fn is_timeout(&self) -> bool {
         matches!(self, Self::Http(error) if error.is_timeout())
     }
@@ -363,7 +360,7 @@ impl Failure {
     }
 }
 
-/// Where an answer sends the request on to.
+/// The URL that an answer sends the request on to.
 fn redirect(response: &Response) -> Result<Option<Url>, Failure> {
     if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
@@ -374,7 +371,7 @@ fn redirect(response: &Response) -> Result<Option<Url>, Failure> {
         .ok_or_else(|| Failure::Referral("the registry sends huskd on, and does not say where".into()))
 }
 
-/// All of an answer, if it is not longer than `most`.
+/// Reads an answer of at most `most` bytes.
 async fn whole(mut response: Response, most: usize) -> Result<Vec<u8>, Failure> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await? {
@@ -390,14 +387,14 @@ fn base64(user: &str, password: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"))
 }
 
-/// `None` where no header can say so.
+/// Makes a header; `None` for a secret that no header can carry.
 fn header(scheme: &str, secret: &str) -> Option<HeaderValue> {
     let mut value = HeaderValue::try_from(format!("{scheme} {secret}")).ok()?;
     value.set_sensitive(true);
     Some(value)
 }
 
-/// A server's words, fit for one line of a message.
-fn shown(text: &str) -> String {
+/// Makes a server's words fit for one line of a message.
+fn sanitize(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_WORDS).collect()
 }

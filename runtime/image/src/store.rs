@@ -1,51 +1,31 @@
-//! What images are here: metadata in redb, one EROFS file per chain id.
+//! The images of the node: their metadata in redb, and one EROFS file per chain id.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use serde::{Deserialize, Serialize};
+use husk_base::{FileError, chain, dirs, lock, remove_tree};
 
 use super::chain::ChainId;
-use super::pull::Flights;
+use super::gate::{Gates, InFlight};
+use super::metadata::{ImageRecord, Metadata};
 use super::reference::{self, Name};
 use super::{Error, Image, ImageConfig, document};
-use husk_base::dirs;
-use husk_base::lock;
-use husk_base::remove_tree;
-
-/// Id to record, as JSON.
-const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
-
-/// What is kept of an image.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Record {
-    pub(super) id: String,
-    pub(super) tags: BTreeSet<String>,
-    pub(super) digests: BTreeSet<String>,
-    pub(super) chain_id: ChainId,
-    pub(super) size: u64,
-    /// The configuration's own bytes, which the id is the digest of.
-    pub(super) config: String,
-    /// Of the manifest that was pulled last.
-    #[serde(default)]
-    pub(super) annotations: BTreeMap<String, String>,
-}
 
 /// The node's images.
 #[derive(Debug)]
 pub struct ImageStore {
-    database: Database,
+    metadata: Metadata,
     directory: PathBuf,
     pub(super) config: ImageConfig,
-    pub(super) flights: Flights,
-    /// Held while a record and its file come or go together: several images
-    /// may have one file.
+    pub(super) in_flight: InFlight,
+    pub(super) gates: Gates,
+    /// The lock under which a record and its file come or go together: several images may
+    /// share one file.
     files: Mutex<()>,
 }
 
-/// What the images take.
+/// The room that the images take.
 #[derive(Clone, Debug)]
 pub struct FsInfo {
     /// The folder they are in.
@@ -63,21 +43,19 @@ impl ImageStore {
     /// The disk's, or a database that another process has open.
     pub fn open(root: &Path, config: ImageConfig) -> Result<Self, Error> {
         let directory = root.join("images");
-        // Programs of images are in it, with the owners and modes that images say.
+        // Pulls unpack programs below it, with the owners and modes that images choose.
         dirs::make(&directory, dirs::ROOT_ONLY).map_err(file("make folder", &directory))?;
         for folder in ["rootfs", "pulls"].map(|name| directory.join(name)) {
             std::fs::create_dir_all(&folder).map_err(file("make folder", &folder))?;
         }
-        let database = Database::create(directory.join("metadata.redb")).map_err(metadata)?;
-        let write = database.begin_write().map_err(metadata)?;
-        drop_unread(&mut write.open_table(IMAGES).map_err(metadata)?)?;
-        write.commit().map_err(metadata)?;
-        let store =
-            Self { database, directory, config, flights: Flights::default(), files: Mutex::default() };
-        // What cannot be removed takes room, and nothing else.
+        let metadata = Metadata::open(directory.join("metadata.redb"))?;
+        let gates = Gates::new(&config, &directory);
+        let in_flight = InFlight::default();
+        let store = Self { metadata, directory, config, in_flight, gates, files: Mutex::default() };
+        // A leftover that cannot be removed takes room, and does no other harm.
         let (pulls, rootfs) = (store.sweep_pulls(), store.sweep_rootfs());
         for error in [pulls, rootfs].into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, "sweep what unfinished pulls left");
+            tracing::warn!(error = chain(&error), "sweep what unfinished pulls left");
         }
         Ok(store)
     }
@@ -109,8 +87,8 @@ impl ImageStore {
         result
     }
 
-    /// The image that `name` means: a reference, an id, or the beginning of one.
-    /// One whose files have gone is not here; a pull brings it back.
+    /// Finds the image that `name` means: a reference, an id, or the beginning of one. An
+    /// image whose files are gone is not found; a pull brings it back.
     ///
     /// # Errors
     /// An ambiguous id, or the database's.
@@ -119,7 +97,7 @@ impl ImageStore {
         record.map(|record| self.image(record)).transpose()
     }
 
-    fn find(&self, name: &str) -> Result<Option<Record>, Error> {
+    fn find(&self, name: &str) -> Result<Option<ImageRecord>, Error> {
         let records = self.records()?;
         for candidate in reference::candidates(name) {
             match candidate {
@@ -133,7 +111,7 @@ impl ImageStore {
                     }
                 }
                 Name::Reference(reference) => {
-                    let has = |record: &&Record| {
+                    let has = |record: &&ImageRecord| {
                         record.tags.contains(&reference) || record.digests.contains(&reference)
                     };
                     if let Some(record) = records.iter().find(has) {
@@ -145,7 +123,7 @@ impl ImageStore {
         Ok(None)
     }
 
-    /// All images.
+    /// Lists all images.
     ///
     /// # Errors
     /// The database's.
@@ -154,22 +132,16 @@ impl ImageStore {
         here.map(|record| self.image(record)).collect()
     }
 
-    /// Removes an image with all its names. One that is not here is removed
-    /// already; machines that have its file open keep it until they end.
+    /// Removes an image with all its names. An unknown image is removed already; machines
+    /// that have its file open keep it until they end.
     ///
     /// # Errors
     /// The disk's or the database's.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         let _files = lock(&self.files);
         let Some(record) = self.find(name)? else { return Ok(()) };
-        let write = self.database.begin_write().map_err(metadata)?;
-        let shared = {
-            let mut table = write.open_table(IMAGES).map_err(metadata)?;
-            table.remove(record.id.as_str()).map_err(metadata)?;
-            all(&table)?.iter().any(|other| other.chain_id == record.chain_id)
-        };
-        write.commit().map_err(metadata)?;
-        if shared {
+        let others = self.metadata.remove(&record.id)?;
+        if others.iter().any(|other| other.chain_id == record.chain_id) {
             return Ok(());
         }
         let rootfs = self.rootfs(&record.chain_id);
@@ -179,54 +151,40 @@ impl ImageStore {
         }
     }
 
-    /// Publishes an image whose files are here already, its own or another's
-    /// that is made of the same layers; false if they are not.
-    pub(super) fn adopt(&self, record: Record) -> Result<bool, Error> {
+    /// Publishes an image whose file is here already, its own or that of another image of
+    /// the same layers. Answers false if there is no file.
+    pub(super) fn commit_existing(&self, record: ImageRecord) -> Result<bool, Error> {
         let _files = lock(&self.files);
         let Ok(metadata) = std::fs::metadata(self.rootfs(&record.chain_id)) else { return Ok(false) };
-        self.publish(Record { size: metadata.len(), ..record })?;
+        self.metadata.publish(&ImageRecord { size: metadata.len(), ..record })?;
         Ok(true)
     }
 
     /// Publishes an image with the file that a pull has made of it.
-    pub(super) fn settle(&self, record: Record, packed: &Path) -> Result<(), Error> {
+    pub(super) fn commit(&self, record: ImageRecord, packed: &Path) -> Result<(), Error> {
         let _files = lock(&self.files);
         let size = std::fs::metadata(packed).map_err(file("look at", packed))?.len();
         let rootfs = self.rootfs(&record.chain_id);
         std::fs::rename(packed, &rootfs).map_err(file("rename to", &rootfs))?;
-        self.publish(Record { size, ..record })
+        self.metadata.publish(&ImageRecord { size, ..record })
     }
 
-    /// A tag that led elsewhere leads to this image now.
-    fn publish(&self, new: Record) -> Result<(), Error> {
-        let write = self.database.begin_write().map_err(metadata)?;
-        {
-            let mut table = write.open_table(IMAGES).map_err(metadata)?;
-            let mut new = new;
-            for mut other in all(&table)? {
-                if other.id == new.id {
-                    new.tags.append(&mut other.tags);
-                    new.digests.append(&mut other.digests);
-                } else if other.tags.iter().any(|tag| new.tags.contains(tag)) {
-                    other.tags.retain(|tag| !new.tags.contains(tag));
-                    put(&mut table, &other)?;
-                }
-            }
-            put(&mut table, &new)?;
-        }
-        write.commit().map_err(metadata)
-    }
-
-    /// What is kept of the image with this id, whether its files are here or not.
-    pub(super) fn by_id(&self, id: &str) -> Result<Option<Record>, Error> {
+    /// The record of the image with this id, whether its file is here or not.
+    pub(super) fn by_id(&self, id: &str) -> Result<Option<ImageRecord>, Error> {
         Ok(self.records()?.into_iter().find(|record| record.id == id))
     }
 
-    fn has_files(&self, record: &Record) -> bool {
+    /// The number of names that are being pulled.
+    #[must_use]
+    pub fn pulls_under_way(&self) -> usize {
+        self.in_flight.count()
+    }
+
+    fn has_files(&self, record: &ImageRecord) -> bool {
         self.rootfs(&record.chain_id).exists()
     }
 
-    /// What the images take on disk.
+    /// The room that the images take on disk.
     #[must_use]
     pub fn fs_info(&self) -> FsInfo {
         use std::os::unix::fs::MetadataExt;
@@ -239,23 +197,23 @@ impl ImageStore {
         FsInfo { directory: self.directory.clone(), used_bytes, inodes }
     }
 
-    /// Where the EROFS file of a chain id is.
+    /// The path of a chain id's EROFS file.
     pub(super) fn rootfs(&self, chain_id: &ChainId) -> PathBuf {
         self.directory.join("rootfs").join(format!("{}.erofs", chain_id.digits()))
     }
 
-    /// Where pulls work.
+    /// The folder in which pulls work.
     pub(super) fn pulls(&self) -> PathBuf {
         self.directory.join("pulls")
     }
 
-    fn records(&self) -> Result<Vec<Record>, Error> {
-        let read = self.database.begin_read().map_err(metadata)?;
-        all(&read.open_table(IMAGES).map_err(metadata)?)
+    fn records(&self) -> Result<Vec<ImageRecord>, Error> {
+        self.metadata.records()
     }
 
-    fn image(&self, record: Record) -> Result<Image, Error> {
-        let config = document::configuration(&record.config).map_err(metadata)?;
+    fn image(&self, record: ImageRecord) -> Result<Image, Error> {
+        let config =
+            document::configuration(&record.config).map_err(|error| Error::Metadata(error.into()))?;
         Ok(Image {
             rootfs: self.rootfs(&record.chain_id),
             id: record.id.into(),
@@ -268,51 +226,16 @@ impl ImageStore {
     }
 }
 
-/// Drops records that tell nothing, or name a file as no pull would: a pull
-/// brings such an image back. What they name is left alone.
-fn drop_unread(table: &mut redb::Table<'_, &'static str, &'static [u8]>) -> Result<(), Error> {
-    let mut dropped = Vec::new();
-    for row in table.iter().map_err(metadata)? {
-        let (id, value) = row.map_err(metadata)?;
-        if let Err(error) = serde_json::from_slice::<Record>(value.value()) {
-            tracing::warn!(id = id.value(), %error, "image record does not read; removed");
-            dropped.push(id.value().to_owned());
-        }
-    }
-    for id in dropped {
-        table.remove(id.as_str()).map_err(metadata)?;
-    }
-    Ok(())
-}
-
-fn all(table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Vec<Record>, Error> {
-    let mut records = Vec::new();
-    for row in table.iter().map_err(metadata)? {
-        let (_, value) = row.map_err(metadata)?;
-        records.push(serde_json::from_slice(value.value()).map_err(metadata)?);
-    }
-    Ok(records)
-}
-
-fn put(table: &mut redb::Table<'_, &'static str, &'static [u8]>, record: &Record) -> Result<(), Error> {
-    let value = serde_json::to_vec(record).map_err(metadata)?;
-    table.insert(record.id.as_str(), value.as_slice()).map_err(metadata)?;
-    Ok(())
-}
-
-fn metadata(error: impl std::fmt::Display) -> Error {
-    Error::Metadata(error.to_string())
-}
-
-/// For `map_err` on what is done to a file.
 pub(super) fn file(stage: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let path = path.to_owned();
-    move |cause| Error::File { stage, path, cause }
+    move |source| FileError { stage, path, source }.into()
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use std::collections::BTreeMap;
 
     use super::*;
 
@@ -321,8 +244,8 @@ mod tests {
         format!("sha256:{}", String::from(digit).repeat(64)).try_into().unwrap()
     }
 
-    fn record(id: char, tags: &[&str], layer: char) -> Record {
-        Record {
+    fn record(id: char, tags: &[&str], layer: char) -> ImageRecord {
+        ImageRecord {
             id: format!("sha256:{}", String::from(id).repeat(64)),
             tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
             digests: BTreeSet::from([format!("docker.io/library/x@sha256:{}", String::from(id).repeat(64))]),
@@ -339,17 +262,17 @@ mod tests {
     }
 
     /// Publishes an image with its file.
-    fn settle(store: &ImageStore, record: Record) {
+    fn commit(store: &ImageStore, record: ImageRecord) {
         let packed = store.pulls().join("packed");
         std::fs::write(&packed, "files").unwrap();
-        store.settle(record, &packed).unwrap();
+        store.commit(record, &packed).unwrap();
     }
 
     #[test]
     fn an_image_is_found_by_all_its_names_also_after_a_restart() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
+        commit(&store, record('a', &["docker.io/library/x:1"], '1'));
         drop(store);
         let store = open(root.path());
         let digest = format!("x@sha256:{}", "a".repeat(64));
@@ -366,8 +289,8 @@ mod tests {
     fn a_tag_leads_to_the_image_that_was_pulled_last() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
-        settle(&store, record('b', &["docker.io/library/x:1"], '2'));
+        commit(&store, record('a', &["docker.io/library/x:1"], '1'));
+        commit(&store, record('b', &["docker.io/library/x:1"], '2'));
         assert!(store.resolve("x:1").unwrap().unwrap().id.contains("bbb"));
         assert!(store.resolve("aaaa").unwrap().unwrap().repo_tags.is_empty());
     }
@@ -376,8 +299,8 @@ mod tests {
     fn files_go_with_the_last_image_that_has_them() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
-        assert!(store.adopt(record('b', &["docker.io/library/x:2"], '1')).unwrap());
+        commit(&store, record('a', &["docker.io/library/x:1"], '1'));
+        assert!(store.commit_existing(record('b', &["docker.io/library/x:2"], '1')).unwrap());
         let rootfs = store.rootfs(&chain('1'));
         store.remove("x:1").unwrap();
         assert!(rootfs.exists());
@@ -391,12 +314,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
         let image = || record('a', &["docker.io/library/x:1"], '1');
-        assert!(!store.adopt(image()).unwrap());
+        assert!(!store.commit_existing(image()).unwrap());
         assert!(store.records().unwrap().is_empty());
-        settle(&store, image());
+        commit(&store, image());
         std::fs::remove_file(store.rootfs(&chain('1'))).unwrap();
         assert!(store.resolve("x:1").unwrap().is_none() && store.list().unwrap().is_empty());
-        settle(&store, image());
+        commit(&store, image());
         assert_eq!(store.resolve("x:1").unwrap().unwrap().size, 5);
     }
 
@@ -405,12 +328,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
         for _ in 0..50 {
-            settle(&store, record('a', &["docker.io/library/x:1"], '1'));
+            commit(&store, record('a', &["docker.io/library/x:1"], '1'));
             let start = std::sync::Barrier::new(2);
             let adopted = std::thread::scope(|scope| {
                 let adopts = scope.spawn(|| {
                     start.wait();
-                    store.adopt(record('b', &["docker.io/library/x:2"], '1')).unwrap()
+                    store.commit_existing(record('b', &["docker.io/library/x:2"], '1')).unwrap()
                 });
                 start.wait();
                 store.remove("x:1").unwrap();
@@ -449,7 +372,7 @@ mod tests {
     fn what_cannot_be_swept_does_not_keep_the_images_away() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
+        commit(&store, record('a', &["docker.io/library/x:1"], '1'));
         // A folder where only files are removed.
         std::fs::create_dir_all(store.rootfs(&chain('3')).join("full")).unwrap();
         std::fs::write(store.rootfs(&chain('4')), "unpublished").unwrap();
@@ -463,21 +386,20 @@ mod tests {
     fn a_record_that_names_a_file_elsewhere_is_dropped_and_the_file_stays() {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
-        settle(&store, record('a', &["docker.io/library/x:1"], '1'));
-        settle(&store, record('b', &["docker.io/library/x:2"], '2'));
+        commit(&store, record('a', &["docker.io/library/x:1"], '1'));
+        commit(&store, record('b', &["docker.io/library/x:2"], '2'));
         let elsewhere = root.path().join("disk.erofs");
         std::fs::write(&elsewhere, "of the host").unwrap();
-        let write = store.database.begin_write().unwrap();
-        {
-            let mut table = write.open_table(IMAGES).unwrap();
+        let write = |table: &mut redb::Table<'_, &'static str, &'static [u8]>| {
             for (id, chain) in [('c', root.path().join("disk").to_str().unwrap()), ('d', "../../disk")] {
                 let record = record(id, &[], '3');
                 let mut value = serde_json::to_value(&record).unwrap();
                 value["chain_id"] = chain.into();
                 table.insert(record.id.as_str(), serde_json::to_vec(&value).unwrap().as_slice()).unwrap();
             }
-        }
-        write.commit().unwrap();
+            Ok(())
+        };
+        store.metadata.change(write).unwrap();
         drop(store);
         let store = open(root.path());
         assert_eq!(store.list().unwrap().len(), 2);
@@ -494,8 +416,8 @@ mod tests {
         let store = open(root.path());
         let mut one = record('a', &[], '1');
         one.id.replace_range(60.., "00000000000");
-        settle(&store, one);
-        settle(&store, record('a', &[], '2'));
+        commit(&store, one);
+        commit(&store, record('a', &[], '2'));
         assert!(matches!(store.resolve("aaaa"), Err(Error::Ambiguous(_))));
     }
 }

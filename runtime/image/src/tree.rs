@@ -13,8 +13,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, linkat,
-    mkdirat, mknodat, openat, readlinkat, statat, symlinkat, unlinkat, utimensat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
+    linkat, mkdirat, mknodat, openat, readlinkat, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 
@@ -36,14 +36,14 @@ pub(super) struct Tree {
     made: Cell<u64>,
 }
 
-/// Where an entry goes: an open folder and a name in it.
+/// The place of an entry: an open folder and a name in it.
 #[derive(Debug)]
 pub(super) struct Place {
     parent: OwnedFd,
     name: OsString,
 }
 
-/// Who owns an entry, and what is said of it.
+/// The owner of an entry, and what else its header says.
 #[derive(Clone, Debug)]
 pub(super) struct Attributes {
     /// Owner.
@@ -62,7 +62,7 @@ pub(super) struct Attributes {
 /// root also when it is written with a slash in front, as some builders do.
 ///
 /// # Errors
-/// Why it is refused.
+/// The reason of the refusal.
 pub(super) fn safe_path(bytes: &[u8]) -> Result<PathBuf, String> {
     let shown = || String::from_utf8_lossy(bytes.get(..200).unwrap_or(bytes)).into_owned();
     if bytes.len() > MAX_PATH {
@@ -90,21 +90,21 @@ pub(super) fn safe_path(bytes: &[u8]) -> Result<PathBuf, String> {
 
 impl Tree {
     pub(super) fn open(root: &Path) -> io::Result<Self> {
-        let root = rustix::fs::open(root, FOLDER, Mode::empty())?;
+        let root = openat(CWD, root, FOLDER, Mode::empty())?;
         Ok(Self { root, made: Cell::new(0) })
     }
 
-    /// How many folders were made that nobody asked for.
+    /// The number of folders that were made without an entry.
     pub(super) const fn made(&self) -> u64 {
         self.made.get()
     }
 
-    /// The tree's own place.
+    /// The place of the folder itself.
     pub(super) fn root(&self) -> io::Result<Place> {
         Ok(Place { parent: self.root.try_clone()?, name: ".".into() })
     }
 
-    /// An entry's place. Folders on the way are made when `make` says so.
+    /// Finds an entry's place. Folders on the way are made when `make` says so.
     pub(super) fn place(&self, path: &Path, make: bool) -> io::Result<Place> {
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         let (parent, depth) = self.walk(path.parent().unwrap_or(Path::new("")), make)?;
@@ -167,7 +167,7 @@ impl Tree {
     }
 }
 
-/// How folders are opened: as places, never through a link.
+/// Folders are opened as places, and never through a link.
 const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// The components of a path, the first one last; "/" stands for the root.
@@ -179,7 +179,7 @@ fn components(path: &OsStr) -> Vec<OsString> {
 }
 
 impl Place {
-    /// Kind and permissions of what is there.
+    /// The kind of the file that is there.
     pub(super) fn existing(&self) -> io::Result<Option<FileType>> {
         match statat(&self.parent, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
@@ -188,12 +188,12 @@ impl Place {
         }
     }
 
-    /// Removes what is there, with everything below it.
+    /// Removes the file or folder that is there, with everything below it.
     pub(super) fn clear(&self) -> io::Result<()> {
         remove_all(&self.parent, &self.name)
     }
 
-    /// A folder; one that is there stays with what it holds.
+    /// Makes a folder; a folder that is there stays with its content.
     pub(super) fn make_folder(&self) -> io::Result<()> {
         match self.existing()? {
             Some(FileType::Directory) => return Ok(()),
@@ -249,14 +249,14 @@ impl Place {
         Ok(rustix::fs::fsetxattr(file, name, value, XattrFlags::empty())?)
     }
 
-    /// When it was changed: seconds and nanoseconds.
+    /// Sets the time of the last change: seconds and nanoseconds.
     pub(super) fn set_time(&self, (seconds, nanoseconds): (i64, i64)) -> io::Result<()> {
         let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
         let times = Timestamps { last_access: time, last_modification: time };
         Ok(utimensat(&self.parent, &self.name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
-    /// The same, if it is a folder.
+    /// Sets the time of a folder; anything else is left alone.
     pub(super) fn set_folder_time(&self, time: (i64, i64)) -> io::Result<()> {
         if self.existing()? == Some(FileType::Directory) { self.set_time(time) } else { Ok(()) }
     }

@@ -2,14 +2,18 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use husk_base::id::hex;
+use husk_image::{Credentials, Error, ImageConfig, ImageStore};
 use serde_json::json;
+use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-
-use super::*;
-use crate::ImageConfig;
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -201,12 +205,16 @@ impl Node {
 
     /// A node that pulls from the registry at an address, configured by `change`.
     fn at(registry: SocketAddr, change: impl FnOnce(&mut ImageConfig)) -> Self {
+        Self::at_in(tempfile::tempdir().unwrap(), registry, change)
+    }
+
+    fn at_in(root: tempfile::TempDir, registry: SocketAddr, change: impl FnOnce(&mut ImageConfig)) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let root = tempfile::tempdir().unwrap();
         let mut config = ImageConfig {
             stall_timeout: Duration::from_millis(500),
             pull_timeout: Duration::from_secs(20),
             hosts_dir: root.path().join("certs.d"),
+            unpacker: env!("CARGO_BIN_EXE_husk-unpack").into(),
             ..ImageConfig::default()
         };
         change(&mut config);
@@ -262,7 +270,7 @@ async fn pulls_of_one_image_at_once_all_succeed() {
     let pulls = (0..5).map(|_| node.pull("app:1"));
     let ids: BTreeSet<_> = futures::future::join_all(pulls).await.into_iter().map(Result::unwrap).collect();
     assert_eq!(ids.len(), 1);
-    assert!(lock(&node.store.flights.0).is_empty());
+    assert_eq!(node.store.pulls_under_way(), 0);
 }
 
 #[tokio::test]
@@ -302,41 +310,77 @@ async fn a_registry_that_hangs_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_pull_that_is_given_up_while_it_unpacks_stops_and_leaves_nothing() {
-    let node = Node::with(Behaviour::honest()).await;
-    let path = node.store.pulls().join("given-up");
-    std::fs::create_dir(&path).unwrap();
-    // A layer that ends never: a pipe, with a large file in it.
-    let blob = layer_path(&path, 0);
-    nix::unistd::mkfifo(&blob, nix::sys::stat::Mode::S_IRUSR).unwrap();
-    let writer = std::thread::spawn(move || {
-        use std::io::Write;
-        let mut pipe = std::fs::OpenOptions::new().write(true).open(blob).unwrap();
-        let mut header = tar::Header::new_gnu();
-        header.set_path("large").unwrap();
-        header.set_size(1 << 30);
-        header.set_cksum();
-        pipe.write_all(header.as_bytes()).unwrap();
-        // Ten seconds, and then the reader has not stopped.
-        (0..10_000).any(|_| {
-            std::thread::sleep(Duration::from_millis(1));
-            pipe.write_all(&[0; 4096]).is_err()
-        })
-    });
-    let reference = reference::parse("x:1").unwrap();
-    let pull = Pull { store: &node.store, sources: Vec::new(), reference, name: "x:1".into() };
-    let workspace = Arc::new(Workspace(path.clone()));
-    let given_up =
-        tokio::time::timeout(Duration::from_millis(300), pull.unpack(vec![digest(b"")], &workspace));
-    assert!(given_up.await.is_err());
-    drop(workspace);
-    assert!(tokio::task::spawn_blocking(|| writer.join().unwrap()).await.unwrap(), "the thread goes on");
-    let gone = async {
-        while path.exists() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+async fn a_disk_keeps_the_room_that_it_is_to_keep() {
+    let registry = Behaviour::honest().serve().await;
+    let node = Node::at(registry, |config| config.min_free = 1 << 60);
+    let error = node.pull("app:1").await.unwrap_err();
+    assert!(error.is_disk_full() && error.to_string().contains("`min_free_mib` of [images]"), "{error}");
+    node.assert_nothing_left().await;
+}
+
+/// A registry with `app:plain`, whose one layer this is.
+fn with_layer(packed: &[u8], diff_id: &str, kind: &str) -> Behaviour {
+    let mut config = config("amd64");
+    config["rootfs"]["diff_ids"] = json!([diff_id]);
+    let mut registry = Behaviour::default();
+    registry.image(&config, kind);
+    let manifest = "/v2/app/manifests/plain";
+    let mut document: serde_json::Value = serde_json::from_slice(&registry.answers[manifest].1).unwrap();
+    document["layers"][0]["digest"] = registry.blob(packed).into();
+    document["layers"][0]["size"] = packed.len().into();
+    registry.put(manifest, MANIFEST, document.to_string().as_bytes());
+    registry
+}
+
+/// An image with a large file of zeros.
+fn zeros(bytes: usize) -> Behaviour {
+    const PIECE: usize = 64 << 20;
+    let mut header = tar::Header::new_gnu();
+    header.set_path("zeros").unwrap();
+    header.set_size(bytes as u64);
+    header.set_mode(0o644);
+    header.set_cksum();
+    let mut packed = zstd::encode_all(header.as_bytes().as_slice(), 1).unwrap();
+    packed.extend(zstd::encode_all(vec![0; PIECE].as_slice(), 1).unwrap().repeat(bytes / PIECE));
+    with_layer(&packed, &digest(b""), "application/vnd.oci.image.layer.v1.tar+zstd")
+}
+
+#[tokio::test]
+async fn holes_of_sparse_files_take_no_room_in_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::File::create(folder.path().join("sparse")).unwrap().set_len(256 << 20).unwrap();
+    let mut tar = std::process::Command::new("tar");
+    tar.args(["--sparse", "--create", "--file=-", "--directory"]).arg(folder.path()).arg("sparse");
+    let layer = tar.output().unwrap().stdout;
+    assert!(!layer.is_empty() && layer.len() < 1 << 20);
+    let registry = with_layer(&layer, &digest(&layer), "application/vnd.oci.image.layer.v1.tar");
+    let node = Node::with(registry).await;
+    node.pull("app:plain").await.unwrap();
+    assert!(node.store.fs_info().used_bytes < 8 << 20, "{:?}", node.store.fs_info());
+}
+
+#[test]
+fn a_layer_that_fills_the_disk_is_stopped_while_it_is_unpacked() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = move || {
+        use nix::mount::{MsFlags, mount};
+        const NOTHING: Option<&str> = None;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        mount(NOTHING, "/", NOTHING, MsFlags::MS_SLAVE | MsFlags::MS_REC, NOTHING).unwrap();
+        mount(NOTHING, folder.path(), Some("tmpfs"), MsFlags::empty(), Some("size=512M")).unwrap();
+        let pull = async {
+            let registry = zeros(2 << 30).serve().await;
+            let node = Node::at_in(tempfile::tempdir_in(folder.path()).unwrap(), registry, |config| {
+                config.min_free = 256 << 20;
+                config.pull_timeout = Duration::from_secs(120);
+            });
+            let error = node.pull("app:plain").await.unwrap_err();
+            assert!(error.is_disk_full() && error.to_string().contains("MiB are free"), "{error}");
+            node.assert_nothing_left().await;
+        };
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(pull);
     };
-    tokio::time::timeout(Duration::from_secs(10), gone).await.unwrap();
+    std::thread::spawn(run).join().unwrap();
 }
 
 #[tokio::test]
@@ -667,7 +711,7 @@ fn tls_in_front_of(plain: SocketAddr, certificate: &str, key: &str) -> SocketAdd
 
 #[tokio::test]
 async fn a_certificate_counts_if_hosts_toml_vouches_for_it() {
-    let (certificate, key) = (include_str!("tests/localhost.crt"), include_str!("tests/localhost.key"));
+    let (certificate, key) = (include_str!("localhost.crt"), include_str!("localhost.key"));
     let node = Node::with(Behaviour::honest()).await;
     let tls = tls_in_front_of(node.registry, certificate, key);
     let file = |more: &str| {
@@ -686,7 +730,7 @@ async fn a_certificate_counts_if_hosts_toml_vouches_for_it() {
 
 #[tokio::test]
 async fn a_certificate_counts_if_it_is_in_the_registrys_own_folder() {
-    let (certificate, key) = (include_str!("tests/localhost.crt"), include_str!("tests/localhost.key"));
+    let (certificate, key) = (include_str!("localhost.crt"), include_str!("localhost.key"));
     for file in [None, Some("ca = 'own.crt'")] {
         let node = Node::with(Behaviour::honest()).await;
         let registry = format!("localhost:{}", tls_in_front_of(node.registry, certificate, key).port());
@@ -882,7 +926,7 @@ async fn a_password_stays_in_the_registrys_own_domain() {
 
 #[tokio::test]
 async fn a_registry_with_tls_sends_nobody_to_plain_http() {
-    let (certificate, key) = (include_str!("tests/localhost.crt"), include_str!("tests/localhost.key"));
+    let (certificate, key) = (include_str!("localhost.crt"), include_str!("localhost.key"));
     let (service, asked) = secret_service().await;
     let registry = Behaviour {
         authorization: Some("authorization: Bearer secret".into()),

@@ -66,6 +66,9 @@ impl Node {
                 hosts_dir: config.images.hosts_dir.clone(),
                 stall_timeout: Duration::from_secs(config.images.stall_timeout_seconds),
                 pull_timeout: Duration::from_secs(config.images.pull_timeout_seconds),
+                min_free: config.images.min_free_mib.saturating_mul(1 << 20),
+                parallel_pulls: config.images.parallel_pulls,
+                parallel_unpacks: config.images.parallel_unpacks,
                 ..ImageConfig::default()
             },
         )

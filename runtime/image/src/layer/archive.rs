@@ -17,24 +17,24 @@ const BLOCK: u64 = sparse::BLOCK as u64;
 /// Most bytes of long names and PAX records before one entry, as Go's
 /// `archive/tar` has it.
 const MAX_EXTENSION: u64 = 1 << 20;
-/// Most headers of that kind before one entry.
+/// Most such headers before one entry.
 const MAX_EXTENSIONS: u32 = 16;
 
 /// The archive.
 pub(super) struct Archive<R> {
     reader: R,
-    /// What is left of the present entry's contents, and of their filling.
+    /// The rest of the present entry's contents, and of the filling after them.
     body: u64,
     filling: u64,
 }
 
-/// One entry. Its contents are what [`Archive::read`] gives until the next.
+/// An entry. Its contents are what [`Archive::read`] gives until the next one.
 pub(super) struct Entry {
     /// The header's fields.
     pub(super) header: Header,
-    /// Its name, as it stands there.
+    /// The entry's name, as it is written.
     pub(super) path: Vec<u8>,
-    /// What a link names.
+    /// The target of a link.
     pub(super) link: Vec<u8>,
     /// PAX records, in order.
     pub(super) records: Vec<(Vec<u8>, Vec<u8>)>,
@@ -76,7 +76,7 @@ impl<R: Read> Archive<R> {
         Self { reader, body: 0, filling: 0 }
     }
 
-    /// The next entry; what was not read of the one before is passed over.
+    /// Reads the next entry, and passes over what was not read of the one before.
     pub(super) fn next(&mut self) -> io::Result<Option<Entry>> {
         let (mut long_path, mut long_link, mut records) = (None, None, Vec::new());
         let mut extensions = 0;
@@ -162,7 +162,7 @@ impl<R: Read> Archive<R> {
         self.filling = size.wrapping_neg() % BLOCK;
     }
 
-    /// The next header; `None` where the archive ends.
+    /// Reads the next header; `None` where the archive ends.
     fn header(&mut self) -> io::Result<Option<Header>> {
         let skipped = self.body.saturating_add(self.filling);
         if io::copy(&mut (&mut self.reader).take(skipped), &mut io::sink())? < skipped {
@@ -186,7 +186,7 @@ impl<R: Read> Archive<R> {
         Ok(Some(header))
     }
 
-    /// The next block; `None` at the end of the stream.
+    /// Reads the next block; `None` at the end of the stream.
     fn block(&mut self) -> io::Result<Option<[u8; sparse::BLOCK]>> {
         let mut block = Vec::with_capacity(sparse::BLOCK);
         (&mut self.reader).take(BLOCK).read_to_end(&mut block)?;
@@ -196,7 +196,7 @@ impl<R: Read> Archive<R> {
         block.try_into().map(Some).map_err(|_| truncated())
     }
 
-    /// The contents of a header that tells more about the next entry.
+    /// Reads the contents of a header that describes the next entry.
     fn extension(&mut self, header: &Header, room: &mut u64) -> io::Result<Vec<u8>> {
         let size = header.entry_size()?;
         *room = room

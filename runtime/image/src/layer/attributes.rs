@@ -1,4 +1,4 @@
-//! What an archive says of an entry besides its bytes.
+//! The attributes of an entry: owner, mode, time, and extended attributes.
 
 use std::io;
 
@@ -64,8 +64,7 @@ fn time(text: &str) -> Option<(i64, i64)> {
     Some((seconds, digits.parse().ok()?))
 }
 
-/// A number of a header; a field that was left empty is zero, as every tar
-/// takes it.
+/// Reads a number of a header; an empty field is zero, as every tar takes it.
 fn number<T: Default>(parsed: io::Result<T>, field: &[u8]) -> Result<T, Failure> {
     match parsed {
         Err(_) if field.iter().all(|byte| matches!(byte, 0 | b' ')) => Ok(T::default()),
@@ -73,8 +72,8 @@ fn number<T: Default>(parsed: io::Result<T>, field: &[u8]) -> Result<T, Failure>
     }
 }
 
-/// Attributes that mean something in a container. The overlay's own would
-/// change what the guest's overlay shows, so no layer may bring them.
+/// Takes the attributes that mean something in a container. The overlay's own would change
+/// what the guest's overlay shows, so no layer may bring them.
 fn xattr(name: &[u8], value: &[u8], xattrs: &mut Vec<(String, Vec<u8>)>) -> Result<(), Failure> {
     let refused = |what: &str| {
         let name = String::from_utf8_lossy(name.get(..255).unwrap_or(name));

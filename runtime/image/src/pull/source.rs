@@ -1,4 +1,4 @@
-//! Whom a pull asks: the mirrors that `hosts.toml` names, then the registry.
+//! The sources of a pull: the mirrors that `hosts.toml` names, then the registry.
 
 use std::time::Duration;
 
@@ -9,21 +9,21 @@ use super::{Error, TRIES, pause};
 use crate::hosts::{Connection, Host, Hosts};
 use crate::registry::{Credentials, Registry};
 use crate::{ImageConfig, MAX_PEM};
-use husk_base::text_file;
+use husk_base::{chain, text_file};
 
-/// One registry, and whether it is asked.
+/// A registry or a mirror, and what it is asked for.
 pub(super) struct Source {
     pub registry: Registry,
-    /// Whether it may say what a tag leads to.
+    /// The source may say what a tag leads to.
     resolve: bool,
-    /// Whether it may hand out what is named by a digest.
+    /// The source may hand out content by its digest.
     pull: bool,
-    /// For messages; the registry itself needs none.
+    /// A mirror's name, for messages.
     name: Option<String>,
 }
 
-/// All that may be asked for `reference`, in order; the last is the registry
-/// or what stands for it.
+/// The sources for `reference`, in the order in which they are asked; the last is the
+/// registry, or the server that stands for it.
 pub(super) fn sources(
     config: &ImageConfig,
     reference: &Reference,
@@ -99,8 +99,7 @@ fn client(config: &ImageConfig, connection: &Connection) -> Result<impl Fn() -> 
     for path in &connection.ca {
         let wrong = |cause: String| Error::Hosts { path: path.clone(), cause };
         let text = text_file::read(path, MAX_PEM).map_err(|error| wrong(error.to_string()))?;
-        let found =
-            Certificate::from_pem_bundle(text.as_bytes()).map_err(|error| wrong(super::chain(&error)))?;
+        let found = Certificate::from_pem_bundle(text.as_bytes()).map_err(|error| wrong(chain(&error)))?;
         if found.is_empty() {
             return Err(wrong("there is no PEM certificate in it".into()));
         }
@@ -134,12 +133,12 @@ fn is_loopback(registry: &str) -> bool {
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// What is asked for.
+/// The kind of content that is asked for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// What a tag leads to.
+    /// The manifest that a tag leads to.
     Tag,
-    /// Something that its digest names, so that it matters little who gives it.
+    /// Content that its digest names, so that it matters little who gives it.
     Content,
 }
 
@@ -163,7 +162,7 @@ impl<'a> Rounds<'a> {
         Self { sources, at: 0, tries: 1, passing: false, failures: Vec::new() }
     }
 
-    /// The next to ask; after a pause if all have failed.
+    /// The next source to ask; after a pause if all have failed.
     pub(super) async fn next(&mut self) -> Option<&'a Source> {
         if self.at == self.sources.len() && self.passing && self.tries < TRIES {
             pause(self.tries).await;
@@ -176,7 +175,7 @@ impl<'a> Rounds<'a> {
         Some(source)
     }
 
-    /// The source that `next` gave last has failed; whether that may pass.
+    /// Notes that the source that `next` gave last has failed, and whether that may pass.
     pub(super) fn failed(&mut self, error: Error, passing: bool) {
         let name = self.sources.get(self.at.saturating_sub(1)).and_then(|source| source.name.as_deref());
         if let Some(mirror) = name {
@@ -186,7 +185,7 @@ impl<'a> Rounds<'a> {
         self.failures.push((name, error));
     }
 
-    /// Why nobody had it: what the last one said, and then the others.
+    /// The reason why no source had it: that of the last one, then those of the others.
     pub(super) fn error(mut self, nobody: impl FnOnce() -> Error) -> Error {
         let Some((name, mut error)) = self.failures.pop() else { return nobody() };
         if let Some(cause) = error.cause_mut() {
