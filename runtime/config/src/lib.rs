@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 use husk_vmm_api::RateLimit;
 use serde::{Deserialize, Serialize};
 
+#[cfg(test)]
+mod reference;
+
 /// The whole file.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all(serialize = "camelCase"))]
