@@ -5,11 +5,11 @@ use husk_config::Config;
 
 use super::client;
 
-/// Prints the last of a pod's guest console.
+/// Prints the last lines of the console of a pod's guest.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// A beginning of its id, its name, or NAMESPACE/NAME. While huskd does not
-    /// run, its id.
+    /// The pod's id, the beginning of its id, its name, or NAMESPACE/NAME. While
+    /// huskd does not run, only the id works.
     pod: String,
 }
 

@@ -6,10 +6,10 @@ use husk_proto::cri;
 
 use super::{client, pods};
 
-/// Shows one pod and its machine.
+/// Shows one pod, its machine and its containers.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// A beginning of its id, its name, or NAMESPACE/NAME.
+    /// The pod's id, the beginning of its id, its name, or NAMESPACE/NAME.
     pod: String,
 }
 

@@ -5,11 +5,11 @@ use husk_config::Config;
 
 use super::client;
 
-/// Prints what a pod's virtual processors and devices are at, as JSON.
+/// Prints the state of the vCPUs and devices of a pod's machine, as JSON.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// A beginning of its id, its name, or NAMESPACE/NAME. While huskd does not
-    /// run, its id.
+    /// The pod's id, the beginning of its id, its name, or NAMESPACE/NAME. While
+    /// huskd does not run, only the id works.
     pod: String,
 }
 

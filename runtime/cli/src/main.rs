@@ -15,11 +15,11 @@ mod inspect;
 mod pods;
 mod version;
 
-/// Looks after pods in virtual machines.
+/// Shows the pods of this node and their virtual machines.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "husk", version)]
 struct Arguments {
-    /// huskd's configuration; without the file everything has its default.
+    /// The configuration file of huskd. Without the file, every key has its default.
     #[arg(long, global = true, default_value = "/etc/husk/config.toml", env = "HUSK_CONFIG")]
     config: PathBuf,
     #[command(subcommand)]
@@ -33,6 +33,7 @@ enum Command {
     Info(info::Arguments),
     Console(console::Arguments),
     Inspect(inspect::Arguments),
+    /// Prints the versions of husk and of the huskd that runs.
     Version,
 }
 
@@ -62,4 +63,54 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::path::Path;
+
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// Headings of `docs/cli.md`, each with the help text that belongs below it.
+    fn help_texts() -> Vec<(String, String)> {
+        let mut husk = Arguments::command().bin_name("husk");
+        husk.build();
+        let mut texts = vec![("## `husk`".to_owned(), husk.render_long_help().to_string())];
+        for command in husk.get_subcommands_mut().filter(|command| command.get_name() != "help") {
+            let heading = format!("## `husk {}`", command.get_name());
+            texts.push((heading, command.render_long_help().to_string()));
+        }
+        texts
+    }
+
+    /// The page with `help` in the block below `heading`.
+    fn with_block(page: &str, heading: &str, help: &str) -> String {
+        let start =
+            page.find(&format!("{heading}\n")).unwrap_or_else(|| panic!("docs/cli.md has no {heading}"));
+        let begin = start + page[start..].find("```text\n").unwrap() + "```text\n".len();
+        let end = begin + page[begin..].find("```").unwrap();
+        format!("{}{}\n{}", &page[..begin], help.trim_end(), &page[end..])
+    }
+
+    #[test]
+    fn the_manual_has_the_help_of_every_command() {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let path =
+            here.ancestors().map(|folder| folder.join("docs/cli.md")).find(|path| path.is_file()).unwrap();
+        let page = std::fs::read_to_string(&path).unwrap();
+        let texts = help_texts();
+        let wanted =
+            texts.iter().fold(page.clone(), |page, (heading, help)| with_block(&page, heading, help));
+        if std::env::var_os("HUSK_UPDATE_DOCS").is_some() {
+            std::fs::write(&path, &wanted).unwrap();
+        } else {
+            assert_eq!(page, wanted, "run this test with HUSK_UPDATE_DOCS=1 to update docs/cli.md");
+        }
+        let headings = page.lines().filter(|line| line.starts_with("## `husk ")).count();
+        assert_eq!(headings, texts.len() - 1, "docs/cli.md describes a command that does not exist");
+    }
 }

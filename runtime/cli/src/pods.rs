@@ -7,10 +7,10 @@ use husk_proto::cri;
 
 use super::client;
 
-/// Lists pods.
+/// Lists the pods of this node.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Only their ids.
+    /// Print ids only.
     #[arg(long, short)]
     quiet: bool,
 }

@@ -21,11 +21,11 @@ use instance::Instance;
 /// How long threads may take to end that nobody waits for any more.
 const LAST_THREADS: Duration = Duration::from_secs(2);
 
-/// The CRI server of a node: pods in virtual machines of their own.
+/// Serves CRI on a node, and runs its pods in virtual machines.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "huskd", version)]
 struct Arguments {
-    /// The configuration; without the file everything has its default.
+    /// The configuration file. Without the file, every key has its default.
     #[arg(long, default_value = "/etc/husk/config.toml", env = "HUSK_CONFIG")]
     config: PathBuf,
 }

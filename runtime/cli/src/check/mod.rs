@@ -12,10 +12,10 @@ mod report;
 
 use report::{Finding, Report};
 
-/// Says whether pods can run here, and what to do about what is missing.
+/// Checks whether pods can run on this machine, and says how to fix what is missing.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Only whether KVM can run pods.
+    /// Check KVM only.
     #[arg(long, alias = "kvm-only")]
     kvm: bool,
 }
