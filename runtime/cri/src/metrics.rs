@@ -357,4 +357,21 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), count);
     }
+
+    #[test]
+    fn the_manual_has_every_metric_with_its_meaning() {
+        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let pages = here.ancestors().map(|folder| folder.join("docs/operating/metrics.md"));
+        let page = std::fs::read_to_string(pages.into_iter().find(|page| page.is_file()).unwrap()).unwrap();
+        let rows = page.lines().filter(|line| line.starts_with("| `"));
+        let told: std::collections::BTreeSet<_> = rows
+            .filter_map(|row| {
+                let mut cells = row.split(" | ").map(|cell| cell.trim_matches(['|', '`', ' ']));
+                Some((cells.next()?.to_owned(), cells.nth(1)?.to_owned()))
+            })
+            .collect();
+        let descriptors = list_metric_descriptors().descriptors.into_iter();
+        let known = descriptors.map(|one| (one.name, one.help.trim_end_matches('.').to_owned())).collect();
+        assert_eq!(told, known, "docs/operating/metrics.md, then the code");
+    }
 }
