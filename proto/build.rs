@@ -1,4 +1,4 @@
-//! Compiles the interfaces with protox, so that no `protoc` need be installed.
+//! Compiles the interfaces with protox, so that nobody has to install `protoc`.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut protos = vec!["agent/v1/agent.proto"];
@@ -9,7 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo::rerun-if-changed={proto}");
     }
     let descriptors = protox::compile(&protos, ["."])?;
-    // huskd keeps CRI messages in its state files, and shows them to people.
+    // huskd writes CRI messages into its records, and shows them to people.
     tonic_prost_build::configure()
         .message_attribute(".runtime.v1", "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]")
         .compile_fds(descriptors)?;

@@ -18,28 +18,28 @@ pub const PROTOCOL: u32 = 1;
 /// Guest port of the [`agent_server::Agent`] service.
 pub const GRPC_PORT: u32 = 1024;
 
-/// Guest port of the standard streams, see [`stream`].
+/// Guest port of the streams of processes, see [`stream`].
 pub const STREAM_PORT: u32 = 1025;
 
-/// Host port to which the agent connects once, when its services listen. It
-/// sends one line, `READY <microseconds since the kernel started>\n`, and
-/// closes.
+/// Host port to which the agent connects once, when its services listen. The agent
+/// sends one line, `READY <microseconds since the kernel started>\n`, and closes the
+/// connection.
 pub const READY_PORT: u32 = 1023;
 
 /// On the host alone: a connection that stays open for as long as the agent
 /// lives, so that its end is known.
 pub const LIVENESS_PORT: u32 = 1022;
 
-/// The AppArmor profile of containers that ask for the runtime's default.
+/// Name of the AppArmor profile of containers that ask for the runtime's default.
 pub const DEFAULT_PROFILE: &str = "husk-default";
 
-/// In an OCI configuration, the source of a mount that is a directory of the
-/// container's own, with what its image has at that place: the agent makes it,
-/// beside the container's writable layer.
+/// In an OCI configuration, the source of a mount that belongs to the container
+/// alone and begins with what the image has at that path. The agent makes the
+/// directory beside the container's writable layer.
 pub const OWN_DIRECTORY: &str = "own-directory";
 
-/// Places in the guest that exist after `CreateSandbox`. On the host they are
-/// in the pod's directory, which stands for [`BASE`](paths::BASE).
+/// Paths in the guest that exist after `CreateSandbox`. A supervisor has them in
+/// the pod's run directory, which takes the place of [`BASE`](paths::BASE).
 pub mod paths {
     /// The directory that has all of them.
     pub const BASE: &str = "/run/husk";
@@ -49,20 +49,20 @@ pub mod paths {
     pub const HOSTNAME: &str = "/run/husk/sandbox/hostname";
     /// The pod's `/etc/resolv.conf`.
     pub const RESOLV_CONF: &str = "/run/husk/sandbox/resolv.conf";
-    /// The pod's `/dev/shm`: a tmpfs that its containers share.
+    /// The pod's `/dev/shm`, a tmpfs that its containers share.
     pub const SHM: &str = "/run/husk/sandbox/shm";
-    /// On the host: sysfs as a pod with a user namespace sees it.
+    /// For a supervisor: sysfs as a pod with a user namespace sees it.
     pub const SYS: &str = "/run/husk/sandbox/sys";
     /// The pod's pid namespace, when its containers share one.
     pub const PID_NAMESPACE: &str = "/run/husk/sandbox/pidns";
-    /// The pod's user namespace, if it has one; the pid namespace above and the
-    /// IPC namespace below belong to it then.
+    /// The pod's user namespace, if it has one. It then owns the pid namespace above
+    /// and the IPC namespace below.
     pub const USER_NAMESPACE: &str = "/run/husk/sandbox/userns";
-    /// Programs of hooks.
+    /// The programs of hooks.
     pub const HOOKS: &str = "/run/husk/hooks";
     /// The IPC namespace of a pod with a user namespace.
     pub const IPC_NAMESPACE: &str = "/run/husk/sandbox/ipcns";
-    /// The volumes that come from the host, each under its name.
+    /// Volumes that the file server serves, each under its name.
     pub const SHARED: &str = "/run/husk/shared";
     /// The volumes that are copied into the pod, each under its name.
     pub const SYNCED: &str = "/run/husk/live";

@@ -1,4 +1,4 @@
-//! The two gRPC interfaces of Husk, as generated types.
+//! Generated types of the two gRPC interfaces of Husk: CRI, and the agent's.
 
 /// The Kubernetes Container Runtime Interface, version 1.
 #[cfg(feature = "cri")]

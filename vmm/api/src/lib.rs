@@ -1,19 +1,18 @@
 //! The control interface of `husk-vmm`.
 //!
-//! huskd makes a listening `SOCK_SEQPACKET` unix socket, and starts
-//! `husk-vmm` with it as an open descriptor; so huskd can come back to a
-//! running VMM through the socket's path, and the VMM needs no access to it.
-//! Each packet is one JSON [`Request`] or [`Response`]; file descriptors ride
-//! along in `SCM_RIGHTS`, and a message names them by their place in the
-//! packet ([`FdIndex`]). Every request gets one response, in order;
-//! [`Request::Wait`] gets its own when the machine has ended, so a client
-//! gives it a connection for itself.
+//! huskd makes a listening `SOCK_SEQPACKET` unix socket, and passes it to
+//! `husk-vmm` as an open descriptor. So a later huskd finds a running VMM by the
+//! socket's path, and the VMM itself needs no access to that path. Each packet is
+//! one JSON [`Request`] or [`Response`]. File descriptors travel in `SCM_RIGHTS`,
+//! and a message names them by their place in the packet ([`FdIndex`]). Every
+//! request gets one response, in order. [`Request::Wait`] is answered when the
+//! machine has ended, so a client sends it on a connection of its own.
 //!
-//! Arguments of the program: `husk-vmm --id <sandbox id> --user <uid>
-//! --control-fd <n> --exit-fd <n>`. It is started as root, opens KVM, and becomes
-//! the user, who should own nothing else. The exit descriptor is a file that
-//! receives one JSON [`Exit`] before the process ends, for a daemon that was not
-//! there to wait.
+//! The arguments of the program are `husk-vmm --id <sandbox id> --user <uid>
+//! --control-fd <n> --exit-fd <n>`. huskd starts it as root; it opens KVM, and then
+//! becomes the user, who should own nothing else. The exit descriptor is a file
+//! that receives one JSON [`Exit`] before the process ends, for a huskd that was
+//! not running at that time.
 
 use serde::{Deserialize, Serialize};
 
@@ -35,22 +34,22 @@ pub const MAX_FDS: usize = 64;
 /// data, and room for its headers.
 pub const MAX_FUSE_MESSAGE: usize = (128 << 10) + (4 << 10);
 
-/// The first packet from a file server, to whoever started it: it is ready. All
-/// others are FUSE messages.
+/// The first packet that a file server sends: it is ready. All other packets are
+/// FUSE messages.
 pub const FILE_SERVER_READY: &[u8] = b"READY";
 
-/// Most bytes of the guest's console that are kept and returned.
+/// How many bytes of the guest's console the VMM keeps and returns.
 pub const CONSOLE_TAIL: usize = 16 * 1024;
 
 /// The line that a guest writes to its console (`/dev/console`, or `/dev/kmsg`
 /// with a priority that the console prints) before it ends in good order.
 ///
-/// The machine has no ACPI and so no power switch; the guest ends with
+/// The machine has no ACPI and so no power switch. The guest ends with
 /// `reboot(RB_AUTOBOOT)`, which Linux turns into the keyboard controller's
-/// reset (`reboot=k`). The VMM reports that as [`ExitReason::Shutdown`] when
-/// this line came before, as [`ExitReason::Panic`] when the kernel printed a
-/// panic, and as [`ExitReason::Reset`] otherwise. A terminal buffers: the guest
-/// waits with `tcdrain` until the line is out.
+/// reset (`reboot=k`). The VMM reports a reset as [`ExitReason::Shutdown`] when
+/// this line came before it, as [`ExitReason::Panic`] when the kernel printed a
+/// panic, and as [`ExitReason::Reset`] otherwise. Because terminals buffer, the
+/// guest waits with `tcdrain` until the line is out.
 pub const SHUTDOWN_MARKER: &str = "husk: shutdown";
 
 /// Place of a file descriptor among those sent with the message.
@@ -60,7 +59,8 @@ pub type FdIndex = usize;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Builds the machine and starts its vCPUs. Once, even if that fails.
+    /// Builds the machine and starts its vCPUs. Only the first such request is
+    /// served, even if it fails.
     Boot(Box<VmConfig>),
     /// Puts a disk into an empty slot, see [`VmConfig::slots`].
     AttachDisk {
@@ -71,37 +71,38 @@ pub enum Request {
         /// Guest writes are refused.
         read_only: bool,
     },
-    /// Empties a slot. The guest must have unmounted it. A slot that is empty
-    /// already is no error: whoever asks may not know whether it was filled.
+    /// Empties a slot, which the guest must have unmounted. Emptying an empty slot
+    /// succeeds, because the client may not know whether it was filled.
     DetachDisk {
         /// Serial number of the slot.
         slot: String,
     },
-    /// Gives the file system device its server, once: a connected
+    /// Connects the file system device to its server, once. The connection is a
     /// `SOCK_SEQPACKET` socket on which each packet is one FUSE message.
     AttachFs {
-        /// The VMM's end of it.
+        /// The VMM's end of the connection.
         server: FdIndex,
     },
-    /// Asks the guest for memory back; it gets what it gives.
+    /// Asks the guest to return memory. The guest decides how much it returns.
     SetBalloon {
-        /// Size the balloon shall have, MiB.
+        /// Wanted size of the balloon, MiB.
         size_mib: u32,
     },
-    /// Saves the machine for clones of it, see [`VmConfig::template`], and ends it.
+    /// Saves a snapshot of the machine for clones ([`VmConfig::template`]), and
+    /// ends the machine.
     Save {
-        /// A new file for the state of processors and devices.
+        /// A new file for the state of vCPUs and devices.
         state: FdIndex,
         /// A new file for the guest's memory.
         memory: FdIndex,
     },
-    /// How the machine is.
+    /// Asks for the machine's [`Info`].
     Info,
-    /// The last bytes of the guest's console, at most [`CONSOLE_TAIL`].
+    /// Asks for the last bytes of the guest's console, at most [`CONSOLE_TAIL`].
     Console,
     /// The present state of vCPUs and devices, for a guest that hangs.
     Inspect,
-    /// Answered with [`Response::Exited`] when the machine has ended.
+    /// Is answered with [`Response::Exited`] when the machine has ended.
     Wait,
     /// Ends the machine at once.
     Kill,
@@ -111,21 +112,22 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
-    /// Done.
+    /// The request is done.
     Ok,
-    /// To [`Request::Info`].
+    /// Answers [`Request::Info`].
     Info(Info),
-    /// To [`Request::Console`].
+    /// Answers [`Request::Console`].
     Console {
         /// Text, with invalid UTF-8 replaced.
         text: String,
     },
-    /// To [`Request::Inspect`].
+    /// Answers [`Request::Inspect`].
     Inspection(Inspection),
-    /// To [`Request::Wait`].
+    /// Answers [`Request::Wait`].
     Exited(Exit),
-    /// The request failed, and the machine is as it was. But one that could not
-    /// be saved has ended, and one that could not be built is not tried again.
+    /// The request failed, and the machine is as it was before. The exceptions
+    /// are a machine that could not be saved, which has ended, and a machine that
+    /// could not be built, which the VMM does not try to build again.
     Error {
         /// The step that failed, "load kernel".
         stage: String,
@@ -134,20 +136,20 @@ pub enum Response {
     },
 }
 
-/// A machine.
+/// The configuration of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmConfig {
-    /// 1 to 64.
+    /// Number of vCPUs, 1 to 64.
     pub vcpus: u8,
     /// Guest memory, MiB.
     pub memory_mib: u32,
-    /// Uncompressed ELF `vmlinux`.
+    /// The kernel, an uncompressed ELF `vmlinux`.
     pub kernel: FdIndex,
-    /// Added to the kernel's command line.
+    /// Text that is added to the kernel's command line.
     pub cmdline: String,
-    /// Image of the root file system (EROFS). It is mapped into the machine as
-    /// persistent memory, and all machines share its pages; it must not be
-    /// written to, only replaced by renaming.
+    /// The image of the guest root (EROFS). The VMM maps it into the machine as
+    /// persistent memory, and all machines share its pages. The file must not be
+    /// written to; it is replaced by renaming another one over it.
     pub root: FdIndex,
     /// Disks in the order in which the guest counts them.
     pub disks: Vec<DiskConfig>,
@@ -158,25 +160,25 @@ pub struct VmConfig {
     pub slot_limit: Option<RateLimit>,
     /// Network interfaces.
     pub nets: Vec<NetConfig>,
-    /// The vsock device, if there is to be one.
+    /// The vsock device, if the machine has one.
     pub vsock: Option<VsockConfig>,
-    /// Tag of the file system device, if there is to be one. It starts without
-    /// a server, see [`Request::AttachFs`].
+    /// Tag of the file system device, if the machine has one. The device starts
+    /// without a server, see [`Request::AttachFs`].
     #[serde(default)]
     pub fs: Option<String>,
-    /// A balloon with free page reporting.
+    /// Whether the machine has a balloon with free page reporting.
     pub balloon: bool,
-    /// The machine goes on where this one was saved, instead of booting. All
-    /// else must be as it was there.
+    /// The machine starts from this snapshot instead of booting. Everything else
+    /// in the configuration must be equal to that of the machine that was saved.
     #[serde(default)]
     pub template: Option<TemplateConfig>,
 }
 
-/// The files of [`Request::Save`]. Clones share the memory's pages for as long
-/// as they do not write to them; it must not be written to.
+/// The files that [`Request::Save`] wrote. Clones share the pages of the memory
+/// file until they write to them. Nobody may write to the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateConfig {
-    /// The state of processors and devices.
+    /// The state of vCPUs and devices.
     pub state: FdIndex,
     /// The guest's memory.
     pub memory: FdIndex,
@@ -185,7 +187,7 @@ pub struct TemplateConfig {
 /// A virtio block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
-    /// Serial number that the guest sees, at most 20 bytes of ASCII.
+    /// Serial number that the guest reads, at most 20 bytes of ASCII.
     pub serial: String,
     /// The file or block device behind it.
     pub file: FdIndex,
@@ -214,9 +216,8 @@ pub struct RateLimit {
 /// A virtio network interface on a tap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetConfig {
-    /// A descriptor of `/dev/net/tun` with its tap set up (`IFF_TAP |
-    /// IFF_NO_PI | IFF_VNET_HDR`), non-blocking. Header size and offloads are
-    /// set by the VMM.
+    /// A non-blocking descriptor of `/dev/net/tun` with its tap set up (`IFF_TAP |
+    /// IFF_NO_PI | IFF_VNET_HDR`). The VMM sets header size and offloads.
     pub tap: FdIndex,
     /// Hardware address in the guest.
     pub mac: [u8; 6],
@@ -230,8 +231,8 @@ pub struct NetConfig {
     pub send_limit: Option<RateLimit>,
 }
 
-/// The virtio vsock device, with unix sockets on the host's side: a client
-/// connects to the listener and says `CONNECT <port>\n`, the answer is `OK
+/// The virtio vsock device, with unix sockets on the host's side. A client
+/// connects to the listener and sends `CONNECT <port>\n`; the answer is `OK
 /// <port>\n`. The guest itself can connect to one port of the host, once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockConfig {
@@ -239,21 +240,21 @@ pub struct VsockConfig {
     pub cid: u32,
     /// A listening `SOCK_STREAM` unix socket.
     pub listener: FdIndex,
-    /// The port of the host that the guest can connect to; none for a clone.
+    /// The port of the host that the guest can connect to. A clone has none.
     pub host_port: Option<HostPort>,
 }
 
-/// See [`VsockConfig::host_port`].
+/// The port of the host that a guest can connect to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPort {
     /// The port's number.
     pub port: u32,
-    /// A connected `SOCK_STREAM` unix socket, the VMM's end of it: what the
-    /// guest says comes out of the other one.
+    /// The VMM's end of a connected `SOCK_STREAM` unix socket. The other end
+    /// receives what the guest sends.
     pub socket: FdIndex,
 }
 
-/// How a machine is.
+/// The state of a machine and its VMM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Info {
     /// Process id of the VMM, as it knows itself: 1 in a PID namespace of its own.
@@ -263,11 +264,11 @@ pub struct Info {
     pub booted: bool,
     /// Microseconds from the process's start to the first entry into the guest.
     pub boot_us: u64,
-    /// Bytes of guest memory that the host holds for it now.
+    /// Bytes of guest memory that the host holds for the machine now.
     pub guest_resident_bytes: u64,
     /// Memory that the balloon holds now, MiB.
     pub balloon_mib: u32,
-    /// How its file system device is.
+    /// State of its file system device.
     #[serde(default, deserialize_with = "known_or_default")]
     pub fs: FsState,
     /// Open connections of its vsock device.
@@ -323,17 +324,17 @@ pub enum VcpuReport {
     Seen {
         /// The vCPU waits for an interrupt.
         halted: bool,
-        /// Address of its instruction.
+        /// Instruction pointer.
         rip: u64,
         /// The stack pointer.
         rsp: u64,
         /// The flags register; bit 9 is set when the vCPU takes interrupts.
         rflags: u64,
-        /// Vectors of interrupts that it has yet to take.
+        /// Vectors of interrupts that wait for the vCPU.
         requested: Vec<u8>,
-        /// Vectors of interrupts that it is handling.
+        /// Vectors of interrupts that the vCPU is handling.
         in_service: Vec<u8>,
-        /// Value of its time stamp counter at which its timer fires; 0 is never.
+        /// Value of the time stamp counter at which the timer fires; 0 if it does not.
         timer: u64,
         /// The time stamp counter.
         tsc: u64,
@@ -363,43 +364,43 @@ pub struct QueueReport {
     pub available: u16,
     /// Number of these that the device has taken.
     pub taken: u16,
-    /// The device wants to be notified of the chain after this one.
+    /// The device asks for a notification about the chain after this one.
     pub notify_after: u16,
     /// Chains that the device has given back.
     pub used: u16,
-    /// The driver wants to be interrupted for the chain after this one.
+    /// The driver asks for an interrupt about the chain after this one.
     pub interrupt_after: u16,
 }
 
 /// The end of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// The kind.
+    /// The kind of end.
     #[serde(deserialize_with = "known_or_default")]
     pub reason: ExitReason,
-    /// In words, for the kinds that need them.
+    /// The cause in words; empty for kinds that need none.
     pub detail: String,
     /// The last lines of the guest's console.
     pub console: String,
 }
 
-/// The kinds of end. The process's exit code is [`ExitReason::code`].
+/// The kinds of a machine's end. The process's exit code is [`ExitReason::code`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitReason {
-    /// The guest ended in good order: reset after [`SHUTDOWN_MARKER`].
+    /// The guest shut down: it reset the machine after [`SHUTDOWN_MARKER`].
     Shutdown,
-    /// The guest reset the machine and had not said why.
+    /// The guest reset the machine without [`SHUTDOWN_MARKER`].
     Reset,
     /// The guest kernel panicked.
     Panic,
     /// The guest triple-faulted.
     TripleFault,
-    /// [`Request::Kill`].
+    /// A client sent [`Request::Kill`].
     Killed,
-    /// [`Request::Save`].
+    /// A client sent [`Request::Save`], and the machine was saved.
     Saved,
-    /// The VMM itself could not go on; `detail` says why.
+    /// The VMM itself could not continue; `detail` says why.
     #[default]
     VmmError,
 }

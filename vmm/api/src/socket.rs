@@ -1,4 +1,5 @@
-//! Packets of JSON with descriptors, over a connected `SOCK_SEQPACKET` socket.
+//! Sends and receives packets of JSON with descriptors over a connected
+//! `SOCK_SEQPACKET` socket.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -10,16 +11,16 @@ use serde::de::DeserializeOwned;
 
 use crate::{MAX_FDS, MAX_PACKET};
 
-/// A message did not get through.
+/// Why a message was not sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The socket failed. A time-out set on the socket shows as `EAGAIN`.
+    /// The socket failed. A time-out that is set on the socket is `EAGAIN`.
     #[error("control socket: {0}")]
     Socket(#[from] Errno),
-    /// The packet is not one of ours.
+    /// The packet is not the JSON of a message.
     #[error("control message: {0}")]
     Json(#[from] serde_json::Error),
-    /// More than [`MAX_PACKET`] bytes or [`MAX_FDS`] descriptors.
+    /// The packet has more than [`MAX_PACKET`] bytes or [`MAX_FDS`] descriptors.
     #[error("control message too large")]
     TooLarge,
 }
@@ -27,7 +28,7 @@ pub enum Error {
 /// Sends one message and the descriptors that it names.
 ///
 /// # Errors
-/// [`Error::TooLarge`], or the socket's own.
+/// [`Error::TooLarge`], or an error of the socket.
 pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
     let packet = serde_json::to_vec(message)?;
     if packet.len() > MAX_PACKET || fds.len() > MAX_FDS {
@@ -49,8 +50,8 @@ pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, fds: &[BorrowedFd
 /// Receives one message with its descriptors; `None` when the peer has closed.
 ///
 /// # Errors
-/// The socket's, or [`Error::Json`] and [`Error::TooLarge`] for a packet that
-/// is not ours; its descriptors are closed then.
+/// An error of the socket, or [`Error::Json`] or [`Error::TooLarge`] for a packet
+/// that is not a message; its descriptors are then closed.
 pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<(M, Vec<OwnedFd>)>, Error> {
     Ok(receive_from(socket)?.map(|received| (received.message, received.fds)))
 }
