@@ -1,4 +1,4 @@
-//! Asks a pod's agent how much memory it has itself.
+//! Asks a pod's agent how much memory the agent itself uses.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,12 +12,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::Endpoint;
 
-/// The vsock device of a sandbox's machine, below huskd's `run_dir`.
+/// The path of a pod's vsock socket below huskd's `run_dir`.
 pub fn vsock_of(run_dir: &Path, sandbox: &str) -> Option<PathBuf> {
     Some(run_dir.join("sandboxes").join(sandbox.get(..13)?).join("vsock.sock"))
 }
 
-/// Resident bytes of the agent.
+/// Asks for the resident bytes of the agent.
 pub async fn resident(vsock: PathBuf) -> anyhow::Result<u64> {
     let channel = Endpoint::from_static("http://agent")
         .timeout(Duration::from_secs(60))
@@ -31,7 +31,7 @@ pub async fn resident(vsock: PathBuf) -> anyhow::Result<u64> {
     Ok(answer.into_inner().machine.unwrap_or_default().agent_rss_bytes)
 }
 
-/// The host's side of the vsock device: `CONNECT <port>`, `OK <port>`.
+/// Connects through the host's side of the vsock device: `CONNECT <port>`, `OK <port>`.
 async fn connect(vsock: &Path) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(vsock).await?;
     stream.write_all(format!("CONNECT {GRPC_PORT}\n").as_bytes()).await?;

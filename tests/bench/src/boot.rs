@@ -1,8 +1,8 @@
-//! From the start of a VMM to the first word of the agent in its guest: Husk's
-//! own, and Firecracker beside it, with the same kernel, root file system,
-//! command line and number of vCPUs, in turns.
+//! Measures the time from the start of a VMM until the agent in its guest is
+//! ready. Husk's VMM and Firecracker are measured in turns, with the same kernel,
+//! root file system, command line and number of vCPUs.
 //!
-//! The agent's `READY`, over vsock, is the end of both measurements.
+//! Both measurements end with the agent's `READY` over vsock.
 
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, RawFd};
@@ -22,7 +22,7 @@ mod husk;
 
 pub use firecracker::find as firecracker_on_path;
 
-/// What both boot.
+/// The guest that both VMMs boot.
 #[derive(Debug, clap::Args)]
 pub struct Guest {
     /// An uncompressed kernel.
@@ -39,28 +39,28 @@ pub struct Guest {
     pub timeout: u64,
 }
 
-/// Something that boots a guest.
+/// A VMM that can boot a guest.
 trait Vmm {
     fn name(&self) -> &'static str;
-    /// Starts the VMM, with its files in `folder`. Returns when all that there is
-    /// to say to it has been said.
+    /// Starts the VMM, with its files in `folder`. Returns when the VMM has got all
+    /// of its requests.
     fn start(&self, guest: &Guest, folder: &Path) -> anyhow::Result<Running>;
 }
 
 /// A VMM process, ended when it is dropped.
 struct Running {
     child: Child,
-    /// Where the agent's first word comes out.
+    /// The socket on which the agent reports that it is ready.
     word: Word,
-    /// Kept open for as long as it runs.
+    /// Descriptors that stay open for as long as the VMM runs.
     _control: Option<std::os::fd::OwnedFd>,
 }
 
-/// What stands on the host for the port that the agent connects to.
+/// The host's end of the port that the agent connects to.
 enum Word {
-    /// A socket that listens, Firecracker's way.
+    /// A listening socket, as Firecracker needs it.
     Listener(UnixListener),
-    /// The connection itself, Husk's way.
+    /// The connection itself, as husk-vmm needs it.
     Stream(UnixStream),
 }
 
@@ -84,15 +84,15 @@ impl Drop for Running {
 #[derive(Debug, Serialize)]
 pub struct Boot {
     pub name: &'static str,
-    /// Milliseconds from exec to the agent's first word.
+    /// Milliseconds from exec until the agent is ready.
     pub to_agent: Spread,
-    /// Milliseconds of these that the guest's kernel counted itself.
+    /// The part of these milliseconds that the guest's kernel counted itself.
     pub in_guest: Spread,
-    /// Bytes of the VMM's own memory when the agent has spoken, proportional.
+    /// Proportional bytes of the VMM's own memory when the agent is ready.
     pub own_memory: Spread,
 }
 
-/// Boots `runs` guests with each VMM that is there, in turns.
+/// Boots `runs` guests with each available VMM, in turns.
 pub fn measure(
     guest: &Guest,
     vmm: &Path,
@@ -150,7 +150,7 @@ fn boot(vmm: &dyn Vmm, guest: &Guest) -> anyhow::Result<Figures> {
     Ok(Figures { to_agent, in_guest: guest_time(&line)?, own_memory: own.proportional })
 }
 
-/// The agent's connection; or the VMM's end, or the deadline.
+/// Waits for the agent's connection, for the VMM's end, or for the deadline.
 fn accept(running: &mut Running, deadline: Instant) -> anyhow::Result<UnixStream> {
     let mut poll = libc::pollfd { fd: running.word.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     loop {
@@ -168,7 +168,7 @@ fn accept(running: &mut Running, deadline: Instant) -> anyhow::Result<UnixStream
     }
 }
 
-/// `READY <microseconds since the kernel started>`
+/// Parses `READY <microseconds since the kernel started>`.
 fn guest_time(line: &str) -> anyhow::Result<Duration> {
     line.trim_end()
         .strip_prefix("READY ")
@@ -177,7 +177,7 @@ fn guest_time(line: &str) -> anyhow::Result<Duration> {
         .with_context(|| format!("the agent said {line:?}"))
 }
 
-/// A command that prints nothing and reads nothing.
+/// Makes a command that prints nothing and reads nothing.
 fn quiet(program: &Path) -> Command {
     let mut command = Command::new(program);
     command
@@ -187,7 +187,7 @@ fn quiet(program: &Path) -> Command {
     command
 }
 
-/// The figures as a person reads them.
+/// Formats the figures for a person.
 pub fn render(boots: &[Boot]) -> String {
     let mut text = format!(
         "{:<14}{:>28}   {:>28}   {:>12}\n",

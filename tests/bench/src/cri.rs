@@ -1,4 +1,4 @@
-//! A pod's steps over CRI, each with the time that it took.
+//! Runs a pod's steps over CRI and measures each of them.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -19,9 +19,9 @@ use tonic::transport::{Channel, Endpoint};
 /// A runtime that serves CRI.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// What it is called in the report.
+    /// Its name in the report.
     pub name: String,
-    /// `unix://` and the path of its socket.
+    /// Its endpoint: `unix://` and the path of its socket.
     pub endpoint: String,
     /// The runtime handler of its pods.
     pub handler: String,
@@ -71,7 +71,7 @@ impl Step {
     ];
 }
 
-/// What the steps of one pod took.
+/// The time that each step of one pod took.
 pub type Times = HashMap<Step, Duration>;
 
 /// A connection to a runtime.
@@ -83,7 +83,7 @@ pub struct Client {
     timeout: Duration,
 }
 
-/// A pod with one container that runs.
+/// A pod with one running container.
 #[derive(Debug)]
 pub struct Pod {
     pub sandbox: String,
@@ -112,7 +112,7 @@ impl Client {
         })
     }
 
-    /// For what only one measurement asks.
+    /// The client, for requests that only one measurement makes.
     pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
         self.runtime.clone()
     }
@@ -121,12 +121,12 @@ impl Client {
         &self.handler
     }
 
-    /// How long a request may take.
+    /// The time limit of a request.
     pub const fn timeout(&self) -> Duration {
         self.timeout
     }
 
-    /// Name and version, as the runtime says them.
+    /// Name and version, as the runtime reports them.
     pub async fn version(&mut self) -> anyhow::Result<String> {
         let version = self.runtime.version(VersionRequest::default()).await.context("Version")?.into_inner();
         Ok(format!("{} {}", version.runtime_name, version.runtime_version))
@@ -139,7 +139,7 @@ impl Client {
         Ok(started.elapsed())
     }
 
-    /// The first three steps. Whatever they made is removed when one fails.
+    /// Does the first three steps. When one fails, what they made is removed.
     pub async fn start_pod(&mut self, name: &str, image: &str) -> anyhow::Result<Pod> {
         let mut times = Times::new();
         let config = pod_config(name);
@@ -186,7 +186,7 @@ impl Client {
         Ok(container)
     }
 
-    /// The other four steps.
+    /// Does the other four steps.
     pub async fn end_pod(&mut self, pod: Pod) -> anyhow::Result<Times> {
         let Pod { sandbox: pod_sandbox_id, container: container_id, mut times } = pod;
 
@@ -214,8 +214,8 @@ impl Client {
         Ok(times)
     }
 
-    /// All of them at once; a failure ends the measurement, after the others
-    /// have been ended.
+    /// Starts all pods at once. A failure ends the measurement, after the other pods
+    /// have been removed.
     pub async fn start_pods(&self, names: &[String], image: &str) -> anyhow::Result<Vec<Pod>> {
         let tasks: Vec<_> = names
             .iter()
@@ -236,7 +236,7 @@ impl Client {
         Err(failure)
     }
 
-    /// The same for their end.
+    /// Ends all pods at once.
     pub async fn end_pods(&self, pods: Vec<Pod>) -> anyhow::Result<Vec<Times>> {
         let tasks: Vec<_> = pods
             .into_iter()
@@ -252,7 +252,7 @@ impl Client {
         Ok(times)
     }
 
-    /// What the figures are about must be true: the container does run.
+    /// Makes sure that the figures mean something: the container does run.
     pub async fn check_running(&mut self, pod: &Pod) -> anyhow::Result<()> {
         let request = husk_proto::cri::ExecSyncRequest {
             container_id: pod.container.clone(),

@@ -1,5 +1,5 @@
-//! What runs inside containers, and beside them on the host: the same program, so that a difference is the way's and
-//! not the program's.
+//! The work inside containers, and on the host for comparison. Both run the same program, so that a difference
+//! comes from the path between them.
 
 use std::io::{BufRead, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -9,21 +9,21 @@ use anyhow::Context;
 
 pub mod files;
 
-/// One of the things to do.
+/// The kinds of work.
 #[derive(Debug, clap::Subcommand)]
 pub enum Inside {
     /// Writes lines to standard output.
     Lines {
-        /// How many of them, a MiB.
+        /// MiB of lines.
         mebibytes: u64,
-        /// Only when a line has been read from standard input. It stays until there is one more: what a container said
-        /// last, not every runtime brings to those who are attached when it ends.
+        /// Begins only when a line has been read from standard input, and ends when another one has been read. Not every
+        /// runtime delivers a container's last output to attached clients when the container ends.
         #[arg(long)]
         wait: bool,
     },
-    /// Sends and takes bytes on a TCP port, see [`Order`].
+    /// Sends and receives bytes on a TCP port, see [`Order`].
     Serve { port: u16 },
-    /// Works on files in a folder, and prints as JSON how fast that was.
+    /// Works on files in a directory, and prints the speeds as JSON.
     Files {
         folder: PathBuf,
         #[command(flatten)]
@@ -54,15 +54,15 @@ impl Inside {
     }
 }
 
-/// Bytes in a line, with its end.
+/// Bytes of a line, its newline included.
 pub const LINE: usize = 128;
 
-/// How the last line begins.
+/// The beginning of the last line.
 pub const LAST: &str = "last";
 
 pub const MIB: u64 = 1 << 20;
 
-/// Lines of [`LINE`] bytes, 64 KiB at a time.
+/// Writes lines of [`LINE`] bytes, 64 KiB at a time.
 fn lines(mebibytes: u64, mut to: impl Write) -> std::io::Result<()> {
     let mut piece = vec![b'x'; 65536];
     for line in piece.chunks_mut(LINE) {
@@ -81,12 +81,12 @@ fn lines(mebibytes: u64, mut to: impl Write) -> std::io::Result<()> {
     to.flush()
 }
 
-/// What a client of [`Inside::Serve`] wants.
+/// A request of a client of [`Inside::Serve`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// It wants that many bytes.
+    /// The client wants that many bytes.
     Give(u64),
-    /// It sends that many bytes, and wants one when they have all arrived.
+    /// The client sends that many bytes, and wants one byte when all have arrived.
     Take(u64),
 }
 

@@ -1,19 +1,19 @@
-//! `husk-bench`: how long a pod's steps take, what a pod costs in memory, how
-//! fast its streams and volumes are, and how fast a machine boots.
+//! `husk-bench` measures how long a pod's steps take, how much memory a pod
+//! uses, how fast its streams and volumes are, and how fast a machine boots.
 //!
-//! `pods` speaks CRI itself, so no client's own start is in the figures, and it
-//! can run the same against any other runtime that serves CRI on this machine:
+//! `pods` speaks CRI itself, so that the figures do not contain the start of a
+//! client. It can measure any other runtime that serves CRI on this machine too:
 //!
 //! ```text
 //! husk-bench pods --image 127.0.0.1:5000/husk/busybox:1 \
 //!     --peer kata=unix:///run/containerd/containerd.sock,kata
 //! ```
 //!
-//! `streams` does the same with what goes in and out of a running container; it
-//! is itself the program in that container (`inside`), so it is to be static.
+//! `streams` measures the streams and volumes of a running container. It is itself
+//! the program in that container (`inside`), so it must be linked statically.
 //!
-//! `boot` needs no runtime, only KVM: it starts `husk-vmm`, and Firecracker
-//! beside it when there is one on the PATH, with the same guest.
+//! `boot` needs no runtime, only KVM: it starts `husk-vmm`, and Firecracker if it
+//! is on the PATH, with the same guest.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -40,18 +40,18 @@ use cri::Target;
 #[derive(Debug, Parser)]
 #[command(name = "husk-bench", version)]
 enum Arguments {
-    /// Pods over CRI: one to warm up, then some one by one, then as many at once.
+    /// Measures pods over CRI: one to warm up, then some one by one, then as many at once.
     Pods(Pods),
-    /// Commands, output, forwarded ports and volumes of a running container, over CRI.
+    /// Measures commands, output, forwarded ports and volumes of a running container, over CRI.
     Streams(Streams),
-    /// What `streams` runs in its containers.
+    /// Does the work that `streams` measures, inside a container.
     #[command(subcommand, hide = true)]
     Inside(inside::Inside),
-    /// From the start of a VMM to the first word of the agent in its guest.
+    /// Measures the time from the start of a VMM until the agent in its guest is ready.
     Boot(Boot),
 }
 
-/// Whom to measure.
+/// The runtimes to measure.
 #[derive(Debug, clap::Args)]
 pub struct Runtimes {
     /// Husk's CRI socket.
@@ -72,13 +72,13 @@ pub struct Runtimes {
 }
 
 impl Runtimes {
-    /// Husk first.
+    /// All runtimes, Husk first.
     pub fn targets(&self) -> impl Iterator<Item = Target> {
         let (endpoint, handler) = (self.endpoint.clone(), self.handler.clone());
         std::iter::once(Target { name: "husk".into(), endpoint, handler }).chain(self.peer.iter().cloned())
     }
 
-    /// Of one request.
+    /// The time limit of one request.
     pub const fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout)
     }
@@ -94,7 +94,7 @@ struct Pods {
     /// How many pods one after another, and how many at once.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=200))]
     pods: u16,
-    /// Where the figures go.
+    /// The directory for the figures.
     #[arg(long, default_value = "target/bench/startup.json")]
     json: PathBuf,
 }
@@ -105,7 +105,7 @@ struct Streams {
     runtimes: Runtimes,
     #[command(flatten)]
     plan: streams::Plan,
-    /// Where the figures go.
+    /// The directory for the figures.
     #[arg(long, default_value = "target/bench/streams.json")]
     json: PathBuf,
 }
@@ -117,10 +117,10 @@ struct Boot {
     /// The `husk-vmm` program.
     #[arg(long, default_value = "target/release/husk-vmm")]
     vmm: PathBuf,
-    /// How many boots with each VMM.
+    /// Number of boots with each VMM.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
-    /// Where the figures go.
+    /// The directory for the figures.
     #[arg(long, default_value = "target/bench/boot.json")]
     json: PathBuf,
 }

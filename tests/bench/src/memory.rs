@@ -1,23 +1,23 @@
-//! What a process holds of the host's memory, and which part of it is a
-//! guest's.
+//! Measures how much of the host's memory a process holds, and which part of it
+//! belongs to a guest.
 
 use std::io;
 
 use serde::Serialize;
 
-/// A virtual machine's memory is at least this large; nothing else that a VMM
-/// maps readable and writable in one piece is.
+/// A machine's memory is at least this large. Nothing else that a VMM maps readable
+/// and writable in one piece is as large.
 const SMALLEST_GUEST: u64 = 48 << 20;
 
-/// How the name of a root file system ends that is mapped into a machine.
+/// The end of the name of a guest root image that is mapped into a machine.
 const ROOT_IMAGE: &str = ".erofs";
 
-/// Bytes of memory.
+/// Memory of a process or a part of it, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
-    /// Pages in memory, shared or not.
+    /// Resident pages, shared or not.
     pub resident: u64,
-    /// The same, with each page divided by the number of those who map it.
+    /// Resident pages, each divided by the number of processes that map it.
     pub proportional: u64,
 }
 
@@ -28,7 +28,7 @@ impl std::ops::AddAssign for Memory {
     }
 }
 
-/// A process: what is its own, and what is a guest's.
+/// The memory of a process: its own, and its guest's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Split {
     pub own: Memory,
@@ -57,9 +57,9 @@ struct Mapping {
     memory: Memory,
 }
 
-/// Guest memory is what lies in one piece of at least [`SMALLEST_GUEST`], and the
-/// machine's root image: a kernel that is mapped from its file into the middle
-/// of a piece belongs to it.
+/// Guest memory is each mapping of at least [`SMALLEST_GUEST`], and the guest root
+/// image. A kernel that is mapped from its file into the middle of such a mapping
+/// belongs to it.
 fn split(smaps: &str) -> Split {
     let mut all = Split::default();
     let mut piece: Vec<Mapping> = Vec::new();
@@ -102,14 +102,14 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
     mappings
 }
 
-/// `7f0000000000-7f0000001000`
+/// Parses `7f0000000000-7f0000001000`.
 fn range(word: &str) -> Option<(u64, u64)> {
     let (start, end) = word.split_once('-')?;
     let range = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
     (range.0 <= range.1).then_some(range)
 }
 
-/// What the machine could still give, by its own estimate.
+/// Reads how much memory the host still has available, by its own estimate.
 pub fn available() -> io::Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let kibibytes = text

@@ -1,4 +1,4 @@
-//! Which processes of the host belong to a runtime, and to a pod.
+//! Finds the processes of the host that belong to a runtime, and to a pod.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// The process at the other end of a unix socket.
+/// Finds the process at the other end of a unix socket.
 pub fn server_of(socket: &Path) -> io::Result<u32> {
     let stream = UnixStream::connect(socket)?;
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
@@ -32,7 +32,7 @@ pub struct Process {
     pub name: String,
 }
 
-/// Those that name the sandbox in their arguments, and all that they started.
+/// Finds the processes that name the sandbox in their arguments, and their descendants.
 pub fn of_sandbox(sandbox: &str) -> io::Result<Vec<Process>> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     let mut names = HashMap::new();
@@ -62,7 +62,7 @@ pub fn of_sandbox(sandbox: &str) -> io::Result<Vec<Process>> {
     Ok(processes)
 }
 
-/// `42 (a name) S 1 ...`: the name may contain anything.
+/// Parses `42 (a name) S 1 ...`; the name may contain any character.
 fn name_and_parent(stat: &str) -> Option<(String, u32)> {
     let (_, rest) = stat.split_once('(')?;
     let (name, rest) = rest.rsplit_once(')')?;

@@ -1,4 +1,4 @@
-//! The figures as a person reads them.
+//! Formats the figures for a person.
 
 use std::fmt::Write;
 

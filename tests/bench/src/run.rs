@@ -1,4 +1,4 @@
-//! One runtime's measurement, from the first pod to the last.
+//! Measures one runtime, from the first pod to the last.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,20 +13,20 @@ use crate::memory::{self, Memory, Split};
 use crate::processes;
 use crate::statistics::Spread;
 
-/// How long a pod is left alone before it counts as idle: pages that it no
-/// longer needs go back to the host in the meantime.
+/// How long a pod is left alone before it counts as idle. Meanwhile it returns
+/// pages that it no longer needs to the host.
 const SETTLE: Duration = Duration::from_secs(10);
 
-/// What to do with each runtime.
+/// The work for each runtime.
 pub struct Plan {
     pub image: String,
     pub pods: u16,
     pub timeout: Duration,
-    /// huskd's, see [`agent::vsock_of`].
+    /// huskd's `run_dir`, see [`agent::vsock_of`].
     pub run_dir: PathBuf,
 }
 
-/// What came out.
+/// The results.
 #[derive(Debug, Serialize)]
 pub struct Measurement {
     pub name: String,
@@ -39,19 +39,19 @@ pub struct Measurement {
     pub memory: PodMemory,
 }
 
-/// Milliseconds.
+/// Times in milliseconds.
 #[derive(Debug, Serialize)]
 pub struct Steps {
     pub steps: BTreeMap<Step, Spread>,
     /// The first three steps of a pod together.
     pub to_running: Spread,
-    /// The other four.
+    /// The other four steps together.
     pub to_gone: Spread,
     /// From the first request until all pods run.
     pub all_running: f64,
 }
 
-/// Bytes.
+/// Memory in bytes.
 #[derive(Debug, Serialize)]
 pub struct PodMemory {
     /// The daemon, before its first pod and after its last.
@@ -59,28 +59,28 @@ pub struct PodMemory {
     pub daemon_after: Memory,
     /// One idle pod.
     pub one: PodCost,
-    /// The mean of `pods` idle ones.
+    /// The mean of `pods` idle pods.
     pub each_of_many: PodCost,
-    /// By how much each of them lowered what the host had available.
+    /// By how much each pod lowered the memory that the host has available.
     pub available_each_of_many: i64,
 }
 
-/// What one pod holds.
+/// The memory that one pod holds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct PodCost {
     /// The process that holds the machine, without the guest's memory.
     pub vmm: Option<Memory>,
     /// The guest's memory.
     pub guest: Option<Memory>,
-    /// All of its processes with everything.
+    /// All of its processes, with all of their memory.
     pub whole: Memory,
-    /// Resident memory of the agent, part of the guest's.
+    /// Resident memory of the agent, which is part of the guest's.
     pub agent_resident: Option<u64>,
-    /// Their names.
+    /// Names of the processes.
     pub processes: Vec<String>,
 }
 
-/// Does it all. Pods that were started are ended, also on failure.
+/// Does all of the work. Pods that were started are removed, also after a failure.
 pub async fn measure(target: Target, plan: &Plan) -> anyhow::Result<Measurement> {
     let mut client = Client::connect(&target, plan.timeout).await?;
     let version = client.version().await?;

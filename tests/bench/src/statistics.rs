@@ -1,8 +1,8 @@
-//! Minimum, median and maximum.
+//! Computes minimum, median and maximum.
 
 use serde::{Deserialize, Serialize};
 
-/// Of a set of figures.
+/// Minimum, median and maximum of a set of figures.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     pub min: f64,
@@ -11,7 +11,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Nothing has no spread.
+    /// An empty set has no statistics.
     pub fn of(figures: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = figures.into_iter().collect();
         sorted.sort_by(f64::total_cmp);

@@ -1,5 +1,5 @@
-//! What goes in and out of a running container: commands, output, forwarded ports, files of volumes. Each runtime has
-//! one pod, and takes its turn with each of them: whatever else the machine has to do meanwhile concerns all alike.
+//! Measures commands, output, forwarded ports, and files of volumes of a running container. Each runtime has one pod, and
+//! they are measured in turns, so that other work of the machine affects all of them alike.
 
 use std::path::{Path, PathBuf};
 
@@ -22,37 +22,37 @@ pub use report::render;
 
 use pod::{Log, Pod};
 
-/// How much of everything.
+/// How much work is done.
 #[derive(Debug, clap::Args)]
 pub struct Plan {
-    /// crictl, the client of forwarded ports. Without it they are left out.
+    /// Path of crictl, the client of forwarded ports. Without it they are not measured.
     #[arg(long)]
     crictl: Option<PathBuf>,
-    /// A folder of the file system that the volume shall be on. Nothing stays there.
+    /// A directory on the file system for the volume. Nothing stays there.
     #[arg(long, default_value = "/var/tmp")]
     folder: PathBuf,
-    /// How many commands.
+    /// Number of commands.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
     commands: u16,
-    /// How much output, and how much through a forwarded port, MiB.
+    /// MiB of output, and MiB through a forwarded port.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
     mebibytes: u64,
     #[command(flatten)]
     files: Amount,
 }
 
-/// What came out.
+/// The results.
 #[derive(Debug, Serialize)]
 pub struct Measurement {
     pub runtimes: Vec<Runtime>,
-    /// The volume's folder, without a runtime.
+    /// The speeds of the volume's directory without a runtime.
     pub host_files: Speeds,
     pub mebibytes: u64,
     pub small_files: u32,
     pub large_file_mib: u64,
 }
 
-/// One runtime's.
+/// The results of one runtime.
 #[derive(Debug, Serialize)]
 pub struct Runtime {
     pub name: String,
@@ -64,14 +64,14 @@ pub struct Runtime {
     pub files: Speeds,
 }
 
-/// A runtime with its pod.
+/// A runtime and its pod.
 struct Subject {
     target: Target,
     version: String,
     pod: Pod,
 }
 
-/// Does it all. Pods that were started are ended, also on failure.
+/// Does all of the work. Pods that were started are removed, also after a failure.
 pub async fn measure(runtimes: &Runtimes, plan: &Plan) -> anyhow::Result<Measurement> {
     let folder = tempfile::tempdir_in(&plan.folder).context("make a folder")?;
     let mut subjects = Vec::new();
@@ -145,7 +145,7 @@ async fn with_pods(
     })
 }
 
-/// Its pod, with nothing in it.
+/// Makes its pod, without containers.
 async fn start(target: Target, runtimes: &Runtimes, folder: &Path) -> anyhow::Result<Subject> {
     let mut client = Client::connect(&target, runtimes.timeout()).await?;
     let version = client.version().await?;

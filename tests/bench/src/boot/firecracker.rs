@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{Guest, Running, Vmm, Word, quiet};
 
-/// What husk-vmm gives its guests; Firecracker adds where its devices are.
+/// The kernel command line that husk-vmm uses; Firecracker adds the addresses of its devices.
 const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 \
                        root=/dev/vda rootfstype=erofs ro init=/sbin/init";
 
@@ -49,7 +49,7 @@ impl Vmm for Firecracker {
     }
 }
 
-/// Where it is, if it is on the PATH.
+/// The path of Firecracker, if it is on the PATH.
 pub fn find() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join("firecracker")).find(|program| program.is_file())

@@ -1,4 +1,4 @@
-//! Small files made, looked at, renamed and removed, and a large one written and read.
+//! Measures small files that are made, looked up, renamed and removed, and a large file that is written and read.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -16,45 +16,45 @@ use crate::statistics::Spread;
 /// How long the large file is left alone before it is read.
 const SETTLED: Duration = Duration::from_millis(500);
 
-/// How much of it.
+/// How much work is done.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Amount {
-    /// How many small files.
+    /// Number of small files.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     pub files: u32,
-    /// How large the large file is, MiB.
+    /// Size of the large file, MiB.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
     pub file_mib: u64,
-    /// How often all of it.
+    /// Number of rounds.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     pub rounds: u16,
 }
 
-/// How fast it went.
+/// The speeds that were measured.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Speeds {
-    /// Files in a second; each is made with a few bytes in it.
+    /// Files made in a second, each with a few bytes in it.
     pub create: Spread,
-    /// Files in a second; nothing about them is remembered.
+    /// Files looked up in a second, with nothing about them cached.
     pub stat: Spread,
-    /// As `stat`.
+    /// Files renamed in a second.
     pub rename: Spread,
-    /// As `stat`.
+    /// Files removed in a second.
     pub unlink: Spread,
-    /// MiB in a second, until they are stored (`fsync`).
+    /// MiB written in a second, up to the end of `fsync`.
     pub write: Spread,
-    /// MiB in a second; none of them is in the page cache of who reads.
+    /// MiB read in a second, none of which is in the reader's page cache.
     pub read: Spread,
-    /// The same once more.
+    /// MiB read in a second when the file is read once more.
     pub read_again: Spread,
-    /// Seconds that all of this took by the clock of who measured.
+    /// Seconds that all of this took, by the clock of the measuring program.
     pub seconds: f64,
 }
 
-/// What a file server tells about names and attributes holds for a second at most.
+/// A file server's answers about names and attributes are cached for a second at most.
 const FORGET: Duration = Duration::from_millis(1500);
 
-/// Does it all in `folder`, and leaves nothing there.
+/// Does all of the work in `folder`, and leaves nothing there.
 pub fn measure(folder: &Path, amount: Amount) -> anyhow::Result<Speeds> {
     let started = Instant::now();
     let place = tempfile::tempdir_in(folder).context("make a folder")?;

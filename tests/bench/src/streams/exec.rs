@@ -1,4 +1,4 @@
-//! How long a command takes that does nothing.
+//! Measures how long a command takes that does nothing.
 
 use std::time::Instant;
 
@@ -9,16 +9,16 @@ use super::pod::{Container, Pod};
 use super::websocket::{Said, Streams};
 use crate::statistics::Spread;
 
-/// Milliseconds.
+/// Times in milliseconds.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Exec {
-    /// ExecSync.
+    /// Time of ExecSync.
     pub sync: Spread,
-    /// Exec, then a WebSocket to what it answered, until the status.
+    /// Time of Exec and of the WebSocket to its URL, until the status has arrived.
     pub streamed: Spread,
 }
 
-/// Both, in turns, after one of each that does not count.
+/// Measures both in turns, after one of each that does not count.
 pub async fn measure(pod: &mut Pod, container: &Container, runs: u16) -> anyhow::Result<Exec> {
     let (mut sync, mut streamed) = (Vec::new(), Vec::new());
     for run in 0..=runs {

@@ -1,4 +1,4 @@
-//! How fast a container's output gets out of it.
+//! Measures how fast a container's output arrives.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
@@ -15,9 +15,9 @@ use crate::statistics::Spread;
 /// MiB of output in a second, from the first byte that arrives to the last one.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Output {
-    /// To the log, when nobody is attached.
+    /// Speed of output to the log, when nobody is attached.
     pub log: Spread,
-    /// To a client that is attached, and the log.
+    /// Speed of output to an attached client and the log.
     pub attached: Spread,
 }
 
@@ -75,7 +75,7 @@ fn ended(log: &Log) -> std::io::Result<bool> {
     Ok(tail.ends_with(b"\n") && String::from_utf8_lossy(&tail).contains(&format!(" stdout F {LAST}x")))
 }
 
-/// A line that is lost would be speed that there is not.
+/// A lost line would make the measured speed too high.
 fn check_whole(log: &Log, mebibytes: u64) -> anyhow::Result<()> {
     let lines = BufReader::new(File::open(&log.path).context("open a log")?).split(b'\n').count() as u64;
     let wanted = mebibytes * MIB / LINE as u64;

@@ -13,11 +13,11 @@ use tonic::transport::Channel;
 
 use crate::cri::{Client, image_spec, pod_config};
 
-/// Where a container finds this program, and the volume.
+/// Paths of this program and of the volume in a container.
 const PROGRAM: &str = "/husk-bench";
 pub const VOLUME: &str = "/volume";
 
-/// How often a log is looked at.
+/// The interval at which a log is read.
 const LOOK: Duration = Duration::from_millis(10);
 
 pub struct Pod {
@@ -30,7 +30,7 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Its logs and its volume are in `folder`.
+    /// Makes a pod whose logs and volume are in `folder`.
     pub async fn run(client: &Client, image: &str, folder: &Path) -> anyhow::Result<Self> {
         let (logs, volume) = (folder.join("logs"), folder.join("volume"));
         for folder in [&logs, &volume] {
@@ -55,7 +55,7 @@ impl Pod {
         Ok(Self { runtime, config, image: image.into(), mounts, timeout, sandbox })
     }
 
-    /// With all that is in it.
+    /// Removes the pod with its containers.
     pub async fn end(mut self) -> anyhow::Result<()> {
         let stop = StopPodSandboxRequest { pod_sandbox_id: self.sandbox.clone() };
         self.runtime.stop_pod_sandbox(stop).await.context("StopPodSandbox")?;
@@ -90,14 +90,14 @@ impl Pod {
         Ok(Container { id, log: Log { path, timeout: self.timeout } })
     }
 
-    /// Whether it runs or not, with its log.
+    /// Removes a container, whether it runs or not, with its log.
     pub async fn remove(&mut self, container: Container) -> anyhow::Result<()> {
         let request = RemoveContainerRequest { container_id: container.id };
         self.runtime.remove_container(request).await.context("RemoveContainer")?;
         std::fs::remove_file(container.log.path).context("remove a log")
     }
 
-    /// ExecSync; what the command printed.
+    /// Runs ExecSync and returns what the command printed.
     pub async fn exec_sync(&mut self, container: &Container, command: &[&str]) -> anyhow::Result<Vec<u8>> {
         let request = ExecSyncRequest {
             container_id: container.id.clone(),
@@ -110,12 +110,12 @@ impl Pod {
         Ok(answer.stdout)
     }
 
-    /// The same for `husk-bench inside`.
+    /// Runs `husk-bench inside` with ExecSync.
     pub async fn inside(&mut self, container: &Container, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
         self.exec_sync(container, &[&[PROGRAM, "inside"], arguments].concat()).await
     }
 
-    /// The address of a command's streams: its output, no input.
+    /// Asks for the URL of a command's streams: its output, and no input.
     pub async fn exec(&mut self, container: &Container, command: &[&str]) -> anyhow::Result<String> {
         let request = ExecRequest {
             container_id: container.id.clone(),
@@ -126,7 +126,7 @@ impl Pod {
         Ok(self.runtime.exec(request).await.context("Exec")?.into_inner().url)
     }
 
-    /// The address of a container's streams: its input and output.
+    /// Asks for the URL of a container's streams: its input and output.
     pub async fn attach(&mut self, container: &Container) -> anyhow::Result<String> {
         let container_id = container.id.clone();
         let request = AttachRequest { container_id, stdin: true, stdout: true, ..Default::default() };
@@ -138,21 +138,21 @@ fn words(command: &[&str]) -> Vec<String> {
     command.iter().map(|&word| word.into()).collect()
 }
 
-/// One that has been started.
+/// A container that has been started.
 pub struct Container {
     id: String,
     pub log: Log,
 }
 
-/// A container's, as CRI has it.
+/// A container's log, in the CRI format.
 pub struct Log {
     pub path: PathBuf,
-    /// How long it may take to grow.
+    /// The time limit for the log to grow.
     pub timeout: Duration,
 }
 
 impl Log {
-    /// Waits until there is something in it that `is_it` says yes to.
+    /// Waits until the log has something for which `is_it` is true.
     pub async fn wait_for(&self, is_it: impl Fn(&Self) -> std::io::Result<bool>) -> anyhow::Result<()> {
         let deadline = Instant::now() + self.timeout;
         while !is_it(self).with_context(|| format!("read {}", self.path.display()))? {
@@ -164,7 +164,7 @@ impl Log {
         Ok(())
     }
 
-    /// Whether there is anything in it.
+    /// Whether the log has anything in it.
     pub fn has_begun(&self) -> std::io::Result<bool> {
         Ok(self.path.metadata()?.len() > 0)
     }

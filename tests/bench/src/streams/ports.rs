@@ -1,4 +1,4 @@
-//! How fast bytes go through a forwarded port, with crictl as the client.
+//! Measures how fast bytes go through a forwarded port, with crictl as the client.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -13,15 +13,15 @@ use tokio::process::{Child, Command};
 use crate::inside::{MIB, Order};
 use crate::statistics::Spread;
 
-/// Where the pod's server listens.
+/// The port on which the pod's server listens.
 pub const PORT: u16 = 8001;
 
-/// MiB in a second.
+/// Speeds in MiB a second.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Ports {
-    /// From the first byte that arrives to the last one.
+    /// Speed from the pod, from the first byte that arrives to the last one.
     pub from_pod: Spread,
-    /// Until the pod says that it has all.
+    /// Speed to the pod, until the pod reports that it has all bytes.
     pub to_pod: Spread,
 }
 
@@ -69,7 +69,7 @@ async fn forward(crictl: &Path, endpoint: &str, sandbox: &str) -> anyhow::Result
     Ok((child, port))
 }
 
-/// `Forwarding from 127.0.0.1:43210 -> 8001`
+/// Parses `Forwarding from 127.0.0.1:43210 -> 8001`.
 fn local_port(said: &str) -> Option<u16> {
     let (_, rest) = said.split_once("127.0.0.1:")?;
     rest.split_once(" -> ")?.0.parse().ok()

@@ -1,4 +1,4 @@
-//! The figures as a person reads them.
+//! Formats the figures for a person.
 
 use std::fmt::Write;
 
@@ -8,13 +8,13 @@ use crate::statistics::Spread;
 
 type Figure<T> = (&'static str, fn(&T) -> Option<Spread>);
 
-/// Less is better.
+/// Figures of which less is better.
 const TIMES: [Figure<Runtime>; 2] = [
     ("ExecSync of `true`, ms", |runtime| Some(runtime.exec.sync)),
     ("Exec of `true`, ms", |runtime| Some(runtime.exec.streamed)),
 ];
 
-/// More is better.
+/// Figures of which more is better.
 const SPEEDS: [Figure<Runtime>; 4] = [
     ("output to the log, MiB/s", |runtime| Some(runtime.output.log)),
     ("output to a client, MiB/s", |runtime| Some(runtime.output.attached)),
@@ -22,7 +22,7 @@ const SPEEDS: [Figure<Runtime>; 4] = [
     ("port, to the pod, MiB/s", |runtime| runtime.ports.map(|ports| ports.to_pod)),
 ];
 
-/// More is better here, too.
+/// Speeds of a volume; more is better.
 const FILES: [Figure<Speeds>; 7] = [
     ("create, 1/s", |files| Some(files.create)),
     ("stat, 1/s", |files| Some(files.stat)),
@@ -33,7 +33,7 @@ const FILES: [Figure<Speeds>; 7] = [
     ("read again, MiB/s", |files| Some(files.read_again)),
 ];
 
-/// Husk comes first; it is compared with the others, and every runtime's volume with the host's own folder.
+/// Husk comes first. It is compared with the others, and every runtime's volume with a directory of the host.
 pub fn render(all: &Measurement) -> String {
     let mut text = String::new();
     streams(&mut text, &all.runtimes);

@@ -1,4 +1,4 @@
-//! The same work on files from inside a container, and on the same folder from the host.
+//! Does the same work on files inside a container, and on the same directory of the host.
 
 use std::path::Path;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use super::pod::{Container, Pod, VOLUME};
 use crate::inside::files::{Amount, Speeds};
 
-/// In the volume, from inside.
+/// Works in the volume, inside the container.
 pub async fn measure(pod: &mut Pod, container: &Container, amount: Amount) -> anyhow::Result<Speeds> {
     let started = Instant::now();
     let words = words(VOLUME, amount);
@@ -19,7 +19,7 @@ pub async fn measure(pod: &mut Pod, container: &Container, amount: Amount) -> an
     Ok(speeds)
 }
 
-/// In this folder, from outside.
+/// Works in this directory, on the host.
 pub async fn on_host(folder: &Path, amount: Amount) -> anyhow::Result<Speeds> {
     let program = std::env::current_exe().context("find this program")?;
     let output = tokio::process::Command::new(program)

@@ -1,5 +1,5 @@
-//! The client's side of exec and attach over a WebSocket, in the version that every runtime speaks: the first byte of
-//! each message says which stream it is for.
+//! The client's side of exec and attach over a WebSocket, in the version of the protocol that every runtime speaks: the
+//! first byte of each message names its stream.
 
 use anyhow::{Context, bail};
 use futures::{SinkExt, StreamExt};
@@ -17,16 +17,16 @@ const STATUS: u8 = 3;
 /// A client of a container's streams.
 pub struct Streams(WebSocketStream<TcpStream>);
 
-/// What it is told.
+/// A message from the server.
 pub enum Said {
-    /// So many bytes of output.
+    /// That many bytes of output.
     Output(u64),
-    /// How it ended, which is the last word.
+    /// The status with which the command ended; the last message.
     Ended(String),
 }
 
 impl Streams {
-    /// Goes to the URL that Exec or Attach answered.
+    /// Connects to the URL that Exec or Attach returned.
     pub async fn connect(url: &str) -> anyhow::Result<Self> {
         let rest = url.strip_prefix("http://").with_context(|| format!("{url} is not plain HTTP"))?;
         let (address, _) = rest.split_once('/').with_context(|| format!("{url} has no path"))?;
@@ -39,13 +39,13 @@ impl Streams {
         Ok(Self(socket))
     }
 
-    /// Types something.
+    /// Sends input.
     pub async fn send(&mut self, text: &str) -> anyhow::Result<()> {
         let message = [&[STDIN], text.as_bytes()].concat();
         self.0.send(Message::Binary(message.into())).await.context("send input")
     }
 
-    /// The next word.
+    /// Receives the next message.
     pub async fn next(&mut self) -> anyhow::Result<Said> {
         loop {
             let message = self.0.next().await.context("the connection ended early")?;
@@ -73,7 +73,7 @@ mod tests {
 
     use super::*;
 
-    /// A client of a server that says `messages` and goes.
+    /// A client of a server that sends `messages` and closes.
     async fn client_of(messages: &'static [&'static [u8]]) -> Streams {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/attach/token", listener.local_addr().unwrap());
