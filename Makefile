@@ -68,13 +68,19 @@ bench: deps-test build ## start-up times, memory, streams and volumes, to target
 	$(kvm_host) --timeout 3000 --rwdir target/bench -- tests/bench/run
 
 .PHONY: lint
-lint: ## formatting, clippy, licences and advisories, ruff, shellcheck
+lint: ## formatting, clippy, licences, advisories, ruff, shellcheck, and the documentation's links
 	@tests/support/deps lint
 	tests/support/layers runtime/*/
 	cargo fmt --all --check
 	tests/support/lint
 	tests/support/cargo-deny
+	tests/support/book
 	cargo clippy --release --workspace --all-targets --all-features -- -D warnings
+
+.PHONY: book
+book: ## the documentation as a book, target/book/html; refuses broken links
+	@tests/support/deps lint
+	tests/support/book
 
 .PHONY: kvm-shell
 kvm-shell: deps-test ## a shell in the KVM host that the tests run in
