@@ -70,7 +70,7 @@ bench: deps-test build ## start-up times, memory, streams and volumes, to target
 .PHONY: lint
 lint: ## formatting, clippy, licences, advisories, ruff, shellcheck, and the documentation's links
 	@tests/support/deps lint
-	tests/support/layers runtime/*/
+	tests/support/layers
 	cargo fmt --all --check
 	tests/support/lint
 	tests/support/cargo-deny

@@ -10,6 +10,8 @@
 //! run directory; that is a mount of its own, so that nothing mounted below it
 //! appears on the host. Seen from here the directory holds plain files.
 
+#![forbid(unsafe_code)]
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
