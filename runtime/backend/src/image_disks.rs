@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use husk_base::id::ContainerId;
 use tokio::sync::{Mutex, MutexGuard};
 
-/// Which image each disk holds, and for which containers.
+/// The image that each disk holds, and the containers that use it.
 #[derive(Debug)]
 pub struct ImageDisks {
     used: Mutex<BTreeMap<String, Use>>,
-    /// None where each image gets a name of its own.
+    /// `None` where each image gets a name of its own.
     names: Option<Vec<String>>,
 }
 
@@ -24,7 +24,7 @@ struct Use {
     holders: BTreeSet<ContainerId>,
 }
 
-/// What to do so that a container has its image.
+/// The step that is left so that a container has its image.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Claim {
     /// The disk holds it already.
@@ -50,13 +50,13 @@ impl ImageDisks {
         Self { used: Mutex::default(), names: Some(husk_vm::slot_names(count)) }
     }
 
-    /// Those of a host pod: one for each image, named after its file.
+    /// The disks of a host pod: one for each image, named after its file.
     #[must_use]
     pub fn unlimited() -> Self {
         Self { used: Mutex::default(), names: None }
     }
 
-    /// As the containers that exist have them.
+    /// The disks as the containers that exist use them.
     #[must_use]
     pub fn in_use(self, disks: impl IntoIterator<Item = (ContainerId, String, PathBuf)>) -> Self {
         let mut used = BTreeMap::<String, Use>::new();

@@ -1,4 +1,4 @@
-//! What a pod runs in: a VM of its own, or namespaces of the host.
+//! The backend of a pod: a VM of its own, or namespaces of the host.
 //!
 //! The question "VM or host pod?" is asked here, and by nobody above. A pod that
 //! runs is a [`RunningPod`]; what can be said and done of any other is a matter of
@@ -28,9 +28,9 @@ pub use volumes::FileServer;
 /// A pod that runs.
 #[derive(Debug)]
 pub struct RunningPod {
-    /// What it runs in, and ends with.
+    /// The process that the pod ends with.
     pub backend: Backend,
-    /// Its agent: in the VM, or the supervisor on the host.
+    /// The pod's agent: in the VM, or the supervisor on the host.
     pub agent: Agent,
     /// The images that its containers use.
     pub disks: ImageDisks,
@@ -107,7 +107,7 @@ impl Backend {
     }
 }
 
-/// Why a pod has ended.
+/// The reason for which a pod has ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ending {
     /// In words; empty when it was asked to.
@@ -117,13 +117,13 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// Nobody asked for it.
+    /// An end that nobody asked for.
     #[must_use]
     pub fn of(problem: impl Into<String>) -> Self {
         Self { problem: problem.into(), out_of_memory: false }
     }
 
-    /// That of a VMM: `exit` is the record of the VM's end, which one that was
+    /// The end of a VMM: `exit` is the record of the VM's end, which one that was
     /// killed had no time for.
     fn of_vmm(exit: Option<Exit>, cgroup: Option<&Path>, oom_kills: u64) -> Self {
         match (exit, husk_vm::out_of_memory(cgroup, oom_kills)) {

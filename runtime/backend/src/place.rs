@@ -74,8 +74,8 @@ impl Place {
         }
     }
 
-    /// Why a pod has ended that cannot be reached: what its VMM or the kernel left
-    /// behind, or else `error`. `oom_kills` is as for [`Backend::wait`].
+    /// The end of a pod that cannot be reached: as its VMM or the kernel left word of
+    /// it, or else `error`. `oom_kills` is as for [`Backend::wait`].
     #[must_use]
     pub fn ending(&self, error: &Error, oom_kills: u64) -> Ending {
         let exit = husk_vm::exit_record(&self.run_dir);

@@ -31,7 +31,7 @@ pub struct Services<'a> {
 pub struct StartPlan<'a> {
     /// Where it will be.
     pub place: Place,
-    /// Its handler.
+    /// The handler that its client chose.
     pub handler: &'a Handler,
     /// The client's configuration of it.
     pub config: &'a cri::PodSandboxConfig,
@@ -52,16 +52,16 @@ pub struct StartPlan<'a> {
 pub struct Started {
     /// The pod.
     pub running: RunningPod,
-    /// What its agent is to be told of the pod, as far as that depends on the
+    /// The words for its agent about the pod, as far as they depend on the
     /// backend and the network.
     pub request: CreateSandboxRequest,
-    /// Its network namespace; empty for the host's.
+    /// The pod's network namespace; empty for the host's.
     pub netns: PathBuf,
-    /// Its addresses, the first one first.
+    /// The pod's addresses, the main one first.
     pub ips: Vec<IpAddr>,
     /// Process id of its VMM or its supervisor.
     pub pid: u32,
-    /// It is a clone of a template.
+    /// The VM is a clone of a template.
     pub cloned: bool,
     /// How long each step took.
     pub times: Times,
@@ -132,8 +132,8 @@ async fn start_host(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Star
     Ok(Started { running, request, netns: netns.unwrap_or_default(), ips, pid, cloned: false, times })
 }
 
-/// What the client says of DNS, else what the network's plugins say, else none:
-/// then it is as on the host.
+/// DNS as the client asks, else as the network's plugins say, else none: the pod then
+/// has the host's.
 fn host_dns(config: &cri::PodSandboxConfig, network: Dns) -> Option<agent::Dns> {
     let nothing = asked_dns(config).is_none() && network == Dns::default();
     (!nothing).then(|| guest_dns(config, network))
@@ -144,13 +144,13 @@ pub(crate) fn or_hosts(config: &cri::PodSandboxConfig, network: Dns) -> Dns {
     if asked_dns(config).is_none() && network == Dns::default() { resolv_conf::of_host() } else { network }
 }
 
-/// What the client says of DNS; a configuration with nothing in it says nothing.
+/// The client's configuration of DNS; one with nothing in it says nothing.
 fn asked_dns(config: &cri::PodSandboxConfig) -> Option<&cri::DnsConfig> {
     let asked = config.dns_config.as_ref();
     asked.filter(|dns| !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()))
 }
 
-/// What the client says of DNS, else what the network's plugins say.
+/// DNS as the client asks, else as the network's plugins say.
 pub(crate) fn guest_dns(config: &cri::PodSandboxConfig, network: Dns) -> agent::Dns {
     match asked_dns(config) {
         Some(dns) => agent::Dns {

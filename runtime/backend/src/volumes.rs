@@ -16,7 +16,7 @@ pub struct FileServer<'a> {
     pub handler: &'a str,
     /// The ids that files of the pod may have; none for any.
     pub users: Option<UserNamespace>,
-    /// Its program; none if the configuration has no such handler any more.
+    /// The `husk-fs` program; none if the configuration has no such handler any more.
     pub program: Option<&'a Path>,
 }
 

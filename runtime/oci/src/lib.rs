@@ -49,7 +49,7 @@ pub use user_namespace::of_pod as user_namespace;
 /// The request cannot be turned into a container.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It makes no sense.
+    /// The request makes no sense.
     #[error("container configuration: {0}")]
     Invalid(String),
     /// The OCI configuration refused a value.
@@ -57,27 +57,27 @@ pub enum Error {
     Oci(#[from] OciSpecError),
 }
 
-/// What a configuration is made of.
+/// The parts that a configuration is made of.
 #[derive(Debug)]
 pub struct Input<'a> {
     /// The container's id.
     pub id: &'a ContainerId,
-    /// What the client asked for.
+    /// The configuration that the client asked for.
     pub config: &'a cri::ContainerConfig,
     /// The pod that it asked for before.
     pub sandbox: &'a cri::PodSandboxConfig,
-    /// What the image says.
+    /// The image's configuration.
     pub image: &'a ImageConfig,
     /// The host's files that it shall have.
     pub volumes: &'a [Volume],
     /// The images that are volumes of it.
     pub image_volumes: &'a [ImageVolume],
-    /// What its handler's configuration adds.
+    /// Hooks that its handler's configuration adds.
     pub hooks: &'a Hooks,
     /// Process id in the guest of the container whose pid namespace is to be
     /// shared, when the client names one.
     pub target_pid: Option<u32>,
-    /// Its AppArmor profile, which the kernel that it runs under will have.
+    /// The name of its AppArmor profile, which the kernel that it runs under will have.
     pub apparmor: Option<&'a str>,
     /// Where things are, for a container on the host.
     pub host: Option<&'a HostPod>,
@@ -124,7 +124,7 @@ pub fn privileged(config: &cri::ContainerConfig) -> bool {
     security.is_some_and(|security| security.privileged)
 }
 
-/// What would otherwise be dropped in silence.
+/// Refuses requests that would otherwise be dropped in silence.
 fn refuse_unsupported(input: &Input<'_>) -> Result<(), Error> {
     let (config, on_host) = (input.config, input.host.is_some());
     if config.windows.is_some() {

@@ -14,13 +14,13 @@ pub enum Error {
     /// The request itself is wrong.
     #[error("{0}")]
     InvalidArgument(String),
-    /// What it needs is not built.
+    /// The request needs something that is not built.
     #[error("{0}")]
     Unimplemented(String),
-    /// It is not possible in the present state.
+    /// The present state does not allow the request.
     #[error("{0}")]
     FailedPrecondition(String),
-    /// It took too long.
+    /// The request took too long.
     #[error("{0}")]
     DeadlineExceeded(String),
     /// More than there is room for.
@@ -77,11 +77,11 @@ pub enum Error {
     /// A file of huskd's own.
     #[error("{stage}: {path}: {cause}")]
     File {
-        /// What was being done.
+        /// The step.
         stage: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The kernel's reason.
         cause: io::Error,
     },
     /// A record that could not be written.

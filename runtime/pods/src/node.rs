@@ -17,7 +17,7 @@ use crate::model::{Events, Registry};
 /// One node's parts. Each looks after itself; operations bring them together.
 #[derive(Debug)]
 pub struct Node {
-    /// As configured.
+    /// The configuration.
     pub config: Config,
     /// Images.
     pub images: Arc<ImageStore>,
@@ -29,7 +29,7 @@ pub struct Node {
     pub disks: Arc<SandboxDisks>,
     /// VMs from which those of pods are cloned.
     pub templates: Arc<Templates>,
-    /// What happens to pods and containers, for who listens.
+    /// Events of pods and containers, for whoever listens.
     pub events: Events,
     /// Exec, attach and port-forward.
     pub streaming: Arc<Streaming>,

@@ -46,7 +46,7 @@ impl Copied {
     /// Reads the volume, and writes it into the guest if that has another state.
     ///
     /// # Errors
-    /// Those of `read` and `write`.
+    /// As `read` and `write` give them.
     pub async fn bring<E>(
         &self,
         read: impl Future<Output = Result<Vec<VolumeEntry>, E>>,
@@ -68,7 +68,7 @@ impl Copied {
 /// A synced volume could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Unread {
-    /// It has grown; the container keeps what it has.
+    /// The volume has grown; the container keeps what it has.
     #[error(
         "{path}: it has more than {MAX_BYTES} bytes or {MAX_ENTRIES} files by now, which cannot be copied: make it \
          smaller, or restart the pod, which is then served its files"

@@ -17,23 +17,23 @@ use super::{fanout, log};
 /// One container.
 #[derive(Debug)]
 pub struct Container {
-    /// Its id.
+    /// The container's id.
     pub id: ContainerId,
     /// Held by whichever operation changes it.
     pub op_lock: tokio::sync::Mutex<()>,
     record: Mutex<ContainerRecord>,
     unknown: Unknown,
     path: PathBuf,
-    /// It was removed: nothing of it is written any more. Changes under the
+    /// The container was removed: nothing of it is written any more. Changes under the
     /// record's lock.
     forgotten: AtomicBool,
     exited: watch::Sender<bool>,
-    /// It has got its stop signal.
+    /// The stop signal was sent.
     pub asked_to_stop: AtomicBool,
     /// How much processor time it takes.
     pub cpu_rate: CpuRate,
     log: Mutex<Option<Arc<log::LogFile>>>,
-    /// Its output, for those who are attached.
+    /// The output, for those who are attached.
     pub output: fanout::Output,
     /// The way to its input, once somebody attached has used it.
     pub stdin: tokio::sync::Mutex<Option<tokio::net::UnixStream>>,
@@ -81,7 +81,7 @@ impl Container {
         }
     }
 
-    /// What is known of it now.
+    /// The record as it is now.
     pub fn record(&self) -> MutexGuard<'_, ContainerRecord> {
         lock(&self.record)
     }

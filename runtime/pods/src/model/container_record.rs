@@ -1,4 +1,4 @@
-//! What is kept of a container on disk.
+//! The record of a container.
 
 use std::path::PathBuf;
 
@@ -8,21 +8,21 @@ use husk_proto::cri;
 use husk_volumes::{ImageVolume, Volume};
 use serde::{Deserialize, Serialize};
 
-/// What is kept of a container on disk.
+/// The record of a container, as it is on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ContainerRecord {
-    /// Its id.
+    /// The container's id.
     pub id: ContainerId,
-    /// Its pod.
+    /// The id of its pod.
     pub sandbox_id: SandboxId,
-    /// What the client asked for.
+    /// The configuration that the client asked for.
     pub config: cri::ContainerConfig,
     /// Id of the image.
     pub image_id: String,
     /// A tag of the image, for people; empty if it had none.
     #[serde(default)]
     pub image_tag: String,
-    /// What the image is to be called in answers: a digest reference if there is one.
+    /// The image's name in answers: a digest reference if there is one.
     pub image_ref: String,
     /// Serial number of the block device that holds the image in the guest.
     pub image_slot: String,
@@ -31,7 +31,7 @@ pub struct ContainerRecord {
     /// The images that are volumes of it.
     #[serde(default)]
     pub image_volumes: Vec<ImageVolume>,
-    /// What it has of the host's files.
+    /// Volumes: files of the host that it has.
     #[serde(default)]
     pub volumes: Vec<Volume>,
     /// Where its log goes; empty for nowhere.
@@ -42,16 +42,16 @@ pub struct ContainerRecord {
     pub guest_pid: u32,
     /// Nanoseconds since 1970, 0 while it has not happened.
     pub created_at: i64,
-    /// The same.
+    /// Nanoseconds since 1970, 0 while it has not started.
     pub started_at: i64,
-    /// Who its first process runs as, by numbers; `None` before it has one.
+    /// The user of its first process, by numbers; `None` before it has one.
     #[serde(default)]
     pub user: Option<cri::LinuxContainerUser>,
-    /// Why its program cannot be started, if that is known already; there is no
+    /// The reason for which its program cannot be started, if that is known already; there is no
     /// such container in the guest then.
     #[serde(default)]
     pub start_error: String,
-    /// It has hooks that run once it has been deleted.
+    /// Hooks run once it has been deleted.
     #[serde(default)]
     pub poststop: bool,
     /// Where it is in its life.

@@ -19,16 +19,16 @@ use super::sandbox_record::SandboxRecord;
 /// Most events that a listener may be behind.
 const MAX_BEHIND: usize = 256;
 
-/// What happened to a pod or a container.
+/// A change of a pod or a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
-    /// It was made.
+    /// The pod or container was made.
     Created,
-    /// It was started.
+    /// The pod or container was started.
     Started,
-    /// It has ended.
+    /// The pod or container has ended.
     Stopped,
-    /// It was removed.
+    /// The pod or container was removed.
     Deleted,
 }
 
@@ -37,13 +37,13 @@ pub enum EventKind {
 pub struct Event {
     /// The id of the container, or of the pod if it happened to the pod itself.
     pub id: String,
-    /// What happened.
+    /// The change.
     pub kind: EventKind,
     /// Nanoseconds since 1970.
     pub at: i64,
     /// The pod after it.
     pub sandbox: SandboxRecord,
-    /// Those of the pod's containers that clients know, after it.
+    /// The pod's containers that clients know, after it.
     pub containers: Vec<ContainerRecord>,
 }
 

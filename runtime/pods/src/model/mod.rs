@@ -1,4 +1,4 @@
-//! What huskd knows of pods and containers: records, what runs, who listens.
+//! The model of pods and containers: records, what runs, who listens.
 //!
 //! Nothing here decides anything: operations are one floor up, in [`crate::ops`].
 

@@ -20,7 +20,7 @@ use super::cpu_rate::CpuRate;
 use super::events::{Event, EventKind, Events};
 use super::sandbox_record::SandboxRecord;
 
-/// Which releases the programs of a pod are of, as far as they have said it. They
+/// Releases that the programs of a pod are of, as far as they have said it. They
 /// may be older than this huskd, or newer: see ADR 9.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Versions {
@@ -33,16 +33,16 @@ pub struct Versions {
 /// The version of one program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Version {
-    /// Of what it speaks with huskd; 0 before there were versions.
+    /// The version of what it speaks with huskd; 0 before there were versions.
     pub protocol: u32,
-    /// Its release; empty before it was told.
+    /// The program's release; empty before it was told.
     pub release: String,
 }
 
 /// One sandbox.
 #[derive(Debug)]
 pub struct Sandbox {
-    /// Its id.
+    /// The sandbox's id.
     pub id: SandboxId,
     /// Held by whichever operation changes the sandbox or its set of containers. An
     /// operation that holds a container's lock may take this one, never the other way round.
@@ -103,7 +103,7 @@ impl Sandbox {
         }
     }
 
-    /// What is known of it now.
+    /// The record as it is now.
     pub fn record(&self) -> MutexGuard<'_, SandboxRecord> {
         lock(&self.record)
     }
@@ -168,7 +168,7 @@ impl Sandbox {
         *lock(&self.unreached) = why;
     }
 
-    /// Which releases its programs are of.
+    /// Releases that its programs are of.
     pub fn versions(&self) -> Versions {
         lock(&self.versions).clone()
     }
@@ -178,7 +178,7 @@ impl Sandbox {
         *lock(&self.versions) = versions;
     }
 
-    /// Its containers.
+    /// The containers in it.
     pub fn containers(&self) -> Vec<Arc<Container>> {
         lock(&self.containers).clone()
     }
@@ -217,12 +217,12 @@ impl Sandbox {
         container.announce_exit();
     }
 
-    /// What its containers have of the host's files.
+    /// Volumes of its containers.
     pub fn volumes(&self) -> Vec<Volume> {
         self.containers().iter().flat_map(|container| container.record().volumes.clone()).collect()
     }
 
-    /// Its folder under the state directory.
+    /// The sandbox's folder under the state directory.
     pub fn directory(&self) -> &Path {
         &self.directory
     }

@@ -1,4 +1,4 @@
-//! What is kept of a sandbox on disk.
+//! The record of a sandbox.
 
 use std::path::PathBuf;
 
@@ -7,16 +7,16 @@ use husk_config::Kind;
 use husk_proto::cri;
 use serde::{Deserialize, Serialize};
 
-/// What is kept of a sandbox on disk.
+/// The record of a sandbox, as it is on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SandboxRecord {
-    /// Its id.
+    /// The sandbox's id.
     pub id: SandboxId,
-    /// What the client asked for.
+    /// The configuration that the client asked for.
     pub config: cri::PodSandboxConfig,
     /// Name of its runtime handler, never empty.
     pub handler: String,
-    /// What it lives in, whatever the handler of that name may be later.
+    /// The kind of its handler, whatever the handler of that name may be later.
     #[serde(default)]
     pub kind: Kind,
     /// Nanoseconds since 1970.
@@ -36,7 +36,7 @@ pub struct SandboxRecord {
     /// when the pod became ready.
     #[serde(default)]
     pub oom_kills: u64,
-    /// What its machine was made with.
+    /// The size that its VM was made with.
     #[serde(default)]
     pub size: Option<Size>,
     /// How many slots for images its machine was made with.
@@ -44,7 +44,7 @@ pub struct SandboxRecord {
     pub image_slots: Option<u8>,
     /// How long each step of its start took.
     pub boot: BootTimes,
-    /// Why it is not ready, if something went wrong.
+    /// The reason for which it is not ready, if something went wrong.
     pub problem: String,
 }
 
@@ -63,7 +63,7 @@ pub struct Size {
 pub enum Phase {
     /// Being made; not shown to clients. After a crash it is taken apart.
     Creating,
-    /// It runs.
+    /// The pod runs.
     Ready,
     /// Stopped, or its machine has ended.
     NotReady,

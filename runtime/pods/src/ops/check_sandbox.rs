@@ -1,6 +1,5 @@
-//! What of a pod's configuration cannot be had, and is
-//! refused by its name before anything is made. `docs/cri-fields.md` lists
-//! every field.
+//! Checks of a pod's configuration: a field that cannot be honoured is refused by its
+//! name before anything is made. `docs/cri-fields.md` lists every field.
 
 use husk_config::Kind;
 use husk_network::{self as network, Bandwidth};
@@ -86,8 +85,8 @@ fn check_config(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Error>
     Ok(())
 }
 
-/// What the pod may send and receive. Kubernetes has annotations for it, and
-/// no fields.
+/// The rates at which the pod may send and receive. Kubernetes has annotations for
+/// them, and no fields.
 ///
 /// # Errors
 /// With the annotation that is no rate.

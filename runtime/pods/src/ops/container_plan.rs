@@ -1,5 +1,5 @@
-//! What a container will be: made of the request, its image, its handler and its
-//! pod, before anything of it is.
+//! The plan of a container, made of the request, the image, the handler and the pod
+//! before anything of the container exists.
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -19,17 +19,17 @@ use crate::{Error, Node};
 
 /// A container that is to be made.
 pub(crate) struct ContainerPlan {
-    /// Its record, without the disks of its images.
+    /// The container's record, without the disks of its images.
     record: ContainerRecord,
-    /// Its OCI configuration.
+    /// The OCI configuration for runc.
     pub spec: Spec,
-    /// Its user, by name or by numbers.
+    /// The user of its first process, by name or by numbers.
     pub user: agent::User,
-    /// What its VM needs for its AppArmor profile.
+    /// The policy that its VM needs for its AppArmor profile.
     pub apparmor: Option<agent::AppArmor>,
-    /// Its volumes, held open.
+    /// The volumes that are mounted for it, held open.
     pub volumes: Vec<Prepared>,
-    /// Those that other containers of the pod have.
+    /// The volumes that other containers of the pod have.
     pub volumes_in_use: Vec<Volume>,
     /// The files of its images, its own first.
     pub images: Vec<PathBuf>,
@@ -41,7 +41,7 @@ impl ContainerPlan {
     /// Plans the container `id` of a pod.
     ///
     /// # Errors
-    /// What the container cannot have, and why.
+    /// With the part of the request that the container cannot have, and the reason.
     pub fn new(
         node: &Arc<Node>,
         sandbox: &Sandbox,
@@ -157,7 +157,7 @@ fn privileged_only_in_privileged(
     Ok(())
 }
 
-/// What the image is called: as the client says, if that is one of its tags.
+/// The image's tag: as the client says, if that is one of its tags.
 /// The kubelet names an image by its id.
 fn tag_of(image: &Image, config: &cri::ContainerConfig) -> String {
     let asked = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();

@@ -18,7 +18,7 @@ use crate::{Error, Node};
 /// Makes a container, or leaves nothing behind.
 ///
 /// # Errors
-/// What the container cannot have, or the step that failed.
+/// With the part of the request that the container cannot have, or the step that failed.
 pub async fn create_container(
     node: &Arc<Node>,
     sandbox_id: &str,
@@ -144,7 +144,7 @@ async fn make(
         .call("create container", async |mut agent| agent.create_container(request).await)
         .await?;
     if !made.start_error.is_empty() {
-        // Its program cannot be started. That is for StartContainer to tell.
+        // The program cannot be started. StartContainer says so.
         container.update(|record| {
             record.start_error = made.start_error;
             record.state = State::Created;

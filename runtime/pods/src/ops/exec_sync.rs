@@ -18,20 +18,20 @@ use crate::{Error, Node};
 /// Most bytes that the commands of all callers hold together.
 const MAX_HELD: usize = 128 * 1024 * 1024;
 
-/// What is left of that.
+/// Bytes that are left of [`MAX_HELD`].
 static HELD: Semaphore = Semaphore::const_new(MAX_HELD);
 
 /// Most bytes that are read at a time.
 const PIECE: usize = 16 * 1024;
 
-/// What a command said, and its end.
+/// Output of a command, and its end.
 #[derive(Debug)]
 pub struct Output {
-    /// Its standard output.
+    /// Standard output.
     pub stdout: Vec<u8>,
-    /// Its standard error.
+    /// Standard error.
     pub stderr: Vec<u8>,
-    /// Its exit code.
+    /// The exit code.
     pub exit_code: i32,
 }
 
@@ -83,7 +83,7 @@ async fn run(
 }
 
 impl Command {
-    /// What it said, once it has ended.
+    /// The command's output, once it has ended.
     async fn answer(&mut self, max_output: usize, held: &Semaphore) -> Result<Output, Error> {
         self.runs().await?;
         let room = Mutex::new(Room { answer: max_output, node: held, held: None });

@@ -146,10 +146,10 @@ pub(crate) async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Erro
     stop_for(node, sandbox, &Ending::default()).await
 }
 
-/// As [`stop`], of a sandbox that has ended by itself.
+/// Like [`stop`], for a sandbox that has ended by itself.
 ///
 /// # Errors
-/// The same.
+/// Those of [`stop`].
 pub(crate) async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Ending) -> Result<(), Error> {
     let running = sandbox.running();
     if let Some(running) = &running {

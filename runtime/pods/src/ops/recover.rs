@@ -1,5 +1,5 @@
-//! What huskd does when it starts: finds what an earlier one left, takes over
-//! what lives, and takes apart what is half-made or has died.
+//! Recovery, when huskd starts: pods that an earlier huskd left are found; those that
+//! live are taken over, and those that are half-made or have died are torn down.
 //!
 //! Sandboxes are looked after side by side, and the start waits for them only so
 //! long: a guest that does not answer costs its own pod, and nobody else. It is
@@ -104,7 +104,7 @@ async fn in_turn(turns: Arc<Semaphore>, work: impl Future<Output = ()>) {
     }
 }
 
-/// What is in the folder of sandboxes.
+/// The contents of the folder of sandboxes.
 #[derive(Default)]
 struct Found {
     sandboxes: Vec<Arc<Sandbox>>,

@@ -77,7 +77,7 @@ pub(crate) async fn tear_down(
     release(node, sandbox, container)
 }
 
-/// As [`tear_down`], again until it is done: after a failure nobody else would
+/// Like [`tear_down`], again until it is done: after a failure nobody else would
 /// come back to it, for no client knows it.
 pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, container: &Arc<Container>) {
     let (node, sandbox, container) = (node.clone(), sandbox.clone(), container.clone());

@@ -54,7 +54,7 @@ pub async fn run_sandbox(
     Ok(id)
 }
 
-/// What is on disk before the first step, so that each can be undone.
+/// The record that is on disk before the first step, so that each can be undone.
 fn new_record(
     id: &SandboxId,
     handler_name: &str,

@@ -61,8 +61,8 @@ async fn ask(running: &RunningPod, container: &Container) -> Result<(), husk_age
     Ok(())
 }
 
-/// What was not started, or not in time, shall not run all the same: its client
-/// will start another in its place.
+/// Ends a container that was not started, or not in time: it must not run all the
+/// same, for its client will start another in its place.
 async fn give_up(sandbox: &Sandbox, running: &RunningPod, container: &Container, error: &Error) {
     let never_made = !container.record().start_error.is_empty();
     if !never_made

@@ -1,4 +1,4 @@
-//! What pods and containers use, as their agents count it.
+//! Usage of pods and containers, as their agents count it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use crate::model::{Container, ContainerRecord, Sandbox, State};
 /// given without its own.
 const AGENT_LIMIT: Duration = Duration::from_secs(5);
 
-/// What the agent of a pod has counted.
+/// Usage of a pod, as its agent has counted it.
 #[derive(Debug, Default)]
 pub struct Usage {
     /// The containers that run.
@@ -20,12 +20,12 @@ pub struct Usage {
     pub machine: MachineStat,
 }
 
-/// What a container has used.
+/// Usage of a container.
 #[derive(Debug)]
 pub struct ContainerUsage {
     /// The container.
     pub record: ContainerRecord,
-    /// What was counted.
+    /// The agent's numbers.
     pub stat: ContainerStat,
     /// Processor time that it takes at present, nanoseconds per second.
     pub nano_cores: Option<u64>,
