@@ -21,7 +21,7 @@ def pytest_addoption(parser):
     parser.addoption("--plan", type=Path, help="a file with groups of tests, in the order in which they are to run")
     parser.addoption("--results", type=Path, help="the directory for results")
     parser.addoption("--claims", type=Path, help="the directory in which processes take groups of tests")
-    parser.addoption("--until", type=float, help="no group begins after this time, in seconds since 1970")
+    parser.addoption("--until", type=float, help="no test that can wait begins after this time, in seconds since 1970")
 
 
 def pytest_configure(config):
@@ -54,12 +54,18 @@ class Share:
             raise session.Interrupted("tests could not be collected")
         by_id = {item.nodeid: item for item in session.items}
         for number, group in enumerate(self.plan):
-            in_time = group["always"] or not self.until or time.time() < self.until
-            if in_time and self.take(number):
+            if self.in_time(group) and self.take(number):
                 items = [by_id[test] for test in group["tests"]]
                 for item, following in zip(items, [*items[1:], None]):
-                    item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                    # One last test takes the class down with it.
+                    last = following is None or not self.in_time(group)
+                    item.config.hook.pytest_runtest_protocol(item=item, nextitem=None if last else following)
+                    if last:
+                        break
         return True
+
+    def in_time(self, group):
+        return group["always"] or not self.until or time.time() < self.until
 
     def take(self, number):
         try:
