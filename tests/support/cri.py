@@ -24,6 +24,8 @@ PROTO = SUPPORT.parent.parent / "proto/cri/v1/api.proto"
 CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache" / "husk")
 # Most time for a call: software emulation is slow.
 SECONDS = 240
+# Most time for a daemon to listen, which is started again now and then.
+CONNECT_SECONDS = 20
 
 
 def generated():
@@ -59,6 +61,7 @@ class Refused(Failed):
 
 class Cri:
     def __init__(self, socket):
+        self.socket = socket
         # A daemon that is started again is found at once.
         options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
         self.channel = grpc.insecure_channel(f"unix:{socket}", options=[*options, ("grpc.enable_http_proxy", 0)])
@@ -67,6 +70,10 @@ class Cri:
     def call(self, name, **fields):
         """Calls the RPC of that name with the fields of its request."""
         request = getattr(api_pb2, f"{name}Request")(**fields)
+        try:
+            grpc.channel_ready_future(self.channel).result(CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise Failed(f"{name}: nobody listens on {self.socket}") from None
         try:
             return getattr(self.stub, name)(request, timeout=SECONDS, wait_for_ready=True)
         except grpc.RpcError as error:
