@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// `husk-agent pause` with two children, as if containers had left them.
+/// `husk-agent pause` with two children in sessions of their own, as if containers
+/// had left them.
 struct Pause(Child);
 
 impl Pause {
     fn start() -> Self {
-        let script = "sleep 1000 & sleep 1000 & exec \"$0\" pause";
+        let script = "setsid sleep 1000 & setsid sleep 1000 & exec \"$0\" pause";
         let child = Command::new("sh").args(["-c", script, env!("CARGO_BIN_EXE_husk-agent")]).spawn();
         Self(child.unwrap())
     }

@@ -14,7 +14,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::unistd::Pid;
-use rustix::process::{WaitOptions, WaitStatus, waitpid};
+use rustix::process::{WaitOptions, WaitStatus, wait};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -108,7 +108,8 @@ pub struct Ended {
 /// signal, which has no name that nix knows.
 pub fn next_ended() -> Option<Ended> {
     loop {
-        match waitpid(None, WaitOptions::NOHANG) {
+        // Any child: rustix takes waitpid(None) for those of this process group.
+        match wait(WaitOptions::NOHANG) {
             Ok(Some((pid, status))) => {
                 if let Some((code, signal)) = exit_code(status) {
                     return Some(Ended { pid: pid.as_raw_nonzero().get(), code, signal });
@@ -117,7 +118,7 @@ pub fn next_ended() -> Option<Ended> {
             Ok(None) | Err(rustix::io::Errno::CHILD) => return None,
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
-                tracing::error!("waitpid: {error}");
+                tracing::error!("wait: {error}");
                 return None;
             }
         }
@@ -196,6 +197,8 @@ impl Drop for Launch {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use std::os::unix::process::CommandExt;
+
     use super::*;
 
     fn exit(code: i32) -> Exit {
@@ -225,7 +228,9 @@ mod tests {
         for signal in [libc::SIGTERM, 34, 37, 40, 64] {
             let launch = reaper.launch();
             let script = format!("kill -{signal} $$");
-            let (_, child) = launch.spawn(Command::new("sh").args(["-c", &script])).unwrap();
+            // As a container's program, it is in a process group of its own.
+            let mut command = Command::new("sh");
+            let (_, child) = launch.spawn(command.args(["-c", &script]).process_group(0)).unwrap();
             let exit = tokio::time::timeout(std::time::Duration::from_secs(20), ended(child)).await;
             let exit = exit.unwrap_or_else(|_| panic!("signal {signal}: the exit was lost")).unwrap();
             assert_eq!((exit.code, exit.signal), (128 + signal, Some(signal)));
