@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use futures::TryStreamExt;
+use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
@@ -22,7 +23,6 @@ use netlink_packet_route::route::{
 };
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 
-use super::result::Cidr;
 use super::{GuestInterface, Route, tap};
 
 /// Most interfaces of a pod; each is a device of its machine.
@@ -67,7 +67,7 @@ struct Link {
 /// A route of the namespace.
 #[derive(Clone, Debug, PartialEq)]
 struct HostRoute {
-    destination: Cidr,
+    destination: IpNet,
     gateway: Option<IpAddr>,
     link: u32,
     /// The gateway is on the link although no route says so.
@@ -157,7 +157,7 @@ fn usable(message: &LinkMessage) -> Option<Link> {
 
 /// Addresses with the index of their interface, without IPv6 link-local ones:
 /// the guest makes the same from the same MAC.
-async fn addresses(netlink: &rtnetlink::Handle) -> Result<Vec<(u32, Cidr)>, Error> {
+async fn addresses(netlink: &rtnetlink::Handle) -> Result<Vec<(u32, IpNet)>, Error> {
     let found: Vec<_> =
         netlink.address().get().execute().try_collect().await.map_err(failed("list addresses"))?;
     let mut addresses = Vec::new();
@@ -172,8 +172,10 @@ async fn addresses(netlink: &rtnetlink::Handle) -> Result<Vec<(u32, Cidr)>, Erro
             }
         }
         let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
-        if let Some(address) = local.or(address).filter(|ip| !link_local(ip)) {
-            addresses.push((message.header.index, Cidr { address, prefix: message.header.prefix_len }));
+        if let Some(address) = local.or(address).filter(|ip| !link_local(ip))
+            && let Ok(address) = IpNet::new(address, message.header.prefix_len)
+        {
+            addresses.push((message.header.index, address));
         }
     }
     Ok(addresses)
@@ -218,7 +220,7 @@ fn host_route(message: &RouteMessage) -> Option<HostRoute> {
         return None;
     }
     Some(HostRoute {
-        destination: Cidr { address: destination, prefix: header.destination_prefix_length },
+        destination: IpNet::new(destination, header.destination_prefix_length).ok()?,
         gateway,
         link: link?,
         onlink: header.flags.contains(RouteFlags::Onlink),
@@ -238,14 +240,14 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
 /// the kernel route the whole prefix to the link; where a plugin has removed
 /// that route (ptp does, to send all traffic to its gateway), the guest gets
 /// the address alone so that its kernel makes none.
-fn guest_address(own: Cidr, link: u32, routes: &[HostRoute]) -> Cidr {
+fn guest_address(own: IpNet, link: u32, routes: &[HostRoute]) -> IpNet {
     let connected = routes.iter().any(|route| {
         route.kernel
             && route.link == link
-            && route.destination.prefix == own.prefix
-            && route.destination.contains(own.address)
+            && route.destination.prefix_len() == own.prefix_len()
+            && route.destination.contains(&own.addr())
     });
-    if connected { own } else { Cidr::host(own.address) }
+    if connected { own } else { own.addr().into() }
 }
 
 /// Routes as the guest is to add them: those on the link come first, because
@@ -256,7 +258,7 @@ fn guest_routes(links: &[Link], routes: Vec<HostRoute>) -> Vec<Route> {
     for route in routes.into_iter().filter(|route| !route.kernel) {
         if let Some(gateway) = route.gateway.filter(|_| route.onlink) {
             let to_gateway = HostRoute {
-                destination: Cidr::host(gateway),
+                destination: gateway.into(),
                 gateway: None,
                 link: route.link,
                 onlink: false,
@@ -268,7 +270,7 @@ fn guest_routes(links: &[Link], routes: Vec<HostRoute>) -> Vec<Route> {
         }
         wanted.push(route);
     }
-    wanted.sort_by_key(|route| (route.gateway.is_some(), std::cmp::Reverse(route.destination.prefix)));
+    wanted.sort_by_key(|route| (route.gateway.is_some(), std::cmp::Reverse(route.destination.prefix_len())));
     let name = |index| links.iter().find(|link| link.index == index).map(|link| link.name.clone());
     let named = wanted.into_iter().filter_map(|route| {
         let interface = name(route.link)?;

@@ -389,7 +389,7 @@ impl Network {
         if pod.addresses.is_empty() {
             return Err(wrong("the plugins gave the pod no address: configure an ipam plugin".into()));
         }
-        let ips = pod.addresses.iter().map(|cidr| cidr.address).collect();
+        let ips = pod.addresses.iter().map(|address| address.addr()).collect();
         if !taps {
             let (interfaces, routes) = (Vec::new(), Vec::new());
             return Ok(Attachment { netns: intent.netns.clone(), ips, interfaces, routes, dns: pod.dns });
