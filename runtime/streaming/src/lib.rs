@@ -38,6 +38,7 @@ mod status;
 mod tests;
 mod tokens;
 mod tunnel;
+mod waiting;
 mod websocket;
 
 pub use resize::{Size, Sizes};

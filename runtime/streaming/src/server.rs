@@ -18,13 +18,17 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::negotiate::{self, Carrier};
 use super::peer::Peer;
+use super::waiting::{Place, Waiting};
 use super::{Offer, Streaming, ports, remote_command, spdy, tokens, tunnel, websocket};
 
-/// Most connections at a time; more wait in the backlog.
-const MAX_CONNECTIONS: usize = 1000;
+/// Most sessions at a time, each of a client that has brought a token.
+const MAX_SESSIONS: usize = 1000;
 
 /// How long a client may take to send a request's head.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a connection may last without a session.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Longest head, bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -38,11 +42,14 @@ pub async fn serve(listener: TcpListener, streaming: Arc<Streaming>) {
             forgetting.tokens.forget_expired();
         }
     }));
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let waiting = Arc::<Waiting>::default();
+    let sessions = Arc::new(Semaphore::new(MAX_SESSIONS));
     loop {
-        let Ok(permit) = connections.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((socket, _)) => drop(tokio::spawn(connection(socket, streaming.clone(), permit))),
+            Ok((socket, _)) => {
+                let serving = connection(socket, streaming.clone(), waiting.enter(), sessions.clone());
+                drop(tokio::spawn(serving));
+            }
             Err(error) => {
                 tracing::warn!(%error, "accept a streaming client");
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -51,15 +58,16 @@ pub async fn serve(listener: TcpListener, streaming: Arc<Streaming>) {
     }
 }
 
-async fn connection(socket: TcpStream, streaming: Arc<Streaming>, permit: OwnedSemaphorePermit) {
+async fn connection(socket: TcpStream, streaming: Arc<Streaming>, place: Place, sessions: Arc<Semaphore>) {
     // A key that is typed shall not wait for the next.
     let _ = socket.set_nodelay(true);
     if let Err(error) = keep_alive(&socket) {
         tracing::debug!(%error, "keep a streaming client's connection alive");
     }
-    let held = std::sync::Mutex::new(Some((Peer::of(&socket), permit)));
+    let evicted = place.evicted();
+    let held = std::sync::Mutex::new(Some((Peer::of(&socket), place)));
     let service = service_fn(|request| {
-        let answer = answer(request, &streaming, &held);
+        let answer = answer(request, &streaming, &held, &sessions);
         async { Ok::<_, std::convert::Infallible>(answer) }
     });
     let served = http1::Builder::new()
@@ -67,10 +75,17 @@ async fn connection(socket: TcpStream, streaming: Arc<Streaming>, permit: OwnedS
         .header_read_timeout(HEAD_DEADLINE)
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(socket), service)
-        .with_upgrades()
-        .await;
-    if let Err(error) = served {
-        tracing::debug!(%error, "streaming client");
+        .with_upgrades();
+    // It ends with the answer, also with one that switches to a session.
+    tokio::select! {
+        served = tokio::time::timeout(REQUEST_DEADLINE, served) => match served {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "streaming client"),
+            Err(_) => tracing::debug!("a streaming client did not end its request in time"),
+        },
+        () = evicted.cancelled() => {
+            tracing::debug!("too many streaming clients have sent no request: the oldest was closed");
+        }
     }
 }
 
@@ -84,10 +99,15 @@ fn keep_alive(socket: &TcpStream) -> nix::Result<()> {
     setsockopt(socket, sockopt::KeepAlive, &true)
 }
 
-/// What belongs to a connection as long as it is open.
-type Held = std::sync::Mutex<Option<(Peer, OwnedSemaphorePermit)>>;
+/// What a connection has until a session takes it over.
+type Held = std::sync::Mutex<Option<(Peer, Place)>>;
 
-fn answer(mut request: Request<Body>, streaming: &Streaming, held: &Held) -> Response<String> {
+fn answer(
+    mut request: Request<Body>,
+    streaming: &Streaming,
+    held: &Held,
+    sessions: &Arc<Semaphore>,
+) -> Response<String> {
     let mut path = request.uri().path().trim_start_matches('/').splitn(2, '/');
     let (kind, token) = (path.next().unwrap_or_default(), path.next().unwrap_or_default());
     let Some(offer) = streaming.tokens.take(token).filter(|offer| offer.path() == kind) else {
@@ -103,9 +123,14 @@ fn answer(mut request: Request<Body>, streaming: &Streaming, held: &Held) -> Res
         Ok(carrier) => carrier,
         Err(problem) => return refuse(StatusCode::BAD_REQUEST, problem),
     };
-    let Some(held) = husk_base::lock(held).take() else {
+    let Some((peer, place)) = husk_base::lock(held).take() else {
         return refuse(StatusCode::BAD_REQUEST, "one request for each connection");
     };
+    drop(place);
+    let Ok(permit) = sessions.clone().try_acquire_owned() else {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many sessions are open: close some, and try again");
+    };
+    let held = (peer, permit);
     let upgrade = hyper::upgrade::on(&mut request);
     match carrier {
         Carrier::Spdy => over_spdy(&request, upgrade, offer, held),

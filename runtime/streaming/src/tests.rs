@@ -185,6 +185,28 @@ async fn a_client_that_says_nothing_is_not_waited_for() {
     let _ = timeout(SOON * 3, socket.read_to_end(&mut answer)).await.unwrap();
 }
 
+#[tokio::test]
+async fn silent_connections_do_not_keep_a_client_with_a_token_out() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    // Both ends of each connection are this process's.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let streaming = serving();
+    let mut silent = Vec::new();
+    for _ in 0..1000 {
+        silent.push(timeout(SOON, TcpStream::connect(streaming.address)).await.unwrap().unwrap());
+    }
+    // Sooner than the silent ones are given up for their silence.
+    let exec = spdy_exec(&streaming, "", Ending::Success);
+    timeout(SOON / 2, exec).await.expect("the session was kept out");
+    // It was let in because the oldest were closed, and no others.
+    let mut end = [0];
+    let oldest = timeout(SOON / 2, silent[0].read(&mut end)).await.expect("the oldest is still open");
+    assert_eq!(oldest.unwrap(), 0);
+    let newest = silent.last_mut().unwrap();
+    assert!(timeout(Duration::from_millis(200), newest.read(&mut end)).await.is_err());
+}
+
 /// A client of port-forward, with no stream yet.
 async fn ports_over_spdy(streaming: &Streaming, connect: Connect) -> TestClient<TcpStream> {
     let url = streaming.offer(Offer::Ports(connect)).unwrap();
