@@ -152,6 +152,9 @@ pub struct Handler {
     pub trusted_volumes: Vec<PathBuf>,
     /// How much a pod may do in a second.
     pub limits: Limits,
+    /// Whether frames that a guest sends in the name of others (another MAC,
+    /// another address, a router) are dropped at its tap.
+    pub network_filter: bool,
     /// Hooks of every container.
     pub hooks: Hooks,
 }
@@ -324,6 +327,7 @@ impl Default for Handler {
             template: true,
             trusted_volumes: vec!["/".into()],
             limits: Limits::default(),
+            network_filter: true,
             hooks: Hooks::default(),
         }
     }

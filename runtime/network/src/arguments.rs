@@ -140,6 +140,7 @@ mod tests {
         uid: "u-1",
         port_mappings: &[],
         bandwidth: Bandwidth { ingress: None, egress: None },
+        filtered: true,
     };
 
     #[test]

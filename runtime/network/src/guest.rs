@@ -1,10 +1,12 @@
 //! From the interfaces that CNI made in a netns to those of the guest.
 //!
 //! Each one is paired with a tap: whatever arrives at one leaves by the other,
-//! by tc filters on their ingress. The filters take packets before the
-//! namespace's own stack sees them, so it answers neither ARP nor neighbour
-//! solicitations, although the addresses stay where CNI put them. They must
-//! stay: plugins read them back on DEL to know which firewall rules are theirs.
+//! by tc filters on their ingress ([`super::tc`]), but for frames of the guest
+//! whose sender is not the pod ([`super::filter`]). The filters take packets
+//! before the namespace's own stack sees them, so it answers neither ARP nor
+//! neighbour solicitations, although the addresses stay where CNI put them. They
+//! must stay: plugins read them back on DEL to know which firewall rules are
+//! theirs.
 //!
 //! The guest is told what is really configured in the namespace and not what
 //! the plugins printed: some (ptp, Calico) add routes that are in no result.
@@ -15,6 +17,7 @@ use std::os::fd::OwnedFd;
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
+use libc::sock_filter;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
@@ -23,7 +26,7 @@ use netlink_packet_route::route::{
 };
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 
-use super::{GuestInterface, Route, tap};
+use super::{GuestInterface, Route, filter, tap, tc};
 
 /// Most interfaces of a pod; each is a device of its machine.
 const MAX_INTERFACES: usize = 8;
@@ -45,6 +48,9 @@ pub enum Error {
     /// More than [`MAX_INTERFACES`].
     #[error("the CNI plugins made {0} interfaces, and a pod can have {MAX_INTERFACES}")]
     TooMany(usize),
+    /// More addresses than there is room for in a filter.
+    #[error(transparent)]
+    Filter(#[from] filter::TooManyAddresses),
 }
 
 /// What the guest gets.
@@ -54,6 +60,16 @@ pub struct Guest {
     pub interfaces: Vec<GuestInterface>,
     /// Routes in the order in which they can be added.
     pub routes: Vec<Route>,
+}
+
+/// The interface that CNI was asked for.
+#[derive(Clone, Debug)]
+pub struct Main {
+    /// Its name.
+    pub name: String,
+    /// Its addresses in the plugins' result. They matter where a plugin leaves it
+    /// to the machine to configure them.
+    pub addresses: Vec<IpNet>,
 }
 
 /// An interface of the namespace.
@@ -91,13 +107,14 @@ fn tap_name(place: usize) -> String {
 }
 
 /// Joins every interface of the calling thread's namespace to a tap: the main
-/// one to that of [`main_tap`], the others to their own. `main` is the name of
-/// the one that CNI was asked for.
+/// one to that of [`main_tap`], the others to their own. `main` is the one that
+/// CNI was asked for; `filtered` is whether frames of the guest with another
+/// sender are dropped.
 ///
 /// # Errors
 /// The taps are gone then; the filters go with the namespace.
-pub async fn join(netlink: &rtnetlink::Handle, main: &str) -> Result<Guest, Error> {
-    let links = links(netlink, main).await?;
+pub async fn join(netlink: &rtnetlink::Handle, main: &Main, filtered: bool) -> Result<Guest, Error> {
+    let links = links(netlink, &main.name).await?;
     let addresses = addresses(netlink).await?;
     let routes =
         [routes(netlink, AddressFamily::Inet).await?, routes(netlink, AddressFamily::Inet6).await?].concat();
@@ -108,13 +125,16 @@ pub async fn join(netlink: &rtnetlink::Handle, main: &str) -> Result<Guest, Erro
             .then(|| tap::create(&tap))
             .transpose()
             .map_err(|source| Error::Kernel { step: format!("make the tap of {}", link.name), source })?;
-        join_one(netlink, link, &tap).await?;
-        let own = addresses.iter().filter(|(index, _)| *index == link.index).map(|(_, address)| *address);
+        let of_link = addresses.iter().filter(|(index, _)| *index == link.index);
+        let own: Vec<IpNet> = of_link.map(|(_, address)| *address).collect();
+        let senders = if place == 0 && own.is_empty() { &main.addresses } else { &own };
+        let program = filtered.then(|| filter::program(link.mac, senders)).transpose()?;
+        join_one(netlink, link, &tap, program.as_deref()).await?;
         interfaces.push(GuestInterface {
             name: link.name.clone(),
             mac: link.mac,
             mtu: link.mtu,
-            addresses: own.map(|own| guest_address(own, link.index, &routes).to_string()).collect(),
+            addresses: own.iter().map(|own| guest_address(*own, link.index, &routes).to_string()).collect(),
             tap: made,
         });
     }
@@ -279,29 +299,33 @@ fn guest_routes(links: &[Link], routes: Vec<HostRoute>) -> Vec<Route> {
     named.collect()
 }
 
-/// Brings up the tap of an interface and makes the two filters between them.
-async fn join_one(netlink: &rtnetlink::Handle, link: &Link, tap_name: &str) -> Result<(), Error> {
+/// Makes the filters between an interface and its tap, and brings the tap up.
+async fn join_one(
+    netlink: &rtnetlink::Handle,
+    link: &Link,
+    tap_name: &str,
+    program: Option<&[sock_filter]>,
+) -> Result<(), Error> {
     let step = |what: &str| format!("{what} of {}", link.name);
     let io_failed = |what: &str| {
         let step = step(what);
         move |source| Error::Kernel { step, source }
     };
     quieten(tap_name).map_err(io_failed("switch off IPv6 on the tap"))?;
-    let index = index_of(netlink, tap_name).await.map_err(failed(step("find the tap")))?;
-    let up = LinkUnspec::new_with_index(index).mtu(u32::from(link.mtu)).up().build();
+    let tap = tc::index_of(netlink, tap_name).await.map_err(failed(step("find the tap")))?;
+    // Before the tap is up, so that no frame of the guest passes by the filter.
+    match program {
+        Some(program) => tc::redirect_accepted(netlink, tap, link.index, program).await,
+        None => tc::redirect(netlink, tap, link.index).await,
+    }
+    .map_err(failed(step("filter and redirect the traffic of the tap")))?;
+    let up = LinkUnspec::new_with_index(tap).mtu(u32::from(link.mtu)).up().build();
     netlink.link().set(up).execute().await.map_err(failed(step("bring up the tap")))?;
-    redirect(netlink, link.index, index).await.map_err(failed(step("redirect the traffic")))?;
-    redirect(netlink, index, link.index).await.map_err(failed(step("redirect the traffic of the tap")))
-}
-
-async fn index_of(netlink: &rtnetlink::Handle, name: &str) -> Result<u32, rtnetlink::Error> {
-    let mut found = netlink.link().get().match_name(name.to_owned()).execute();
-    let link = std::pin::Pin::new(&mut found).try_next().await?;
-    link.map(|message| message.header.index).ok_or(rtnetlink::Error::RequestFailed)
+    tc::redirect(netlink, link.index, tap).await.map_err(failed(step("redirect the traffic")))
 }
 
 /// Tries out what a pod's network needs of the kernel, in the calling thread's
-/// namespace: taps, and redirection between interfaces.
+/// namespace: taps, redirection between interfaces, and the filter of senders.
 ///
 /// # Errors
 /// The step that the kernel refuses.
@@ -315,9 +339,12 @@ pub async fn probe(netlink: &rtnetlink::Handle) -> Result<(), Error> {
         tap::create(names[0]).map_err(refused("make a tap"))?,
         tap::create(names[1]).map_err(refused("make a second tap"))?,
     ];
-    let first = index_of(netlink, names[0]).await.map_err(failed("find a tap"))?;
-    let second = index_of(netlink, names[1]).await.map_err(failed("find a tap"))?;
-    redirect(netlink, first, second).await.map_err(failed("redirect traffic with tc"))
+    let first = tc::index_of(netlink, names[0]).await.map_err(failed("find a tap"))?;
+    let second = tc::index_of(netlink, names[1]).await.map_err(failed("find a tap"))?;
+    tc::redirect(netlink, first, second).await.map_err(failed("redirect traffic with tc"))?;
+    let program = filter::program([2, 0, 0, 0, 0, 1], &[])?;
+    let filtered = tc::redirect_accepted(netlink, second, first, &program).await;
+    filtered.map_err(failed("filter traffic with tc"))
 }
 
 /// The namespace's kernel must not send its own neighbour discovery and
@@ -329,16 +356,6 @@ fn quieten(interface: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         written => written,
     }
-}
-
-/// Sends what arrives at one interface out of another. A u32 filter without a
-/// condition is used and not `matchall`, which fewer kernels have.
-async fn redirect(netlink: &rtnetlink::Handle, from: u32, to: u32) -> Result<(), rtnetlink::Error> {
-    const INGRESS: u32 = 0xffff_0000;
-    const ETH_P_ALL: u16 = (libc::ETH_P_ALL as u16).to_be();
-    let from = from.cast_signed();
-    netlink.qdisc().add(from).ingress().execute().await?;
-    netlink.traffic_filter(from).add().parent(INGRESS).protocol(ETH_P_ALL).redirect(to)?.execute().await
 }
 
 fn failed(step: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Error {

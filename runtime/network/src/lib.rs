@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   host            pod's netns                        VM
-//!   cni0 ── veth ── eth0 ──── tc redirect ──── tap0_husk ── virtio-net (eth0)
+//!   cni0 ── veth ── eth0 ──── tc redirect ──▶─ tap0_husk ── virtio-net (eth0)
+//!                        ─◀── tc filter  ────
 //! ```
 //!
 //! [`Network::attach`] writes down what it is about to do ([`record`]), makes
@@ -24,6 +25,7 @@ use tokio::sync::oneshot;
 mod arguments;
 pub mod cni;
 pub mod conflist;
+mod filter;
 pub mod guest;
 pub mod netns;
 pub mod plugin;
@@ -31,6 +33,7 @@ pub mod record;
 pub mod resolv_conf;
 pub mod result;
 pub mod tap;
+mod tc;
 
 /// A tap in a network namespace of its own that nothing else is in, for a
 /// machine that is no pod. Both end with the tap's last descriptor.
@@ -81,6 +84,8 @@ pub struct PodRef<'a> {
     pub port_mappings: &'a [PortMapping],
     /// What it may send and receive.
     pub bandwidth: Bandwidth,
+    /// Whether what its machine sends in the name of others is dropped.
+    pub filtered: bool,
 }
 
 /// Limits in bits per second; `None` for none.
@@ -335,7 +340,7 @@ impl Network {
             self.forget(pod.sandbox_id);
             return Err(error.into());
         }
-        let taps = early.is_some();
+        let filtered = early.is_some().then_some(pod.filtered);
         if let Some(early) = early {
             let made = netns::run(&intent.netns, guest::main_tap).await.map_err(Error::from);
             match made.and_then(|tap| tap.map_err(Error::from)) {
@@ -359,7 +364,7 @@ impl Network {
             }
         };
         let plugins = start.elapsed().saturating_sub(namespace);
-        match self.finish(&intent, &result, taps).await {
+        match self.finish(&intent, &result, filtered).await {
             Ok(attachment) => {
                 let total = start.elapsed();
                 tracing::debug!(
@@ -381,8 +386,13 @@ impl Network {
         }
     }
 
-    /// What follows a successful ADD.
-    async fn finish(&self, intent: &Intent, result: &Value, taps: bool) -> Result<Attachment, Error> {
+    /// What follows a successful ADD. `filtered` is `None` for a pod without taps.
+    async fn finish(
+        &self,
+        intent: &Intent,
+        result: &Value,
+        filtered: Option<bool>,
+    ) -> Result<Attachment, Error> {
         self.records.complete(&intent.sandbox_id, result).map_err(Error::Record)?;
         let wrong = |reason| Error::Result { network: intent.network.name.clone(), reason };
         let pod = result::parse(result).map_err(wrong)?;
@@ -390,12 +400,12 @@ impl Network {
             return Err(wrong("the plugins gave the pod no address: configure an ipam plugin".into()));
         }
         let ips = pod.addresses.iter().map(|address| address.addr()).collect();
-        if !taps {
+        let Some(filtered) = filtered else {
             let (interfaces, routes) = (Vec::new(), Vec::new());
             return Ok(Attachment { netns: intent.netns.clone(), ips, interfaces, routes, dns: pod.dns });
-        }
-        let main = intent.interface.clone();
-        let join = move || netns::with_netlink(async |netlink| guest::join(&netlink, &main).await);
+        };
+        let main = guest::Main { name: intent.interface.clone(), addresses: pod.addresses.clone() };
+        let join = move || netns::with_netlink(async |netlink| guest::join(&netlink, &main, filtered).await);
         let joined = netns::run(&intent.netns, join).await?;
         let mut guest = joined
             .map_err(|source| guest::Error::Kernel { step: "reach rtnetlink".into(), source })

@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -134,6 +136,7 @@ fn pod<'a>(id: &'a str, port_mappings: &'a [PortMapping]) -> PodRef<'a> {
         uid: "u-1",
         port_mappings,
         bandwidth: Bandwidth::default(),
+        filtered: true,
     }
 }
 
@@ -166,6 +169,10 @@ impl FakeGuest {
         self.tap.write_all(&frame).unwrap();
     }
 
+    fn send(&mut self, frame: &[u8]) {
+        self.tap.write_all(&[&[0; HEADER], frame].concat()).unwrap();
+    }
+
     /// The next frame that `wanted` accepts; ARP requests are answered.
     fn receive(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -188,6 +195,39 @@ impl FakeGuest {
                 self.arp(2, asker, asker, address);
             }
         }
+    }
+}
+
+/// What arrives at the host from its pods.
+struct Sniffer(OwnedFd);
+
+impl Sniffer {
+    fn new() -> Self {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        Self(socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll).unwrap())
+    }
+
+    /// Sends frames, the last of which leaves for certain, and says which have
+    /// arrived when that has.
+    fn arrived(&self, guest: &mut FakeGuest, frames: &[Vec<u8>]) -> Vec<bool> {
+        for frame in frames {
+            guest.send(frame);
+        }
+        let mut arrived = vec![false; frames.len()];
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut buffer = [0; 4096];
+        while arrived.last() == Some(&false) {
+            assert!(Instant::now() < deadline, "{arrived:?}");
+            let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut ready, PollTimeout::from(500u16)).unwrap() == 0 {
+                continue;
+            }
+            let length = nix::unistd::read(&self.0, &mut buffer).unwrap();
+            for (frame, arrived) in frames.iter().zip(&mut arrived) {
+                *arrived |= buffer[..length].starts_with(frame);
+            }
+        }
+        arrived
     }
 }
 
@@ -243,6 +283,85 @@ fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
         network.detach("abcdef0123456789").await.unwrap();
         host.assert_clean();
     });
+}
+
+/// Frames that a guest should not be able to send, with their names, and at last
+/// one that it may.
+fn spoofed(guest: &FakeGuest) -> (Vec<&'static str>, Vec<Vec<u8>>) {
+    let other_mac = [2, 0, 0, 0, 0, 9];
+    let frame = |mac: [u8; 6], ethertype: [u8; 2], payload: &[u8]| {
+        let mut frame = [&[0xff; 6][..], &mac, &ethertype, payload].concat();
+        frame.resize(frame.len().max(60), 0x5a);
+        frame
+    };
+    let packet = |source: [u8; 4]| {
+        [&[0x45, 0, 0, 46, 0, 0, 0, 0, 64, 253, 0, 0][..], &source, &[10, 77, 0, 255]].concat()
+    };
+    let arp = |sender: [u8; 4]| {
+        [&[0, 1, 8, 0, 6, 4, 0, 2][..], &guest.mac, &sender, &[0xff; 6], &[10, 77, 0, 9]].concat()
+    };
+    let v6 = |source: &str, payload: &[u8]| {
+        let ips = [source, "ff02::1"].map(|ip| ip.parse::<std::net::Ipv6Addr>().unwrap().octets());
+        [&[0x60, 0, 0, 0, 0, 24, 58, 255][..], &ips[0], &ips[1], payload].concat()
+    };
+    let gateway = "fd77::1".parse::<std::net::Ipv6Addr>().unwrap().octets();
+    let advertisement = [&[136, 0, 0, 0, 0x60, 0, 0, 0][..], &gateway].concat();
+    let router = [&[134, 0, 0, 0, 64, 0, 0xff, 0xff][..], &[0; 16]].concat();
+    let own = guest.ip.octets();
+    let frames = vec![
+        ("MAC", frame(other_mac, [8, 0], &packet(own))),
+        ("IPv4", frame(guest.mac, [8, 0], &packet([10, 77, 0, 1]))),
+        ("ARP", frame(guest.mac, [8, 6], &arp([10, 77, 0, 1]))),
+        ("IPv6", frame(guest.mac, [0x86, 0xdd], &v6("fd77::1", &[128; 24]))),
+        ("neighbour advertisement", frame(guest.mac, [0x86, 0xdd], &v6("fd77::2", &advertisement))),
+        ("router advertisement", frame(guest.mac, [0x86, 0xdd], &v6("fd77::2", &router))),
+        ("VLAN", frame(guest.mac, [0x81, 0], &[&[0, 5, 8, 0], &packet(own)[..]].concat())),
+        ("own", frame(guest.mac, [8, 0], &packet(own))),
+    ];
+    frames.into_iter().unzip()
+}
+
+#[test]
+fn a_guest_cannot_send_in_the_name_of_others() {
+    Host::run(async |host| {
+        host.configure(json!([host.bridge()]));
+        let network = host.network();
+        let attachment = attach(&network, &pod("aa", &[])).await.unwrap();
+        let mut guest = FakeGuest::new(&attachment);
+        assert_eq!(guest.ip, Ipv4Addr::new(10, 77, 0, 2));
+        let (names, frames) = spoofed(&guest);
+        let arrived = Sniffer::new().arrived(&mut guest, &frames);
+        let passed: Vec<_> = names.iter().zip(arrived).filter(|(_, arrived)| *arrived).collect();
+        assert_eq!(passed, [(&"own", true)]);
+        drop((attachment, guest));
+        network.detach("aa").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn a_pod_that_is_not_filtered_sends_what_it_likes() {
+    Host::run(async |host| {
+        host.configure(json!([host.bridge()]));
+        let network = host.network();
+        let target = PodRef { filtered: false, ..pod("aa", &[]) };
+        let attachment = attach(&network, &target).await.unwrap();
+        let mut guest = FakeGuest::new(&attachment);
+        let (names, frames) = spoofed(&guest);
+        let arrived = Sniffer::new().arrived(&mut guest, &frames);
+        let lost: Vec<_> = names.iter().zip(arrived).filter(|(_, arrived)| !arrived).collect();
+        // The kernel takes the tag off before a socket sees the frame.
+        assert_eq!(lost, [(&"VLAN", false)]);
+        drop((attachment, guest));
+        network.detach("aa").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn the_kernel_has_what_pods_need() {
+    let probe = || netns::with_netlink(async |netlink| guest::probe(&netlink).await);
+    Host::run(async move |_| netns::run_in_new(probe).await.unwrap().unwrap().unwrap());
 }
 
 #[test]

@@ -128,7 +128,10 @@ fn answer(
     };
     drop(place);
     let Ok(permit) = sessions.clone().try_acquire_owned() else {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many sessions are open: close some, and try again");
+        return refuse(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "too many sessions are open: close some, and try again",
+        );
     };
     let held = (peer, permit);
     let upgrade = hyper::upgrade::on(&mut request);

@@ -45,12 +45,14 @@ fn root() -> Finding {
 async fn redirection() -> Finding {
     let probe = || netns::with_netlink(async |netlink| guest::probe(&netlink).await);
     let problem = match netns::run_in_new(probe).await {
-        Ok(Ok(Ok(()))) => return Finding::Ok("the kernel makes taps and redirects their traffic".into()),
+        Ok(Ok(Ok(()))) => {
+            return Finding::Ok("the kernel makes taps, and redirects and filters their traffic".into());
+        }
         Ok(Ok(Err(error))) => error.to_string(),
         Ok(Err(error)) => error.to_string(),
         Err(error) => error.to_string(),
     };
-    Finding::missing(problem, "modprobe -a tun veth bridge sch_ingress cls_u32 act_mirred")
+    Finding::missing(problem, "modprobe -a tun veth bridge sch_ingress cls_u32 cls_bpf act_mirred")
 }
 
 fn cni(config: &Config) -> Finding {

@@ -106,7 +106,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         place: sandbox.place(&node.config.run_dir),
         handler,
         config,
-        network: pod_ref(&record, &mappings)?,
+        network: pod_ref(&record, &mappings, handler)?,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         scratch: sandbox.scratch(),
@@ -162,7 +162,11 @@ fn millis(duration: Duration) -> u64 {
 }
 
 /// The pod as its network needs to know it.
-fn pod_ref<'a>(record: &'a SandboxRecord, port_mappings: &'a [PortMapping]) -> Result<PodRef<'a>, Error> {
+fn pod_ref<'a>(
+    record: &'a SandboxRecord,
+    port_mappings: &'a [PortMapping],
+    handler: &Handler,
+) -> Result<PodRef<'a>, Error> {
     let (name, namespace, uid) = record
         .config
         .metadata
@@ -170,7 +174,8 @@ fn pod_ref<'a>(record: &'a SandboxRecord, port_mappings: &'a [PortMapping]) -> R
         .map(|pod| (pod.name.as_str(), pod.namespace.as_str(), pod.uid.as_str()))
         .unwrap_or_default();
     let bandwidth = check_sandbox::bandwidth(&record.config)?;
-    Ok(PodRef { sandbox_id: record.id.as_str(), namespace, name, uid, port_mappings, bandwidth })
+    let (sandbox_id, filtered) = (record.id.as_str(), handler.network_filter);
+    Ok(PodRef { sandbox_id, namespace, name, uid, port_mappings, bandwidth, filtered })
 }
 
 fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>, Error> {
