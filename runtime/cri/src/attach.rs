@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use husk_pods::{Error, Node, ops};
 use husk_proto::cri::{AttachRequest, AttachResponse};
-use husk_streaming::Wanted;
+use husk_streaming::StreamOptions;
 
 pub(crate) fn attach(node: &Arc<Node>, request: &AttachRequest) -> Result<AttachResponse, Error> {
-    let wanted = Wanted {
+    let wanted = StreamOptions {
         stdin: request.stdin,
         stdout: request.stdout,
         stderr: request.stderr,

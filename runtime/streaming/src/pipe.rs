@@ -1,10 +1,11 @@
-//! What a verb sees of a client's streams, whatever carries them.
+//! A client's streams as a session sees them, whatever carries them.
 //!
 //! Every transport has a task that reads its connection and one that writes it.
 //! A stream's incoming bytes wait in a queue of [`INCOMING`] pieces; while that
 //! is full, nothing more is read from the connection. Outgoing pieces of all
 //! streams wait in one queue of [`OUTGOING`]; while that is full, whoever has
-//! more waits. What cannot wait, because nobody is left to do it, is [`Owed`].
+//! more waits. Resets of streams that were dropped cannot wait, because nobody is
+//! left to do it: they are [`PendingResets`].
 
 use std::sync::{Arc, Mutex};
 
@@ -16,7 +17,7 @@ use husk_base::lock;
 /// Longest piece, bytes.
 pub const PIECE: usize = 32 * 1024;
 
-/// Pieces that wait for the verb, of each stream.
+/// Pieces of each stream that wait for the session.
 pub const INCOMING: usize = 4;
 
 /// Pieces that wait for the connection, of all its streams.
@@ -31,7 +32,7 @@ pub struct Gone;
 /// stream, or gone.
 pub type Incoming = mpsc::Receiver<Bytes>;
 
-/// What the task that writes a connection is told.
+/// Orders for the task that writes a connection.
 #[derive(Debug)]
 pub enum Command {
     /// Bytes of a stream.
@@ -46,29 +47,29 @@ pub enum Command {
     Close,
 }
 
-/// What the client is to be told as soon as the connection takes something,
-/// however full its queue is. It cannot grow beyond the connection's streams:
-/// each is reset once.
+/// Streams whose reset the client is to be told of as soon as the connection takes
+/// something, however full its queue is. There are never more than the connection
+/// has streams: each is reset once.
 #[derive(Debug, Default)]
-pub struct Owed {
+pub struct PendingResets {
     resets: Mutex<Vec<u32>>,
-    something: Notify,
+    changed: Notify,
 }
 
-impl Owed {
+impl PendingResets {
     fn reset(&self, stream: u32) {
         lock(&self.resets).push(stream);
-        self.remind();
+        self.notify();
     }
 
-    /// Has the task that writes look what there is to be said.
-    pub fn remind(&self) {
-        self.something.notify_one();
+    /// Wakes the task that writes.
+    pub fn notify(&self) {
+        self.changed.notify_one();
     }
 
-    /// Returns once it shall look, even if it was told so before.
-    pub async fn something(&self) {
-        self.something.notified().await;
+    /// Returns once the task that writes was woken, also if it was so before.
+    pub async fn notified(&self) {
+        self.changed.notified().await;
     }
 
     /// The streams that are to be reset.
@@ -83,15 +84,15 @@ impl Owed {
 pub struct Outgoing {
     id: u32,
     commands: mpsc::Sender<Command>,
-    owed: Arc<Owed>,
+    pending: Arc<PendingResets>,
     open: bool,
 }
 
 impl Outgoing {
     /// The stream `id` of the connection that `commands` leads to.
     #[must_use]
-    pub const fn new(id: u32, commands: mpsc::Sender<Command>, owed: Arc<Owed>) -> Self {
-        Self { id, commands, owed, open: true }
+    pub const fn new(id: u32, commands: mpsc::Sender<Command>, pending: Arc<PendingResets>) -> Self {
+        Self { id, commands, pending, open: true }
     }
 
     /// Sends bytes, at most [`PIECE`], once there is room for them.
@@ -119,7 +120,7 @@ impl Drop for Outgoing {
         {
             // It then overtakes what is queued; clients drop bytes of a stream
             // that was reset.
-            self.owed.reset(self.id);
+            self.pending.reset(self.id);
         }
     }
 }

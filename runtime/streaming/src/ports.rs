@@ -13,20 +13,21 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, interval};
 
 use super::pipe::{Incoming, Outgoing};
-use super::spdy::{Session, Stream};
-use super::{Connect, pump};
+use super::pump;
+use super::session::Connect;
+use super::spdy::{Connection, Stream};
 
 /// How long one stream of a connection may wait for the other.
 const PAIR_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Serves one client until it goes.
-pub async fn serve(mut session: Session, connect: Connect) {
+pub async fn serve(mut connection: Connection, connect: Connect) {
     let mut pairs = Pairs::default();
     let mut forwards = JoinSet::new();
     let mut tick = interval(PAIR_DEADLINE);
     loop {
         tokio::select! {
-            stream = session.accept() => {
+            stream = connection.accept() => {
                 let Some(stream) = stream else { break };
                 if let Some(pair) = pairs.add(stream) {
                     forwards.spawn(forward(pair, connect.clone()));
@@ -37,7 +38,7 @@ pub async fn serve(mut session: Session, connect: Connect) {
         }
     }
     forwards.shutdown().await;
-    session.close().await;
+    connection.close().await;
 }
 
 /// Both streams of a connection.

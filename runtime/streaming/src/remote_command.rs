@@ -9,20 +9,20 @@ use tokio::time::timeout;
 use super::negotiate::Protocol;
 use super::pipe::{Gone, Outgoing};
 use super::resize::Sizes;
-use super::spdy::{Session, Stream};
-use super::{Client, Run, Wanted};
+use super::session::{Client, Run, StreamOptions};
+use super::spdy::{Connection, Stream};
 
 /// How long a client may take to open its streams.
 const STREAMS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Serves one client to the end.
-pub async fn serve(mut session: Session, wanted: Wanted, protocol: Protocol, run: Run) {
-    let resizes = wanted.terminal && protocol.resizes;
-    let Ok(Some(streams)) = timeout(STREAMS_DEADLINE, Streams::open(&mut session, wanted, resizes)).await
+pub async fn serve(mut connection: Connection, options: StreamOptions, protocol: Protocol, run: Run) {
+    let resizes = options.terminal && protocol.resizes;
+    let Ok(Some(streams)) = timeout(STREAMS_DEADLINE, Streams::open(&mut connection, options, resizes)).await
     else {
         return tracing::debug!("a streaming client did not open the streams that it asked for");
     };
-    let Some((client, error, silent)) = streams.into_client(&session) else { return };
+    let Some((client, error, silent)) = streams.into_client(&connection) else { return };
     let said = async {
         let words = run(client).await.encode(protocol.language);
         if !words.is_empty() {
@@ -38,10 +38,10 @@ pub async fn serve(mut session: Session, wanted: Wanted, protocol: Protocol, run
     let said = tokio::select! {
         said = said => said,
         // What the client opens beyond those streams, it gets back.
-        () = async { while session.accept().await.is_some() {} std::future::pending().await } => return,
+        () = async { while connection.accept().await.is_some() {} std::future::pending().await } => return,
     };
     if said.is_ok() {
-        session.close().await;
+        connection.close().await;
     }
 }
 
@@ -56,22 +56,22 @@ struct Streams {
 
 impl Streams {
     /// Waits for all of them, in any order; `None` if the client goes before.
-    async fn open(session: &mut Session, wanted: Wanted, resizes: bool) -> Option<Self> {
+    async fn open(connection: &mut Connection, options: StreamOptions, resizes: bool) -> Option<Self> {
         let mut streams = Self::default();
         let missing = |streams: &Self| {
             streams.error.is_none()
-                || wanted.stdin && streams.stdin.is_none()
-                || wanted.stdout && streams.stdout.is_none()
-                || wanted.stderr && streams.stderr.is_none()
+                || options.stdin && streams.stdin.is_none()
+                || options.stdout && streams.stdout.is_none()
+                || options.stderr && streams.stderr.is_none()
                 || resizes && streams.resize.is_none()
         };
         while missing(&streams) {
-            let stream = session.accept().await?;
+            let stream = connection.accept().await?;
             let (place, expected) = match stream.headers.get("streamtype").unwrap_or_default() {
                 "error" => (&mut streams.error, true),
-                "stdin" => (&mut streams.stdin, wanted.stdin),
-                "stdout" => (&mut streams.stdout, wanted.stdout),
-                "stderr" => (&mut streams.stderr, wanted.stderr),
+                "stdin" => (&mut streams.stdin, options.stdin),
+                "stdout" => (&mut streams.stdout, options.stdout),
+                "stderr" => (&mut streams.stderr, options.stderr),
                 "resize" => (&mut streams.resize, resizes),
                 _ => continue,
             };
@@ -84,7 +84,7 @@ impl Streams {
 
     /// The client's streams, the one for its end, and our halves of those on
     /// which we say nothing. `None` unless there is an error stream.
-    fn into_client(self, session: &Session) -> Option<(Client, Outgoing, Vec<Outgoing>)> {
+    fn into_client(self, connection: &Connection) -> Option<(Client, Outgoing, Vec<Outgoing>)> {
         let mut silent = Vec::new();
         let mut hear = |stream: Option<Stream>| {
             stream.map(|stream| {
@@ -99,7 +99,7 @@ impl Streams {
             sizes: resize.map(Sizes::new),
             stdout: say(self.stdout),
             stderr: say(self.stderr),
-            gone: session.gone().clone(),
+            gone: connection.gone().clone(),
         };
         Some((client, self.error?.outgoing, silent))
     }

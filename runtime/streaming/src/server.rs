@@ -18,8 +18,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::negotiate::{self, Carrier};
 use super::peer::Peer;
+use super::session::Session;
+use super::tokens::Tokens;
 use super::waiting::{Place, Waiting};
-use super::{Offer, Streaming, ports, remote_command, spdy, tokens, tunnel, websocket};
+use super::{ports, remote_command, spdy, tokens, tunnel, websocket};
 
 /// Most sessions at a time, each of a client that has brought a token.
 const MAX_SESSIONS: usize = 1000;
@@ -34,12 +36,12 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 const MAX_HEAD: usize = 16 * 1024;
 
 /// Serves for ever.
-pub async fn serve(listener: TcpListener, streaming: Arc<Streaming>) {
-    let forgetting = streaming.clone();
+pub async fn serve(listener: TcpListener, tokens: Arc<Tokens<Session>>) {
+    let forgetting = tokens.clone();
     let _forgetting = AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(tokens::LIFETIME).await;
-            forgetting.tokens.forget_expired();
+            forgetting.forget_expired();
         }
     }));
     let waiting = Arc::<Waiting>::default();
@@ -47,7 +49,7 @@ pub async fn serve(listener: TcpListener, streaming: Arc<Streaming>) {
     loop {
         match listener.accept().await {
             Ok((socket, _)) => {
-                let serving = connection(socket, streaming.clone(), waiting.enter(), sessions.clone());
+                let serving = connection(socket, tokens.clone(), waiting.enter(), sessions.clone());
                 drop(tokio::spawn(serving));
             }
             Err(error) => {
@@ -58,7 +60,7 @@ pub async fn serve(listener: TcpListener, streaming: Arc<Streaming>) {
     }
 }
 
-async fn connection(socket: TcpStream, streaming: Arc<Streaming>, place: Place, sessions: Arc<Semaphore>) {
+async fn connection(socket: TcpStream, tokens: Arc<Tokens<Session>>, place: Place, sessions: Arc<Semaphore>) {
     // A key that is typed shall not wait for the next.
     let _ = socket.set_nodelay(true);
     if let Err(error) = keep_alive(&socket) {
@@ -67,7 +69,7 @@ async fn connection(socket: TcpStream, streaming: Arc<Streaming>, place: Place, 
     let evicted = place.evicted();
     let held = std::sync::Mutex::new(Some((Peer::of(&socket), place)));
     let service = service_fn(|request| {
-        let answer = answer(request, &streaming, &held, &sessions);
+        let answer = answer(request, &tokens, &held, &sessions);
         async { Ok::<_, std::convert::Infallible>(answer) }
     });
     let served = http1::Builder::new()
@@ -104,13 +106,13 @@ type Held = std::sync::Mutex<Option<(Peer, Place)>>;
 
 fn answer(
     mut request: Request<Body>,
-    streaming: &Streaming,
+    tokens: &Tokens<Session>,
     held: &Held,
     sessions: &Arc<Semaphore>,
 ) -> Response<String> {
     let mut path = request.uri().path().trim_start_matches('/').splitn(2, '/');
     let (kind, token) = (path.next().unwrap_or_default(), path.next().unwrap_or_default());
-    let Some(offer) = streaming.tokens.take(token).filter(|offer| offer.path() == kind) else {
+    let Some(session) = tokens.take(token).filter(|session| session.path() == kind) else {
         return refuse(
             StatusCode::NOT_FOUND,
             "this address is not known, was used already, or has expired: ask the runtime for a new one",
@@ -136,31 +138,33 @@ fn answer(
     let held = (peer, permit);
     let upgrade = hyper::upgrade::on(&mut request);
     match carrier {
-        Carrier::Spdy => over_spdy(&request, upgrade, offer, held),
-        Carrier::WebSocket { accept } => over_websocket(&request, upgrade, &accept, offer, held),
+        Carrier::Spdy => over_spdy(&request, upgrade, session, held),
+        Carrier::WebSocket { accept } => over_websocket(&request, upgrade, &accept, session, held),
     }
 }
 
 fn over_spdy(
     request: &Request<Body>,
     upgrade: OnUpgrade,
-    offer: Offer,
+    session: Session,
     (peer, permit): (Peer, OwnedSemaphorePermit),
 ) -> Response<String> {
     let names: Vec<&str> = negotiate::values(request.headers(), negotiate::STREAM_PROTOCOL).collect();
-    let protocol = match &offer {
+    let protocol = match &session {
         // The oldest clients name nothing, and are not told anything.
         _ if names.is_empty() => Some((negotiate::OLDEST, "")),
-        Offer::Exec(..) | Offer::Attach(..) => {
+        Session::Exec(..) | Session::Attach(..) => {
             negotiate::choose(names.into_iter(), &negotiate::SPDY_PROTOCOLS)
                 .map(|chosen| (chosen, chosen.name))
         }
-        Offer::Ports(_) => names.contains(&negotiate::PORTS).then_some((negotiate::OLDEST, negotiate::PORTS)),
+        Session::Ports(_) => {
+            names.contains(&negotiate::PORTS).then_some((negotiate::OLDEST, negotiate::PORTS))
+        }
     };
     let Some((protocol, name)) = protocol else {
         let mut refused = refuse(StatusCode::FORBIDDEN, "none of these stream protocols is spoken here");
-        let ours = match offer {
-            Offer::Ports(_) => vec![negotiate::PORTS],
+        let ours = match session {
+            Session::Ports(_) => vec![negotiate::PORTS],
             _ => negotiate::SPDY_PROTOCOLS.iter().map(|protocol| protocol.name).collect(),
         };
         for name in ours {
@@ -171,12 +175,12 @@ fn over_spdy(
     tokio::spawn(async move {
         let _permit = permit;
         let Ok(upgraded) = upgrade.await else { return };
-        let session = spdy::Session::start(TokioIo::new(upgraded), peer);
-        match offer {
-            Offer::Exec(wanted, run) | Offer::Attach(wanted, run) => {
-                remote_command::serve(session, wanted, protocol, run).await;
+        let connection = spdy::Connection::start(TokioIo::new(upgraded), peer);
+        match session {
+            Session::Exec(options, run) | Session::Attach(options, run) => {
+                remote_command::serve(connection, options, protocol, run).await;
             }
-            Offer::Ports(connect) => ports::serve(session, connect).await,
+            Session::Ports(connect) => ports::serve(connection, connect).await,
         }
     });
     let mut answer = switch(negotiate::SPDY);
@@ -190,24 +194,26 @@ fn over_websocket(
     request: &Request<Body>,
     upgrade: OnUpgrade,
     accept: &str,
-    offer: Offer,
+    session: Session,
     (peer, permit): (Peer, OwnedSemaphorePermit),
 ) -> Response<String> {
     let names: Vec<&str> = negotiate::values(request.headers(), SEC_WEBSOCKET_PROTOCOL.as_str()).collect();
-    let protocol = match &offer {
+    let protocol = match &session {
         // As over SPDY.
-        Offer::Exec(..) | Offer::Attach(..) if names.is_empty() => Some((negotiate::OLDEST_WEBSOCKET, "")),
-        Offer::Exec(..) | Offer::Attach(..) => {
+        Session::Exec(..) | Session::Attach(..) if names.is_empty() => {
+            Some((negotiate::OLDEST_WEBSOCKET, ""))
+        }
+        Session::Exec(..) | Session::Attach(..) => {
             negotiate::choose(names.into_iter(), &negotiate::WEBSOCKET_PROTOCOLS)
                 .map(|chosen| (chosen, chosen.name))
         }
-        Offer::Ports(_) => names
+        Session::Ports(_) => names
             .contains(&negotiate::PORTS_TUNNELLED)
             .then_some((negotiate::OLDEST, negotiate::PORTS_TUNNELLED)),
     };
     let Some((protocol, name)) = protocol else {
-        let ours = match offer {
-            Offer::Ports(_) => negotiate::PORTS_TUNNELLED.to_owned(),
+        let ours = match session {
+            Session::Ports(_) => negotiate::PORTS_TUNNELLED.to_owned(),
             _ => negotiate::WEBSOCKET_PROTOCOLS.map(|protocol| protocol.name).join(", "),
         };
         return refuse(StatusCode::BAD_REQUEST, &format!("spoken here over WebSocket: {ours}"));
@@ -216,13 +222,13 @@ fn over_websocket(
         let _permit = permit;
         let Ok(upgraded) = upgrade.await else { return };
         let socket = tunnel::socket(TokioIo::new(upgraded)).await;
-        match offer {
-            Offer::Exec(wanted, run) | Offer::Attach(wanted, run) => {
-                websocket::serve(socket, peer, wanted, protocol, run).await;
+        match session {
+            Session::Exec(options, run) | Session::Attach(options, run) => {
+                websocket::serve(socket, peer, options, protocol, run).await;
             }
-            Offer::Ports(connect) => {
-                let session = spdy::Session::start(tunnel::Tunnel::new(socket), peer);
-                ports::serve(session, connect).await;
+            Session::Ports(connect) => {
+                let connection = spdy::Connection::start(tunnel::Tunnel::new(socket), peer);
+                ports::serve(connection, connect).await;
             }
         }
     });

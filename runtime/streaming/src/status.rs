@@ -4,7 +4,7 @@ use serde_json::json;
 
 /// How it ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum ExitStatus {
     /// The command returned 0, or the client has detached.
     Success,
     /// The command returned something else.
@@ -22,7 +22,7 @@ pub enum Language {
     Status,
 }
 
-impl Ending {
+impl ExitStatus {
     /// In the client's language.
     #[must_use]
     pub fn encode(&self, language: Language) -> String {
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn an_exit_code_is_a_cause_that_clients_look_for() {
         let status: serde_json::Value =
-            serde_json::from_str(&Ending::Exit(7).encode(Language::Status)).unwrap();
+            serde_json::from_str(&ExitStatus::Exit(7).encode(Language::Status)).unwrap();
         assert_eq!(status["reason"], "NonZeroExitCode");
         assert_eq!(status["details"]["causes"][0], json!({"reason": "ExitCode", "message": "7"}));
         assert_eq!(status["message"], "command terminated with non-zero exit code: 7");
@@ -79,9 +79,11 @@ mod tests {
 
     #[test]
     fn success_is_said_in_json_and_nothing_in_text() {
-        assert_eq!(Ending::Success.encode(Language::Text), "");
-        assert!(Ending::Success.encode(Language::Status).contains(r#""status":"Success""#));
-        assert_eq!(Ending::Failed("no such program".into()).encode(Language::Text), "no such program");
-        assert!(Ending::Failed("no such program".into()).encode(Language::Status).contains("InternalError"));
+        assert_eq!(ExitStatus::Success.encode(Language::Text), "");
+        assert!(ExitStatus::Success.encode(Language::Status).contains(r#""status":"Success""#));
+        assert_eq!(ExitStatus::Failed("no such program".into()).encode(Language::Text), "no such program");
+        assert!(
+            ExitStatus::Failed("no such program".into()).encode(Language::Status).contains("InternalError")
+        );
     }
 }

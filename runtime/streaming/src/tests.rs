@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::FutureExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::spdy::tests::{Heard, TestClient};
@@ -15,7 +15,7 @@ use super::*;
 
 const SOON: Duration = Duration::from_secs(10);
 const SPDY: &str = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\n";
-const ALL: Wanted = Wanted { stdin: true, stdout: true, stderr: false, terminal: false };
+const ALL: StreamOptions = StreamOptions { stdin: true, stdout: true, stderr: false, terminal: false };
 
 fn serving() -> Arc<Streaming> {
     let streaming = Arc::new(Streaming::listen(([127, 0, 0, 1], 0).into()).unwrap());
@@ -24,7 +24,7 @@ fn serving() -> Arc<Streaming> {
 }
 
 /// Repeats its input, and says how it ended.
-fn repeat(ending: Ending) -> Run {
+fn repeat(ending: ExitStatus) -> Run {
     Box::new(|client| {
         async {
             let Client { stdin, stdout, .. } = client;
@@ -56,8 +56,8 @@ async fn request(url: &str, headers: &str) -> (TcpStream, String) {
     (socket, answer)
 }
 
-async fn spdy_exec(streaming: &Streaming, protocols: &str, ending: Ending) -> (String, String) {
-    let url = streaming.offer(Offer::Exec(ALL, repeat(ending))).unwrap();
+async fn spdy_exec(streaming: &Streaming, protocols: &str, ending: ExitStatus) -> (String, String) {
+    let url = streaming.offer(Session::Exec(ALL, repeat(ending))).unwrap();
     let (socket, answer) = request(&url, &format!("{SPDY}{protocols}")).await;
     let mut client = TestClient::new(socket);
     let error = client.open(&[("streamtype", "error")]).await;
@@ -77,13 +77,13 @@ async fn exec_over_spdy_in_every_version() {
     let streaming = serving();
     let v4 =
         "X-Stream-Protocol-Version: v5.channel.k8s.io\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n";
-    let (answer, words) = spdy_exec(&streaming, v4, Ending::Exit(3)).await;
+    let (answer, words) = spdy_exec(&streaming, v4, ExitStatus::Exit(3)).await;
     assert!(answer.contains("x-stream-protocol-version: v4.channel.k8s.io"), "{answer}");
     assert!(answer.contains("upgrade: spdy/3.1"), "{answer}");
     assert!(words.contains("NonZeroExitCode"), "{words}");
     let v2 = "X-Stream-Protocol-Version: v2.channel.k8s.io\r\n";
-    assert_eq!(spdy_exec(&streaming, v2, Ending::Success).await.1, "");
-    let (answer, words) = spdy_exec(&streaming, "", Ending::Failed("no".into())).await;
+    assert_eq!(spdy_exec(&streaming, v2, ExitStatus::Success).await.1, "");
+    let (answer, words) = spdy_exec(&streaming, "", ExitStatus::Failed("no".into())).await;
     assert!(!answer.contains("x-stream-protocol"), "{answer}");
     assert_eq!(words, "no");
 }
@@ -103,7 +103,7 @@ async fn exec_over_websocket_in_every_version() {
                 let Client { stdin, stdout, .. } = client;
                 let typed = stdin.unwrap().recv().await.unwrap();
                 stdout.unwrap().send(typed).await.unwrap();
-                Ending::Exit(3)
+                ExitStatus::Exit(3)
             }
             .boxed()
         })
@@ -116,7 +116,7 @@ async fn exec_over_websocket_in_every_version() {
         ("base64.channel.k8s.io", true, false),
         ("", false, false),
     ] {
-        let url = streaming.offer(Offer::Exec(ALL, run())).unwrap();
+        let url = streaming.offer(Session::Exec(ALL, run())).unwrap();
         let mut headers = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                            Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
             .to_owned();
@@ -153,7 +153,7 @@ async fn exec_over_websocket_in_every_version() {
 #[tokio::test]
 async fn wrong_tokens_and_requests_are_refused() {
     let streaming = serving();
-    let offer = || streaming.offer(Offer::Exec(ALL, repeat(Ending::Success))).unwrap();
+    let offer = || streaming.offer(Session::Exec(ALL, repeat(ExitStatus::Success))).unwrap();
     let refused = async |url: &str, headers: &str, status: &str, words: &str| {
         let (_, answer) = request(url, headers).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
@@ -171,7 +171,7 @@ async fn wrong_tokens_and_requests_are_refused() {
                      Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
     let other = format!("{websocket}Sec-WebSocket-Protocol: v9.channel.k8s.io\r\n");
     refused(&offer(), &other, "400", "v5.channel.k8s.io").await;
-    let ports = || streaming.offer(Offer::Ports(Arc::new(|_| unreachable!()))).unwrap();
+    let ports = || streaming.offer(Session::Ports(Arc::new(|_| unreachable!()))).unwrap();
     refused(&ports(), websocket, "400", "SPDY/3.1+portforward.k8s.io").await;
     refused(&offer(), &format!("X: {}\r\n", "x".repeat(20_000)), "431", "").await;
 }
@@ -197,7 +197,7 @@ async fn silent_connections_do_not_keep_a_client_with_a_token_out() {
         silent.push(timeout(SOON, TcpStream::connect(streaming.address)).await.unwrap().unwrap());
     }
     // Sooner than the silent ones are given up for their silence.
-    let exec = spdy_exec(&streaming, "", Ending::Success);
+    let exec = spdy_exec(&streaming, "", ExitStatus::Success);
     timeout(SOON / 2, exec).await.expect("the session was kept out");
     // It was let in because the oldest were closed, and no others.
     let mut end = [0];
@@ -209,7 +209,7 @@ async fn silent_connections_do_not_keep_a_client_with_a_token_out() {
 
 /// A client of port-forward, with no stream yet.
 async fn ports_over_spdy(streaming: &Streaming, connect: Connect) -> TestClient<TcpStream> {
-    let url = streaming.offer(Offer::Ports(connect)).unwrap();
+    let url = streaming.offer(Session::Ports(connect)).unwrap();
     let (socket, _) =
         request(&url, &format!("{SPDY}X-Stream-Protocol-Version: portforward.k8s.io\r\n")).await;
     TestClient::new(socket)
@@ -325,9 +325,9 @@ async fn a_client_that_goes_before_its_streams_are_open_leaves_nothing() {
     let weak = Arc::downgrade(&held);
     let run: Run = Box::new(|_| {
         drop(held);
-        async { Ending::Success }.boxed()
+        async { ExitStatus::Success }.boxed()
     });
-    let url = streaming.offer(Offer::Exec(ALL, run)).unwrap();
+    let url = streaming.offer(Session::Exec(ALL, run)).unwrap();
     let (socket, _) = request(&url, SPDY).await;
     let mut client = TestClient::new(socket);
     client.open(&[("streamtype", "error")]).await;
@@ -354,7 +354,7 @@ async fn spdy_goes_through_a_websocket() {
         }
         .boxed()
     };
-    let url = streaming.offer(Offer::Ports(Arc::new(connect))).unwrap();
+    let url = streaming.offer(Session::Ports(Arc::new(connect))).unwrap();
     let headers = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                    Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
                    Sec-WebSocket-Protocol: SPDY/3.1+portforward.k8s.io\r\n";

@@ -29,9 +29,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::negotiate::Protocol;
 use super::peer::{CLOSE_DEADLINE, Peer, left_alone};
-use super::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, Owed, PIECE};
+use super::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, PIECE, PendingResets};
 use super::resize::Sizes;
-use super::{Client, Run, Wanted};
+use super::session::{Client, Run, StreamOptions};
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -44,15 +44,20 @@ const CLOSE: u8 = 255;
 const REASSURANCE: Duration = Duration::from_secs(15);
 
 /// Serves one client to the end.
-pub async fn serve<S>(socket: WebSocketStream<S>, peer: Peer, wanted: Wanted, protocol: Protocol, run: Run)
-where
+pub async fn serve<S>(
+    socket: WebSocketStream<S>,
+    peer: Peer,
+    options: StreamOptions,
+    protocol: Protocol,
+    run: Run,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let (sink, stream) = socket.split();
     let base64 = protocol.base64;
     let (commands, queue) = mpsc::channel(OUTGOING);
     let gone = CancellationToken::new();
-    let (stdin, resize, channels) = Channels::new(wanted, protocol);
+    let (stdin, resize, channels) = Channels::new(options, protocol);
     let (read, written, pongs) = (gone.clone(), gone.clone(), commands.clone());
     let reader = AbortOnDropHandle::new(tokio::spawn(async move {
         channels.read(stream, &peer, &pongs).await;
@@ -68,10 +73,10 @@ where
             written.cancel();
         }
     }));
-    // Channels are not reset one by one, so nothing is ever owed.
-    let owed = Arc::<Owed>::default();
-    let channel = |number: u8| Outgoing::new(number.into(), commands.clone(), owed.clone());
-    let (stdout, stderr) = (wanted.stdout.then(|| channel(STDOUT)), wanted.stderr.then(|| channel(STDERR)));
+    // Channels are not reset one by one, so this stays empty.
+    let pending = Arc::<PendingResets>::default();
+    let channel = |number: u8| Outgoing::new(number.into(), commands.clone(), pending.clone());
+    let (stdout, stderr) = (options.stdout.then(|| channel(STDOUT)), options.stderr.then(|| channel(STDERR)));
     // Some clients wait for a word before they send theirs.
     if let Some(first) = stdout.as_ref().or(stderr.as_ref()) {
         let _ = first.send(Bytes::new()).await;
@@ -107,10 +112,10 @@ struct Channels {
 }
 
 impl Channels {
-    fn new(wanted: Wanted, protocol: Protocol) -> (Option<Incoming>, Option<Incoming>, Self) {
+    fn new(options: StreamOptions, protocol: Protocol) -> (Option<Incoming>, Option<Incoming>, Self) {
         let open = |wanted: bool| wanted.then(|| mpsc::channel(INCOMING)).unzip();
-        let (stdin_sender, stdin) = open(wanted.stdin);
-        let (resize_sender, resize) = open(wanted.terminal && protocol.resizes);
+        let (stdin_sender, stdin) = open(options.stdin);
+        let (resize_sender, resize) = open(options.terminal && protocol.resizes);
         let Protocol { closes, base64, .. } = protocol;
         (stdin, resize, Self { stdin: stdin_sender, resize: resize_sender, closes, base64 })
     }

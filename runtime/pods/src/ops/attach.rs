@@ -11,7 +11,7 @@ use futures::FutureExt;
 use husk_agent_client::Agent;
 use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_streaming::pipe::{Incoming, Outgoing};
-use husk_streaming::{Client, Ending, Offer, Wanted};
+use husk_streaming::{Client, ExitStatus, Session, StreamOptions};
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
 
@@ -28,16 +28,16 @@ const LAST_ANSWER: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// A container that does not run, or streams that cannot be had together.
-pub fn attach(node: &Arc<Node>, container_id: &str, wanted: Wanted) -> Result<String, Error> {
+pub fn attach(node: &Arc<Node>, container_id: &str, wanted: StreamOptions) -> Result<String, Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
     check("attach", wanted)?;
     let running = pod_of_running("attach", &sandbox, &container)?;
     let run = |client| async move { run(&running.agent, &container, client).await }.boxed();
-    Ok(node.streaming.offer(Offer::Attach(wanted, Box::new(run)))?)
+    Ok(node.streaming.offer(Session::Attach(wanted, Box::new(run)))?)
 }
 
 /// The client has come.
-async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> Ending {
+async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> ExitStatus {
     let Client { stdin, sizes, stdout, stderr, gone } = client;
     let (once, terminal) = {
         let config = &container.record().config;
@@ -53,10 +53,12 @@ async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> Endin
             Ok((Shown::NotWanted, Shown::NotWanted)) => container.wait_exited().await,
             Ok(_) => {}
             Err(Late) => {
-                return Ending::Failed("attach: detached, because the output was not taken in time".into());
+                return ExitStatus::Failed(
+                    "attach: detached, because the output was not taken in time".into(),
+                );
             }
         }
-        Ending::Success
+        ExitStatus::Success
     };
     let typing = stdin.map(|stdin| type_all(agent.clone(), container.clone(), stdin, once && !terminal));
     let typed = async {
@@ -73,9 +75,9 @@ async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> Endin
     let id = container.id.as_str();
     tokio::select! {
         ending = output => ending,
-        () = typed => Ending::Success,
+        () = typed => ExitStatus::Success,
         never = resize(agent, id, "", sizes) => match never {},
-        () = gone.cancelled() => Ending::Failed("the client has gone".into()),
+        () = gone.cancelled() => ExitStatus::Failed("the client has gone".into()),
     }
 }
 

@@ -7,7 +7,7 @@ use futures::FutureExt;
 use husk_agent_client::Agent;
 use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_proto::agent::{ExecProcessRequest, ResizeTerminalRequest};
-use husk_streaming::{Client, Ending, Offer, Sizes, Wanted, pump};
+use husk_streaming::{Client, ExitStatus, Session, Sizes, StreamOptions, pump};
 use tokio::net::UnixStream;
 
 use super::command::{Command, process_id};
@@ -22,7 +22,7 @@ pub fn exec(
     node: &Arc<Node>,
     container_id: &str,
     args: Vec<String>,
-    wanted: Wanted,
+    wanted: StreamOptions,
 ) -> Result<String, Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
     if args.is_empty() {
@@ -38,13 +38,13 @@ pub fn exec(
         stdin: wanted.stdin,
     };
     let run = |client| {
-        async move { run(&running.agent, start, client).await.unwrap_or_else(Ending::Failed) }.boxed()
+        async move { run(&running.agent, start, client).await.unwrap_or_else(ExitStatus::Failed) }.boxed()
     };
-    Ok(node.streaming.offer(Offer::Exec(wanted, Box::new(run)))?)
+    Ok(node.streaming.offer(Session::Exec(wanted, Box::new(run)))?)
 }
 
 /// Streams that can be had together.
-pub(crate) fn check(rpc: &str, wanted: Wanted) -> Result<(), Error> {
+pub(crate) fn check(rpc: &str, wanted: StreamOptions) -> Result<(), Error> {
     if wanted.terminal && wanted.stderr {
         return Err(Error::InvalidArgument(format!(
             "{rpc}: with a terminal, stderr is part of stdout: ask for one of `tty` and `stderr`"
@@ -60,7 +60,7 @@ pub(crate) fn check(rpc: &str, wanted: Wanted) -> Result<(), Error> {
 /// command's streams are closed: it reads the end of its input, fails to write
 /// more output, and is hung up on if it has a terminal. One that has no streams
 /// yet, or cannot have them, is killed.
-async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result<Ending, String> {
+async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result<ExitStatus, String> {
     let Client { stdin, sizes, stdout, stderr, gone } = client;
     let (container_id, process_id) = (start.container_id.clone(), start.process_id.clone());
     let terminal = start.terminal;
@@ -97,8 +97,8 @@ async fn run(agent: &Agent, start: ExecProcessRequest, client: Client) -> Result
         let end = end.map_err(|error| error.to_string())?;
         stdout.and(stderr).map_err(|error| format!("read output of the command: {error}"))?;
         Ok(match end.exit_code {
-            0 => Ending::Success,
-            code => Ending::Exit(code),
+            0 => ExitStatus::Success,
+            code => ExitStatus::Exit(code),
         })
     };
     tokio::select! {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures::FutureExt;
-use husk_streaming::Offer;
+use husk_streaming::Session;
 
 use super::ready::ready_pod;
 use crate::{Error, Node};
@@ -20,5 +20,5 @@ pub fn port_forward(node: &Arc<Node>, sandbox_id: &str) -> Result<String, Error>
         let running = running.clone();
         async move { running.agent.open_port(port).await }.boxed()
     };
-    Ok(node.streaming.offer(Offer::Ports(Arc::new(connect)))?)
+    Ok(node.streaming.offer(Session::Ports(Arc::new(connect)))?)
 }

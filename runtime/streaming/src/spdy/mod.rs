@@ -18,11 +18,11 @@
 //! client that does keep to windows, WINDOW_UPDATE is sent for every byte that
 //! has found room in a buffer.
 
+mod connection;
 mod dictionary;
 mod frame;
 mod header;
-mod session;
 #[cfg(test)]
 pub mod tests;
 
-pub use session::{Session, Stream};
+pub use connection::{Connection, Stream};

@@ -11,10 +11,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
+use super::connection::MAX_STREAMS;
 pub use super::frame::Control;
 use super::frame::{Error, HEAD, Head, MAX_CONTROL};
 use super::header::{Block, Deflater, Inflater};
-use super::session::MAX_STREAMS;
 use super::*;
 use crate::peer::Peer;
 use crate::pipe::{INCOMING, PIECE};
@@ -145,9 +145,9 @@ fn reply(kind: u16, flags: u8, payload: &[u8], inflater: &mut Inflater) -> Contr
     Control::parse(kind, flags, payload, inflater).unwrap()
 }
 
-fn session() -> (TestClient<DuplexStream>, Session) {
+fn session() -> (TestClient<DuplexStream>, Connection) {
     let (client, server) = duplex(1024);
-    (TestClient::new(client), Session::start(server, Peer::none()))
+    (TestClient::new(client), Connection::start(server, Peer::none()))
 }
 
 fn block(headers: &[(&str, &str)]) -> Block {
@@ -324,12 +324,12 @@ async fn a_session_survives_days_of_silence() {
 }
 
 /// As [`session`], with the kernel's buffers between the two.
-async fn session_over_tcp() -> (TestClient<TcpStream>, Session) {
+async fn session_over_tcp() -> (TestClient<TcpStream>, Connection) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TestClient::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
     let (socket, _) = listener.accept().await.unwrap();
     let peer = Peer::of(&socket);
-    (client, Session::start(socket, peer))
+    (client, Connection::start(socket, peer))
 }
 
 #[tokio::test]

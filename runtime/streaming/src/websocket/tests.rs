@@ -10,17 +10,17 @@ use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::tungstenite::protocol::Role;
 
 use super::super::negotiate::{Protocol, WEBSOCKET_PROTOCOLS};
-use super::super::status::Ending;
+use super::super::status::ExitStatus;
 use super::super::tunnel;
 use super::*;
 
 const SOON: Duration = Duration::from_secs(10);
 const V5: Protocol = WEBSOCKET_PROTOCOLS[0];
 const V4: Protocol = WEBSOCKET_PROTOCOLS[1];
-const ALL: Wanted = Wanted { stdin: true, stdout: true, stderr: true, terminal: false };
+const ALL: StreamOptions = StreamOptions { stdin: true, stdout: true, stderr: true, terminal: false };
 
 /// Repeats its input on both outputs and ends with the number of its bytes.
-async fn repeat(mut client: Client) -> Ending {
+async fn repeat(mut client: Client) -> ExitStatus {
     let mut count = 0;
     while let Some(bytes) = client.stdin.as_mut().unwrap().recv().await {
         count += i32::try_from(bytes.len()).unwrap();
@@ -28,19 +28,20 @@ async fn repeat(mut client: Client) -> Ending {
             output.as_ref().unwrap().send(bytes.clone()).await.unwrap();
         }
     }
-    Ending::Exit(count)
+    ExitStatus::Exit(count)
 }
 
 async fn start<F>(protocol: Protocol, run: impl FnOnce(Client) -> F) -> WebSocketStream<DuplexStream>
 where
-    F: Future<Output = Ending> + Send + 'static,
+    F: Future<Output = ExitStatus> + Send + 'static,
     F: 'static,
 {
     let (ours, theirs) = duplex(1024);
     let (sender, client) = tokio::sync::oneshot::channel();
     let server = tunnel::socket(theirs).await;
     let given: Run = Box::new(move |client| {
-        let (answer, ending) = tokio::sync::oneshot::channel::<futures::future::BoxFuture<'static, Ending>>();
+        let (answer, ending) =
+            tokio::sync::oneshot::channel::<futures::future::BoxFuture<'static, ExitStatus>>();
         let _ = sender.send((client, answer));
         async move { ending.await.unwrap().await }.boxed()
     });
@@ -87,7 +88,7 @@ async fn version_4_does_not_know_the_word() {
     let mut socket = start(V4, async |mut client: Client| {
         let stdin = client.stdin.as_mut().unwrap();
         assert_eq!(stdin.recv().await.unwrap(), "still open");
-        Ending::Success
+        ExitStatus::Success
     })
     .await;
     socket.send(Message::binary(vec![CLOSE, STDIN])).await.unwrap();
@@ -101,7 +102,7 @@ async fn start_until_gone() -> (WebSocketStream<DuplexStream>, tokio::sync::ones
     let socket = start(V5, async |client: Client| {
         client.gone.cancelled().await;
         let _ = sender.send(());
-        Ending::Failed("gone".into())
+        ExitStatus::Failed("gone".into())
     })
     .await;
     (socket, noticed)
@@ -147,7 +148,7 @@ async fn closing_waits_for_a_client_that_pauses_for_half_an_hour() {
         for _ in 0..5 {
             client.stdout.as_ref().unwrap().send(vec![7; PIECE].into()).await.unwrap();
         }
-        Ending::Exit(3)
+        ExitStatus::Exit(3)
     })
     .await;
     // First with more to come than the connection holds, then with its end alone.
@@ -166,7 +167,7 @@ async fn a_client_whose_input_nobody_takes_is_told_that_somebody_is_there() {
     let socket = start(V5, async |client: Client| {
         client.gone.cancelled().await;
         drop(client.stdin);
-        Ending::Success
+        ExitStatus::Success
     })
     .await;
     let (mut sink, mut stream) = socket.split();

@@ -48,7 +48,7 @@ impl Fake {
     }
 
     /// A client that has typed `words` comes and vanishes at once.
-    async fn vanish(&mut self, words: &'static [&'static str]) -> Ending {
+    async fn vanish(&mut self, words: &'static [&'static str]) -> ExitStatus {
         let (typed, stdin) = mpsc::channel(4);
         let gone = CancellationToken::new();
         for word in words {

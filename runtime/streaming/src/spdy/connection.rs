@@ -1,5 +1,5 @@
 //! One connection: a task reads it, a task writes it, and its streams come to
-//! whoever [`accept`](Session::accept)s them.
+//! whoever [`accept`](Connection::accept)s them.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::frame::{Control, Error, HEAD, Head};
 use super::header::{Block, Deflater, Inflater};
 use crate::peer::{CLOSE_DEADLINE, Peer, left_alone};
-use crate::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, Owed, PIECE};
+use crate::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, PIECE, PendingResets};
 use husk_base::lock;
 
 /// Most streams at a time: a port-forward has two for each connection.
@@ -44,7 +44,7 @@ pub struct Stream {
 
 /// See the [module](self). Dropped, it ends at once.
 #[derive(Debug)]
-pub struct Session {
+pub struct Connection {
     streams: mpsc::Receiver<Stream>,
     commands: mpsc::Sender<Command>,
     gone: CancellationToken,
@@ -52,7 +52,7 @@ pub struct Session {
     writer: AbortOnDropHandle<()>,
 }
 
-impl Session {
+impl Connection {
     /// Starts the server's side of a session.
     pub fn start(io: impl AsyncRead + AsyncWrite + Send + 'static, peer: Peer) -> Self {
         let (reader, writer) = tokio::io::split(io);
@@ -65,13 +65,13 @@ impl Session {
             peer,
             opened,
             commands: commands.clone(),
-            owed: Arc::default(),
+            pending: Arc::default(),
             gone: gone.clone(),
             inflater: Inflater::default(),
             deflater: Deflater::default(),
             highest: 0,
         };
-        let (ended, owed) = (gone.clone(), reading.owed.clone());
+        let (ended, pending) = (gone.clone(), reading.pending.clone());
         let reader = tokio::spawn(async move {
             let mut reader = tokio::io::BufReader::with_capacity(PIECE, reader);
             if let Err(error) = reading.frames(&mut reader).await {
@@ -83,7 +83,7 @@ impl Session {
         });
         let writer = tokio::spawn(async move {
             let written = tokio::select! {
-                written = write(writer, queue, &table, &owed) => written,
+                written = write(writer, queue, &table, &pending) => written,
                 () = left_alone(&ended) => Err(io::ErrorKind::TimedOut.into()),
             };
             if let Err(error) = written {
@@ -199,7 +199,7 @@ struct Reading {
     peer: Peer,
     opened: mpsc::Sender<Stream>,
     commands: mpsc::Sender<Command>,
-    owed: Arc<Owed>,
+    pending: Arc<PendingResets>,
     gone: CancellationToken,
     inflater: Inflater,
     deflater: Deflater,
@@ -256,7 +256,7 @@ impl Reading {
                 return Ok(false);
             }
             if self.table.give_back(stream, u32::try_from(read).unwrap_or(u32::MAX)) {
-                self.owed.remind();
+                self.pending.notify();
             }
         }
         if fin {
@@ -312,7 +312,7 @@ impl Reading {
         let entry =
             Entry { incoming: (!fin).then_some(queue), finished: false, reset: reset.clone(), window: 0 };
         lock(&self.table.streams).insert(stream, entry);
-        let outgoing = Outgoing::new(stream, self.commands.clone(), self.owed.clone());
+        let outgoing = Outgoing::new(stream, self.commands.clone(), self.pending.clone());
         // Nobody may be interested in streams any more.
         let _ = self.opened.send(Stream { id: stream, headers, incoming, outgoing, reset }).await;
         Ok(true)
@@ -324,14 +324,14 @@ async fn write(
     mut writer: impl AsyncWrite + Unpin,
     mut commands: mpsc::Receiver<Command>,
     table: &Table,
-    owed: &Owed,
+    pending: &PendingResets,
 ) -> io::Result<()> {
     let mut out = BytesMut::with_capacity(BATCH);
     loop {
         let mut close = false;
         tokio::select! {
             biased;
-            () = owed.something() => write_owed(table, owed, &mut out)?,
+            () = pending.notified() => write_pending(table, pending, &mut out)?,
             command = commands.recv() => {
                 let Some(mut command) = command else { return Ok(()) };
                 loop {
@@ -377,8 +377,8 @@ fn write_command(command: Command, table: &Table, out: &mut BytesMut) -> io::Res
     Ok(())
 }
 
-fn write_owed(table: &Table, owed: &Owed, out: &mut BytesMut) -> io::Result<()> {
-    for stream in owed.take_resets() {
+fn write_pending(table: &Table, pending: &PendingResets, out: &mut BytesMut) -> io::Result<()> {
+    for stream in pending.take_resets() {
         write_command(Command::Reset(stream), table, out)?;
     }
     for (stream, delta) in table.take_windows() {
