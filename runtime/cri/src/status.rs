@@ -94,3 +94,19 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use husk_base::FileError;
+
+    use super::*;
+
+    #[test]
+    fn a_full_disk_under_a_record_of_the_network_is_called_so() {
+        let source = io::Error::from(io::ErrorKind::StorageFull);
+        let file = FileError { stage: "write record", path: "/records/x".into(), source };
+        let status = of(&Error::Network(file.into()));
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(status.message(), "network: write record: /records/x: no storage space");
+    }
+}

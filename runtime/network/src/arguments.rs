@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Error, PodRef, Protocol};
+use super::pod::{PodRef, Protocol};
 
 /// What a pod may send or receive at once, as long as it has been quiet before:
 /// a tenth of a second's worth, and never less than a few of the largest
@@ -17,7 +17,10 @@ const MOST_BURST: u64 = u32::MAX as u64;
 const RATES: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 
 /// `CNI_ARGS` as Kubernetes' plugins know them.
-pub(super) fn args(pod: &PodRef<'_>) -> Result<String, Error> {
+///
+/// # Errors
+/// Words for a name that cannot be handed on.
+pub(super) fn args(pod: &PodRef<'_>) -> Result<String, String> {
     let mut args = "IgnoreUnknown=1".to_owned();
     for (key, value) in [
         ("K8S_POD_NAMESPACE", pod.namespace),
@@ -26,7 +29,7 @@ pub(super) fn args(pod: &PodRef<'_>) -> Result<String, Error> {
         ("K8S_POD_UID", pod.uid),
     ] {
         if value.contains([';', '=', '\0', '\n']) {
-            return Err(Error::Pod(format!("{value:?} cannot be handed to CNI plugins as {key}")));
+            return Err(format!("{value:?} cannot be handed to CNI plugins as {key}"));
         }
         args.push_str(&format!(";{key}={value}"));
     }
@@ -131,7 +134,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::Bandwidth;
+    use crate::pod::Bandwidth;
 
     const POD: PodRef<'_> = PodRef {
         sandbox_id: "aa",
@@ -146,7 +149,7 @@ mod tests {
     #[test]
     fn names_that_would_change_the_arguments_are_refused() {
         let target = PodRef { name: "web;K8S_POD_UID=other", ..POD };
-        assert!(args(&target).unwrap_err().to_string().contains("K8S_POD_NAME"));
+        assert!(args(&target).unwrap_err().contains("K8S_POD_NAME"));
         assert_eq!(
             args(&POD).unwrap(),
             "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=aa;K8S_POD_UID=u-1"

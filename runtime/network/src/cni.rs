@@ -79,7 +79,11 @@ pub async fn undo(
     for (at, config) in network.plugins.iter().enumerate().take(failed.at.saturating_add(1)).rev() {
         match call(plugins, network, config, Verb::Del, target, capabilities, result).await {
             Err(error) if at == failed.at => {
-                tracing::warn!(sandbox_id = target.sandbox_id, %error, "a plugin that failed to ADD cannot undo it");
+                tracing::warn!(
+                    sandbox_id = target.sandbox_id,
+                    error = husk_base::chain(&error),
+                    "a plugin that failed to ADD cannot undo it"
+                );
             }
             answer => drop(answer?),
         }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use husk_base::text_file;
+use husk_base::{FileError, text_file};
 
 /// CNI versions that configurations may have, oldest first. A file without a
 /// version means 0.1.0.
@@ -30,13 +30,8 @@ pub enum Error {
     #[error("no CNI configuration in {0}: put a .conflist there")]
     None(PathBuf),
     /// The directory or file cannot be read.
-    #[error("cannot read {path}: {source}", path = path.display())]
-    Read {
-        /// Of the file or directory.
-        path: PathBuf,
-        /// The system's reason; part of the message.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Read(#[from] FileError),
     /// The file is not a CNI configuration.
     #[error("CNI configuration {path}: {reason}", path = path.display())]
     Invalid {
@@ -79,14 +74,13 @@ impl NetworkList {
 /// When there is none, or the first one is broken.
 pub fn load(dir: &Path) -> Result<NetworkList, Error> {
     let path = first_file(dir)?;
-    let read = |source| Error::Read { path: path.clone(), source };
-    let text = text_file::read(&path, MAX_FILE).map_err(read)?;
+    let text = text_file::read(&path, MAX_FILE).map_err(FileError::at("read CNI configuration", &path))?;
     let list = path.extension().is_some_and(|extension| extension == "conflist");
     parse(text.as_bytes(), list).map_err(|reason| Error::Invalid { path: path.clone(), reason })
 }
 
 fn first_file(dir: &Path) -> Result<PathBuf, Error> {
-    let read = |source| Error::Read { path: dir.to_owned(), source };
+    let read = |source| FileError { stage: "list CNI configurations", path: dir.to_owned(), source };
     let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Error::None(dir.to_owned())),
         entries => entries.map_err(read)?,

@@ -26,7 +26,8 @@ use netlink_packet_route::route::{
 };
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 
-use super::{GuestInterface, Route, filter, tap, tc};
+use super::attachment::{GuestInterface, Route};
+use super::{filter, tap, tc};
 
 /// Most interfaces of a pod; each is a device of its machine.
 const MAX_INTERFACES: usize = 8;
@@ -35,11 +36,11 @@ const MAX_INTERFACES: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// One of ours.
-    #[error("{step}: {source}")]
+    #[error("{step}")]
     Kernel {
         /// "make the tap of eth0".
         step: String,
-        /// The kernel's reason; part of the message.
+        /// The kernel's reason.
         source: io::Error,
     },
     /// The plugins left no interface that is up.
@@ -53,7 +54,14 @@ pub enum Error {
     Filter(#[from] filter::TooManyAddresses),
 }
 
-/// What the guest gets.
+impl Error {
+    /// There was no connection to the kernel's rtnetlink.
+    pub fn rtnetlink(source: io::Error) -> Self {
+        Self::Kernel { step: "reach rtnetlink".into(), source }
+    }
+}
+
+/// The guest's side of a pod's network.
 #[derive(Debug)]
 pub struct Guest {
     /// Interfaces with their taps, the main one first.

@@ -14,25 +14,27 @@
 //! configuration that had connected it.
 
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use husk_base::{FileError, chain};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
 mod arguments;
-pub mod cni;
-pub mod conflist;
+mod attachment;
+mod cni;
+mod conflist;
 mod filter;
-pub mod guest;
-pub mod netns;
-pub mod plugin;
-pub mod record;
+mod guest;
+mod netns;
+mod plugin;
+mod pod;
+mod record;
 pub mod resolv_conf;
-pub mod result;
-pub mod tap;
+mod result;
+mod tap;
 mod tc;
 
 /// A tap in a network namespace of its own that nothing else is in, for a
@@ -44,10 +46,23 @@ pub async fn unconnected_tap() -> Result<OwnedFd, Error> {
     Ok(netns::run_in_new(guest::main_tap).await??)
 }
 
+/// Tries out, in a network namespace of its own, what a pod's network needs of
+/// the kernel.
+///
+/// # Errors
+/// The step that the kernel refuses.
+pub async fn probe() -> Result<(), Error> {
+    let probe = || netns::with_netlink(async |netlink| guest::probe(&netlink).await);
+    Ok(netns::run_in_new(probe).await?.map_err(guest::Error::rtnetlink)??)
+}
+
 #[cfg(test)]
 mod tests;
 
 pub use arguments::rate;
+pub use attachment::{Attachment, Dns, GuestInterface, Route};
+pub use pod::{Bandwidth, PodRef, PortMapping, Protocol};
+
 use conflist::NetworkList;
 use plugin::{Plugins, Target};
 use record::{Intent, Recorded, Records};
@@ -69,113 +84,16 @@ pub struct NetworkConfig {
     pub plugin_timeout: Duration,
 }
 
-/// A pod to connect.
-#[derive(Clone, Copy, Debug)]
-pub struct PodRef<'a> {
-    /// Letters, digits, `_`, `.` and `-`.
-    pub sandbox_id: &'a str,
-    /// Its Kubernetes namespace.
-    pub namespace: &'a str,
-    /// Its name in there.
-    pub name: &'a str,
-    /// Its Kubernetes uid.
-    pub uid: &'a str,
-    /// Ports of the host that lead to it.
-    pub port_mappings: &'a [PortMapping],
-    /// What it may send and receive.
-    pub bandwidth: Bandwidth,
-    /// Whether what its machine sends in the name of others is dropped.
-    pub filtered: bool,
-}
-
-/// Limits in bits per second; `None` for none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Bandwidth {
-    /// Of what the pod receives.
-    pub ingress: Option<u64>,
-    /// Of what it sends.
-    pub egress: Option<u64>,
-}
-
-/// A port of the host that leads to one of the pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PortMapping {
-    /// 0 is for none: such a mapping is ignored, as CRI wants it.
-    pub host_port: u16,
-    /// The pod's.
-    pub container_port: u16,
-    /// Of both.
-    pub protocol: Protocol,
-    /// Only on this address of the host.
-    pub host_ip: Option<IpAddr>,
-}
-
-/// Of a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Protocol {
-    Tcp,
-    Udp,
-    Sctp,
-}
-
-/// A connected pod, as its machine and its agent need to know it.
-#[derive(Debug)]
-pub struct Attachment {
-    /// Where the namespace is pinned.
-    pub netns: PathBuf,
-    /// The pod's addresses, the main one first.
-    pub ips: Vec<IpAddr>,
-    /// The guest's interfaces, the main one first.
-    pub interfaces: Vec<GuestInterface>,
-    /// The guest's routes in the order in which they can be added.
-    pub routes: Vec<Route>,
-    /// What the CNI plugins say about name service.
-    pub dns: Dns,
-}
-
-/// A network interface of the guest.
-#[derive(Debug)]
-pub struct GuestInterface {
-    /// "eth0".
-    pub name: String,
-    /// The MAC that the network knows it by.
-    pub mac: [u8; 6],
-    /// In bytes, without the Ethernet header.
-    pub mtu: u16,
-    /// "10.88.0.5/16".
-    pub addresses: Vec<String>,
-    /// Non-blocking, with `IFF_VNET_HDR`. The tap goes with its last descriptor.
-    /// `None` for the one that was handed out early.
-    pub tap: Option<OwnedFd>,
-}
-
-/// A route of the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Route {
-    /// "0.0.0.0/0".
-    pub destination: String,
-    /// `None` for a route on the link.
-    pub gateway: Option<IpAddr>,
-    /// Name of the guest's interface.
-    pub interface: String,
-}
-
-/// Name service.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Dns {
-    /// Addresses of servers.
-    pub servers: Vec<String>,
-    /// Domains that are searched.
-    pub searches: Vec<String>,
-    /// As in `resolv.conf`.
-    pub options: Vec<String>,
-}
-
 /// Pods cannot be connected now; the text says why and what to do.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct NotReady(String);
+
+impl NotReady {
+    fn because(error: impl std::error::Error) -> Self {
+        Self(chain(&error))
+    }
+}
 
 /// A pod was not connected, or not disconnected.
 #[derive(Debug, thiserror::Error)]
@@ -190,8 +108,8 @@ pub enum Error {
     #[error("the network of sandbox {0} exists already")]
     Exists(String),
     /// The record on disk failed.
-    #[error("record of the pod's network: {0}")]
-    Record(#[source] io::Error),
+    #[error(transparent)]
+    Record(#[from] FileError),
     /// The namespace failed.
     #[error(transparent)]
     Netns(#[from] netns::Error),
@@ -207,7 +125,7 @@ pub enum Error {
         reason: String,
     },
     /// The interfaces could not be joined to taps.
-    #[error("pod network: {0}")]
+    #[error(transparent)]
     Guest(#[from] guest::Error),
 }
 
@@ -246,15 +164,15 @@ impl Network {
     /// The reason, and what to do about it.
     pub async fn status(&self) -> Result<(), NotReady> {
         let network = self.installed()?;
-        cni::status(&self.plugins, &network).await.map_err(|error| NotReady(error.to_string()))
+        cni::status(&self.plugins, &network).await.map_err(NotReady::because)
     }
 
     /// The configuration, if all of its plugins are there.
     fn installed(&self) -> Result<NetworkList, NotReady> {
-        let network = conflist::load(&self.conf_dir).map_err(|error| NotReady(error.to_string()))?;
+        let network = conflist::load(&self.conf_dir).map_err(NotReady::because)?;
         for plugin in &network.plugins {
             let name = conflist::plugin_type(plugin).map_err(NotReady)?;
-            self.plugins.find(name).map_err(|error| NotReady(error.to_string()))?;
+            self.plugins.find(name).map_err(NotReady::because)?;
         }
         Ok(network)
     }
@@ -264,7 +182,7 @@ impl Network {
     /// # Errors
     /// What the plugins miss.
     pub async fn check(&self, sandbox_id: &str) -> Result<(), Error> {
-        match self.records.read(sandbox_id).map_err(Error::Record)? {
+        match self.records.read(sandbox_id)? {
             Recorded::Intent(intent, Some(result)) => {
                 let here = target(&intent, true);
                 Ok(cni::check(&self.plugins, &intent.network, here, &intent.capabilities, &result).await?)
@@ -279,7 +197,7 @@ impl Network {
         let (Ok(network), Ok(ids)) = (conflist::load(&self.conf_dir), self.records.ids()) else { return };
         let valid: Vec<_> = ids.iter().map(|id| (id.as_str(), INTERFACE)).collect();
         for error in cni::gc(&self.plugins, &network, &valid).await {
-            tracing::warn!(%error, "give back what pods of the past have left");
+            tracing::warn!(error = chain(&error), "give back what pods of the past have left");
         }
     }
 
@@ -318,7 +236,7 @@ impl Network {
             sandbox_id: pod.sandbox_id.to_owned(),
             netns: netns::path_of(pod.sandbox_id),
             interface: INTERFACE.to_owned(),
-            args: arguments::args(pod)?,
+            args: arguments::args(pod).map_err(Error::Pod)?,
             capabilities: arguments::capabilities(pod),
             network,
         };
@@ -331,7 +249,7 @@ impl Network {
                 "no plugin of the pod's network has this capability"
             );
         }
-        self.records.begin(&intent).map_err(|error| match error.kind() {
+        self.records.begin(&intent).map_err(|error| match error.source.kind() {
             io::ErrorKind::AlreadyExists => Error::Exists(pod.sandbox_id.to_owned()),
             _ => Error::Record(error),
         })?;
@@ -393,7 +311,7 @@ impl Network {
         result: &Value,
         filtered: Option<bool>,
     ) -> Result<Attachment, Error> {
-        self.records.complete(&intent.sandbox_id, result).map_err(Error::Record)?;
+        self.records.complete(&intent.sandbox_id, result)?;
         let wrong = |reason| Error::Result { network: intent.network.name.clone(), reason };
         let pod = result::parse(result).map_err(wrong)?;
         if pod.addresses.is_empty() {
@@ -407,9 +325,7 @@ impl Network {
         let main = guest::Main { name: intent.interface.clone(), addresses: pod.addresses.clone() };
         let join = move || netns::with_netlink(async |netlink| guest::join(&netlink, &main, filtered).await);
         let joined = netns::run(&intent.netns, join).await?;
-        let mut guest = joined
-            .map_err(|source| guest::Error::Kernel { step: "reach rtnetlink".into(), source })
-            .and_then(|joined| joined)?;
+        let mut guest = joined.map_err(guest::Error::rtnetlink).and_then(|joined| joined)?;
         // A plugin may leave it to the machine to configure its interface.
         if let Some(interface) = guest.interfaces.first_mut()
             && interface.addresses.is_empty()
@@ -440,7 +356,7 @@ impl Network {
     /// # Errors
     /// The record stays, and the call can be repeated.
     pub async fn detach(&self, sandbox_id: &str) -> Result<(), Error> {
-        match self.records.read(sandbox_id).map_err(Error::Record)? {
+        match self.records.read(sandbox_id)? {
             Recorded::Nothing => return Ok(()),
             Recorded::Unreadable(reason) => {
                 // The intent is synced before anything is made, so mostly
@@ -459,22 +375,26 @@ impl Network {
                     // ADD was interrupted, and some plugins fail over what they
                     // had not made yet. Without the namespace they give back
                     // what they hold outside of it.
-                    tracing::warn!(sandbox_id, %error, "undoing an interrupted ADD without its namespace");
+                    tracing::warn!(
+                        sandbox_id,
+                        error = chain(&error),
+                        "undoing an interrupted ADD without its namespace"
+                    );
                     netns::remove(&intent.netns)?;
                     cni::del(plugins, network, target(&intent, false), &intent.capabilities, None).await?;
                 }
                 netns::remove(&intent.netns)?;
             }
         }
-        self.records.remove(sandbox_id).map_err(Error::Record)
+        Ok(self.records.remove(sandbox_id)?)
     }
 
     /// Sandboxes that may have something to disconnect.
     ///
     /// # Errors
     /// The file system's.
-    pub fn recorded(&self) -> io::Result<Vec<String>> {
-        self.records.ids()
+    pub fn recorded(&self) -> Result<Vec<String>, Error> {
+        Ok(self.records.ids()?)
     }
 
     /// After a failure. The caller gets the failure itself; what goes wrong
@@ -482,18 +402,20 @@ impl Network {
     fn clean_up(&self, intent: &Intent, undone: Result<(), plugin::Error>) {
         let sandbox_id = intent.sandbox_id.as_str();
         if let Err(error) = netns::remove(&intent.netns) {
-            tracing::warn!(sandbox_id, %error, "a network namespace stays");
+            tracing::warn!(sandbox_id, error = chain(&error), "a network namespace stays");
             return;
         }
         match undone {
             Ok(()) => self.forget(sandbox_id),
-            Err(error) => tracing::warn!(sandbox_id, %error, "the pod's network stays recorded"),
+            Err(error) => {
+                tracing::warn!(sandbox_id, error = chain(&error), "the pod's network stays recorded")
+            }
         }
     }
 
     fn forget(&self, sandbox_id: &str) {
         if let Err(error) = self.records.remove(sandbox_id) {
-            tracing::warn!(sandbox_id, %error, "the record of a pod's network stays");
+            tracing::warn!(sandbox_id, error = chain(&error), "the record of a pod's network stays");
         }
     }
 }

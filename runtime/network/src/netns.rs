@@ -25,7 +25,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A namespace could not be made, entered or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("network namespace {path}: {step}: {source}", path = path.display())]
+#[error("network namespace {path}: {step}", path = path.display())]
 pub struct Error {
     path: PathBuf,
     step: &'static str,

@@ -37,11 +37,11 @@ pub enum Error {
         directories: String,
     },
     /// The program did not start.
-    #[error("CNI plugin {plugin} cannot be executed: {source}")]
+    #[error("CNI plugin {plugin} cannot be executed")]
     Start {
         /// Type of the plugin.
         plugin: String,
-        /// The system's reason; part of the message.
+        /// The kernel's reason.
         source: io::Error,
     },
     /// The program was killed at its deadline.

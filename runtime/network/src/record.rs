@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use husk_base::FileError;
+
 use super::conflist::{NetworkList, is_identifier};
 
 const INTENT: &str = "intent.json";
@@ -64,16 +66,17 @@ impl Records {
     ///
     /// # Errors
     /// `AlreadyExists` when there is a record, else the file system's.
-    pub fn begin(&self, intent: &Intent) -> io::Result<()> {
+    pub fn begin(&self, intent: &Intent) -> Result<(), FileError> {
         let directory = self.of(&intent.sandbox_id)?;
-        fs::create_dir_all(&self.directory)?;
-        fs::create_dir(&directory)?;
+        fs::create_dir_all(&self.directory).map_err(FileError::at("make folder", &self.directory))?;
+        fs::create_dir(&directory)
+            .map_err(FileError::at("make the record of a pod's network", &directory))?;
         let written = self.write_intent(&directory, intent);
         if written.is_err() {
             // A full disk must not leave a record of nothing.
             let _ = fs::remove_dir_all(&directory);
         }
-        written
+        written.map_err(FileError::at("write the record of a pod's network", &directory))
     }
 
     fn write_intent(&self, directory: &Path, intent: &Intent) -> io::Result<()> {
@@ -90,19 +93,26 @@ impl Records {
     ///
     /// # Errors
     /// The file system's.
-    pub fn complete(&self, sandbox_id: &str, result: &Value) -> io::Result<()> {
+    pub fn complete(&self, sandbox_id: &str, result: &Value) -> Result<(), FileError> {
         let directory = self.of(sandbox_id)?;
         let temporary = directory.join("result.tmp");
-        fs::write(&temporary, serde_json::to_vec(result)?)?;
-        fs::rename(&temporary, directory.join(RESULT))
+        serde_json::to_vec(result)
+            .map_err(io::Error::from)
+            .and_then(|bytes| fs::write(&temporary, bytes))
+            .and_then(|()| fs::rename(&temporary, directory.join(RESULT)))
+            .map_err(FileError::at("write what the CNI plugins answered", &directory))
     }
 
     /// Reads the record of a sandbox.
     ///
     /// # Errors
     /// The file system's, other than that there is no record.
-    pub fn read(&self, sandbox_id: &str) -> io::Result<Recorded> {
+    pub fn read(&self, sandbox_id: &str) -> Result<Recorded, FileError> {
         let directory = self.of(sandbox_id)?;
+        self.read_in(&directory).map_err(FileError::at("read the record of a pod's network", &directory))
+    }
+
+    fn read_in(&self, directory: &Path) -> io::Result<Recorded> {
         let bytes = match fs::read(directory.join(INTENT)) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -127,9 +137,12 @@ impl Records {
     ///
     /// # Errors
     /// The file system's, other than that there is no record.
-    pub fn remove(&self, sandbox_id: &str) -> io::Result<()> {
-        match fs::remove_dir_all(self.of(sandbox_id)?) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+    pub fn remove(&self, sandbox_id: &str) -> Result<(), FileError> {
+        let directory = self.of(sandbox_id)?;
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(FileError::at("remove the record of a pod's network", &directory)(error))
+            }
             _ => Ok(()),
         }
     }
@@ -138,14 +151,18 @@ impl Records {
     ///
     /// # Errors
     /// The file system's.
-    pub fn ids(&self) -> io::Result<Vec<String>> {
+    pub fn ids(&self) -> Result<Vec<String>, FileError> {
+        let failed = |source| {
+            let path = self.directory.clone();
+            FileError { stage: "list the records of pods' networks", path, source }
+        };
         let entries = match fs::read_dir(&self.directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries?,
+            entries => entries.map_err(failed)?,
         };
         let mut ids = Vec::new();
         for entry in entries {
-            if let Ok(id) = entry?.file_name().into_string()
+            if let Ok(id) = entry.map_err(failed)?.file_name().into_string()
                 && is_identifier(&id)
             {
                 ids.push(id);
@@ -156,11 +173,15 @@ impl Records {
 
     /// Directory of a sandbox. Ids come from clients: one with a separator in
     /// it would lead elsewhere.
-    fn of(&self, sandbox_id: &str) -> io::Result<PathBuf> {
+    fn of(&self, sandbox_id: &str) -> Result<PathBuf, FileError> {
         if is_identifier(sandbox_id) && sandbox_id.len() <= 128 {
             return Ok(self.directory.join(sandbox_id));
         }
-        Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{sandbox_id:?} is no sandbox id")))
+        let path = Path::new(sandbox_id);
+        Err(FileError::at("sandbox id", path)(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "letters, digits, _ . and - are wanted, at most 128",
+        )))
     }
 }
 
@@ -190,7 +211,7 @@ mod tests {
         assert_eq!(records.ids().unwrap(), Vec::<String>::new());
         assert_eq!(records.read("a1").unwrap(), Recorded::Nothing);
         records.begin(&intent("a1")).unwrap();
-        assert_eq!(records.begin(&intent("a1")).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(records.begin(&intent("a1")).unwrap_err().source.kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(records.read("a1").unwrap(), Recorded::Intent(Box::new(intent("a1")), None));
         records.complete("a1", &json!({"ips": []})).unwrap();
         let full = Recorded::Intent(Box::new(intent("a1")), Some(json!({"ips": []})));
@@ -223,7 +244,7 @@ mod tests {
     fn ids_cannot_lead_elsewhere() {
         let records = Records::new("/nonexistent".into());
         for id in ["", "..", "../a", "a/b", ".hidden"] {
-            assert_eq!(records.read(id).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{id}");
+            assert_eq!(records.read(id).unwrap_err().source.kind(), io::ErrorKind::InvalidInput, "{id}");
         }
     }
 }

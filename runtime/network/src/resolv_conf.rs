@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use super::Dns;
+use super::attachment::Dns;
 use husk_base::text_file;
 
 const PATH: &str = "/etc/resolv.conf";

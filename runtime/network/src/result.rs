@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Dns;
+use super::attachment::Dns;
 
 /// What a pod needs to know of a result.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

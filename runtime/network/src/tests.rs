@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -360,8 +360,7 @@ fn a_pod_that_is_not_filtered_sends_what_it_likes() {
 
 #[test]
 fn the_kernel_has_what_pods_need() {
-    let probe = || netns::with_netlink(async |netlink| guest::probe(&netlink).await);
-    Host::run(async move |_| netns::run_in_new(probe).await.unwrap().unwrap().unwrap());
+    Host::run(async move |_| probe().await.unwrap());
 }
 
 #[test]
@@ -472,7 +471,7 @@ fn a_failing_plugin_is_named_and_everything_before_it_undone() {
             } else {
                 host.configure(json!([host.bridge(), {"type": "bad"}]));
             }
-            let error = attach(&network, &pod("aa", &[])).await.unwrap_err().to_string();
+            let error = husk_base::chain(&attach(&network, &pod("aa", &[])).await.unwrap_err());
             assert!(error.contains(words), "{error}");
             host.assert_clean();
         }
@@ -589,6 +588,24 @@ fn what_an_interrupted_attach_has_done_is_undone_later() {
         assert!(matches!(error, Error::Exists(_)), "{error}");
         assert_eq!(host.network().recorded().unwrap(), ["aa"]);
         host.network().detach("aa").await.unwrap();
+        host.assert_clean();
+    });
+}
+
+#[test]
+fn a_full_disk_is_found_among_the_causes() {
+    Host::run(async |host| {
+        fs::create_dir(host.path("records")).unwrap();
+        let none = None::<&str>;
+        mount(none, &host.path("records"), Some("tmpfs"), MsFlags::empty(), Some("size=4k")).unwrap();
+        host.configure(json!([host.bridge()]));
+        let _ = fs::write(host.path("records/.full"), [0; 8192]);
+        let error = attach(&host.network(), &pod("aa", &[])).await.unwrap_err();
+        assert!(husk_base::is_full_disk(&error), "{error:?}");
+        let text = husk_base::chain(&error);
+        assert!(text.contains("record of a pod's network") && text.ends_with("(os error 28)"), "{text}");
+        assert_eq!(text.matches("os error 28").count(), 1, "{text}");
+        fs::remove_file(host.path("records/.full")).unwrap();
         host.assert_clean();
     });
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use husk_config::Config;
-use husk_network::{Network, NetworkConfig, guest, netns};
+use husk_network::{self as network, Network, NetworkConfig};
 use husk_proto::cri;
 
 use super::report::{Finding, Report};
@@ -43,16 +43,13 @@ fn root() -> Finding {
 
 /// In a namespace that nobody else sees.
 async fn redirection() -> Finding {
-    let probe = || netns::with_netlink(async |netlink| guest::probe(&netlink).await);
-    let problem = match netns::run_in_new(probe).await {
-        Ok(Ok(Ok(()))) => {
-            return Finding::Ok("the kernel makes taps, and redirects and filters their traffic".into());
-        }
-        Ok(Ok(Err(error))) => error.to_string(),
-        Ok(Err(error)) => error.to_string(),
-        Err(error) => error.to_string(),
-    };
-    Finding::missing(problem, "modprobe -a tun veth bridge sch_ingress cls_u32 cls_bpf act_mirred")
+    match network::probe().await {
+        Ok(()) => Finding::Ok("the kernel makes taps, and redirects and filters their traffic".into()),
+        Err(error) => Finding::missing(
+            husk_base::chain(&error),
+            "modprobe -a tun veth bridge sch_ingress cls_u32 cls_bpf act_mirred",
+        ),
+    }
 }
 
 fn cni(config: &Config) -> Finding {

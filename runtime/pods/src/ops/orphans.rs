@@ -34,7 +34,11 @@ pub(super) async fn end(node: &Node, known: &[SandboxId]) {
         if !known.iter().any(|other| other.as_str() == id) {
             tracing::info!(sandbox = id, "give back a network that no record speaks of");
             if let Err(error) = node.network.detach(&id).await {
-                tracing::warn!(sandbox = id, %error, "give back an orphaned network");
+                tracing::warn!(
+                    sandbox = id,
+                    error = husk_base::chain(&error),
+                    "give back an orphaned network"
+                );
             }
         }
     }

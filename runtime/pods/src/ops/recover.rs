@@ -168,7 +168,8 @@ async fn check_networks(node: Arc<Node>) {
         if sandbox.record().phase == Phase::Ready
             && let Err(error) = node.network.check(sandbox.id.as_str()).await
         {
-            tracing::warn!(sandbox = %sandbox.id, %error, "the pod's network is not as it was");
+            let error = husk_base::chain(&error);
+            tracing::warn!(sandbox = %sandbox.id, error, "the pod's network is not as it was");
         }
     }
 }

@@ -1,0 +1,58 @@
+//! A pod that is connected.
+
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+/// A connected pod, as its machine and its agent need to know it.
+#[derive(Debug)]
+pub struct Attachment {
+    /// Where the namespace is pinned.
+    pub netns: PathBuf,
+    /// The pod's addresses, the main one first.
+    pub ips: Vec<IpAddr>,
+    /// The guest's interfaces, the main one first.
+    pub interfaces: Vec<GuestInterface>,
+    /// The guest's routes in the order in which they can be added.
+    pub routes: Vec<Route>,
+    /// Name service as the CNI plugins want it.
+    pub dns: Dns,
+}
+
+/// A network interface of the guest.
+#[derive(Debug)]
+pub struct GuestInterface {
+    /// "eth0".
+    pub name: String,
+    /// The MAC that the network knows it by.
+    pub mac: [u8; 6],
+    /// In bytes, without the Ethernet header.
+    pub mtu: u16,
+    /// "10.88.0.5/16".
+    pub addresses: Vec<String>,
+    /// Non-blocking, with `IFF_VNET_HDR`. The tap goes with its last descriptor.
+    /// `None` for the one that was handed out early.
+    pub tap: Option<OwnedFd>,
+}
+
+/// A route of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// "0.0.0.0/0".
+    pub destination: String,
+    /// `None` for a route on the link.
+    pub gateway: Option<IpAddr>,
+    /// Name of the guest's interface.
+    pub interface: String,
+}
+
+/// Name service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// Addresses of servers.
+    pub servers: Vec<String>,
+    /// Domains that are searched.
+    pub searches: Vec<String>,
+    /// As in `resolv.conf`.
+    pub options: Vec<String>,
+}
