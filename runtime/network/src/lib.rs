@@ -28,6 +28,7 @@ mod cni;
 mod conflist;
 mod filter;
 mod guest;
+mod leftovers;
 mod netns;
 mod plugin;
 mod pod;
@@ -116,6 +117,9 @@ pub enum Error {
     /// A CNI plugin failed.
     #[error(transparent)]
     Plugin(#[from] plugin::Error),
+    /// An interrupted call of a plugin does not end.
+    #[error(transparent)]
+    Leftovers(#[from] leftovers::Unending),
     /// The plugins' result cannot be used.
     #[error("CNI network {network}: {reason}")]
     Result {
@@ -365,6 +369,9 @@ impl Network {
                 netns::remove(&netns::path_of(sandbox_id))?;
             }
             Recorded::Intent(intent, result) => {
+                if result.is_none() {
+                    leftovers::end(sandbox_id).await?;
+                }
                 let (plugins, network) = (&self.plugins, &intent.network);
                 let here = target(&intent, netns::exists(&intent.netns));
                 let deleted = cni::del(plugins, network, here, &intent.capabilities, result.as_ref()).await;

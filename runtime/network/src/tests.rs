@@ -593,6 +593,39 @@ fn what_an_interrupted_attach_has_done_is_undone_later() {
 }
 
 #[test]
+fn a_plugin_that_outlives_its_caller_leaves_nothing() {
+    Host::run(async |host| {
+        let (started, lease) = (host.path("started"), host.path("leases/late"));
+        // A program of the plugin's does the work, as an IPAM plugin would.
+        let text = format!(
+            "cat >/dev/null; [ $CNI_COMMAND = ADD ] || exec rm -f {lease}
+             touch {started}
+             sh -c 'sleep 2; touch {lease}'
+             echo '{{\"ips\": [{{\"address\": \"10.1.2.3/24\"}}]}}'",
+            started = started.display(),
+            lease = lease.display(),
+        );
+        script(&host.path("bin/late"), &text);
+        host.configure(json!([{"type": "late"}]));
+        let network = host.network();
+        let target = pod("late-0123", &[]);
+        let mut attaching = Box::pin(attach(&network, &target));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !started.exists() {
+            assert!(Instant::now() < deadline);
+            let step = tokio::time::timeout(Duration::from_millis(20), &mut attaching).await;
+            assert!(step.is_err(), "{step:?}");
+        }
+        // A huskd that is killed drops nothing.
+        std::mem::forget(attaching);
+        host.network().detach("late-0123").await.unwrap();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(!lease.exists(), "the interrupted ADD went on behind DEL");
+        host.assert_clean();
+    });
+}
+
+#[test]
 fn a_full_disk_is_found_among_the_causes() {
     Host::run(async |host| {
         fs::create_dir(host.path("records")).unwrap();
