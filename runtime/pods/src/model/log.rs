@@ -2,13 +2,17 @@
 //! `<RFC 3339 time> <stdout|stderr> <F|P> <text>`, where `P` marks a piece of a
 //! longer line and `F` its last (or only) piece.
 
-use std::fs::{File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use chrono::{SecondsFormat, Utc};
 use husk_base::lock;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio_util::sync::CancellationToken;
 
@@ -18,31 +22,36 @@ use super::fanout::Fanout;
 const MAX_LINE: usize = 16 * 1024;
 
 /// The log of one container, which both of its streams write to.
+///
+/// The pod's log folder may be a volume of some pod: below it, nothing leads
+/// huskd elsewhere. Links on the way to the folder are the node's own, and fine.
 #[derive(Debug)]
 pub struct LogFile {
+    folder: PathBuf,
     path: PathBuf,
     file: Mutex<File>,
 }
 
 impl LogFile {
-    /// Opens the log at `path`, making its folder if there is none.
+    /// Opens the log at `path`, which is below the pod's log `folder`, making
+    /// folders that are not there.
     ///
     /// # Errors
-    /// The disk's.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
-        Ok(Self { path: path.into(), file: Mutex::new(append(path)?) })
+    /// The disk's; a symbolic link below the folder, and a log that is no
+    /// regular file.
+    pub fn open(folder: &Path, path: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let file = append(folder, path)?;
+        Ok(Self { folder: folder.into(), path: path.into(), file: Mutex::new(file) })
     }
 
     /// Goes on in a new file at the same path, after log rotation has moved the
     /// old one away.
     ///
     /// # Errors
-    /// The disk's; the old file stays in use then.
+    /// As [`LogFile::open`]; the old file stays in use then.
     pub fn reopen(&self) -> io::Result<()> {
-        let file = append(&self.path)?;
+        let file = append(&self.folder, &self.path)?;
         *lock(&self.file) = file;
         Ok(())
     }
@@ -52,9 +61,41 @@ impl LogFile {
     }
 }
 
-fn append(path: &Path) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    OpenOptions::new().create(true).append(true).mode(0o640).open(path)
+/// Opens a file below `folder` to append to it, one component after the other.
+fn append(folder: &Path, path: &Path) -> io::Result<File> {
+    let wrong = |reason: &str| io::Error::new(io::ErrorKind::InvalidInput, reason);
+    let inside = path.strip_prefix(folder).map_err(|_| wrong("it is not below the pod's log folder"))?;
+    let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut below = rustix::fs::open(folder, directory, Mode::empty())?;
+    let mut parts = inside.iter().peekable();
+    while let Some(part) = parts.next() {
+        if parts.peek().is_some() {
+            match rustix::fs::mkdirat(&below, part, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            below = open_below(&below, part, directory, Mode::empty())?;
+            continue;
+        }
+        // A fifo in the file's place must not hold the daemon up.
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = open_below(&below, part, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o640))?;
+        let file = File::from(file);
+        return if file.metadata()?.is_file() { Ok(file) } else { Err(wrong("it is not a regular file")) };
+    }
+    Err(wrong("it has no name"))
+}
+
+/// Opens an entry of a folder, and no link (openat2(2)).
+fn open_below(folder: &OwnedFd, name: &OsStr, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(folder, name, flags, mode, resolve).map_err(|errno| match errno {
+        Errno::LOOP => io::Error::other(format!(
+            "`{}` is a symbolic link: none is followed below the pod's log folder",
+            name.display()
+        )),
+        errno => errno.into(),
+    })
 }
 
 /// Copies a container's output stream to its log, and then to those who are
@@ -174,7 +215,7 @@ mod tests {
     async fn logged(bytes: &[u8]) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/0.log");
-        let log = LogFile::open(&path).unwrap();
+        let log = LogFile::open(folder.path(), &path).unwrap();
         copied(bytes, &log).await.unwrap();
         std::fs::read_to_string(path).unwrap().lines().map(|line| line[31..].to_owned()).collect()
     }
@@ -197,13 +238,54 @@ mod tests {
     async fn after_rotation_the_log_goes_on_in_a_new_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
-        let log = LogFile::open(&path).unwrap();
+        let log = LogFile::open(folder.path(), &path).unwrap();
         copied(&b"old\n"[..], &log).await.unwrap();
         std::fs::rename(&path, folder.path().join("0.log.1")).unwrap();
         log.reopen().unwrap();
         copied(&b"new\n"[..], &log).await.unwrap();
         assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout F new\n"));
         assert!(std::fs::read_to_string(folder.path().join("0.log.1")).unwrap().ends_with("stdout F old\n"));
+    }
+
+    #[test]
+    fn no_link_below_the_folder_leads_away() {
+        use std::os::unix::fs::symlink;
+        let root = tempfile::tempdir().unwrap();
+        let (folder, away) = (root.path().join("logs"), root.path().join("away"));
+        std::fs::create_dir_all(folder.join("c")).unwrap();
+        std::fs::create_dir(&away).unwrap();
+        symlink(&away, folder.join("dir")).unwrap();
+        symlink(away.join("file"), folder.join("c/0.log")).unwrap();
+        for path in ["dir/0.log", "c/0.log"] {
+            let error = LogFile::open(&folder, &folder.join(path)).unwrap_err().to_string();
+            assert!(error.contains("symbolic link"), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(&away).unwrap().count(), 0);
+        // Nor does one that takes the place of a log that is to be reopened.
+        let log = LogFile::open(&folder, &folder.join("c/1.log")).unwrap();
+        std::fs::rename(folder.join("c/1.log"), folder.join("c/1.log.old")).unwrap();
+        symlink(away.join("file"), folder.join("c/1.log")).unwrap();
+        log.reopen().unwrap_err();
+        log.write(b"still here").unwrap();
+        assert_eq!(std::fs::read(folder.join("c/1.log.old")).unwrap(), b"still here");
+        assert_eq!(std::fs::read_dir(&away).unwrap().count(), 0);
+        // A folder that the node itself leads elsewhere is fine.
+        let linked = root.path().join("linked");
+        symlink(&folder, &linked).unwrap();
+        LogFile::open(&linked, &linked.join("new/0.log")).unwrap();
+        assert!(folder.join("new/0.log").is_file());
+        LogFile::open(&folder, &away.join("0.log")).unwrap_err();
+    }
+
+    #[test]
+    fn a_fifo_is_no_log_and_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("0.log");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        LogFile::open(folder.path(), &path).unwrap_err();
+        let _reader = File::options().read(true).write(true).open(&path).unwrap();
+        let error = LogFile::open(folder.path(), &path).unwrap_err().to_string();
+        assert!(error.contains("regular file"), "{error}");
     }
 
     struct Broken;
@@ -218,7 +300,7 @@ mod tests {
     async fn what_breaks_off_is_logged_to_its_last_byte() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
-        let log = LogFile::open(&path).unwrap();
+        let log = LogFile::open(folder.path(), &path).unwrap();
         assert!(copied(AsyncReadExt::chain(&b"one\ntwo"[..], Broken), &log).await.is_err());
         assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout P two\n"));
     }

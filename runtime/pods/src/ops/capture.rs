@@ -206,7 +206,7 @@ mod tests {
         let pod = pod_of(fake.serve(folder.path(), SOON).await);
         let (sandbox, container) = running(folder.path(), "p", Events::default());
         let path = folder.path().join("0.log");
-        container.set_log(Some(Arc::new(LogFile::open(&path).unwrap())));
+        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
         follow(&sandbox, &pod, &container).await.unwrap();
         let has = async |lines: &[&str]| {
             let met = async {
@@ -232,7 +232,7 @@ mod tests {
         let pod = pod_of(fake.serve(folder.path(), SOON).await);
         let (sandbox, container) = running(folder.path(), "p", Events::default());
         let path = folder.path().join("0.log");
-        container.set_log(Some(Arc::new(LogFile::open(&path).unwrap())));
+        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
         resume(&sandbox, &pod, &container).await;
         timeout(SOON, container.wait_exited()).await.unwrap();
         assert!(logged(&path).contains(&"stdout F last words".to_owned()));

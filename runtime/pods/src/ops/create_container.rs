@@ -1,6 +1,7 @@
 //! Making a container: the image's disk and the volumes into the pod, the OCI
 //! configuration, `runc create` by the agent, the log.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use husk_backend::{Claim, FileServer, RunningPod};
@@ -120,7 +121,8 @@ async fn make(
 ) -> Result<(), Error> {
     let record = container.record().clone();
     if !record.log_path.as_os_str().is_empty() {
-        let log = LogFile::open(&record.log_path).map_err(|cause| Error::File {
+        let folder = sandbox.record().config.log_directory.clone();
+        let log = LogFile::open(Path::new(&folder), &record.log_path).map_err(|cause| Error::File {
             stage: "open container log",
             path: record.log_path.clone(),
             cause,

@@ -302,7 +302,8 @@ fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> std::io::Result<()> {
                 let container = Arc::new(container);
                 let record = container.record().clone();
                 if !record.log_path.as_os_str().is_empty() {
-                    match LogFile::open(&record.log_path) {
+                    let folder = sandbox.record().config.log_directory.clone();
+                    match LogFile::open(Path::new(&folder), &record.log_path) {
                         Ok(log) => container.set_log(Some(Arc::new(log))),
                         Err(error) => {
                             tracing::warn!(container = %container.id, %error, "open log; output is lost from here on");
