@@ -1,11 +1,11 @@
-//! What CNI plugins are told of a pod: `CNI_ARGS`, and the capability arguments
+//! The pod's part of a CNI call: `CNI_ARGS`, and the capability arguments
 //! of CNI's conventions (CONVENTIONS.md).
 
 use serde_json::{Map, Value, json};
 
 use super::pod::{PodRef, Protocol};
 
-/// What a pod may send or receive at once, as long as it has been quiet before:
+/// The burst of a pod that has been quiet, which it sends or receives at once:
 /// a tenth of a second's worth, and never less than a few of the largest
 /// segments, 64 KiB, that interfaces hand over in one piece. In bits.
 const BURST_PART: u64 = 10;
@@ -36,7 +36,7 @@ pub(super) fn args(pod: &PodRef<'_>) -> Result<String, String> {
     Ok(args)
 }
 
-/// What the pod wants of plugins that have the capability.
+/// Capability arguments, for plugins that have the capability.
 pub(super) fn capabilities(pod: &PodRef<'_>) -> Map<String, Value> {
     let mut capabilities = Map::new();
     let mappings = port_mappings(pod);
@@ -80,8 +80,8 @@ fn port_mappings(pod: &PodRef<'_>) -> Vec<Value> {
     mappings.collect()
 }
 
-/// Capabilities that the pod wants and that no plugin of the network has: what
-/// is asked for by them will not be.
+/// Capabilities that the pod needs and no plugin of the network has. The pod
+/// starts without them.
 pub(super) fn missing<'a>(wanted: &'a Map<String, Value>, plugins: &[Map<String, Value>]) -> Vec<&'a str> {
     let has = |plugin: &Map<String, Value>, name: &str| {
         plugin.get("capabilities").and_then(|has| has.get(name)) == Some(&Value::Bool(true))

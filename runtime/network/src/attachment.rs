@@ -7,7 +7,7 @@ use std::path::PathBuf;
 /// A connected pod, as its machine and its agent need to know it.
 #[derive(Debug)]
 pub struct Attachment {
-    /// Where the namespace is pinned.
+    /// The file that pins the namespace.
     pub netns: PathBuf,
     /// The pod's addresses, the main one first.
     pub ips: Vec<IpAddr>,
@@ -26,7 +26,7 @@ pub struct GuestInterface {
     pub name: String,
     /// The MAC that the network knows it by.
     pub mac: [u8; 6],
-    /// In bytes, without the Ethernet header.
+    /// The largest packet, bytes, without the Ethernet header.
     pub mtu: u16,
     /// "10.88.0.5/16".
     pub addresses: Vec<String>,
@@ -53,6 +53,6 @@ pub struct Dns {
     pub servers: Vec<String>,
     /// Domains that are searched.
     pub searches: Vec<String>,
-    /// As in `resolv.conf`.
+    /// Options of `resolv.conf`.
     pub options: Vec<String>,
 }

@@ -17,9 +17,9 @@ const STATUS_AND_GC: &str = "1.1.0";
 pub struct AddFailed {
     /// Place of the plugin that failed.
     pub at: usize,
-    /// What the plugins before it answered.
+    /// The answer of the plugins before it.
     pub result: Option<Value>,
-    /// Why.
+    /// The reason.
     pub error: plugin::Error,
 }
 

@@ -35,9 +35,9 @@ pub enum Error {
     /// The file is not a CNI configuration.
     #[error("CNI configuration {path}: {reason}", path = path.display())]
     Invalid {
-        /// Of the file.
+        /// The file.
         path: PathBuf,
-        /// In words.
+        /// The reason.
         reason: String,
     },
 }
@@ -176,7 +176,7 @@ fn flag(file: &Map<String, Value>, name: &str) -> Result<bool, String> {
     }
 }
 
-/// What CNI allows as a network name and as a container id (section 2).
+/// Whether CNI allows a text as a network name and as a container id (section 2).
 pub(super) fn is_identifier(text: &str) -> bool {
     let rest = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
     text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(rest)

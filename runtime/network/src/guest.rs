@@ -1,4 +1,4 @@
-//! From the interfaces that CNI made in a netns to those of the guest.
+//! The guest's interfaces, made from those that CNI made in a netns.
 //!
 //! Each one is paired with a tap: whatever arrives at one leaves by the other,
 //! by tc filters on their ingress ([`super::tc`]), but for frames of the guest
@@ -8,8 +8,8 @@
 //! must stay: plugins read them back on DEL to know which firewall rules are
 //! theirs.
 //!
-//! The guest is told what is really configured in the namespace and not what
-//! the plugins printed: some (ptp, Calico) add routes that are in no result.
+//! The guest gets what is really configured in the namespace and not what the
+//! plugins printed: some (ptp, Calico) add routes that are in no result.
 
 use std::io;
 use std::net::IpAddr;
@@ -35,7 +35,7 @@ const MAX_INTERFACES: usize = 8;
 /// A step that the kernel refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// One of ours.
+    /// A step of huskd's own.
     #[error("{step}")]
     Kernel {
         /// "make the tap of eth0".
@@ -46,7 +46,7 @@ pub enum Error {
     /// The plugins left no interface that is up.
     #[error("the CNI plugins made no Ethernet interface {0} in the pod's network namespace")]
     NoInterface(String),
-    /// More than [`MAX_INTERFACES`].
+    /// There are more than [`MAX_INTERFACES`] interfaces.
     #[error("the CNI plugins made {0} interfaces, and a pod can have {MAX_INTERFACES}")]
     TooMany(usize),
     /// More addresses than there is room for in a filter.
@@ -73,9 +73,9 @@ pub struct Guest {
 /// The interface that CNI was asked for.
 #[derive(Clone, Debug)]
 pub struct Main {
-    /// Its name.
+    /// The name, "eth0".
     pub name: String,
-    /// Its addresses in the plugins' result. They matter where a plugin leaves it
+    /// Addresses in the plugins' result. They matter where a plugin leaves it
     /// to the machine to configure them.
     pub addresses: Vec<IpNet>,
 }

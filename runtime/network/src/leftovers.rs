@@ -4,8 +4,8 @@
 //! run beside such an ADD, what the ADD does last would stay for ever: a lease,
 //! a firewall rule. So nothing of the ADD may run any more when DEL begins.
 //!
-//! What belongs to a call is known by its environment, which the programs that a
-//! plugin starts (an IPAM plugin, `iptables`) have inherited.
+//! The processes of a call are found by their environment, which the programs that
+//! a plugin starts (an IPAM plugin, `iptables`) inherit.
 
 use std::fs;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
 
-/// How long the kernel may take to end what was killed.
+/// The longest wait for the end of killed processes.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// How often to look whether it has ended.
+/// The pause between two looks.
 const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Processes of an interrupted call do not end.

@@ -71,7 +71,7 @@ use record::{Intent, Recorded, Records};
 /// The interface that CNI plugins are asked for.
 const INTERFACE: &str = "eth0";
 
-/// Where things are, and how long plugins may take.
+/// Paths of CNI, and the deadline of its plugins.
 #[derive(Clone, Debug)]
 pub struct NetworkConfig {
     /// CNI network configurations, `/etc/cni/net.d`.
@@ -81,7 +81,7 @@ pub struct NetworkConfig {
     /// Records of connected pods. On a disk that survives a reboot, since so
     /// do the leases of IPAM plugins.
     pub cache_dir: PathBuf,
-    /// For one call of one plugin.
+    /// The deadline of one call of one plugin.
     pub plugin_timeout: Duration,
 }
 
@@ -125,7 +125,7 @@ pub enum Error {
     Result {
         /// Name of the network.
         network: String,
-        /// In words.
+        /// The reason.
         reason: String,
     },
     /// The interfaces could not be joined to taps.
@@ -143,7 +143,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// Touches nothing yet.
+    /// Makes the value. Nothing is read or made on disk yet.
     #[must_use]
     pub fn new(config: NetworkConfig) -> Self {
         Self {
@@ -184,7 +184,7 @@ impl Network {
     /// Whether a pod is still connected as it was when it came.
     ///
     /// # Errors
-    /// What the plugins miss.
+    /// The plugin that misses something, and its reason.
     pub async fn check(&self, sandbox_id: &str) -> Result<(), Error> {
         match self.records.read(sandbox_id)? {
             Recorded::Intent(intent, Some(result)) => {
@@ -196,7 +196,7 @@ impl Network {
     }
 
     /// Has the plugins give back what they hold for pods that are not recorded.
-    /// What goes wrong is logged: the next start tries again.
+    /// Failures are logged: the next start tries again.
     pub async fn collect_garbage(&self) {
         let (Ok(network), Ok(ids)) = (conflist::load(&self.conf_dir), self.records.ids()) else { return };
         let valid: Vec<_> = ids.iter().map(|id| (id.as_str(), INTERFACE)).collect();
@@ -225,7 +225,7 @@ impl Network {
     /// no tap, and nothing to configure that the plugins have not.
     ///
     /// # Errors
-    /// As [`Network::attach`].
+    /// The same as those of [`Network::attach`].
     pub async fn attach_host_pod(&self, pod: &PodRef<'_>) -> Result<Attachment, Error> {
         self.connect(pod, None).await
     }
@@ -308,7 +308,7 @@ impl Network {
         }
     }
 
-    /// What follows a successful ADD. `filtered` is `None` for a pod without taps.
+    /// Completes a pod after a successful ADD. `filtered` is `None` for a pod without taps.
     async fn finish(
         &self,
         intent: &Intent,

@@ -17,10 +17,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{NSFS_MAGIC, statfs};
 use tokio::sync::oneshot;
 
-/// Where `ip netns` keeps its namespaces.
+/// The folder in which `ip netns` pins namespaces.
 const DIRECTORY: &str = "/run/netns";
 
-/// For work of our own in a namespace, which is a few calls of the kernel.
+/// The deadline of huskd's own work in a namespace, which is a few calls of the kernel.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A namespace could not be made, entered or removed.
@@ -38,7 +38,7 @@ impl Error {
     }
 }
 
-/// Where the namespace of a sandbox is pinned. Thirteen characters of an id are
+/// The file that pins the namespace of a sandbox. Thirteen characters of an id are
 /// what people and tools show of it.
 #[must_use]
 pub fn path_of(sandbox_id: &str) -> PathBuf {

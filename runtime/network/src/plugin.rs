@@ -21,9 +21,9 @@ use tokio::process::{Child, Command};
 /// Most bytes of a plugin's answer.
 const MAX_STDOUT: u64 = 1024 * 1024;
 
-/// Bytes of a plugin's log that are read, and of these the last that are told.
+/// Bytes of a plugin's log that are read, and of these the last that errors show.
 const MAX_STDERR: u64 = 256 * 1024;
-const TOLD_STDERR: usize = 500;
+const SHOWN_STDERR: usize = 500;
 
 /// A call went wrong.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,7 @@ pub enum Error {
     NotFound {
         /// Type of the plugin.
         plugin: String,
-        /// Where it was looked for.
+        /// The directories that were searched.
         directories: String,
     },
     /// The program did not start.
@@ -61,7 +61,7 @@ pub enum Error {
         plugin: String,
         /// The command, "ADD".
         command: Verb,
-        /// In the plugin's words.
+        /// The plugin's own text.
         reason: String,
     },
     /// The plugin succeeded with an answer that is none.
@@ -71,23 +71,23 @@ pub enum Error {
         plugin: String,
         /// The command, "ADD".
         command: Verb,
-        /// In words.
+        /// The reason.
         reason: String,
     },
 }
 
-/// What a plugin is asked to do.
+/// A command of CNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
     /// Connect a pod.
     Add,
-    /// Disconnect it.
+    /// Disconnect a pod.
     Del,
-    /// Say whether it is connected as it was.
+    /// Compare the pod's connection with the result of ADD.
     Check,
-    /// Say whether pods can be connected.
+    /// Report whether pods can be connected.
     Status,
-    /// Give back what no pod has any more.
+    /// Release what no pod has any more.
     Gc,
 }
 
@@ -117,16 +117,16 @@ pub struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// For calls that are about no pod.
+    /// The target of calls that are about no pod.
     pub const NONE: Self = Self { sandbox_id: "", netns: None, interface: "", args: "" };
 }
 
-/// Where plugins are and how long they may take.
+/// The plugins of the node, and their deadline.
 #[derive(Clone, Debug)]
 pub struct Plugins {
     /// Directories with plugins, the first that has one wins.
     pub directories: Vec<PathBuf>,
-    /// For one call of one plugin.
+    /// The deadline of one call of one plugin.
     pub timeout: Duration,
 }
 
@@ -152,7 +152,7 @@ impl Plugins {
     /// is `Value::Null` when it was nothing.
     ///
     /// # Errors
-    /// See [`Error`]. The plugin and what it started are dead then.
+    /// Any of [`Error`]. The plugin and the programs that it started are dead then.
     pub async fn call(
         &self,
         plugin: &str,
@@ -269,7 +269,7 @@ async fn read_bounded(stream: Option<impl AsyncRead + Unpin>, limit: u64) -> io:
 }
 
 impl Output {
-    /// Why the plugin failed: its error object (section 5, "Error"), or else
+    /// The reason of a failure: the plugin's error object (section 5, "Error"), or else
     /// its log, or else how it ended.
     fn reason(&self) -> String {
         #[derive(Deserialize)]
@@ -299,7 +299,7 @@ impl Output {
 /// The end of a text, as far as an error message has room for it.
 fn excerpt(text: &[u8]) -> String {
     let text = text.trim_ascii();
-    let start = text.len().saturating_sub(TOLD_STDERR);
+    let start = text.len().saturating_sub(SHOWN_STDERR);
     String::from_utf8_lossy(text.get(start..).unwrap_or_default()).into_owned()
 }
 

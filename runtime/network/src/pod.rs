@@ -15,7 +15,7 @@ pub struct PodRef<'a> {
     pub uid: &'a str,
     /// Ports of the host that lead to the pod.
     pub port_mappings: &'a [PortMapping],
-    /// How much the pod may send and receive.
+    /// Limits of its traffic.
     pub bandwidth: Bandwidth,
     /// Whether frames that its machine sends in the name of others are dropped.
     pub filtered: bool,

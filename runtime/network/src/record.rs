@@ -1,4 +1,4 @@
-//! What is on disk about each pod's network, so that it can be undone.
+//! The records on disk of each pod's network, so that it can be undone.
 //!
 //! `<cache_dir>/<sandbox id>/intent.json` is written and synced before
 //! anything is made: after a crash at any instruction, or a power cut, it says
@@ -21,12 +21,12 @@ use super::conflist::{NetworkList, is_identifier};
 const INTENT: &str = "intent.json";
 const RESULT: &str = "result.json";
 
-/// All that DEL needs.
+/// Everything that DEL needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Intent {
     /// The sandbox.
     pub sandbox_id: String,
-    /// Where its netns is pinned.
+    /// The file that pins the sandbox's netns.
     pub netns: PathBuf,
     /// `CNI_IFNAME`.
     pub interface: String,
@@ -38,7 +38,7 @@ pub struct Intent {
     pub network: NetworkList,
 }
 
-/// What is known of a sandbox.
+/// The record of a sandbox, as far as there is one.
 #[derive(Debug, PartialEq)]
 pub enum Recorded {
     /// Nothing at all.

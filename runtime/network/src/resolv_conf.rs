@@ -1,5 +1,5 @@
-//! What the host's resolver is configured with (resolv.conf(5)), for pods of
-//! which neither the client nor the network says anything.
+//! The configuration of the host's resolver (resolv.conf(5)), for pods that get
+//! none from the client or the network.
 
 use std::net::IpAddr;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! What CNI plugins answer to ADD, in every version of the format.
+//! Answers of CNI plugins to ADD, in every version of the format.
 //!
 //! 0.1.0 and 0.2.0 have `ip4` and `ip6`; from 0.3.0 on there are lists of
 //! `interfaces`, `ips` and `routes`. 1.0.0 dropped `version` from `ips`, and
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::attachment::Dns;
 
-/// What a pod needs to know of a result.
+/// The part of a result that matters for a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodResult {
     /// The pod's addresses, the first is its main one.

@@ -1,4 +1,4 @@
-//! What the head of a request says about how its client wants to talk.
+//! The choice of a protocol, by the head of a client's request.
 
 use hyper::HeaderMap;
 use hyper::header::{CONNECTION, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
@@ -6,11 +6,11 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::status::Language;
 
-/// Where a SPDY client names the protocols it knows, and is told the one that
-/// is spoken.
+/// The header in which a SPDY client names the protocols that it knows, and the
+/// answer names the one that is spoken.
 pub const STREAM_PROTOCOL: &str = "x-stream-protocol-version";
 
-/// Where a SPDY client that knows none of ours is told them.
+/// The header that names our protocols to a SPDY client that knows none of them.
 pub const ACCEPTED_PROTOCOLS: &str = "x-accepted-stream-protocol-versions";
 
 /// The value of `Upgrade` for SPDY.
@@ -19,15 +19,15 @@ pub const SPDY: &str = "SPDY/3.1";
 /// The port-forward protocol over SPDY.
 pub const PORTS: &str = "portforward.k8s.io";
 
-/// The same in a WebSocket.
+/// The port-forward protocol in a WebSocket.
 pub const PORTS_TUNNELLED: &str = "SPDY/3.1+portforward.k8s.io";
 
 /// A protocol of exec and attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Protocol {
-    /// As it is named on the wire.
+    /// The name on the wire.
     pub name: &'static str,
-    /// Of the error stream.
+    /// The language of the error stream.
     pub language: Language,
     /// There is a stream for the terminal's size.
     pub resizes: bool,
@@ -44,7 +44,7 @@ const fn protocol(name: &'static str, language: Language, resizes: bool) -> Prot
 /// Spoken over SPDY to clients that name none.
 pub const OLDEST: Protocol = protocol("channel.k8s.io", Language::Text, false);
 
-/// Over SPDY.
+/// Spoken over SPDY, the best first.
 pub const SPDY_PROTOCOLS: [Protocol; 4] = [
     protocol("v4.channel.k8s.io", Language::Status, true),
     protocol("v3.channel.k8s.io", Language::Text, true),
@@ -52,7 +52,7 @@ pub const SPDY_PROTOCOLS: [Protocol; 4] = [
     OLDEST,
 ];
 
-/// Over WebSocket. There is a channel for the terminal's size in all of them.
+/// Spoken over WebSocket, the best first. There is a channel for the terminal's size in all of them.
 pub const WEBSOCKET_PROTOCOLS: [Protocol; 5] = [
     Protocol { closes: true, ..protocol("v5.channel.k8s.io", Language::Status, true) },
     protocol("v4.channel.k8s.io", Language::Status, true),
@@ -64,14 +64,14 @@ pub const WEBSOCKET_PROTOCOLS: [Protocol; 5] = [
 /// Spoken over WebSocket to clients that name none.
 pub const OLDEST_WEBSOCKET: Protocol = protocol("channel.k8s.io", Language::Text, true);
 
-/// What is to carry the streams.
+/// The transport of the streams.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Carrier {
     /// SPDY/3.1.
     Spdy,
     /// A WebSocket.
     WebSocket {
-        /// What proves to the client that it was understood.
+        /// The proof to the client that its handshake was understood.
         accept: String,
     },
 }
@@ -79,7 +79,7 @@ pub enum Carrier {
 /// Reads which carrier the client wants.
 ///
 /// # Errors
-/// In words.
+/// The reason, for the client.
 pub fn carrier(headers: &HeaderMap) -> Result<Carrier, &'static str> {
     if !values(headers, CONNECTION.as_str()).any(|value| value.eq_ignore_ascii_case("upgrade")) {
         return Err("this address is for streams: ask for an upgrade to SPDY/3.1 or websocket");

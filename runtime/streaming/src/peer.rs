@@ -18,13 +18,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// How often to look.
+/// The pause between two looks.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long what is still to be said to a client that says nothing more may take.
-const LAST_WORDS: Duration = Duration::from_secs(10);
+/// The time that a client which sends nothing more has to take the rest.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long a client may take to close once the kernel has everything that it is
+/// The time that a client has to close once the kernel has everything that it is
 /// to get. Until then what it still sends is read and dropped: a socket closed
 /// over unread bytes would take back what the client has not read yet. Long
 /// enough to read slowly what the kernel's buffers hold.
@@ -33,7 +33,7 @@ pub const CLOSE_DEADLINE: Duration = Duration::from_secs(3600);
 /// Returns when a client has gone and had time to take the rest.
 pub async fn left_alone(gone: &CancellationToken) {
     gone.cancelled().await;
-    tokio::time::sleep(LAST_WORDS).await;
+    tokio::time::sleep(DRAIN_DEADLINE).await;
 }
 
 /// A second descriptor of a client's socket.

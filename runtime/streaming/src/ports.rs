@@ -17,7 +17,7 @@ use super::pump;
 use super::session::Connect;
 use super::spdy::{Connection, Stream};
 
-/// How long one stream of a connection may wait for the other.
+/// The longest wait of a connection's one stream for the other.
 const PAIR_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Serves one client until it goes.
@@ -133,7 +133,7 @@ async fn forward(pair: Pair, connect: Connect) {
     }
 }
 
-/// From the client to the port.
+/// Copies from the client to the port.
 async fn up(mut from_client: Incoming, mut writer: OwnedWriteHalf) {
     while let Some(bytes) = from_client.recv().await {
         if writer.write_all(&bytes).await.is_err() {
@@ -143,7 +143,7 @@ async fn up(mut from_client: Incoming, mut writer: OwnedWriteHalf) {
     let _ = writer.shutdown().await;
 }
 
-/// From the port to the client. A connection to the agent that breaks is reset:
+/// Copies from the port to the client. A connection to the agent that breaks is reset:
 /// it shall not look like an end. One that the agent closes is an end, also
 /// when the port's server has reset its own.
 async fn down(reader: OwnedReadHalf, to_client: Outgoing) {

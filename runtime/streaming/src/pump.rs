@@ -8,7 +8,7 @@ use tokio::net::UnixStream;
 
 use super::pipe::{Incoming, Outgoing, PIECE};
 
-/// What the guest has to say next: at least one byte, or none at its end. A
+/// Reads the guest's next bytes: at least one, or none at the stream's end. A
 /// stream that is silent holds no buffer.
 ///
 /// # Errors
@@ -25,7 +25,7 @@ pub async fn read(from: &UnixStream) -> io::Result<BytesMut> {
     }
 }
 
-/// From the guest to the client, to the end; without a client that wants it, to
+/// Copies from the guest to the client, to the end; without a client that wants it, to
 /// nowhere.
 ///
 /// # Errors
@@ -49,7 +49,7 @@ pub async fn output(from: UnixStream, to: Option<Outgoing>) -> io::Result<()> {
     Ok(())
 }
 
-/// From the client to the guest, until either has had enough.
+/// Copies from the client to the guest, until either has ended.
 pub async fn input(mut from: Incoming, mut to: UnixStream) {
     while let Some(bytes) = from.recv().await {
         if to.write_all(&bytes).await.is_err() {

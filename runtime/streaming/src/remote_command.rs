@@ -12,7 +12,7 @@ use super::resize::Sizes;
 use super::session::{Client, Run, StreamOptions};
 use super::spdy::{Connection, Stream};
 
-/// How long a client may take to open its streams.
+/// The time that a client has to open its streams.
 const STREAMS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Serves one client to the end.

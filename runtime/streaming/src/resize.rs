@@ -9,10 +9,10 @@ use super::pipe::Incoming;
 /// Most bytes of an object.
 const MAX_OBJECT: usize = 1024;
 
-/// Characters.
+/// The size of a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct Size {
-    /// In a line.
+    /// Characters of a line.
     #[serde(rename = "Width")]
     pub columns: u16,
     /// Lines.
@@ -28,7 +28,7 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Reads them off this one.
+    /// Makes a reader of a resize stream.
     #[must_use]
     pub const fn new(stream: Incoming) -> Self {
         Self { stream, rest: Vec::new() }

@@ -26,10 +26,10 @@ use super::{ports, remote_command, spdy, tokens, tunnel, websocket};
 /// Most sessions at a time, each of a client that has brought a token.
 const MAX_SESSIONS: usize = 1000;
 
-/// How long a client may take to send a request's head.
+/// The time that a client has to send a request's head.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long a connection may last without a session.
+/// The longest life of a connection without a session.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Longest head, bytes.
@@ -101,7 +101,7 @@ fn keep_alive(socket: &TcpStream) -> nix::Result<()> {
     setsockopt(socket, sockopt::KeepAlive, &true)
 }
 
-/// What a connection has until a session takes it over.
+/// The parts of a connection that a session takes over.
 type Held = std::sync::Mutex<Option<(Peer, Place)>>;
 
 fn answer(

@@ -1,19 +1,19 @@
-//! How an exec or attach ended, as the error stream tells it.
+//! The end of an exec or attach, as the error stream reports it.
 
 use serde_json::json;
 
-/// How it ended.
+/// The end of a session's command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
     /// The command returned 0, or the client has detached.
     Success,
     /// The command returned something else.
     Exit(i32),
-    /// It did not come to an end by itself, or never started.
+    /// The command did not come to an end by itself, or never started.
     Failed(String),
 }
 
-/// What the client understands on its error stream.
+/// The language of a client's error stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Language {
     /// Text, and nothing for a success: versions 1 to 3.
@@ -23,7 +23,7 @@ pub enum Language {
 }
 
 impl ExitStatus {
-    /// In the client's language.
+    /// Encodes the status in the client's language.
     #[must_use]
     pub fn encode(&self, language: Language) -> String {
         match language {

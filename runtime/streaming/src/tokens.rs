@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use husk_base::lock;
 
-/// How long a URL waits for its client.
+/// The life of a URL that no client has used.
 pub const LIFETIME: Duration = Duration::from_secs(60);
 
 /// Most URLs that wait at a time.
@@ -33,7 +33,7 @@ pub enum Error {
     NoRandomness,
 }
 
-/// What waits for clients, by token.
+/// Sessions that wait for their clients, by token.
 #[derive(Debug)]
 pub struct Tokens<T>(Mutex<HashMap<String, (Instant, T)>>);
 
@@ -47,7 +47,7 @@ impl<T> Tokens<T> {
     /// Keeps `what` for whoever brings the token.
     ///
     /// # Errors
-    /// See [`Error`].
+    /// Any of [`Error`].
     pub fn give(&self, what: T) -> Result<String, Error> {
         let mut secret = [0u8; SECRET];
         husk_base::random::fill(&mut secret).map_err(|_| Error::NoRandomness)?;
@@ -68,7 +68,7 @@ impl<T> Tokens<T> {
         lock(&self.0).retain(|_, (until, _)| *until > now);
     }
 
-    /// What the token stands for: once, and in time.
+    /// Takes out what a token stands for, if it has not expired.
     pub fn take(&self, token: &str) -> Option<T> {
         let (until, what) = lock(&self.0).remove(token)?;
         (until > Instant::now()).then_some(what)

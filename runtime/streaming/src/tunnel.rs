@@ -30,16 +30,16 @@ pub async fn socket<S: AsyncRead + AsyncWrite + Unpin>(connection: S) -> WebSock
     WebSocketStream::from_raw_socket(connection, Role::Server, Some(limits)).await
 }
 
-/// See the [module](self).
+/// A WebSocket as a stream of bytes.
 #[derive(Debug)]
 pub struct Tunnel<S> {
     socket: WebSocketStream<S>,
-    /// What is left of the last message.
+    /// The rest of the last message.
     rest: Bytes,
 }
 
 impl<S> Tunnel<S> {
-    /// Through this one.
+    /// Makes the stream of a WebSocket.
     pub const fn new(socket: WebSocketStream<S>) -> Self {
         Self { socket, rest: Bytes::new() }
     }

@@ -40,7 +40,7 @@ const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 const CLOSE: u8 = 255;
 
-/// How often a client whose input nobody takes is told that it is not alone.
+/// The pause between two pongs to a client whose input nobody takes.
 const REASSURANCE: Duration = Duration::from_secs(15);
 
 /// Serves one client to the end.
@@ -93,7 +93,7 @@ pub async fn serve<S>(
     }
 }
 
-/// Says every now and then that somebody is there; for ever.
+/// Sends a pong every now and then, for ever.
 async fn reassure(pongs: &mpsc::Sender<Command>, answered: &mut Instant) -> Infallible {
     loop {
         sleep_until(*answered + REASSURANCE).await;
@@ -156,8 +156,8 @@ impl Channels {
         }
     }
 
-    /// As the binary protocols have it. In the others the channel is a digit, and
-    /// base64 what follows.
+    /// Converts a message to the form of the binary protocols. In the others the channel
+    /// is a digit, and what follows is base64.
     fn unpack(&self, message: Bytes) -> Option<Bytes> {
         let Some((channel, rest)) = message.split_first().filter(|_| self.base64) else {
             return Some(message);
@@ -195,7 +195,7 @@ impl Channels {
     }
 }
 
-/// Writes what it is told until it is told to close.
+/// Obeys commands until the one to close.
 async fn write<S>(
     mut sink: SplitSink<WebSocketStream<S>, Message>,
     mut commands: mpsc::Receiver<Command>,
@@ -228,7 +228,7 @@ where
     Ok(())
 }
 
-/// The other way round than [`Channels::unpack`].
+/// The inverse of [`Channels::unpack`].
 fn pack(channel: u8, bytes: &[u8], base64: bool) -> Message {
     if base64 {
         return Message::text(format!("{channel}{}", STANDARD.encode(bytes)));

@@ -12,7 +12,7 @@ pub const MAX_LENGTH: usize = 4096;
 /// A load that tells whether the frame had a VLAN tag (`SKF_AD_VLAN_TAG_PRESENT`).
 pub const VLAN_TAG_PRESENT: u32 = (libc::SKF_AD_OFF + 48).cast_unsigned();
 
-/// How many bytes a load takes, in network byte order.
+/// The bytes that a load takes, in network byte order.
 #[derive(Clone, Copy, Debug)]
 pub enum Size {
     /// Four.
@@ -23,7 +23,7 @@ pub enum Size {
     Byte,
 }
 
-/// Where a load starts. A load beyond the frame's end ends the program with 0.
+/// The place of a load. A load beyond the frame's end ends the program with 0.
 #[derive(Clone, Copy, Debug)]
 pub enum At {
     /// Bytes from the frame's start.
@@ -40,7 +40,7 @@ pub struct Label(usize);
 #[derive(Debug, Default)]
 pub struct Assembler {
     code: Vec<sock_filter>,
-    /// For each label, the unconditional jumps that lead to it.
+    /// The unconditional jumps to each label.
     jumps: Vec<Vec<usize>>,
 }
 

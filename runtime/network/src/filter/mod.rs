@@ -1,4 +1,4 @@
-//! Which of a guest's frames may leave its tap: those whose sender is the pod.
+//! The filter of a guest's frames: those leave its tap whose sender is the pod.
 //!
 //! The guest's frames never pass the netfilter hooks of the pod's namespace,
 //! because tc takes them before. So tc itself looks at them, with a classic

@@ -30,19 +30,19 @@ const WINDOW_STEP: u32 = 32 * 1024;
 /// A stream that the client has opened; the answer to it is on its way.
 #[derive(Debug)]
 pub struct Stream {
-    /// Its number.
+    /// The stream's number.
     pub id: u32,
-    /// What it is for.
+    /// The client's headers, which say what the stream is for.
     pub headers: Block,
-    /// What the client says on it.
+    /// Bytes from the client.
     pub incoming: Incoming,
-    /// What the client hears on it.
+    /// Bytes to the client.
     pub outgoing: Outgoing,
     /// The client has reset it, or gone.
     pub reset: CancellationToken,
 }
 
-/// See the [module](self). Dropped, it ends at once.
+/// The server's side of a SPDY connection. Dropped, it ends at once.
 #[derive(Debug)]
 pub struct Connection {
     streams: mpsc::Receiver<Stream>,
@@ -183,7 +183,7 @@ impl Table {
         stream.max(*session) >= WINDOW_STEP
     }
 
-    /// Where the client may send more, and how much; 0 is the session.
+    /// The windows in which the client may send more, and how much; 0 is the session's.
     fn take_windows(&self) -> Vec<(u32, u32)> {
         let mut session = lock(&self.window);
         let mut streams = lock(&self.streams);
@@ -319,7 +319,7 @@ impl Reading {
     }
 }
 
-/// Writes what it is told until it is told to close.
+/// Obeys commands until the one to close.
 async fn write(
     mut writer: impl AsyncWrite + Unpin,
     mut commands: mpsc::Receiver<Command>,

@@ -45,26 +45,26 @@ pub enum Error {
 pub enum Head {
     /// Bytes of a stream.
     Data {
-        /// Which.
+        /// The stream's number.
         stream: u32,
-        /// They are its last.
+        /// These bytes are the stream's last.
         fin: bool,
-        /// How many follow.
+        /// The number of bytes that follow.
         length: u32,
     },
     /// Anything else.
     Control {
-        /// Its type.
+        /// The frame's type.
         kind: u16,
-        /// Its flags.
+        /// The frame's flags.
         flags: u8,
-        /// How many bytes follow; at most [`MAX_CONTROL`].
+        /// The number of bytes that follow, at most [`MAX_CONTROL`].
         length: u32,
     },
 }
 
 impl Head {
-    /// Reads it.
+    /// Reads a head.
     pub fn parse(bytes: [u8; HEAD]) -> Result<Self, Error> {
         let mut bytes = &bytes[..];
         let (word, rest) = (bytes.get_u32(), bytes.get_u32());
@@ -84,7 +84,7 @@ impl Head {
         Ok(Self::Control { kind, flags, length })
     }
 
-    /// Writes it.
+    /// Writes the head.
     pub fn write(self, out: &mut BytesMut) {
         match self {
             Self::Data { stream, fin, length } => {
@@ -105,30 +105,30 @@ impl Head {
 pub enum Control {
     /// A new stream.
     SynStream {
-        /// Its id.
+        /// The stream's number.
         stream: u32,
-        /// Its opener sends nothing on it.
+        /// The opener sends nothing on the stream.
         fin: bool,
-        /// What it is for.
+        /// The purpose of the stream.
         headers: Block,
     },
     /// The answer to it.
     SynReply {
-        /// Which.
+        /// The stream's number.
         stream: u32,
         /// The answerer sends nothing on it.
         fin: bool,
-        /// What the answerer says.
+        /// The answerer's headers.
         headers: Block,
     },
     /// Both directions of a stream end here.
     RstStream {
-        /// Which.
+        /// The stream's number.
         stream: u32,
-        /// Why.
+        /// The reason's number.
         status: u32,
     },
-    /// To be sent back if its id is odd, the client's.
+    /// A ping, which is sent back if its id is odd, the client's.
     Ping {
         /// The number.
         id: u32,
@@ -137,28 +137,28 @@ pub enum Control {
     GoAway {
         /// The last stream it has seen.
         last: u32,
-        /// Why.
+        /// The reason's number.
         status: u32,
     },
     /// More headers of a stream.
     Headers {
-        /// Which.
+        /// The stream's number.
         stream: u32,
-        /// Its sender sends nothing more on it.
+        /// The sender sends nothing more on the stream.
         fin: bool,
-        /// They.
+        /// The headers.
         headers: Block,
     },
     /// There is room for more bytes.
     WindowUpdate {
-        /// On which stream; 0 for all together.
+        /// The stream's number; 0 for all together.
         stream: u32,
-        /// How many.
+        /// The number of bytes.
         delta: u32,
     },
     /// SETTINGS, CREDENTIAL, and what may come.
     Other {
-        /// Its type.
+        /// The frame's type.
         kind: u16,
     },
 }
