@@ -39,10 +39,15 @@ impl Place {
         Ok(self.cgroup.as_deref().ok_or(husk_hostpod::Error::NoCgroups)?)
     }
 
-    /// Whether its VMM or its supervisor listens. One that is slow to answer does.
+    /// Whether its VMM or its supervisor listens. One that is slow to answer does,
+    /// and one whose socket somebody has removed lives all the same.
     pub async fn lives(&self) -> bool {
         match self.kind {
-            Kind::Vm => husk_vm::lives(&self.run_dir).await,
+            Kind::Vm => {
+                husk_vm::lives(&self.run_dir).await
+                    || (!husk_vm::has_socket(&self.run_dir)
+                        && self.cgroup.as_deref().is_some_and(husk_vm::is_in_group))
+            }
             Kind::Host => husk_hostpod::lives(&self.run_dir).await,
         }
     }
@@ -101,12 +106,27 @@ impl Place {
         if self.kind == Kind::Host {
             return Ok(husk_hostpod::destroy(&self.run_dir, cgroup).await?);
         }
+        if !husk_vm::has_socket(&self.run_dir) {
+            self.kill_unreachable_vmm()?;
+        }
         let Err(error) = husk_vm::destroy(&self.run_dir).await else { return Ok(()) };
         tracing::warn!(sandbox = %self.id, %error, "the VMM does not end when asked; killing it");
         match cgroup.map(cgroup::kill) {
             Some(Ok(())) => Ok(husk_vm::destroy(&self.run_dir).await?),
             Some(Err(_)) | None => Err(error.into()),
         }
+    }
+
+    /// Kills a VMM that could not be asked to end, because its socket was removed.
+    fn kill_unreachable_vmm(&self) -> Result<(), Error> {
+        let Some(cgroup) = self.cgroup.as_deref().filter(|cgroup| husk_vm::is_in_group(cgroup)) else {
+            return Ok(());
+        };
+        tracing::warn!(sandbox = %self.id, "the VMM has no socket any more; killing it");
+        cgroup::kill(cgroup).map_err(|cause| {
+            let path = cgroup.to_owned();
+            Error::from(husk_vm::Error::File { stage: "kill the processes of", path, cause })
+        })
     }
 
     /// Ends whatever runs in a pod's run directory that no record speaks of.
@@ -202,5 +222,35 @@ impl Place {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::fs;
+    use std::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_vmm_whose_socket_was_removed_lives_and_can_be_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, cgroup) = (folder.path().join("husk-vmm"), folder.path().join("group"));
+        fs::create_dir(&cgroup).unwrap();
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
+        let mut vmm = Command::new(&program).arg("600").spawn().unwrap();
+        fs::write(cgroup.join("cgroup.procs"), format!("{}\n{}\n", std::process::id(), vmm.id())).unwrap();
+        let place = Place::new(folder.path(), SandboxId::random(), Kind::Vm, Some(cgroup.clone()));
+        fs::create_dir_all(&place.run_dir).unwrap();
+        let lives = place.lives().await;
+        let destroyed = place.destroy().await;
+        vmm.kill().unwrap();
+        vmm.wait().unwrap();
+        assert!(lives);
+        destroyed.unwrap();
+        assert_eq!(fs::read_to_string(cgroup.join("cgroup.kill")).unwrap(), "1");
+        assert!(!place.lives().await);
     }
 }

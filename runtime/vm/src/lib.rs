@@ -23,6 +23,9 @@ pub use control::Control;
 pub use process::Process;
 pub use sandbox_disks::{Error as DiskError, SandboxDisks};
 
+/// The name of the VMM's program, as the kernel has it.
+const PROGRAM: &str = "husk-vmm";
+
 /// Most time that the VMM may take for one request.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -163,6 +166,23 @@ pub fn slot_names(count: u8) -> Vec<String> {
 /// Whether a VMM listens in `run_dir`.
 pub async fn lives(run_dir: &Path) -> bool {
     Control::new(control_path(run_dir)).listens().await
+}
+
+/// Whether there is a control socket in `run_dir`, with or without a VMM.
+#[must_use]
+pub fn has_socket(run_dir: &Path) -> bool {
+    control_path(run_dir).exists()
+}
+
+/// Whether a VMM is among the processes of a control group, by the name of its
+/// program. Nothing is done to a process for that.
+#[must_use]
+pub fn is_in_group(cgroup: &Path) -> bool {
+    let processes = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    processes.lines().any(|pid| {
+        let program = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        program.trim_end() == PROGRAM
+    })
 }
 
 /// What is said of a VMM that had no time for an exit record, if the kernel has
