@@ -68,8 +68,8 @@ impl Instance {
         let living = living(run_dir).await;
         let same = in_state.is_some() && in_state == in_run;
         // Before there were identities, and where one was removed, the records say it.
-        let either_missing = in_run.is_none();
-        if !living.is_empty() && !same && !(either_missing && has_record_of(state_dir, &living)) {
+        let ours = same || (in_run.is_none() && has_record_of(state_dir, &living));
+        if !living.is_empty() && !ours {
             bail!(
                 "{} pods live below {}, and {} is not the state of the huskd that started them: it would end them as \
                  orphans. If its disk is not mounted yet, mount it and start huskd again; if `state_dir` or `run_dir` \

@@ -29,8 +29,8 @@ const CONFIGURATION: [&str; 6] = [
 /// A document that a name leads to in a registry.
 #[derive(Debug)]
 pub(super) enum Document {
-    Index(ImageIndex),
-    Manifest(ImageManifest),
+    Index(Box<ImageIndex>),
+    Manifest(Box<ImageManifest>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,8 +60,10 @@ impl Document {
         let wrong = |error: serde_json::Error| format!("the manifest does not read: {error}");
         let outline: Outline = serde_json::from_slice(bytes).map_err(wrong)?;
         match outline.kind(media_type)? {
-            Kind::Index => serde_json::from_slice(bytes).map(Self::Index),
-            Kind::Manifest => serde_json::from_slice(bytes).map(Self::Manifest),
+            Kind::Index => serde_json::from_slice(bytes).map(|index| Self::Index(Box::new(index))),
+            Kind::Manifest => {
+                serde_json::from_slice(bytes).map(|manifest| Self::Manifest(Box::new(manifest)))
+            }
         }
         .map_err(wrong)
     }

@@ -206,7 +206,7 @@ impl Pull<'_> {
         let document = Document::read(&fetched.bytes, fetched.media_type.as_deref());
         let manifest = match document.map_err(|cause| self.refused(cause))? {
             Document::Index(index) => self.choose(&index, workspace).await?,
-            Document::Manifest(manifest) => manifest,
+            Document::Manifest(manifest) => *manifest,
         };
         let count = manifest.layers().len();
         if count > MAX_LAYERS {
@@ -248,7 +248,7 @@ impl Pull<'_> {
         let fetched = self.document(Some(entry.digest().as_ref())).await?;
         let document = Document::read(&fetched.bytes, Some(entry.media_type().as_ref()));
         match document.map_err(|cause| self.refused(cause))? {
-            Document::Manifest(manifest) => Ok(manifest),
+            Document::Manifest(manifest) => Ok(*manifest),
             Document::Index(_) => Err(self.refused("an index inside of an index is not supported".into())),
         }
     }

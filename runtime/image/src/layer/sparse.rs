@@ -74,7 +74,7 @@ pub(super) fn described(records: &[(Vec<u8>, Vec<u8>)]) -> io::Result<Option<Des
             is_it.then_some(value.as_slice())
         })
     };
-    let last = |key| all(key).last();
+    let last = |key| all(key).next_back();
     let version = (last("major"), last("minor"));
     let mut file = Described {
         name: last("name").filter(|name| !name.is_empty()).map(<[u8]>::to_vec),
