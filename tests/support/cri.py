@@ -62,8 +62,10 @@ class Refused(Failed):
 class Cri:
     def __init__(self, socket):
         self.socket = socket
+        # Without a name, this library sends the socket's path as the authority, which no URI may have (RFC 3986 §3.2).
+        options = [("grpc.default_authority", "localhost")]
         # A daemon that is started again is found at once.
-        options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
+        options += [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
         self.channel = grpc.insecure_channel(f"unix:{socket}", options=[*options, ("grpc.enable_http_proxy", 0)])
         self.stub = api_pb2_grpc.RuntimeServiceStub(self.channel)
 
