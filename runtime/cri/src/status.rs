@@ -81,10 +81,11 @@ mod tests {
     #[test]
     fn a_full_disk_is_called_so_wherever_it_strikes() {
         let file = FileError { stage: "write", path: "/images/x".into(), source: full() };
+        let record = FileError { stage: "write", path: "/records/x".into(), source: full() };
         for error in [
             Error::Image(husk_image::Error::File(file)),
             Error::Image(husk_image::Error::Metadata(full())),
-            Error::Network(husk_network::Error::Record(full())),
+            Error::Network(husk_network::Error::Record(record)),
             Error::Record(full()),
         ] {
             let status = of(&error);
@@ -92,21 +93,5 @@ mod tests {
             let count = status.message().matches(&full().to_string()).count();
             assert_eq!(count, 1, "the cause is told once: {status}");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use husk_base::FileError;
-
-    use super::*;
-
-    #[test]
-    fn a_full_disk_under_a_record_of_the_network_is_called_so() {
-        let source = io::Error::from(io::ErrorKind::StorageFull);
-        let file = FileError { stage: "write record", path: "/records/x".into(), source };
-        let status = of(&Error::Network(file.into()));
-        assert_eq!(status.code(), Code::ResourceExhausted);
-        assert_eq!(status.message(), "network: write record: /records/x: no storage space");
     }
 }
