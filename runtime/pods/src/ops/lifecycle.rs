@@ -266,8 +266,9 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             match undone {
                 Ok(()) => break,
                 Err(error) => {
-                    tracing::warn!(sandbox = %sandbox.id, %error, "undo a pod that was never ready; trying again");
-                    node.registry.set_unfinished(&sandbox.id, Some(error.to_string()));
+                    let error = husk_base::chain(&error);
+                    tracing::warn!(sandbox = %sandbox.id, error, "undo a pod that was never ready; trying again");
+                    node.registry.set_unfinished(&sandbox.id, Some(error));
                 }
             }
             tokio::time::sleep(pause).await;

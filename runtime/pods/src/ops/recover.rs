@@ -77,7 +77,7 @@ pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std:
         let (node, turns) = (node.clone(), turns.clone());
         work.spawn(in_turn(turns, async move {
             if let Err(error) = recover_sandbox(&node, &sandbox).await {
-                tracing::warn!(sandbox = %sandbox.id, %error, "recover sandbox");
+                tracing::warn!(sandbox = %sandbox.id, error = husk_base::chain(&error), "recover sandbox");
             }
         }));
     }

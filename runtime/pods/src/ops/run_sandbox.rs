@@ -42,7 +42,7 @@ pub async fn run_sandbox(
     let sandbox = Arc::new(Sandbox::create(directory, record, node.events.clone())?);
 
     if let Err(error) = bring_up(node, &sandbox, handler).await {
-        tracing::warn!(sandbox = %id, %error, "pod did not start; undoing");
+        tracing::warn!(sandbox = %id, error = husk_base::chain(&error), "pod did not start; undoing");
         undo(node, &sandbox, name).await?;
         return Err(error);
     }
@@ -86,7 +86,8 @@ fn new_record(
 /// is its client's to stop and remove.
 async fn undo(node: &Node, sandbox: &Arc<Sandbox>, name: Reservation<'_>) -> Result<(), Error> {
     if let Err(undo) = lifecycle::stop(node, sandbox).await {
-        tracing::warn!(sandbox = %sandbox.id, error = %undo, "undo a pod that did not start; its client can stop and remove it");
+        let undo = husk_base::chain(&undo);
+        tracing::warn!(sandbox = %sandbox.id, error = undo, "undo a pod that did not start; its client can stop and remove it");
         node.registry.add_sandbox(sandbox.clone());
         name.keep();
         return Ok(());
