@@ -294,7 +294,7 @@ class Volumes(MappedVolumes, PodTest):
         write = self.write_configmap
         write("one", ["key"])
         pod, sandbox, container = self.with_volume(self.mount(readonly=True), self.tools())
-        self.assertEqual(os.listdir(self.node.root / "run/volumes" / pod[:13]), ["v1"], "this one is copied")
+        self.assertEqual(os.listdir(self.node.root / "run/volumes" / pod[:13]), ["t1"], "the other one is copied")
         self.assertEqual(self.sh(container, "cat /data/key; readlink /data/..data"), "one\n..one")
         self.assertIn("Read-only", self.exec_fails(container, "sh", "-c", "echo x >/data/new"))
         self.sh(container, "(/tools/volume-tool watch /data >/tmp/events 2>&1 &)")
