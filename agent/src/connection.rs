@@ -215,7 +215,6 @@ async fn hold_open(mut connection: UnixStream) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use futures::StreamExt;
     use proptest::prelude::*;
 

@@ -192,8 +192,6 @@ fn set_up_vcpus(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::fd::AsRawFd;
 
     use super::*;

@@ -87,8 +87,6 @@ impl Write for Console {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn after(output: &str) -> (ExitReason, String) {

@@ -142,8 +142,6 @@ pub fn end_on_panic(record: Arc<Record>, console: Console) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::io::Read;
 
     use husk_vmm_api::words;

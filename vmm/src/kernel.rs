@@ -186,8 +186,6 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::io::Write;
 
     use proptest::prelude::*;

@@ -194,8 +194,6 @@ pub fn resident_bytes(memory: &GuestMemoryMmap, ranges: &[Range]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::io::Write;
 
     use super::*;

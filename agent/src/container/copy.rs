@@ -118,7 +118,6 @@ fn copy_metadata(path: &Path, from: &Path, like: &Metadata) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

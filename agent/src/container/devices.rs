@@ -79,7 +79,6 @@ fn device(path: &Path) -> Result<Option<LinuxDevice>, Error> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

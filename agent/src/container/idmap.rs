@@ -210,8 +210,6 @@ fn filesystem_in(table: &str, id: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn spec() -> Spec {

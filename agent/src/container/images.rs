@@ -144,7 +144,6 @@ impl Drop for Image {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::cell::Cell;
 
     use super::*;

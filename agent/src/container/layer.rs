@@ -135,7 +135,6 @@ fn is_directory(stat: &FileStat) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::fs;
     use std::os::unix::fs::symlink;
 

@@ -68,7 +68,6 @@ fn existing(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use oci_spec::runtime::LinuxHugepageLimitBuilder;
 
     use super::*;

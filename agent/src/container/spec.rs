@@ -148,7 +148,6 @@ pub fn exec_process(spec: &Spec, args: Vec<String>, terminal: bool) -> Result<Pr
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::collections::BTreeSet;
     use std::path::PathBuf;
 

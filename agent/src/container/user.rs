@@ -177,7 +177,6 @@ fn look_up(request: &str, strict: bool, passwd: &str, group: &str) -> Result<Ide
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::fs;
     use std::os::unix::fs::symlink;
 

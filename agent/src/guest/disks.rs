@@ -81,7 +81,6 @@ fn scan(directory: &Path) -> io::Result<HashMap<String, PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     #[test]

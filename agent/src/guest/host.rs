@@ -122,7 +122,6 @@ pub fn socket() -> io::Result<tokio::net::UnixListener> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     fn parsed(words: &str) -> Result<Host, Error> {

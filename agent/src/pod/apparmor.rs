@@ -131,7 +131,6 @@ fn replace(policy: &[u8]) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
     fn of_host(revisions: &[u64]) -> AppArmor {

@@ -288,7 +288,6 @@ fn errno(error: &rtnetlink::Error) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     fn interface(addresses: &[&str]) -> Interface {

@@ -175,7 +175,6 @@ async fn gone(host: &mut (impl AsyncWrite + Unpin)) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use tokio::io::duplex;
     use tokio::net::{TcpListener, UnixStream};
 

@@ -62,8 +62,6 @@ async fn in_background(work: impl FnOnce() -> Result<(), Error> + Send + 'static
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

@@ -137,8 +137,6 @@ fn remove_others(root: &Path, inside: &Path, wanted: &BTreeSet<&Path>) -> Result
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::unix::fs::MetadataExt;
 
     use super::*;

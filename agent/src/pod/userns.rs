@@ -154,7 +154,6 @@ pub fn open_tree(path: &Path, flags: libc::c_int) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     fn range(container_id: u32, host_id: u32, length: u32) -> IdMapping {

@@ -240,7 +240,6 @@ fn send(pid: Pid, exited: &Exited, signal: i32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::fs;
 
     use nix::pty::openpty;

@@ -196,7 +196,6 @@ impl Drop for Launch {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::os::unix::process::CommandExt;
 
     use super::*;

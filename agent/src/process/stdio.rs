@@ -160,7 +160,6 @@ fn receive_fd(socket: &impl AsRawFd) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::io::{IoSlice, Read, Write};
     use std::os::unix::net::UnixStream;
 

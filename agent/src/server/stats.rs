@@ -105,8 +105,6 @@ async fn measure(measured: Arc<Measured>, upper: PathBuf, turn: Arc<Mutex<()>>) 
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[tokio::test]

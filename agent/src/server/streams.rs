@@ -127,7 +127,6 @@ async fn read_header(connection: &mut (impl AsyncRead + Unpin)) -> Result<(Strea
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use proptest::prelude::*;
 
     use super::*;

@@ -1,7 +1,5 @@
 //! The service as a client sees it whose machine stood still.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use husk_proto::agent::agent_client::AgentClient;

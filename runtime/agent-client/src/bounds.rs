@@ -103,8 +103,6 @@ fn shorten<T>(list: &mut Vec<T>, most: usize) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

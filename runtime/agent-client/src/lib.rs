@@ -263,8 +263,6 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use husk_proto::agent::{CreateContainerRequest, CreateContainerResponse, Identity};
     use tokio::net::UnixListener;
 

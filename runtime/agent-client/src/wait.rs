@@ -71,8 +71,6 @@ fn is_final(status: &Status) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::sync::Arc;
 
     use super::*;

@@ -150,8 +150,6 @@ impl HeldDisks<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn ids() -> [ContainerId; 3] {

@@ -121,8 +121,6 @@ fn seed(fill: impl FnOnce(&mut [u8]) -> io::Result<()>) -> Result<Vec<u8>, Error
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

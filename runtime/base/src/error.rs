@@ -59,8 +59,6 @@ pub fn is_full_disk(error: &(dyn Error + 'static)) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

@@ -38,8 +38,6 @@ pub fn write_json<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;

@@ -178,8 +178,6 @@ fn put_back(known: &mut Value, unknown: &Value) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use serde::Deserialize;
     use serde_json::json;
 

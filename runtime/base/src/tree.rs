@@ -56,8 +56,6 @@ fn move_up(root: &Path, path: &Path, moved: &mut u64) -> io::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::unix::fs::symlink;
 
     use super::*;

@@ -106,8 +106,6 @@ pub fn control(config: &Config, sandbox_id: &str) -> Option<Control> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn pod(id: &str, name: &str) -> cri::PodSandbox {

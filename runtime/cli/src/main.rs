@@ -67,8 +67,6 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::path::Path;
 
     use clap::CommandFactory;

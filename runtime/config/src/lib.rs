@@ -444,8 +444,6 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn load(text: &str) -> Result<Config, Error> {

@@ -1,7 +1,5 @@
 //! Holds `docs/config-reference.md` and `docs/config.toml` to the code: each key is documented, with its default.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 use std::path::Path;
 

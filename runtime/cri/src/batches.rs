@@ -40,8 +40,6 @@ where
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use futures::StreamExt;
     use husk_proto::cri::{Container, StreamContainersResponse};
 

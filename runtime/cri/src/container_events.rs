@@ -44,8 +44,6 @@ const fn kind(kind: EventKind) -> ContainerEventType {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use futures::stream;
     use husk_pods::model::Lagged;
     use husk_pods::test_util::{container_record, sandbox_record};

@@ -1,7 +1,7 @@
 //! `docs/cri-fields.md` has every field of the interface's configurations, and
 //! names tests that are there.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(clippy::indexing_slicing)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -206,8 +206,6 @@ fn verbose(image: &Image) -> HashMap<String, String> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use husk_image::ImageConfig;
 
     use super::*;

@@ -308,8 +308,6 @@ fn values<T>(families: &[Family<T>], of: &T, labels: &[&str], name: &str, timest
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::collections::HashMap;
 
     use super::*;

@@ -1,7 +1,5 @@
 //! Every list that can be had as a stream is the same both ways.
 
-#![allow(clippy::unwrap_used)]
-
 use std::sync::Arc;
 use std::time::Duration;
 

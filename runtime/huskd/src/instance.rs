@@ -159,8 +159,6 @@ fn has_record_of(state_dir: &Path, living: &[PathBuf]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::fd::OwnedFd;
 
     use super::*;

@@ -64,8 +64,6 @@ fn check(text: &str) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn digest(digit: char) -> String {

@@ -159,8 +159,6 @@ fn drop_nulls(object: &mut Map<String, Value>) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn descriptor() -> Value {

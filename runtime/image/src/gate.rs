@@ -134,8 +134,6 @@ impl Gates {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn gates(folder: &Path, change: impl FnOnce(&mut ImageConfig)) -> Gates {

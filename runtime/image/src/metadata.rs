@@ -158,8 +158,6 @@ fn failed(error: impl Into<redb::Error>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-
     use nix::mount::{MsFlags, mount};
 
     use super::*;

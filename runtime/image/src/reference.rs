@@ -73,8 +73,6 @@ pub(super) fn repository(reference: &Reference) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

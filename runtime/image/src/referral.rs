@@ -238,8 +238,6 @@ impl Resolve for Resolver {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn referrals(registry: &str, from: &str) -> Referrals {

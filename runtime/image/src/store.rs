@@ -233,8 +233,6 @@ pub(super) fn file(stage: &'static str, path: &Path) -> impl FnOnce(std::io::Err
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::collections::BTreeMap;
 
     use super::*;

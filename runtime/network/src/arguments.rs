@@ -129,7 +129,7 @@ fn quantity(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+    #![allow(clippy::indexing_slicing)]
 
     use proptest::prelude::*;
 

@@ -305,8 +305,6 @@ fn excerpt(text: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-
     use std::time::Instant;
 
     use serde_json::json;

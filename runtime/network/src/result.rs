@@ -125,8 +125,6 @@ pub fn parse(result: &Value) -> Result<PodResult, String> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use proptest::prelude::*;
     use serde_json::json;
 

@@ -2,8 +2,6 @@
 //! test's own: a thread with its own network and mount namespaces, so that
 //! neither bridges nor firewall rules nor `/run/netns` of the machine are
 //! touched. Needs root and the plugins bridge, ptp, host-local and portmap.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};

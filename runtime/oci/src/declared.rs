@@ -34,7 +34,6 @@ pub(super) fn wanted(image: &ImageConfig, asked: &[cri::Mount]) -> Result<Vec<Pa
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use oci_spec::image::ConfigBuilder;
 
     use super::*;

@@ -67,8 +67,6 @@ fn known(device: &cri::Device) -> Result<(i64, i64), Error> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn asked(host_path: &str, permissions: &str) -> Result<(LinuxDevice, LinuxDeviceCgroup), Error> {

@@ -114,8 +114,6 @@ fn guest_name(hooks: &Hooks, path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn hook(path: &Path) -> Hook {

@@ -109,8 +109,6 @@ pub(super) fn is_own_directory(mount: &Mount) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn places(own: &[&str], added: &[&str]) -> Vec<String> {

@@ -147,8 +147,6 @@ fn allow_if(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn localhost(path: &str) -> Result<Option<LinuxSeccomp>, Error> {

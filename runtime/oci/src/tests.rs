@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(clippy::indexing_slicing)]
 
 use oci_spec::image::ConfigBuilder;
 use oci_spec::runtime::{Capability, Process};

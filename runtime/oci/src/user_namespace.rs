@@ -113,8 +113,6 @@ fn range(what: &str, asked: &[cri::IdMapping]) -> Result<agent::IdMapping, Error
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn asked(mode: cri::NamespaceMode, ranges: &[(u32, u32, u32)]) -> cri::UserNamespace {

@@ -1,6 +1,4 @@
 //! Shells that tell what they began with.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::fs;
 use std::io::{Read, Seek};
 use std::time::{Duration, Instant};

@@ -112,8 +112,6 @@ pub fn choose<'a>(offered: impl Iterator<Item = &'a str>, ours: &[Protocol]) -> 
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {

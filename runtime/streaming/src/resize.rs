@@ -66,8 +66,6 @@ impl Sizes {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use tokio::sync::mpsc;
 
     use super::*;

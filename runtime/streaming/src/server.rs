@@ -263,8 +263,6 @@ fn add(answer: &mut Response<String>, name: HeaderName, value: &str) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use nix::sys::socket::getsockopt;
 
     use super::*;

@@ -1,6 +1,6 @@
 //! The server as a client on the network meets it.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+#![allow(clippy::indexing_slicing)]
 
 use std::time::Duration;
 

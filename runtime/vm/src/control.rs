@@ -255,8 +255,6 @@ fn unexpected(stage: &'static str, response: Option<Response>) -> Error {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::fd::FromRawFd;
     use std::path::Path;
     use std::sync::Arc;

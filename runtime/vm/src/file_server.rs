@@ -187,8 +187,6 @@ fn wait_ready(socket: OwnedFd, log: &Path) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

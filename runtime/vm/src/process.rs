@@ -142,8 +142,6 @@ fn who_answers(socket: &OwnedFd) -> Result<u32, Error> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::process::{Child, Command, Stdio};
     use std::time::Duration;
 

@@ -403,8 +403,6 @@ fn remove(folder: &Path) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn handler(folder: &Path) -> Handler {

@@ -90,8 +90,6 @@ fn claims(run_dir: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn machine(base: &Path, kind: &str, name: &str) -> PathBuf {

@@ -76,8 +76,6 @@ pub fn wanted<E: From<Error>>(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

@@ -173,8 +173,6 @@ fn pause_after(failures: u32) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::convert::Infallible;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicU32, Ordering};

@@ -135,8 +135,6 @@ impl Drop for Watch {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::fs;
     use std::os::fd::AsRawFd;
     use std::time::Duration;

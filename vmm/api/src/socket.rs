@@ -112,8 +112,6 @@ pub fn receive_from<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Optio
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::fs::File;
     use std::io::{Read, Seek, Write};
     use std::os::fd::AsFd;

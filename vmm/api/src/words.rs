@@ -159,8 +159,6 @@ pub fn log_bytes(bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::io::Write;
 
     use super::*;

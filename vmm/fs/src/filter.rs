@@ -66,8 +66,6 @@ fn list() -> Result<List, BackendError> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::net::TcpListener;
     use std::os::fd::AsRawFd;
     use std::process::Command;

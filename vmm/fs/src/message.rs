@@ -151,8 +151,6 @@ impl<'a> Answer<'a> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
     use crate::abi::{ForgetIn, MkdirIn};
 

@@ -108,8 +108,6 @@ pub fn check_mode(mode: u32, before: u32, kind: FileType, trusted: bool) -> Resu
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

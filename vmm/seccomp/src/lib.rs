@@ -186,8 +186,6 @@ fn apply(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::io;
     use std::thread;
 

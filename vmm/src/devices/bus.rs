@@ -81,8 +81,6 @@ impl Bus {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[derive(Default)]

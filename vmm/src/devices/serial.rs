@@ -188,8 +188,6 @@ impl BusDevice for ResetLine {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn event() -> EventFd {

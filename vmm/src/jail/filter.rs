@@ -203,8 +203,6 @@ impl Write for Text {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::io::{Read, Seek};
     use std::thread;
 

@@ -100,8 +100,6 @@ pub fn read<T: DeserializeOwned>(mut file: impl Read) -> Result<T, FormatError> 
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use proptest::prelude::*;
 
     use super::*;

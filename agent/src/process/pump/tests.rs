@@ -1,7 +1,5 @@
 //! Pumps between real pipes and real sockets.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::fs::File;
 use std::io::{Read, Write};
 

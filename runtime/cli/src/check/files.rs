@@ -115,8 +115,6 @@ fn file(path: &Path, mend: &str) -> Finding {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

@@ -94,8 +94,6 @@ fn xattr(name: &[u8], value: &[u8], xattrs: &mut Vec<(String, Vec<u8>)>) -> Resu
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

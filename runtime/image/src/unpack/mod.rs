@@ -209,8 +209,6 @@ fn apply(workspace: &Path, request: &Request) -> Result<bool, Failure> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::unix::fs::PermissionsExt;
     use std::time::Duration;
 

@@ -1,6 +1,6 @@
 //! The program as the kernel runs it, on a socket of the test's own: a filter
 //! of a datagram socket sees a datagram as one at a tap sees a frame.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(clippy::indexing_slicing)]
 
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;

@@ -128,8 +128,6 @@ fn mount_of<'a>(path: &Path, table: &'a str) -> Option<(PathBuf, Vec<&'a str>)> 
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     const TABLE: &str = "\

@@ -88,8 +88,6 @@ fn device(host: &Path, container: &Path) -> Result<Option<LinuxDevice>, Error> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn wanted(host_path: &str, permissions: &str) -> Vec<cri::Device> {

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(clippy::indexing_slicing)]
 
 use husk_base::id::ContainerId;
 use husk_proto::cri::NamespaceMode;

@@ -176,8 +176,6 @@ impl Container {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
     use crate::test_util::container_record;
 

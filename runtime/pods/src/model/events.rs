@@ -117,8 +117,6 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use futures::StreamExt;
 
     use super::*;

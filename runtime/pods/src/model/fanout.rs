@@ -176,8 +176,6 @@ impl Fanout {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     /// The longest.

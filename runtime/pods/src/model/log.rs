@@ -198,7 +198,7 @@ fn line(out: &mut Vec<u8>, time: &chrono::DateTime<Utc>, name: &str, tag: u8, te
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+    #![allow(clippy::indexing_slicing)]
 
     use std::pin::Pin;
     use std::task::{Context, Poll};

@@ -242,8 +242,6 @@ fn by_prefix<'a, K: Ord + Clone, V>(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     #[test]

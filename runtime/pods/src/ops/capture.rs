@@ -174,8 +174,6 @@ impl Stream {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::path::Path;
 
     use husk_agent_client::fake::Fake;

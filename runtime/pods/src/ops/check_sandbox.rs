@@ -103,8 +103,6 @@ pub(crate) fn bandwidth(config: &cri::PodSandboxConfig) -> Result<Bandwidth, Err
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use husk_proto::cri::NamespaceMode;
 
     use super::*;

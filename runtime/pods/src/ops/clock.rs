@@ -57,8 +57,6 @@ fn correction(asked_at: i64, took: Duration, guest: i64) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::sync::Arc;
 
     use husk_agent_client::fake::Fake;

@@ -135,8 +135,6 @@ pub(crate) async fn resize(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::time::Duration;
 
     use husk_agent_client::fake::Fake;

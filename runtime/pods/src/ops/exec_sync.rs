@@ -148,8 +148,6 @@ impl Room<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use husk_agent_client::fake::Fake;
 
     use super::*;

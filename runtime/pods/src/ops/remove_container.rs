@@ -139,8 +139,6 @@ fn release(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> R
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::path::Path;
 
     use husk_agent_client::fake::Fake;

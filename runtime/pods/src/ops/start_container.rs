@@ -98,8 +98,6 @@ pub(crate) async fn catch_up(sandbox: &Sandbox, running: &RunningPod, container:
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::time::Duration;
 
     use husk_agent_client::fake::Fake;

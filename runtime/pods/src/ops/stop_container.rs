@@ -72,8 +72,6 @@ async fn stop(sandbox: &Sandbox, container: &Container, grace: Duration) -> Resu
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use husk_agent_client::fake::Fake;
 
     use super::*;

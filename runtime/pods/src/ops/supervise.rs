@@ -101,8 +101,6 @@ pub(crate) async fn signal(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::time::Duration;
 
     use husk_agent_client::fake::Fake;

@@ -1,8 +1,6 @@
 //! Sandboxes of a node that is a folder: what huskd does to records, and to what
 //! it finds beside them.
 
-#![allow(clippy::unwrap_used)]
-
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

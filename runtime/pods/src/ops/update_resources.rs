@@ -187,8 +187,6 @@ pub async fn update_sandbox(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use husk_proto::cri::HugepageLimit;
 
     use super::*;

@@ -1,6 +1,6 @@
 //! The framer on any bytes, and whole sessions with a client of the tests' own.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+#![allow(clippy::indexing_slicing)]
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;

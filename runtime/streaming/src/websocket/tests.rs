@@ -1,6 +1,6 @@
 //! Channels of a WebSocket, with a client that speaks as Go's does.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+#![allow(clippy::indexing_slicing)]
 
 use std::time::Duration;
 

@@ -1,6 +1,4 @@
 //! Requests to a directory of the test's, as a guest's kernel makes them.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::sync::Once;

@@ -98,8 +98,6 @@ fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
     use crate::memory;
 

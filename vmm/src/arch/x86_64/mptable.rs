@@ -101,8 +101,6 @@ const _: () = assert!(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
     use crate::arch::x86_64::layout::MAX_VCPUS;
 

@@ -172,8 +172,6 @@ pub fn set(timer: &TimerFd, wait: Duration) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use proptest::prelude::*;
 
     use super::*;

@@ -83,8 +83,6 @@ pub fn needs_interrupt(queue: &Queue, memory: &GuestMemoryMmap, since: u16) -> b
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-
     use super::*;
     use crate::devices::virtio::test_utils::{DriverQueue, Part, memory};
 

@@ -1,6 +1,4 @@
 //! The driver's side of a virtqueue, for tests.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::collections::HashMap;
 use std::sync::Arc;
 

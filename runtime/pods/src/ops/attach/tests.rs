@@ -1,8 +1,6 @@
 //! What becomes of a container's input when its client vanishes, with an agent
 //! that only takes connections.
 
-#![allow(clippy::unwrap_used)]
-
 use bytes::Bytes;
 use husk_proto::cri::ContainerConfig;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};

@@ -45,8 +45,6 @@ pub fn runs(numbers: &mut Vec<u32>) -> Vec<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use vm_memory::Bytes;
 
     use super::*;

@@ -1,5 +1,3 @@
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;

@@ -452,8 +452,6 @@ impl VirtioDevice for Fs {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use vm_memory::Bytes;

@@ -1,5 +1,3 @@
-#![allow(clippy::unwrap_used)]
-
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
 use virtio_queue::mock::MockSplitQueue;

@@ -1,5 +1,5 @@
 //! The device between a driver and a real tap.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+#![allow(clippy::cast_possible_truncation)]
 
 mod guest;
 mod host;

@@ -1,5 +1,5 @@
 //! The device, seen by its driver.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+#![allow(clippy::cast_possible_truncation)]
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

@@ -82,8 +82,6 @@ fn parse(line: &[u8]) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-
     use std::io::{Read, Write};
 
     use proptest::prelude::*;

@@ -1,5 +1,5 @@
 //! The device, seen by its driver and by clients on the host.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+#![allow(clippy::cast_possible_truncation)]
 
 mod guest;
 mod hostile;
