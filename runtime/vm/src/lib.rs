@@ -93,7 +93,7 @@ pub enum Error {
         console: String,
     },
     /// The agent did not speak in time.
-    #[error("guest boot: no word from the agent within {seconds} s{}", console_tail(console))]
+    #[error("guest boot: timed out waiting for the agent after {seconds} s{}", console_tail(console))]
     Silent {
         /// How long was waited.
         seconds: u64,
