@@ -166,7 +166,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<ReopenContainerLogRequest>,
     ) -> Answer<ReopenContainerLogResponse> {
-        let reopened = ops::reopen_log(&self.node, &request.into_inner().container_id);
+        let reopened = ops::reopen_log(&self.node, &request.into_inner().container_id).await;
         answer(reopened.map(|()| ReopenContainerLogResponse {}))
     }
 

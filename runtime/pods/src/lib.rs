@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod lane;
 pub mod model;
 mod node;
 pub mod ops;

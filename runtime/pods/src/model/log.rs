@@ -7,7 +7,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use chrono::{SecondsFormat, Utc};
 use husk_base::lock;
@@ -17,9 +19,14 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio_util::sync::CancellationToken;
 
 use super::fanout::Fanout;
+use crate::lane::Lane;
 
 /// Longest text in one log line, bytes; the same as other runtimes use.
 const MAX_LINE: usize = 16 * 1024;
+
+/// How long a write to a file system that a server answers for is waited for. What
+/// was to be written is lost then.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
 /// The log of one container, which both of its streams write to.
 ///
@@ -30,6 +37,11 @@ pub struct LogFile {
     folder: PathBuf,
     path: PathBuf,
     file: Mutex<File>,
+    /// Whether the file is on a file system of the node's own, on which a write does
+    /// not wait for a server.
+    is_local: AtomicBool,
+    /// Writes to other file systems, one for each stream.
+    lane: Lane,
 }
 
 impl LogFile {
@@ -42,7 +54,13 @@ impl LogFile {
     pub fn open(folder: &Path, path: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let file = append(folder, path)?;
-        Ok(Self { folder: folder.into(), path: path.into(), file: Mutex::new(file) })
+        Ok(Self {
+            folder: folder.into(),
+            path: path.into(),
+            is_local: AtomicBool::new(is_local(&file)),
+            file: Mutex::new(file),
+            lane: Lane::new(2, WRITE_LIMIT),
+        })
     }
 
     /// Goes on in a new file at the same path, after log rotation has moved the
@@ -52,13 +70,40 @@ impl LogFile {
     /// As [`LogFile::open`]; the old file stays in use then.
     pub fn reopen(&self) -> io::Result<()> {
         let file = append(&self.folder, &self.path)?;
+        self.is_local.store(is_local(&file), Ordering::Relaxed);
         *lock(&self.file) = file;
         Ok(())
     }
 
-    fn write(&self, entry: &[u8]) -> io::Result<()> {
-        lock(&self.file).write_all(entry)
+    /// Appends to the log: at once on the node's own disks, so that nothing comes
+    /// between the read of a container's output and this; else on a thread of its
+    /// own, in bounded time.
+    async fn write(self: &Arc<Self>, entry: &[u8]) -> io::Result<()> {
+        if self.is_local.load(Ordering::Relaxed) {
+            return lock(&self.file).write_all(entry);
+        }
+        let (log, entry) = (self.clone(), entry.to_vec());
+        let written = self.lane.run_now(move || lock(&log.file).write_all(&entry)).await;
+        written.map_err(|why| io::Error::new(io::ErrorKind::TimedOut, why))?
     }
+}
+
+/// Whether a file is on a disk or in memory of the node. Of other file systems none
+/// is known to answer in time.
+fn is_local(file: &File) -> bool {
+    use nix::sys::statfs::{
+        BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC,
+        XFS_SUPER_MAGIC, fstatfs,
+    };
+    let own = [
+        BTRFS_SUPER_MAGIC,
+        EXT4_SUPER_MAGIC,
+        F2FS_SUPER_MAGIC,
+        OVERLAYFS_SUPER_MAGIC,
+        TMPFS_MAGIC,
+        XFS_SUPER_MAGIC,
+    ];
+    fstatfs(file).is_ok_and(|found| own.contains(&found.filesystem_type()))
 }
 
 /// Opens a file below `folder` to append to it, one component after the other.
@@ -108,7 +153,7 @@ fn open_below(folder: &OwnedFd, name: &OsStr, flags: OFlags, mode: Mode) -> io::
 pub async fn copy(
     mut from: impl AsyncRead + Unpin,
     name: &str,
-    log: Option<&LogFile>,
+    log: Option<&Arc<LogFile>>,
     attached: &Fanout,
     enough: &CancellationToken,
 ) -> io::Result<u64> {
@@ -133,7 +178,7 @@ pub async fn copy(
         if let Some(log) = log
             && !entry.is_empty()
         {
-            match log.write(&entry) {
+            match log.write(&entry).await {
                 Ok(()) => complained = false,
                 Err(error) if !complained => {
                     complained = true;
@@ -208,14 +253,14 @@ mod tests {
 
     use super::*;
 
-    async fn copied(from: impl AsyncRead + Unpin, log: &LogFile) -> io::Result<u64> {
+    async fn copied(from: impl AsyncRead + Unpin, log: &Arc<LogFile>) -> io::Result<u64> {
         copy(from, "stdout", Some(log), &Fanout::default(), &CancellationToken::new()).await
     }
 
     async fn logged(bytes: &[u8]) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/0.log");
-        let log = LogFile::open(folder.path(), &path).unwrap();
+        let log = Arc::new(LogFile::open(folder.path(), &path).unwrap());
         copied(bytes, &log).await.unwrap();
         std::fs::read_to_string(path).unwrap().lines().map(|line| line[31..].to_owned()).collect()
     }
@@ -238,7 +283,7 @@ mod tests {
     async fn after_rotation_the_log_goes_on_in_a_new_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
-        let log = LogFile::open(folder.path(), &path).unwrap();
+        let log = Arc::new(LogFile::open(folder.path(), &path).unwrap());
         copied(&b"old\n"[..], &log).await.unwrap();
         std::fs::rename(&path, folder.path().join("0.log.1")).unwrap();
         log.reopen().unwrap();
@@ -247,8 +292,8 @@ mod tests {
         assert!(std::fs::read_to_string(folder.path().join("0.log.1")).unwrap().ends_with("stdout F old\n"));
     }
 
-    #[test]
-    fn no_link_below_the_folder_leads_away() {
+    #[tokio::test]
+    async fn no_link_below_the_folder_leads_away() {
         use std::os::unix::fs::symlink;
         let root = tempfile::tempdir().unwrap();
         let (folder, away) = (root.path().join("logs"), root.path().join("away"));
@@ -262,11 +307,11 @@ mod tests {
         }
         assert_eq!(std::fs::read_dir(&away).unwrap().count(), 0);
         // Nor does one that takes the place of a log that is to be reopened.
-        let log = LogFile::open(&folder, &folder.join("c/1.log")).unwrap();
+        let log = Arc::new(LogFile::open(&folder, &folder.join("c/1.log")).unwrap());
         std::fs::rename(folder.join("c/1.log"), folder.join("c/1.log.old")).unwrap();
         symlink(away.join("file"), folder.join("c/1.log")).unwrap();
         log.reopen().unwrap_err();
-        log.write(b"still here").unwrap();
+        log.write(b"still here").await.unwrap();
         assert_eq!(std::fs::read(folder.join("c/1.log.old")).unwrap(), b"still here");
         assert_eq!(std::fs::read_dir(&away).unwrap().count(), 0);
         // A folder that the node itself leads elsewhere is fine.
@@ -300,9 +345,40 @@ mod tests {
     async fn what_breaks_off_is_logged_to_its_last_byte() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
-        let log = LogFile::open(folder.path(), &path).unwrap();
+        let log = Arc::new(LogFile::open(folder.path(), &path).unwrap());
         assert!(copied(AsyncReadExt::chain(&b"one\ntwo"[..], Broken), &log).await.is_err());
         assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout P two\n"));
+    }
+
+    #[tokio::test]
+    async fn a_log_that_does_not_answer_holds_up_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("0.log");
+        let mut log = LogFile::open(folder.path(), &path).unwrap();
+        log.is_local = AtomicBool::new(false);
+        log.lane = Lane::new(2, Duration::from_millis(100));
+        let log = Arc::new(log);
+        // A write takes as long as somebody else has the file.
+        let (holder, until) = std::sync::mpsc::channel::<()>();
+        let (has, taken) = std::sync::mpsc::channel();
+        let held = log.clone();
+        let server = std::thread::spawn(move || {
+            let _file = lock(&held.file);
+            has.send(()).unwrap();
+            let _ = until.recv();
+        });
+        taken.recv().unwrap();
+        for _ in 0..2 {
+            assert_eq!(log.write(b"late\n").await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        }
+        // The container goes on, and what it says from here on is lost at once.
+        copied(&[b'x'; 1 << 20][..], &log).await.unwrap();
+        drop(holder);
+        server.join().unwrap();
+        while log.write(b"again\n").await.is_err() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "late\nlate\nagain\n");
     }
 
     proptest! {

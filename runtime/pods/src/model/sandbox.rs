@@ -19,6 +19,7 @@ use super::container_record::{Exit, State};
 use super::cpu_rate::CpuRate;
 use super::events::{Event, EventKind, Events};
 use super::sandbox_record::SandboxRecord;
+use crate::lane::Lane;
 
 /// Releases that the programs of a pod are of, as far as they have said it. They
 /// may be older than this huskd, or newer: see ADR 9.
@@ -53,6 +54,8 @@ pub struct Sandbox {
     running: Mutex<Option<Arc<RunningPod>>>,
     unreached: Mutex<Option<String>>,
     versions: Mutex<Versions>,
+    /// Its file calls on paths that the client names.
+    pub(crate) lane: Lane,
     /// How much processor time it takes.
     pub cpu_rate: CpuRate,
     containers: Mutex<Vec<Arc<Container>>>,
@@ -97,6 +100,7 @@ impl Sandbox {
             running: Mutex::default(),
             unreached: Mutex::default(),
             versions: Mutex::default(),
+            lane: Lane::default(),
             cpu_rate: CpuRate::default(),
             containers: Mutex::default(),
             directory,

@@ -132,7 +132,7 @@ impl Stream {
             if let Some(stream) = opened.take() {
                 // What is asked for after the end comes at once, or not at all.
                 let had_ended = self.rest.borrow().is_some();
-                let copied = log::copy(stream, name, log.as_deref(), attached, &self.enough).await;
+                let copied = log::copy(stream, name, log.as_ref(), attached, &self.enough).await;
                 match copied {
                     Ok(0) if had_ended => break,
                     Ok(bytes) if bytes > 0 => pause = ASK_AGAIN,

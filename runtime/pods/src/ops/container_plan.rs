@@ -42,7 +42,7 @@ impl ContainerPlan {
     ///
     /// # Errors
     /// With the part of the request that the container cannot have, and the reason.
-    pub fn new(
+    pub async fn new(
         node: &Arc<Node>,
         sandbox: &Sandbox,
         id: &ContainerId,
@@ -63,10 +63,12 @@ impl ContainerPlan {
         let image_volumes = image_volumes(node, &config)?;
         let image_config = image.config.config().clone().unwrap_or_default();
         // On the host its mounts are as they are.
-        let mounts = if host.is_some() { &[][..] } else { &config.mounts };
+        let mounts = if host.is_some() { Vec::new() } else { config.mounts.clone() };
         let volumes_in_use = sandbox.volumes();
-        let trusted = handler.map(|handler| &handler.trusted_volumes[..]).unwrap_or_default();
-        let prepared = husk_volumes::prepare(mounts, &volumes_in_use, trusted)?;
+        let trusted = handler.map(|handler| handler.trusted_volumes.clone()).unwrap_or_default();
+        let in_use = volumes_in_use.clone();
+        let prepare = move || husk_volumes::prepare(&mounts, &in_use, &trusted);
+        let prepared = sandbox.lane.run("prepare volumes", prepare).await??;
         let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
         let input = oci::Input {
             hooks: &hooks,

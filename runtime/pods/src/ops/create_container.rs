@@ -1,7 +1,6 @@
 //! Making a container: the image's disk and the volumes into the pod, the OCI
 //! configuration, `runc create` by the agent, the log.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use husk_backend::{Claim, FileServer, RunningPod};
@@ -10,9 +9,9 @@ use husk_proto::{agent, cri};
 use husk_volumes::ImageVolume;
 
 use super::container_plan::{ContainerPlan, image_of};
+use super::log::open_log;
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus, remove_container, supervise, synced_volumes};
-use crate::model::log::LogFile;
 use crate::model::{Container, EventKind, Sandbox, State, names};
 use crate::{Error, Node};
 
@@ -32,7 +31,7 @@ pub async fn create_container(
     let image = image_of(node, &config)?;
     let id = ContainerId::random();
     let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
-    let plan = ContainerPlan::new(node, &sandbox, &id, &image, config)?;
+    let plan = ContainerPlan::new(node, &sandbox, &id, &image, config).await?;
 
     let mut disks = running.disks.hold().await;
     let claims = disks.claim_all(plan.images.iter().map(std::path::PathBuf::as_path), &id);
@@ -120,15 +119,7 @@ async fn make(
     plan: ContainerPlan,
 ) -> Result<(), Error> {
     let record = container.record().clone();
-    if !record.log_path.as_os_str().is_empty() {
-        let folder = sandbox.record().config.log_directory.clone();
-        let log = LogFile::open(Path::new(&folder), &record.log_path).map_err(|cause| Error::File {
-            stage: "open container log",
-            path: record.log_path.clone(),
-            cause,
-        })?;
-        container.set_log(Some(Arc::new(log)));
-    }
+    open_log(sandbox, container).await?;
     let request = agent::CreateContainerRequest {
         container_id: container.id.to_string(),
         spec_json: serde_json::to_vec(&plan.spec).map_err(|error| Error::Internal(error.to_string()))?,

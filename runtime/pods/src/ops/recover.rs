@@ -20,8 +20,8 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::log::open_log;
 use super::{lifecycle, orphans, remove_container, start_container, supervise, synced_volumes};
-use crate::model::log::LogFile;
 use crate::model::sandbox::{CONTAINERS, RECORD};
 use crate::model::unread::Unread;
 use crate::model::{Container, Phase, Sandbox, State, names};
@@ -281,6 +281,9 @@ async fn resume(
         // Its program cannot be started; the agent knows nothing of it.
         State::Created if !container.record().start_error.is_empty() => {}
         State::Created | State::Running => {
+            if let Err(error) = open_log(sandbox, container).await {
+                tracing::warn!(container = %container.id, %error, "open log; output is lost from here on");
+            }
             supervise::resume(sandbox, running, container).await;
             synced_volumes::follow(running, container);
             if container.state() == State::Running {
@@ -300,17 +303,7 @@ fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> std::io::Result<()> {
         match Container::load(path.clone()) {
             Ok(container) => {
                 let container = Arc::new(container);
-                let record = container.record().clone();
-                if !record.log_path.as_os_str().is_empty() {
-                    let folder = sandbox.record().config.log_directory.clone();
-                    match LogFile::open(Path::new(&folder), &record.log_path) {
-                        Ok(log) => container.set_log(Some(Arc::new(log))),
-                        Err(error) => {
-                            tracing::warn!(container = %container.id, %error, "open log; output is lost from here on");
-                        }
-                    }
-                }
-                let name = names::container(&record.config, &sandbox.record().config);
+                let name = names::container(&container.record().config, &sandbox.record().config);
                 if let Ok(held) = node.registry.reserve(name, container.id.as_str()) {
                     held.keep();
                 }
