@@ -1,12 +1,14 @@
 """Volumes: directories and files of the host in containers, as a client and as the host see them."""
 
+import concurrent.futures
+import ctypes
 import hashlib
 import shutil
 import stat
 from pathlib import Path
 
 from pods import (
-    MAPPED, USER_NAMESPACE, MappedVolumes, PodTest, json, leftovers, named, os, signal, subprocess, time, wait_until,
+    MAPPED, USER_NAMESPACE, Failed, MappedVolumes, PodTest, json, leftovers, named, os, signal, subprocess, time, wait_until,
 )
 
 
@@ -410,3 +412,45 @@ class Volumes(MappedVolumes, PodTest):
             with open(f"/proc/{pid}/root/file", "w"):
                 pass
 
+
+
+class SilentServers(PodTest):
+    """Volumes on file systems of the host whose servers never answer."""
+
+    def silent(self, name):
+        """The place of a FUSE file system with a server that reads no request."""
+        if not os.path.exists("/dev/fuse"):
+            subprocess.run(["modprobe", "fuse"], check=True)
+        where = self.node.state / name
+        where.mkdir()
+        self.addCleanup(where.rmdir)
+        server = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mount(b"silent", bytes(where), b"fuse", 0, options):
+            self.fail(f"mount a silent file system: {os.strerror(ctypes.get_errno())}")
+        self.addCleanup(subprocess.run, ["umount", "--lazy", where], check=True)
+        # The kernel ends all requests under way when their server has gone.
+        self.addCleanup(os.close, server)
+        return where
+
+    def test_two_silent_volumes_do_not_slow_the_node(self):
+        _, neighbour = self.running()
+        requests = []
+        for name in ("silent1", "silent2"):
+            mounts = [{"container_path": "/data", "host_path": str(self.silent(name))}]
+            pod, sandbox = self.pod()
+            requests.append((pod, self.node.container_file(name, "busybox", mounts=mounts), sandbox))
+        with concurrent.futures.ThreadPoolExecutor() as clients:
+            silent = [clients.submit(self.node.cri.create, *request) for request in requests]
+            for _ in range(5):
+                time.sleep(1)
+                for call in ("Version", "ListPodSandbox"):
+                    began = time.monotonic()
+                    self.node.cri.call(call)
+                    self.assertLess(time.monotonic() - began, 2, call)
+                self.assertEqual(self.node.exec(neighbour, "echo", "alive"), "alive")
+            self.assertFalse(any(one.done() for one in silent), "nobody answers these")
+            for one in silent:
+                with self.assertRaisesRegex(Failed, "did not answer within 30 s"):
+                    one.result()
