@@ -1,12 +1,15 @@
 """AppArmor: profiles of the host by their names, and the runtime's own, under both handlers."""
 
+import os
 import subprocess
 
 from pods import PodTest
 from test_host_handler import HostTest
 
 DEFAULT, UNCONFINED, LOCALHOST = range(3)
-ONE, TWO = "husk-test-one", "husk-test-two"
+# The kernel has one list of profiles, and another node of tests may run beside this one.
+NODE = os.environ.get("HUSK_TEST_NODE", "test")
+ONE, TWO = f"husk-{NODE}-one", f"husk-{NODE}-two"
 OWN_PROCESSES = {"namespace_options": {"pid": 1}}
 
 
