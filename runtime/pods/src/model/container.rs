@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use husk_base::id::ContainerId;
-use husk_base::lock;
 use husk_base::record::{self, Durability, ReadError, Unknown};
+use husk_base::{lock, now};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -114,11 +114,14 @@ impl Container {
 
     /// Records the end; false when one was recorded before, which stands.
     /// Whoever waits for it goes on with [`Self::announce_exit`].
-    pub fn record_exit(&self, exit: Exit) -> bool {
+    pub fn record_exit(&self, mut exit: Exit) -> bool {
         let mut record = lock(&self.record);
         if matches!(record.state, State::Exited(_)) {
             return false;
         }
+        // The guest's clock is the guest's word: nothing ends before it has started,
+        // or later than now.
+        exit.finished_at = exit.finished_at.min(now()).max(record.started_at);
         record.state = State::Exited(exit);
         // The end is true whether or not it could be written; a daemon that
         // starts again asks the agent, or finds the machine gone.
@@ -192,6 +195,24 @@ mod tests {
         assert!(!container.record_exit(Exit::machine_gone("later")));
         let loaded = Container::load(folder.path().join("containers/c.json")).unwrap();
         assert_eq!(loaded.state(), State::Exited(Exit::reported(3, false, 9)));
+    }
+
+    #[test]
+    fn an_end_is_within_the_containers_life_and_a_code_is_one_that_processes_have() {
+        let folder = tempfile::tempdir().unwrap();
+        let container = container(folder.path());
+        let started_at = now();
+        container.update(|record| record.started_at = started_at).unwrap();
+        assert!(container.record_exit(Exit::reported(-256, false, i64::MAX)));
+        let State::Exited(exit) = container.state() else { panic!("it has not exited") };
+        assert_eq!((exit.code, exit.reason.as_str()), (255, "Error"));
+        assert!((started_at..=now()).contains(&exit.finished_at));
+
+        let other = Container::create(folder.path(), container_record("d", "s")).unwrap();
+        other.update(|record| record.started_at = started_at).unwrap();
+        assert!(other.record_exit(Exit::reported(0, false, 1)));
+        let State::Exited(exit) = other.state() else { panic!("it has not exited") };
+        assert_eq!((exit.code, exit.finished_at), (0, started_at));
     }
 
     #[test]

@@ -94,9 +94,11 @@ pub struct Exit {
 }
 
 impl Exit {
-    /// The end of a process that the agent reported.
+    /// The end of a process that the agent reported. A guest can say what it likes:
+    /// a number that no process ends with is a failure.
     #[must_use]
     pub fn reported(code: i32, oom_killed: bool, finished_at: i64) -> Self {
+        let code = if (0..=255).contains(&code) { code } else { 255 };
         let reason = match (oom_killed, code) {
             (true, _) => "OOMKilled",
             (false, 0) => "Completed",
