@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use husk_backend as backend;
 use husk_oci::{apparmor, cdi, hooks};
 
+use crate::lane::{self, NoResult};
 use crate::model::{LookupError, NameTaken};
 
 /// An operation failed. The text says the stage first.
@@ -90,6 +91,15 @@ pub enum Error {
     /// A task of huskd ended before its time.
     #[error("internal: {0}")]
     Internal(String),
+}
+
+impl From<lane::Failed> for Error {
+    fn from(error: lane::Failed) -> Self {
+        match error.why {
+            NoResult::Late(_) | NoResult::Busy => Self::DeadlineExceeded(error.to_string()),
+            NoResult::Broken => Self::Internal(error.to_string()),
+        }
+    }
 }
 
 impl From<backend::Error> for Error {

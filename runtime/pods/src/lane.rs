@@ -11,8 +11,6 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use crate::Error;
-
 /// How many file calls a pod has under way at a time.
 const WIDTH: usize = 4;
 
@@ -34,6 +32,16 @@ pub enum NoResult {
     /// The call panicked, or huskd ends.
     #[error("the call broke off")]
     Broken,
+}
+
+/// A call without a result, and the stage that it was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{stage}: {why}")]
+pub struct Failed {
+    /// The stage.
+    pub stage: &'static str,
+    /// Why there is no result.
+    pub why: NoResult,
 }
 
 /// The file calls of one pod.
@@ -59,21 +67,18 @@ impl Lane {
     /// thread, and takes up one of the pod's turns until the kernel lets it return.
     ///
     /// # Errors
-    /// `DeadlineExceeded` when the call, or those before it, did not return in time.
+    /// The call, or those before it, did not return in time.
     pub async fn run<T: Send + 'static>(
         &self,
         stage: &'static str,
         call: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, Error> {
+    ) -> Result<T, Failed> {
         let turns = self.turns.clone();
         let called = async {
             let turn = turns.acquire_owned().await.map_err(|_| NoResult::Broken)?;
             in_thread(turn, call).await
         };
-        self.in_time(called).await.map_err(|why| match why {
-            NoResult::Broken => Error::Internal(format!("{stage}: {why}")),
-            NoResult::Late(_) | NoResult::Busy => Error::DeadlineExceeded(format!("{stage}: {why}")),
-        })
+        self.in_time(called).await.map_err(|why| Failed { stage, why })
     }
 
     /// As [`Lane::run`], but at once or not at all: whoever asks often does not wait
@@ -129,10 +134,7 @@ mod tests {
             let (holder, until) = channel();
             holders.push(holder);
             let error = pod.run("open volume", hung(until)).await.unwrap_err();
-            assert!(
-                matches!(&error, Error::DeadlineExceeded(text) if text.starts_with("open volume: ")),
-                "{error}"
-            );
+            assert_eq!((error.stage, error.why), ("open volume", NoResult::Late(0)));
         }
         // Its turns are taken: not even a call that would return is begun.
         pod.run("open volume", || panic!("there is no turn for this call")).await.unwrap_err();
