@@ -3,6 +3,7 @@
 Python's classes for the messages are made from proto/cri/v1/api.proto when they are first wanted, and kept in the cache.
 """
 
+import base64
 import hashlib
 import importlib.resources
 import json
@@ -125,7 +126,11 @@ class Cri:
 
 
 def message(file, empty):
-    return json_format.ParseDict(json.loads(Path(file).read_text()), empty)
+    """The message in a file that crictl reads too: there, a variable's value is text, which is base64 in a field of bytes."""
+    fields = json.loads(Path(file).read_text())
+    for variable in fields.get("envs", []):
+        variable["value"] = base64.b64encode(variable["value"].encode()).decode()
+    return json_format.ParseDict(fields, empty)
 
 
 if __name__ == "__main__":
