@@ -129,6 +129,47 @@ class PodTest(unittest.TestCase):
         return done.stdout + done.stderr
 
 
+class SharedPodTest(PodTest):
+    """Tests that only look at what containers are and do: those that ask for nothing of their pod share one.
+
+    It takes seconds to start under emulation, and lives as long as the class. Containers go after each test, and so do
+    other pods.
+    """
+
+    shared = None
+
+    def pod(self, name=None, **settings):
+        cls = type(self)
+        if name or settings:
+            return super().pod(name, **settings)
+        if not cls.shared:
+            cls.shared = super().pod("shared")
+        return cls.shared
+
+    def tearDown(self):
+        cri, cls = self.node.cri, type(self)
+        if cls.shared and cls.shared[0] not in cri.ready_pods():
+            # This test has ended it: the next one has a new one.
+            cls.shared = None
+        kept = cls.shared[0] if cls.shared else None
+        for pod in cri.pods():
+            if pod != kept:
+                cri.remove_pod(pod)
+        for container in cri.containers():
+            cri.remove(container)
+        # Another container of that name writes a log of its own.
+        for log in (self.node.root / "logs/shared").glob("*.log"):
+            log.unlink()
+        self.assertEqual((cri.pods(), cri.containers()), ([kept] if kept else [], []))
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.shared:
+            cls.node.cri.remove_pod(cls.shared[0])
+            cls.shared = None
+        cls().assert_nothing_left()
+
+
 # Users of a pod that are others on its node, and volumes that are mapped for them, as the kubelet asks for both.
 IDS = [{"host_id": 100000, "container_id": 0, "length": 65536}]
 USER_NAMESPACE = {"security_context": {"namespace_options": {"userns_options": {"mode": 0, "uids": IDS, "gids": IDS}}}}

@@ -4,12 +4,12 @@ import socket
 import stat
 import threading
 
-from pods import PodTest, json, machines, os, subprocess, time
+from pods import PodTest, SharedPodTest, json, machines, os, subprocess, time
 
 UNKNOWN = "0123456789abcdef" * 4
 
 
-class BadRequests(PodTest):
+class BadRequests(SharedPodTest):
     def test_unknown_ids_are_not_found(self):
         for arguments in (["inspectp", UNKNOWN], ["inspect", UNKNOWN], ["start", UNKNOWN], ["exec", "-s", UNKNOWN, "true"]):
             self.assertIn("NotFound", self.fails(*arguments), arguments)

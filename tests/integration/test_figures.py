@@ -1,6 +1,6 @@
 """What pods and containers use, what they may use, and what happens to them: stats, metrics, updates, events."""
 
-from pods import PodTest, json, signal, subprocess, time, wait_until
+from pods import PodTest, SharedPodTest, json, signal, subprocess, time, wait_until
 
 LOOP = ["sh", "-c", "while :; do :; done"]
 
@@ -63,7 +63,7 @@ class Figures(PodTest):
         self.assertGreater(values["husk_guest_memory_total_bytes"], 100 << 20)
 
 
-class Updates(PodTest):
+class Updates(SharedPodTest):
     def limits(self, container):
         return self.status(container)["resources"]["linux"]
 

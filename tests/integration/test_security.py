@@ -2,14 +2,14 @@
 
 import pathlib
 
-from pods import PodTest, json
+from pods import SharedPodTest, json
 
 POD, CONTAINER, NODE, TARGET = range(4)
 DEFAULT, UNCONFINED, LOCALHOST = range(3)
 NO_CHMOD = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["chmod", "fchmodat"], "action": "SCMP_ACT_ERRNO"}]}
 
 
-class Security(PodTest):
+class Security(SharedPodTest):
     def secured(self, pod, sandbox, name, command=None, **security):
         settings = {"command": command} if command else {}
         return self.container(pod, sandbox, name, linux={"security_context": security}, **settings)
@@ -55,7 +55,6 @@ class Security(PodTest):
         self.exec_fails(plain, "test", "-e", "/dev/loop-control")
         self.assertEqual(self.does(plain, "cat", "/proc/self/cgroup"), "0::/")
         self.assertIn("privileged", self.refused(pod, sandbox, linux={"security_context": {"privileged": True}}))
-        self.node.cri.remove_pod(pod)
         pod, sandbox = self.pod(linux={"security_context": {"privileged": True}})
         seccomp = {"profile_type": LOCALHOST, "localhost_ref": self.profile()}
         free = self.secured(pod, sandbox, "free", privileged=True, seccomp=seccomp)

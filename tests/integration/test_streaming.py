@@ -9,12 +9,12 @@ import threading
 import urllib.error
 import urllib.request
 
-from pods import PodTest, os, signal, subprocess, time, wait_until
+from pods import SharedPodTest, os, signal, subprocess, time, wait_until
 
 TRANSPORTS = ("spdy", "websocket")
 
 
-class StreamingTest(PodTest):
+class StreamingTest(SharedPodTest):
     def command(self, *arguments):
         return [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), *map(str, arguments)]
 
@@ -251,7 +251,7 @@ class Attach(StreamingTest):
         for transport in TRANSPORTS:
             with self.subTest(transport):
                 pod, sandbox = self.pod()
-                container = self.container(pod, sandbox, command=["sh"], stdin=True, stdin_once=True)
+                container = self.container(pod, sandbox, transport, command=["sh"], stdin=True, stdin_once=True)
                 done = self.run_crictl("attach", "--transport", transport, "-i", container, stdin=b"echo $((6*7)); exit 4\n")
                 self.assertEqual((done.stdout, done.returncode), (b"42\n", 0), done.stderr)
                 self.assertEqual(self.wait_exited(container)["exitCode"], 4)
@@ -259,7 +259,7 @@ class Attach(StreamingTest):
 
     def check_input_ends_with_a_client_that_vanishes(self, pod, sandbox, transport):
         """Whether it has typed, as over one transport, or not."""
-        container = self.container(pod, sandbox, "second", command=["sh", "-c", "cat; exit 5"], stdin=True, stdin_once=True)
+        container = self.container(pod, sandbox, f"{transport}-gone", command=["sh", "-c", "cat; exit 5"], stdin=True, stdin_once=True)
         client = self.start("attach", "--transport", transport, "-i", container)
         if transport == "spdy":
             client.stdin.write(b"typed\n")

@@ -92,6 +92,10 @@ class Cri:
     def pods(self):
         return [pod.id for pod in self.call("ListPodSandbox").items]
 
+    def ready_pods(self):
+        pods = self.call("ListPodSandbox").items
+        return [pod.id for pod in pods if pod.state == api_pb2.SANDBOX_READY]
+
     def remove_pod(self, pod):
         self.call("StopPodSandbox", pod_sandbox_id=pod)
         self.call("RemovePodSandbox", pod_sandbox_id=pod)
