@@ -46,7 +46,7 @@ test: deps-test build ## some of each kind of tests, what changes touch, and a p
 
 .PHONY: test-all
 test-all: deps-test build ## every test there is, conformance and benchmarks too: hours
-	@tests/support/deps posix
+	@tests/support/deps posix bench
 	tests/support/run-tests --all
 
 HANDLER ?= kata-runtime
@@ -61,7 +61,8 @@ posix: deps-test build ## pjdfstest on a volume in a pod, results in target/posi
 	$(kvm_host) --timeout 3600 --rwdir target/posix -- tests/posix/run --results target/posix
 
 .PHONY: bench
-bench: deps-test build ## start-up times, memory, streams and volumes, to target/bench
+bench: deps-test build ## start-up times, memory, streams and volumes beside containerd's, to target/bench
+	@tests/support/deps bench
 	cargo build --release --workspace --bins
 	install -D -t $(dist)/bin $(target)/release/husk-bench
 	mkdir -p target/bench
