@@ -60,6 +60,10 @@ posix: deps-test build ## pjdfstest on a volume in a pod, results in target/posi
 	mkdir -p target/posix
 	$(kvm_host) --timeout 3600 --rwdir target/posix -- tests/posix/run --results target/posix
 
+.PHONY: fuzz
+fuzz: deps-test ## fuzz what reads hostile bytes; MINUTES=n shared by all targets, or TARGET=name alone; to target/fuzz
+	tests/fuzz/run $(if $(MINUTES),--minutes $(MINUTES)) $(addprefix --target ,$(TARGET))
+
 .PHONY: bench
 bench: deps-test build ## start-up times, memory, streams and volumes beside containerd's, to target/bench
 	@tests/support/deps bench

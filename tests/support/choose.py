@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent
@@ -22,6 +23,7 @@ DAYS = 4
 
 # A word in the path of a changed file, and the tests that it touches: files of tests/integration, or other suites.
 MACHINES, AGENT, FEATURES = "machines", "agent", "features"
+FUZZ = REPO / "tests/fuzz"
 TOUCHES = {
     r"apparmor": ["test_apparmor"],
     r"hook": ["test_hooks"],
@@ -109,6 +111,22 @@ def touched(paths):
             if re.search(rf"(?<![a-z])({word})", path):
                 found.update(suites)
     return found
+
+
+def fuzz_target(paths, day):
+    """The fuzz target of the day: each in its turn, and every other day one of a crate that changed."""
+    manifest = tomllib.loads((FUZZ / "Cargo.toml").read_text())
+
+    def folders(target):
+        needed = [dep.removeprefix("dep:") for name in target["required-features"] for dep in manifest["features"][name]]
+        dependencies = [manifest["dependencies"][name] for name in needed]
+        places = [dependency["path"] for dependency in dependencies if "path" in dependency]
+        return [os.path.relpath(FUZZ / place, REPO) + "/" for place in places]
+
+    targets = manifest["bin"]
+    changed = [target for target in targets if any(path.startswith(tuple(folders(target))) for path in paths)]
+    pool = changed if changed and day % 2 else targets
+    return pool[day // 2 % len(pool)]["name"]
 
 
 # --- The choice ----------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ impl Hosts {
     }
 
     /// `folder` is what relative paths in `text` start from.
-    fn parse(text: &str, folder: &Path) -> Result<Self, String> {
+    pub(super) fn parse(text: &str, folder: &Path) -> Result<Self, String> {
         let read = |error: toml::de::Error| error.to_string().trim_end().to_owned();
         let file: File = toml::from_str(text).map_err(read)?;
         let mut mirrors: Vec<_> = file.host.into_iter().collect();

@@ -19,6 +19,8 @@ use oci_spec::image::ImageConfiguration;
 mod chain;
 mod document;
 mod erofs;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod gate;
 mod hosts;
 mod layer;

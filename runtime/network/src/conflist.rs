@@ -100,7 +100,7 @@ fn first_file(dir: &Path) -> Result<PathBuf, Error> {
 
 /// Parses a file; `list` tells a `.conflist` from a single plugin's `.conf`,
 /// which becomes a chain of one. The error is the reason in words.
-fn parse(bytes: &[u8], list: bool) -> Result<NetworkList, String> {
+pub(super) fn parse(bytes: &[u8], list: bool) -> Result<NetworkList, String> {
     let mut file: Map<String, Value> = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     let name = match file.get("name") {
         Some(Value::String(name)) if is_identifier(name) => name.clone(),

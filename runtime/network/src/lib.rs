@@ -27,6 +27,8 @@ mod attachment;
 mod cni;
 mod conflist;
 mod filter;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod guest;
 mod leftovers;
 mod netns;

@@ -24,7 +24,7 @@ pub fn of_host() -> Dns {
     }
 }
 
-fn parse(text: &str) -> Dns {
+pub(super) fn parse(text: &str) -> Dns {
     let mut dns = Dns::default();
     for line in text.lines() {
         let mut words = line.split_whitespace().map(str::to_owned);

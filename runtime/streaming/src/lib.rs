@@ -20,6 +20,8 @@
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod negotiate;
 mod peer;
 pub mod pipe;

@@ -48,7 +48,7 @@ impl Peer {
     }
 
     /// Watches nothing.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub const fn none() -> Self {
         Self(None)
     }

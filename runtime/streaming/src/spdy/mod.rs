@@ -20,8 +20,8 @@
 
 mod connection;
 mod dictionary;
-mod frame;
-mod header;
+pub mod frame;
+pub mod header;
 #[cfg(test)]
 pub mod tests;
 

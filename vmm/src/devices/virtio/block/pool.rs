@@ -150,6 +150,12 @@ fn work(pool: &Weak<Shared>) {
     }
 }
 
+/// Works on the device's requests until there are none, on the caller's thread.
+#[cfg(feature = "fuzzing")]
+pub fn serve_all(device: &Mutex<Block>, pool: &IoPool) {
+    serve(device, pool);
+}
+
 /// Works on the device's requests until there are none.
 fn serve(device: &Mutex<Block>, pool: &IoPool) {
     loop {

@@ -68,6 +68,16 @@ impl Net {
         Ok(Self { tap: Tap::new(tap)?, watch: QueueWatch::new()?, mac, mtu, limits, active: None })
     }
 
+    /// An interface on a socket in the place of a tap.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    #[cfg(feature = "fuzzing")]
+    pub fn on_socket(socket: OwnedFd, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
+        let limits = Limits::default();
+        Ok(Self { tap: Tap::of_socket(socket), watch: QueueWatch::new()?, mac, mtu, limits, active: None })
+    }
+
     /// Gives it limits, before the event loop knows it.
     ///
     /// # Errors

@@ -45,6 +45,9 @@ const UDP_OFFLOADS: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 pub struct Tap {
     fd: OwnedFd,
     features: u64,
+    /// A socket is in the place of the tap, which knows no offloads.
+    #[cfg(feature = "fuzzing")]
+    is_socket: bool,
 }
 
 impl Tap {
@@ -64,7 +67,12 @@ impl Tap {
         for bit in TO_KERNEL.into_iter().chain(TO_GUEST.map(|(bit, _)| bit)) {
             features |= 1 << bit;
         }
-        let tap = Self { fd, features };
+        let tap = Self {
+            fd,
+            features,
+            #[cfg(feature = "fuzzing")]
+            is_socket: false,
+        };
         let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
         let features = match tap.set_offloads(tcp | UDP_OFFLOADS) {
             Ok(()) => {
@@ -105,7 +113,19 @@ impl Tap {
         self.set_offloads(offloads)
     }
 
+    /// A non-blocking socket that keeps the bounds of packets, with all the features that a tap can have.
+    #[cfg(feature = "fuzzing")]
+    pub fn of_socket(fd: OwnedFd) -> Self {
+        let bits = TO_KERNEL.into_iter().chain(TO_GUEST.map(|(bit, _)| bit)).chain(UDP_TO_GUEST);
+        let features = bits.fold(1 << VIRTIO_NET_F_HOST_USO, |features, bit| features | 1 << bit);
+        Self { fd, features, is_socket: true }
+    }
+
     fn set_offloads(&self, offloads: u32) -> io::Result<()> {
+        #[cfg(feature = "fuzzing")]
+        if self.is_socket {
+            return Ok(());
+        }
         // SAFETY: the ioctl takes a number.
         unsafe { tun_set_offload(self.fd.as_raw_fd(), offloads.cast_signed()) }?;
         Ok(())
