@@ -25,19 +25,22 @@ use devices::Devices;
 
 /// The beginning of every guest's command line.
 ///
-/// `quiet`: every character on the serial port leaves the guest. `reboot=k`:
-/// through the keyboard controller, see [`husk_vmm_api::SHUTDOWN_MARKER`].
-/// `panic=-1`: a panic resets at once. `swiotlb=noforce`: devices reach all of
-/// memory, a guest with more than 4 GiB needs no 64 MiB of bounce buffers. The
-/// rest names the root and init: the files of the root are used where they lie in
-/// persistent memory (DAX).
+/// - `quiet`: every character on the serial port costs an exit from the guest.
+/// - `reboot=k`: a reset goes through the keyboard controller, see
+///   [`husk_vmm_api::SHUTDOWN_MARKER`].
+/// - `panic=-1`: a panic resets the machine at once.
+/// - `swiotlb=noforce`: devices reach all of memory, so a guest with more than 4
+///   GiB needs no 64 MiB of bounce buffers.
+///
+/// The rest names the root and the init program. The files of the root are used
+/// where they lie in persistent memory (DAX).
 const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 swiotlb=noforce \
                        root=/dev/pmem0 rootwait rootfstype=erofs rootflags=dax ro init=/sbin/init";
 
-/// The stage of everything that is about a template.
+/// The stage that errors about a template name.
 const TEMPLATE: &str = "restore the template";
 
-/// The descriptors that came with a request; each may be named once.
+/// The descriptors that came with a request. Each may be named once.
 pub struct Descriptors(Vec<Option<OwnedFd>>);
 
 impl Descriptors {
@@ -50,7 +53,8 @@ impl Descriptors {
     /// Takes the descriptor at `index`.
     ///
     /// # Errors
-    /// The message names one that was not sent, or names one twice.
+    /// The request names a descriptor that was not sent, or names one
+    /// twice.
     pub fn take(&mut self, index: FdIndex) -> Result<OwnedFd, String> {
         self.0.get_mut(index).and_then(Option::take).ok_or_else(|| {
             format!("the request names descriptor {index}, which did not come with it or is named twice")
@@ -58,8 +62,8 @@ impl Descriptors {
     }
 }
 
-/// Builds the machine and starts it. Returns with it what the event loop has
-/// to watch.
+/// Builds the machine and starts it. Returns the machine and what the event
+/// loop has to watch.
 ///
 /// # Errors
 /// [`StageError`]; nothing runs then.
@@ -92,7 +96,8 @@ pub fn build(
     let vcpus = create_vcpus(&hypervisor, config.vcpus)?;
     let saved = saved.map(|(state, _)| state);
     if let Some(state) = &saved {
-        // Before the devices, which may interrupt as soon as they are there.
+        // This comes before the devices, which may raise interrupts as soon as
+        // they are restored.
         for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
             snapshot::vcpu::restore(vcpu, state).map_err(at(TEMPLATE))?;
         }
@@ -152,8 +157,7 @@ fn check(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), StageError> {
     Ok(())
 }
 
-/// What is left of a machine that was saved: its state, and the file of its
-/// memory.
+/// Reads the state of a saved machine. Returns it with the file of its memory.
 fn read_template(
     config: &VmConfig,
     template: TemplateConfig,
@@ -170,7 +174,7 @@ fn create_vcpus(hypervisor: &Hypervisor, count: u8) -> Result<Vec<VcpuFd>, Stage
     (0..count).map(|index| hypervisor.create_vcpu(index).map_err(at("create vCPUs"))).collect()
 }
 
-/// Makes fresh vCPUs such that the first one begins at `entry`.
+/// Makes fresh vCPUs; the first one begins at `entry`.
 fn set_up_vcpus(
     hypervisor: &Hypervisor,
     memory: &GuestMemoryMmap,

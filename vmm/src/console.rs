@@ -1,5 +1,5 @@
-//! What the guest printed: the last bytes of it, and the two lines in it that
-//! say why a reset comes.
+//! The tail of the guest's console, and the two lines in it that say why the
+//! guest resets the machine.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -9,9 +9,10 @@ use husk_vmm_api::{CONSOLE_TAIL, ExitReason, SHUTDOWN_MARKER};
 
 use crate::lock;
 
-/// Every panic of Linux begins with it (`panic()` in `kernel/panic.c`).
+/// The text with which every panic of Linux begins (`panic()` in
+/// `kernel/panic.c`).
 const PANIC_MARKER: &str = "Kernel panic - not syncing";
-/// Longest start of a line that is looked at.
+/// Bytes at the start of a line that are searched for a marker.
 const LINE_MAX: usize = 256;
 
 /// The end of the guest's console output. Clones share it.
@@ -34,8 +35,8 @@ impl Console {
         String::from_utf8_lossy(tail.bytes.make_contiguous()).into_owned()
     }
 
-    /// Why the guest pulled the reset line: what it had said before, or
-    /// `otherwise`.
+    /// The reason for which the guest pulled the reset line, according to its
+    /// console, or `otherwise`.
     #[must_use]
     pub fn reason_for_reset(&self, otherwise: ExitReason) -> (ExitReason, String) {
         let tail = lock(&self.0);

@@ -1,9 +1,9 @@
-//! The control socket: accepts clients, receives their requests, and sends
-//! them responses. It never waits for a client; one that does not read its
-//! responses loses its connection.
+//! The control socket: accepts clients, receives their requests, and sends them
+//! responses. It never waits for a client: one that does not read its responses
+//! loses its connection.
 //!
-//! It only moves messages. The event loop hands it the sockets' events; the
-//! process takes the requests out of it afterwards and answers them.
+//! This module only moves messages. The event loop hands it the sockets'
+//! events; [`crate::vmm`] then takes the requests from it and answers them.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -17,18 +17,19 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{Shutdown, SockFlag, accept4, shutdown};
 
-/// Most clients at a time; more are turned away.
+/// Most clients at a time. Further ones are turned away.
 const MAX_CLIENTS: usize = 8;
 
-/// A connection's name. Descriptors are used again, these are not.
+/// The name of a connection. Numbers of descriptors are used again, names are
+/// not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClientId(u64);
 
-/// A request and whom to answer.
+/// A request and the client that sent it.
 pub struct Incoming {
-    /// Whom to answer.
+    /// The client that gets the response.
     pub client: ClientId,
-    /// The request, or the error in its packet.
+    /// The request with its descriptors, or the error in its packet.
     pub request: Result<(Request, Vec<OwnedFd>), String>,
 }
 
@@ -55,23 +56,23 @@ impl ControlServer {
         Ok(Self { listener, clients: HashMap::new(), next_id: 0, inbox: VecDeque::new() })
     }
 
-    /// The next request that came, if one did.
+    /// Takes the next request, if there is one.
     pub fn take_request(&mut self) -> Option<Incoming> {
         self.inbox.pop_front()
     }
 
-    /// Whether anybody is connected.
+    /// Whether any client is connected.
     #[must_use]
     pub fn has_clients(&self) -> bool {
         !self.clients.is_empty()
     }
 
-    /// Sends `response`, if the client is still there.
+    /// Sends `response`, if the client is still connected.
     pub fn reply(&self, client: ClientId, response: &Response) {
         let Some(client) = self.clients.values().find(|other| other.id == client) else { return };
         if socket::send(client.socket.as_fd(), response, &[]).is_err() {
-            // The event loop then sees the end of the connection, and only it
-            // can take the socket out of its set.
+            // The event loop then sees the end of the connection, and only the
+            // loop can remove the socket from its set.
             let _ = shutdown(client.socket.as_raw_fd(), Shutdown::Both);
         }
     }
@@ -93,7 +94,7 @@ impl ControlServer {
         }
     }
 
-    /// Receives one packet; the rest of them make the socket readable again.
+    /// Receives one packet. If there are more, the socket stays readable.
     fn receive(&mut self, fd: RawFd, ops: &mut EventOps) {
         let Some(client) = self.clients.get(&fd) else { return };
         let request = match socket::receive::<Request>(client.socket.as_fd()) {

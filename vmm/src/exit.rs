@@ -1,8 +1,8 @@
-//! How a machine's end is noticed, and made known.
+//! The end of a machine: how it is noticed, recorded, and reported.
 //!
 //! Any thread may raise the [`ExitSignal`]; the first reason counts. The main
-//! thread then writes an [`Exit`] into the exit descriptor, answers who waits,
-//! and ends the process. A panic of any thread does the same by itself.
+//! thread then writes the exit record, answers the clients that wait, and ends
+//! the process. A panic of any thread does the same by itself.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -18,17 +18,17 @@ use vmm_sys_util::signal::register_signal_handler;
 use crate::console::Console;
 use crate::lock;
 
-/// Most bytes of the words on an end.
+/// Most bytes of the detail in an exit record.
 const MAX_DETAIL: usize = 4096;
 
-/// Says that the machine has ended.
+/// The signal that the machine has ended.
 pub struct ExitSignal {
     reason: Mutex<Option<(ExitReason, String)>>,
     event: EventFd,
 }
 
 impl ExitSignal {
-    /// A signal that was not raised yet.
+    /// Makes a signal that is not raised yet.
     ///
     /// # Errors
     /// No eventfd can be made.
@@ -58,7 +58,7 @@ impl ExitSignal {
     }
 }
 
-/// See [`ExitSignal::waker`].
+/// Wakes up the event loop, see [`ExitSignal::waker`].
 pub struct Waker(EventFd);
 
 impl MutEventSubscriber for Waker {
@@ -67,12 +67,12 @@ impl MutEventSubscriber for Waker {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        // A fresh eventfd on a fresh epoll instance: it can be added.
+        // This cannot fail: the eventfd and the epoll instance are both new.
         let _ = ops.add(Events::new(&self.0, EventSet::IN));
     }
 }
 
-/// Where the record of the end goes, for a daemon that comes back later.
+/// The file of the exit record, which a later `huskd` reads.
 #[derive(Debug)]
 pub struct Record(Target);
 
@@ -84,13 +84,13 @@ enum Target {
 }
 
 impl Record {
-    /// A record in `file`.
+    /// An exit record in `file`.
     #[must_use]
     pub fn new(file: File) -> Self {
         Self(Words::map(&file, EXIT_SIZE).map_or_else(|_| Target::File(file), Target::Words))
     }
 
-    /// Writes it.
+    /// Writes the record of this end.
     pub fn write(&self, exit: &Exit) {
         let mut exit = exit.clone();
         exit.detail.truncate(exit.detail.floor_char_boundary(MAX_DETAIL));
@@ -100,7 +100,8 @@ impl Record {
         }
     }
 
-    /// Writes a record that is text already. A signal handler may call it.
+    /// Writes a record that is already JSON text. A signal handler may call
+    /// this.
     pub fn write_bytes(&self, text: &[u8]) {
         match &self.0 {
             Target::Words(words) => words.replace(text),
@@ -115,10 +116,11 @@ impl Record {
 }
 
 /// Lets SIGTERM end the process. The first process of a PID namespace has no
-/// default for it, and a host that shuts down asks that way.
+/// default action for it, and a host that shuts down ends its processes with
+/// it.
 ///
 /// # Errors
-/// The kernel's.
+/// The error of sigaction(2).
 pub fn end_when_asked() -> Result<(), vmm_sys_util::errno::Error> {
     extern "C" fn end(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         // SAFETY: ends the process without running anything else of it.

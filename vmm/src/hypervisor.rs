@@ -1,4 +1,4 @@
-//! KVM, and the one VM that this process makes of it.
+//! KVM, and the one VM that this process has.
 
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -8,32 +8,32 @@ use crate::arch::x86_64::interrupts;
 
 const API_VERSION: i32 = 12;
 
-/// KVM refused something.
+/// A call to KVM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HypervisorError {
-    /// No KVM.
+    /// `/dev/kvm` cannot be opened.
     #[error("open /dev/kvm: {0} (`husk check` says what this host lacks)")]
     Open(#[source] kvm_ioctls::Error),
-    /// A KVM of another age.
+    /// The host's KVM has another version of its interface.
     #[error("KVM has API version {0}, {API_VERSION} is needed")]
     Version(i32),
-    /// A call failed.
+    /// An ioctl failed.
     #[error("{what}: {cause}")]
     Call {
-        /// "create a VM".
+        /// The purpose of the call, "create a VM".
         what: &'static str,
-        /// KVM's error.
+        /// The error that KVM returned.
         cause: kvm_ioctls::Error,
     },
 }
 
-/// Names a failed call.
+/// Makes an error of the call with this purpose.
 fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
     move |cause| HypervisorError::Call { what, cause }
 }
 
-/// An empty VM. Making one is the slowest part of a start, and needs to know
-/// nothing of the machine; so it is made before the request to boot comes.
+/// An empty VM. Making one is the slowest part of a start and needs no
+/// knowledge of the machine, so it is made before the request to boot comes.
 pub struct Hypervisor {
     kvm: Kvm,
     vm: VmFd,
@@ -55,19 +55,19 @@ impl Hypervisor {
         Ok(Self { kvm, vm })
     }
 
-    /// The system's KVM.
+    /// The handle of `/dev/kvm`.
     #[must_use]
     pub const fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
-    /// The VM.
+    /// The handle of the VM.
     #[must_use]
     pub const fn vm(&self) -> &VmFd {
         &self.vm
     }
 
-    /// The most vCPUs that this host gives a VM.
+    /// Most vCPUs that this host allows for a VM.
     #[must_use]
     pub fn max_vcpus(&self) -> usize {
         self.vm.check_extension_int(Cap::MaxVcpus).try_into().unwrap_or(0)

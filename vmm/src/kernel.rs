@@ -1,13 +1,13 @@
 //! Loads `vmlinux`: walks the program headers of an ELF file, and maps each
-//! segment's pages from the file to where the kernel wants them.
+//! segment's pages from the file to the guest addresses that the header names.
 //!
-//! Mapping instead of copying saves the copy, and lets all machines share what
-//! their kernels do not write. It works where file offset and address are
-//! congruent modulo a page; the ends of a segment that do not fill a page, and
-//! segments that are not congruent, are copied.
+//! Mapping avoids the copy, and lets all machines share the pages that their
+//! kernels do not write. It works where file offset and address are congruent
+//! modulo the page size. Segments that are not congruent, and the ends of a
+//! segment that do not fill a page, are copied.
 //!
-//! A running machine still reads the file: whoever replaces a kernel must
-//! rename a new file over it, and not write into it.
+//! A running machine still reads the file. To replace a kernel, rename a new
+//! file over it; do not write into it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -19,7 +19,7 @@ use crate::memory::{self, PAGE};
 
 const HEADER_LENGTH: usize = 64;
 const PROGRAM_HEADER_LENGTH: usize = 56;
-/// A vmlinux has about five.
+/// Most program headers that are accepted. A vmlinux has about five.
 const MAX_PROGRAM_HEADERS: u16 = 32;
 const MAGIC_64_LE: [u8; 6] = [0x7f, b'E', b'L', b'F', 2, 1];
 const MACHINE_X86_64: u16 = 62;
@@ -31,7 +31,7 @@ pub enum KernelError {
     /// The file cannot be read.
     #[error("read the kernel: {0}")]
     Read(#[source] std::io::Error),
-    /// Not an ELF file for this machine.
+    /// The file is not an ELF file for x86-64.
     #[error("the kernel is not a 64-bit x86 ELF file (an uncompressed vmlinux is needed, not bzImage)")]
     NotElf,
     /// The file's headers contradict themselves.
@@ -40,12 +40,12 @@ pub enum KernelError {
     /// The kernel does not fit into memory.
     #[error("the kernel wants memory from {start:#x} to {end:#x}, which the machine has not got")]
     NoMemory {
-        /// First address.
+        /// The first address of the segment.
         start: u64,
-        /// Address after the last.
+        /// The address after its last byte.
         end: u64,
     },
-    /// The segment could not be mapped or copied.
+    /// A segment could not be mapped or copied.
     #[error("put a segment of the kernel into guest memory: {0}")]
     Place(String),
 }
@@ -57,8 +57,9 @@ struct Segment {
     memory_size: u64,
 }
 
-/// Puts the kernel into memory, and returns the address of its entry point.
-/// Memory must be fresh: what the file does not fill is expected to be zero.
+/// Puts the kernel into memory, and returns the address of its entry point. The
+/// memory must be fresh: the parts of a segment that the file does not fill
+/// must be zero.
 ///
 /// # Errors
 /// [`KernelError`].
@@ -126,7 +127,7 @@ fn segments(file: &File, header: &[u8; HEADER_LENGTH]) -> Result<Vec<Segment>, K
     Ok(segments)
 }
 
-/// Maps the whole pages of the segment, and copies what is left.
+/// Maps the whole pages of the segment, and copies the rest.
 fn place(file: &File, segment: &Segment, memory: &GuestMemoryMmap) -> Result<(), KernelError> {
     let end = segment.address + segment.file_size;
     let first_page = segment.address.next_multiple_of(PAGE);
@@ -167,7 +168,8 @@ fn map(file: &File, offset: u64, memory: &GuestMemoryMmap, start: u64, end: u64)
         .map_err(|error| KernelError::Place(error.to_string()))
 }
 
-/// Little-endian fields; the callers' offsets are constants within the length.
+/// The little-endian field at `offset`. The callers' offsets are constants
+/// within the length.
 fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
     bytes.get(offset..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
@@ -195,7 +197,8 @@ mod tests {
 
     const BASE: u64 = 0x100_0000;
 
-    /// An ELF file with one segment, whose bytes are 1, 2, 3 ... modulo 251.
+    /// An ELF file with one segment, which holds the bytes 1, 2, 3 ... modulo
+    /// 251.
     fn elf(offset: u64, address: u64, file_size: u64, memory_size: u64) -> (File, Vec<u8>) {
         let mut image = vec![0u8; (offset + file_size) as usize];
         image[..6].copy_from_slice(&MAGIC_64_LE);

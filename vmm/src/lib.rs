@@ -1,10 +1,10 @@
-//! Husk's virtual machine monitor: one process, one pod's machine.
+//! Husk's virtual machine monitor: one process for the machine of one pod.
 //!
-//! [`vmm`] is the process, which lives in a [`jail`]: it waits for requests
-//! ([`control`]) and for the machine's end ([`exit`]). [`builder`] makes a [`machine`] of a request to
-//! boot: guest [`memory`] with a [`kernel`] in it, [`devices`], and a thread
-//! per [`vcpu`]. [`arch`] knows the processor; [`snapshot`] knows how a machine
-//! is saved.
+//! - [`vmm`] is the process's main loop. It serves requests ([`control`]) until the machine ends
+//!   ([`exit`]), inside a [`jail`].
+//! - [`builder`] makes a [`machine`] of a request to boot: guest [`memory`] with a [`kernel`] in it,
+//!   [`devices`], and a thread for each [`vcpu`].
+//! - [`arch`] holds what depends on the processor; [`snapshot`] saves and restores machines.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -24,8 +24,8 @@ pub mod stage;
 pub mod vcpu;
 pub mod vmm;
 
-/// Locks a mutex. A panic ends the process at once, so no lock stays poisoned
-/// for anybody to see; a test's does not matter.
+/// Locks a mutex. A panic ends the process at once, so nobody sees a poisoned
+/// lock outside of tests, where it does not matter.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

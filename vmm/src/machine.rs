@@ -1,4 +1,4 @@
-//! A running machine, and what can be asked of it.
+//! A running machine, and the requests that it serves.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -19,7 +19,7 @@ use crate::lock;
 use crate::memory::{self, Range};
 use crate::vcpu::{Vcpu, VcpuContext};
 
-/// Something that the event loop calls.
+/// A device that the event loop calls.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// A request to the machine failed.
@@ -28,16 +28,16 @@ pub enum MachineError {
     /// No block device has that serial number.
     #[error("there is no slot {0:?}")]
     NoSlot(String),
-    /// The machine was booted without one.
+    /// The machine has no balloon.
     #[error("the machine has no balloon")]
     NoBalloon,
-    /// The machine was booted without one.
+    /// The machine has no file system device.
     #[error("the machine has no file system device")]
     NoFs,
-    /// The file system device refused.
+    /// The file system device refused the request.
     #[error(transparent)]
     Fs(#[from] fs::FsError),
-    /// The slot refused.
+    /// The slot refused the request.
     #[error(transparent)]
     Block(#[from] BlockError),
     /// The file cannot serve as a disk.
@@ -45,13 +45,13 @@ pub enum MachineError {
     Disk(#[from] std::io::Error),
 }
 
-/// A machine. It runs from when it is made until the process ends.
+/// A machine. Runs from when it is made until the process ends.
 pub struct Machine {
-    /// The VM.
+    /// The VM of KVM.
     pub hypervisor: Hypervisor,
-    /// Guest memory, that of the root included.
+    /// Guest memory, including the memory of the root.
     pub memory: GuestMemoryMmap,
-    /// The ranges of it that are the guest's RAM.
+    /// The ranges of guest memory that are RAM.
     pub ram: Vec<Range>,
     /// The serial port.
     pub serial: Arc<Mutex<SerialPort>>,
@@ -59,9 +59,9 @@ pub struct Machine {
     pub cmdline: String,
     /// All virtio devices, in the order of their addresses.
     pub devices: Vec<Device>,
-    /// Their transports, in the same order.
+    /// The transports of the devices, in the same order.
     pub transports: Vec<Arc<Mutex<MmioTransport>>>,
-    /// Running vCPUs.
+    /// The vCPUs, which run.
     pub vcpus: Vec<Vcpu>,
     /// Buses and signals that the vCPUs share.
     pub context: Arc<VcpuContext>,
@@ -77,7 +77,7 @@ impl Machine {
         Ok(lock(self.slot(slot)?).attach(disk)?)
     }
 
-    /// Empties a slot; one that is empty may be emptied again.
+    /// Empties a slot. Emptying an empty slot succeeds.
     ///
     /// # Errors
     /// [`MachineError`].
@@ -96,7 +96,8 @@ impl Machine {
         .ok_or_else(|| MachineError::NoSlot(serial.to_owned()))
     }
 
-    /// Asks the guest for memory.
+    /// Sets the size of the balloon; the guest then returns memory, or gets it
+    /// back.
     ///
     /// # Errors
     /// [`MachineError::NoBalloon`].
@@ -116,13 +117,13 @@ impl Machine {
         Ok(())
     }
 
-    /// How the file system device is.
+    /// The state of the file system device.
     #[must_use]
     pub fn fs_state(&self) -> FsState {
         self.fs().map_or(FsState::None, |device| lock(device).state())
     }
 
-    /// Memory that the balloon holds, MiB.
+    /// The memory that the balloon holds, MiB.
     #[must_use]
     pub fn balloon_mib(&self) -> u32 {
         self.balloon().map_or(0, |balloon| lock(balloon).actual_mib())
@@ -137,7 +138,7 @@ impl Machine {
         }
     }
 
-    /// Open connections of its vsock device.
+    /// Open connections of the vsock device.
     #[must_use]
     pub fn connections(&self) -> usize {
         let vsock = self.find(|device| if let Device::Vsock(vsock) = device { Some(vsock) } else { None });
@@ -152,7 +153,8 @@ impl Machine {
         self.find(|device| if let Device::Fs(fs) = device { Some(fs) } else { None })
     }
 
-    /// The first device that `pick` takes; a machine has few.
+    /// The first device for which `pick` returns something. A machine has few
+    /// devices.
     fn find<'a, T>(&'a self, pick: impl FnMut(&'a Device) -> Option<T>) -> Option<T> {
         self.devices.iter().find_map(pick)
     }

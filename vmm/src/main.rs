@@ -46,9 +46,9 @@ fn run(started: Instant) -> Result<ExitReason> {
     Ok(vmm.run())
 }
 
-/// Four arguments need no parser that takes longer than they do.
+/// The arguments. There are four, which no library needs to parse.
 struct Arguments {
-    /// For whoever looks at a list of processes.
+    /// The sandbox id, shown in a list of processes.
     id: String,
     user: u32,
     control_fd: RawFd,
@@ -56,7 +56,7 @@ struct Arguments {
 }
 
 impl Arguments {
-    /// `None` when help is asked for.
+    /// Parses the arguments; `None` when help is asked for.
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Self>> {
         let (mut id, mut user, mut control_fd, mut exit_fd) = (None, None, None, None);
         while let Some(word) = words.next() {
@@ -92,8 +92,8 @@ fn inherit(fd: RawFd) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// One heap for all threads instead of one each, and large blocks straight
-/// from the kernel, so that they go back to it.
+/// Uses one heap for all threads, and takes large blocks directly from the
+/// kernel, so that they go back to it when they are freed.
 fn keep_memory_small() {
     // SAFETY: called before there is any other thread.
     unsafe {

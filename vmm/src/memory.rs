@@ -1,5 +1,6 @@
-//! Guest memory: private, and touched only when the guest does. What is RAM to
-//! the guest is anonymous; what is persistent memory is a file of the host.
+//! Guest memory. RAM is private anonymous memory; persistent memory is a file
+//! of the host that is mapped privately. A page is used only when the guest
+//! touches it.
 
 use std::fs::File;
 use std::io;
@@ -13,31 +14,32 @@ use crate::arch::x86_64::layout::{GAP_END, GAP_START};
 
 pub use crate::arch::x86_64::layout::Range;
 
-/// Size of a page of the host.
+/// Bytes of a page of the host.
 pub const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
 /// Pages per `mincore` call.
 const CHUNK: usize = 4096;
-/// Bytes that are looked at in one go when memory is written to a file.
+/// Bytes that are examined at once when memory is written to a file.
 const WRITTEN_AT_ONCE: usize = 1 << 20;
-/// Linux adds persistent memory in pieces of this size.
+/// The alignment, and the smallest piece, of persistent memory in Linux.
 const PERSISTENT_ALIGNMENT: u64 = 2 * MIB;
 
-/// Guest memory could not be had.
+/// Guest memory cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// Less than a kernel needs.
+    /// The requested size, in MiB, is less than a kernel needs.
     #[error("{0} MiB of guest memory are not enough, at least 16 are needed")]
     TooSmall(u32),
-    /// The host has not got that much address space.
+    /// The host cannot map that many MiB.
     #[error("map {0} MiB of guest memory: {1}")]
     Map(u32, FromRangesError),
-    /// The file behind persistent memory.
+    /// The file cannot serve as persistent memory.
     #[error("map the root file system: {0}")]
     Root(io::Error),
 }
 
-/// The ranges of a machine's `mib` MiB, with the hole for devices left out.
+/// The ranges of RAM of a machine with `mib` MiB. They leave out the hole for
+/// devices.
 #[must_use]
 pub fn ram(mib: u32) -> Vec<Range> {
     let size = u64::from(mib) * MIB;
@@ -49,8 +51,8 @@ pub fn ram(mib: u32) -> Vec<Range> {
     ranges
 }
 
-/// Where a file becomes persistent memory of a machine with `mib` MiB: behind
-/// all of its RAM.
+/// The range that `file` gets as persistent memory of a machine with `mib` MiB:
+/// behind all RAM.
 ///
 /// # Errors
 /// The file cannot be looked at, or is empty.
@@ -64,10 +66,10 @@ pub fn persistent(mib: u32, file: &File) -> Result<Range, MemoryError> {
     Ok(Range { start: GuestAddress(start), size: size.next_multiple_of(PERSISTENT_ALIGNMENT) })
 }
 
-/// Maps `mib` MiB, and a file in its range of [`persistent`] memory. No page is
-/// touched, so none is used yet.
+/// Maps `mib` MiB of RAM, and a file at its range of [`persistent`] memory. No
+/// page is touched, so none is used yet.
 ///
-/// The guest may write to the pages of the file, and then has its own copy.
+/// The guest may write to the pages of the file, and then gets its own copy.
 ///
 /// # Errors
 /// [`MemoryError`].
@@ -88,12 +90,13 @@ pub fn allocate(mib: u32, root: Option<(&File, Range)>) -> Result<GuestMemoryMma
     Ok(memory)
 }
 
-/// Puts `size` bytes of a file, from `offset` on, in the place of the pages at
-/// `start`: privately, so that the guest's writes stay its own. What is behind
-/// the file's end in the last page reads as zeroes.
+/// Replaces the pages at `start` by `size` bytes of a file, from `offset` on.
+/// The mapping is private, so the guest's writes do not reach the file. Bytes
+/// of the last page behind the file's end read as zeroes.
 ///
 /// # Errors
-/// The range is not in one piece of memory, or the file cannot be mapped.
+/// The range is not in one piece of memory, or the file cannot be
+/// mapped.
 pub fn map_file(
     memory: &GuestMemoryMmap,
     start: GuestAddress,
@@ -118,7 +121,7 @@ pub fn map_file(
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Puts the pages of a file that [`write`] wrote in the place of the RAM.
+/// Replaces the RAM by the pages of a file that [`write`] wrote.
 ///
 /// # Errors
 /// The file is not as large as the RAM, or cannot be mapped.
@@ -168,7 +171,7 @@ pub fn write(memory: &GuestMemoryMmap, ram: &[Range], file: &File) -> io::Result
 }
 
 /// Bytes of these ranges that are in the host's memory now. Pages of the
-/// kernel's file count when the host's page cache has them.
+/// kernel's file count when they are in the host's page cache.
 #[must_use]
 pub fn resident_bytes(memory: &GuestMemoryMmap, ranges: &[Range]) -> u64 {
     let mut pages = 0u64;
@@ -235,7 +238,7 @@ mod tests {
         let memory = allocate(64, Some((&file, persistent_range))).unwrap();
         let last = GuestAddress(persistent_range.start.0 + 4999);
         assert_eq!(memory.read_obj::<u8>(last).unwrap(), 7);
-        // Behind the file's end there is memory to the end of the range.
+        // Memory goes on behind the file's end, to the end of the range.
         for behind in [last.0 + 1, persistent_range.end() - 1] {
             assert_eq!(memory.read_obj::<u8>(GuestAddress(behind)).unwrap(), 0);
         }
@@ -254,7 +257,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         write(&machine, &ram(16), &file).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 16 << 20);
-        // Three pages, and what the file system needs for itself.
+        // Three pages, and what the file system itself needs.
         assert!(std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512 < 1 << 20);
 
         let clones: Vec<_> = (0..2).map(|_| allocate(16, None).unwrap()).collect();

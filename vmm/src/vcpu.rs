@@ -1,5 +1,5 @@
-//! A vCPU: a thread that enters the guest, and hands what the guest does to
-//! hardware to the devices on the buses.
+//! A vCPU: a thread that enters the guest, and passes the guest's accesses to
+//! hardware on to the devices on the buses.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,10 +21,10 @@ use crate::lock;
 
 mod report;
 
-/// Bytes of stack of a thread. Only what is touched costs memory.
+/// Bytes of a thread's stack. Only touched pages cost memory.
 const STACK: usize = 256 * 1024;
-/// How often a stopping thread is kicked before it is given up, a millisecond
-/// apart.
+/// How many times a thread is kicked, a millisecond apart, before it counts as
+/// stuck.
 const KICKS: u32 = 1000;
 /// Most time that a vCPU gets to report.
 const REPORT_WAIT: Duration = Duration::from_millis(500);
@@ -35,9 +35,9 @@ pub struct VcpuContext {
     pub pio: Bus,
     /// Memory-mapped registers.
     pub mmio: Bus,
-    /// Raised when a vCPU cannot go on.
+    /// Raised when a vCPU cannot continue.
     pub exit: Arc<ExitSignal>,
-    /// Says why, when the guest has said it.
+    /// The guest's console, which may name the reason of a reset.
     pub console: Console,
     /// When the first vCPU entered the guest for the first time.
     pub entered: OnceLock<Instant>,
@@ -49,10 +49,10 @@ pub struct Vcpu {
     orders: Arc<Orders>,
 }
 
-/// Orders for the vCPU's thread, which it looks at between two entries into the guest.
+/// Orders for the vCPU's thread, which reads them between two entries into the guest.
 #[derive(Default)]
 struct Orders {
-    /// There are some.
+    /// Set when there are orders.
     any: AtomicBool,
     stop: AtomicBool,
     report: Mutex<Option<SyncSender<VcpuReport>>>,
@@ -73,8 +73,8 @@ impl Vcpu {
         Ok(Self { thread, orders })
     }
 
-    /// Gets the vCPU out of the guest and ends its thread; it can be saved
-    /// then. `None` when it does not come within a second.
+    /// Makes the vCPU leave the guest and ends its thread, so that it can be
+    /// saved. `None` when it does not leave within a second.
     #[must_use]
     pub fn stop(self) -> Option<VcpuFd> {
         self.orders.stop.store(true, Ordering::SeqCst);
@@ -89,7 +89,7 @@ impl Vcpu {
         None
     }
 
-    /// Gets the vCPU out of the guest for a look at it.
+    /// Makes the vCPU leave the guest to report its state.
     #[must_use]
     pub fn report(&self) -> VcpuReport {
         let (sender, report) = mpsc::sync_channel(1);
@@ -107,14 +107,15 @@ impl Vcpu {
         VcpuReport::Gone
     }
 
-    /// A kick that comes just before the thread enters the guest is lost, so
-    /// there has to be another one.
+    /// Signals the thread. A signal that arrives just before the thread enters
+    /// the guest is lost, so the caller has to repeat it.
     fn kick(&self) {
         let _ = self.thread.kill(SIGRTMIN());
     }
 }
 
-/// Makes the signal of a kick interrupt `KVM_RUN`, and do nothing else.
+/// Installs an empty handler for the signal of a kick, so that it interrupts
+/// `KVM_RUN` and does nothing else.
 ///
 /// # Errors
 /// The kernel's.
@@ -132,12 +133,13 @@ fn run(mut fd: VcpuFd, context: &VcpuContext, orders: &Orders) -> VcpuFd {
     loop {
         if orders.any.swap(false, Ordering::SeqCst) {
             if let Some(wanted) = lock(&orders.report).take() {
-                // The thread that asked may have given up.
+                // The thread that asked may not wait any more.
                 let _ = wanted.try_send(report::report(&fd).unwrap_or(VcpuReport::Gone));
             }
             if orders.stop.load(Ordering::SeqCst) {
-                // KVM takes the answer to what the guest last asked of a device
-                // when it is entered again, and is told here to go no further.
+                // KVM takes the device's answer to the guest's last access when
+                // the guest is entered again; this flag makes it return right
+                // after that.
                 fd.set_kvm_immediate_exit(1);
                 let _ = fd.run();
                 fd.set_kvm_immediate_exit(0);
@@ -161,8 +163,8 @@ fn enter(fd: &mut VcpuFd, context: &VcpuContext) -> Result<(), (ExitReason, Stri
         Ok(VcpuExit::MmioRead(address, data)) => context.mmio.read(address, data),
         Ok(VcpuExit::MmioWrite(address, data)) => context.mmio.write(address, data),
         Ok(VcpuExit::Intr) => {}
-        // The guest faulted while it handled a double fault. Linux does that
-        // on purpose when no other way to reset has worked.
+        // The guest faulted while it handled a double fault (a triple fault).
+        // Linux does that on purpose when no other way to reset has worked.
         Ok(VcpuExit::Shutdown) => return Err(context.console.reason_for_reset(ExitReason::TripleFault)),
         Ok(VcpuExit::SystemEvent(kind, _)) => {
             return Err(match kind {
@@ -195,7 +197,7 @@ fn enter(fd: &mut VcpuFd, context: &VcpuContext) -> Result<(), (ExitReason, Stri
     Ok(())
 }
 
-/// KVM's own error, with the address of the instruction that it is about.
+/// KVM's own error, with the address of the instruction that caused it.
 fn internal_error(fd: &mut VcpuFd) -> String {
     let rip = fd.get_regs().map(|regs| regs.rip).unwrap_or_default();
     // SAFETY: KVM fills this member of the union for KVM_EXIT_INTERNAL_ERROR,

@@ -1,5 +1,5 @@
-//! The process: one event loop that serves the control socket and the devices
-//! until the machine has ended.
+//! The main loop of the process: one event loop that serves the control socket
+//! and the devices until the machine has ended.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,10 +19,10 @@ use crate::machine::{Machine, Subscriber};
 use crate::stage::{StageError, at};
 use crate::{snapshot, vcpu};
 
-/// How long a process without a machine waits for somebody to ask for one.
+/// How long a process without a machine waits for a request to boot.
 const BOOT_WAIT: Duration = Duration::from_secs(60);
 
-/// See the [module](self).
+/// The state of the main loop.
 pub struct Vmm {
     started: Instant,
     events: EventManager<Subscriber>,
@@ -30,16 +30,18 @@ pub struct Vmm {
     exit: Arc<ExitSignal>,
     record: Arc<Record>,
     console: Console,
-    /// Made in advance, when the process could still open KVM; taken by the boot.
+    /// The VM, made in advance while the process could still open KVM. The boot
+    /// takes it.
     hypervisor: Option<Result<Hypervisor, HypervisorError>>,
     machine: Option<Machine>,
-    /// Clients that asked to be told of the end.
+    /// Clients that wait for the machine's end.
     waiting: Vec<ClientId>,
 }
 
 impl Vmm {
-    /// A process that serves `control`, a listening socket, and records the
-    /// machine's end in `record`. `started` is when the process began.
+    /// Makes the main loop, which serves `control`, a listening socket, and
+    /// writes the exit record to `record`. `started` is the time at which the
+    /// process began.
     ///
     /// # Errors
     /// [`StageError`].
@@ -98,7 +100,8 @@ impl Vmm {
         reason
     }
 
-    /// Milliseconds to wait for events; for ever once there is a machine.
+    /// Milliseconds to wait for events: without limit (-1) once there is a
+    /// machine.
     fn patience(&self) -> i32 {
         if self.machine.is_some() {
             return -1;
@@ -120,7 +123,7 @@ impl Vmm {
         }
     }
 
-    /// Does what is asked. No response means that it comes later.
+    /// Serves a request. `None` when the response comes later.
     fn serve(&mut self, client: ClientId, request: Request, mut fds: Descriptors) -> Option<Response> {
         let done = match request {
             Request::Boot(config) => self.boot(&config, fds),
@@ -181,7 +184,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Saves the machine, which is gone afterwards.
+    /// Saves the machine, which ends with that.
     fn save(
         &mut self,
         state: FdIndex,

@@ -1,5 +1,5 @@
-//! The process without a machine: its jail, and the record that it leaves. Needs
-//! root, and no KVM.
+//! The process without a machine: its jail, and the exit record that it leaves.
+//! Needs root, and no KVM.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs::{self, File};
@@ -28,7 +28,8 @@ fn record(path: &Path) -> File {
     File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap()
 }
 
-/// Starts it as huskd does, with its files in `folder`; `None` without the right to.
+/// Starts the process as huskd does, with its files in `folder`; `None` without the
+/// privileges for that.
 fn start(folder: &Path) -> Option<Spawned> {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("not run: it needs root");
@@ -73,7 +74,8 @@ fn a_jailed_process_answers_and_leaves_a_record() {
     socket::send(client.as_fd(), &Request::Info, &[]).unwrap();
     let answer = socket::receive_from::<Response>(client.as_fd()).unwrap().unwrap();
     let Response::Info(info) = answer.message else { panic!("{:?}", answer.message) };
-    // It knows itself as the first of its namespace, and the kernel tells its true number.
+    // The process sees itself as the first of its namespace, and the kernel reports its
+    // true number.
     assert_eq!((info.pid, info.booted, answer.pid), (1, false, Some(process.pid)));
 
     let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
@@ -105,7 +107,7 @@ fn a_jailed_process_answers_and_leaves_a_record() {
 fn a_host_that_shuts_down_ends_it_by_asking() {
     let folder = tempfile::tempdir().unwrap();
     let Some(process) = start(folder.path()) else { return };
-    // It answers, so that it is at work.
+    // The response shows that it is at work.
     let client = client(folder.path());
     socket::send(client.as_fd(), &Request::Info, &[]).unwrap();
     socket::receive::<Response>(client.as_fd()).unwrap().unwrap();

@@ -9,7 +9,8 @@ use husk_vmm::snapshot::{format, vcpu, vm};
 use kvm_ioctls::VcpuFd;
 use serde::Serialize;
 
-/// Registers that run on: the TSC, and two clocks of the Hyper-V interface.
+/// Registers that change by themselves: the TSC, and two clocks of the Hyper-V
+/// interface.
 const CLOCKS: [u32; 3] = [0x10, 0x4000_0010, 0x4000_0020];
 
 fn machine(count: u8) -> (Hypervisor, Vec<VcpuFd>) {

@@ -52,10 +52,10 @@ pub const CONSOLE_TAIL: usize = 16 * 1024;
 /// guest waits with `tcdrain` until the line is out.
 pub const SHUTDOWN_MARKER: &str = "husk: shutdown";
 
-/// Place of a file descriptor among those sent with the message.
+/// The place of a file descriptor among those sent with the message.
 pub type FdIndex = usize;
 
-/// A request of huskd to the VMM.
+/// A request to the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
@@ -88,8 +88,8 @@ pub enum Request {
         /// Wanted size of the balloon, MiB.
         size_mib: u32,
     },
-    /// Saves a snapshot of the machine for clones ([`VmConfig::template`]), and
-    /// ends the machine.
+    /// Saves a snapshot of the machine, from which clones start
+    /// ([`VmConfig::template`]), and ends the machine.
     Save {
         /// A new file for the state of vCPUs and devices.
         state: FdIndex,
@@ -100,30 +100,32 @@ pub enum Request {
     Info,
     /// Asks for the last bytes of the guest's console, at most [`CONSOLE_TAIL`].
     Console,
-    /// The present state of vCPUs and devices, for a guest that hangs.
+    /// Asks for the present state of vCPUs and devices, to find out why a guest
+    /// hangs.
     Inspect,
-    /// Is answered with [`Response::Exited`] when the machine has ended.
+    /// Asks for the machine's end: the response is [`Response::Exited`], once
+    /// it has ended.
     Wait,
     /// Ends the machine at once.
     Kill,
 }
 
-/// A response of the VMM.
+/// A response to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
-    /// The request is done.
+    /// The request succeeded.
     Ok,
-    /// Answers [`Request::Info`].
+    /// The response to [`Request::Info`].
     Info(Info),
-    /// Answers [`Request::Console`].
+    /// The response to [`Request::Console`].
     Console {
-        /// Text, with invalid UTF-8 replaced.
+        /// The text, with invalid UTF-8 replaced.
         text: String,
     },
-    /// Answers [`Request::Inspect`].
+    /// The response to [`Request::Inspect`].
     Inspection(Inspection),
-    /// Answers [`Request::Wait`].
+    /// The response to [`Request::Wait`].
     Exited(Exit),
     /// The request failed, and the machine is as it was before. The exceptions
     /// are a machine that could not be saved, which has ended, and a machine that
@@ -131,7 +133,7 @@ pub enum Response {
     Error {
         /// The step that failed, "load kernel".
         stage: String,
-        /// The error that it met.
+        /// The cause, and what to do.
         message: String,
     },
 }
@@ -151,11 +153,12 @@ pub struct VmConfig {
     /// persistent memory, and all machines share its pages. The file must not be
     /// written to; it is replaced by renaming another one over it.
     pub root: FdIndex,
-    /// Disks in the order in which the guest counts them.
+    /// Disks, in the order in which the guest numbers them.
     pub disks: Vec<DiskConfig>,
-    /// Serial numbers of block devices that start empty, after `disks`.
+    /// Serial numbers of block devices that start empty. They come after
+    /// `disks`.
     pub slots: Vec<String>,
-    /// How much each of `slots` may do.
+    /// The rate limit of each of `slots`.
     #[serde(default)]
     pub slot_limit: Option<RateLimit>,
     /// Network interfaces.
@@ -168,14 +171,15 @@ pub struct VmConfig {
     pub fs: Option<String>,
     /// Whether the machine has a balloon with free page reporting.
     pub balloon: bool,
-    /// The machine starts from this snapshot instead of booting. Everything else
-    /// in the configuration must be equal to that of the machine that was saved.
+    /// The snapshot that the machine starts from instead of booting. Everything
+    /// else in the configuration must be equal to that of the machine that was
+    /// saved.
     #[serde(default)]
     pub template: Option<TemplateConfig>,
 }
 
 /// The files that [`Request::Save`] wrote. Clones share the pages of the memory
-/// file until they write to them. Nobody may write to the files.
+/// file until they write to them, so nobody may write to the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateConfig {
     /// The state of vCPUs and devices.
@@ -191,25 +195,25 @@ pub struct DiskConfig {
     pub serial: String,
     /// The file or block device behind it.
     pub file: FdIndex,
-    /// Guest writes are refused.
+    /// Whether guest writes are refused.
     pub read_only: bool,
-    /// How much it may do.
+    /// The disk's rate limit.
     #[serde(default)]
     pub limit: Option<RateLimit>,
 }
 
-/// How much a device may do in a second, and at once after it has done less. A
-/// rate of 0 is no limit; a burst of 0 is what the rate gives in a second.
+/// How much a device may do in a second, and how much at once after it was
+/// idle. A rate of 0 is no limit; a burst of 0 is the amount of one second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RateLimit {
-    /// Bytes of packets or of data on a disk.
+    /// Bytes a second: of packets, or of data on a disk.
     pub bytes_per_second: u64,
-    /// Bytes at once.
+    /// Most bytes at once.
     pub bytes_burst: u64,
-    /// Packets, or requests to a disk.
+    /// Packets, or requests to a disk, a second.
     pub operations_per_second: u64,
-    /// Packets or requests at once.
+    /// Most packets or requests at once.
     pub operations_burst: u64,
 }
 
@@ -223,10 +227,10 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// Largest packet that the guest sends, bytes.
     pub mtu: u16,
-    /// How much it may receive.
+    /// The rate limit of received packets.
     #[serde(default)]
     pub receive_limit: Option<RateLimit>,
-    /// How much it may send.
+    /// The rate limit of sent packets.
     #[serde(default)]
     pub send_limit: Option<RateLimit>,
 }
@@ -247,10 +251,10 @@ pub struct VsockConfig {
 /// The port of the host that a guest can connect to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPort {
-    /// The port's number.
+    /// The number of the port.
     pub port: u32,
     /// The VMM's end of a connected `SOCK_STREAM` unix socket. The other end
-    /// receives what the guest sends.
+    /// receives the bytes that the guest sends.
     pub socket: FdIndex,
 }
 
@@ -260,7 +264,7 @@ pub struct Info {
     /// Process id of the VMM, as it knows itself: 1 in a PID namespace of its own.
     /// The socket tells its client the true one, see [`socket::receive_from`].
     pub pid: u32,
-    /// False before [`Request::Boot`] has succeeded.
+    /// Whether [`Request::Boot`] has succeeded.
     pub booted: bool,
     /// Microseconds from the process's start to the first entry into the guest.
     pub boot_us: u64,
@@ -268,21 +272,22 @@ pub struct Info {
     pub guest_resident_bytes: u64,
     /// Memory that the balloon holds now, MiB.
     pub balloon_mib: u32,
-    /// State of its file system device.
+    /// The state of the file system device.
     #[serde(default, deserialize_with = "known_or_default")]
     pub fs: FsState,
-    /// Open connections of its vsock device.
+    /// Open connections of the vsock device.
     #[serde(default)]
     pub connections: usize,
-    /// Its version of this interface, see [`PROTOCOL`].
+    /// The VMM's version of this interface, see [`PROTOCOL`].
     #[serde(default)]
     pub protocol: u32,
-    /// The release of Husk that it is of; empty for those before it was told.
+    /// The VMM's release of Husk; empty for releases before this field was
+    /// added.
     #[serde(default)]
     pub release: String,
 }
 
-/// A value that a later release may have added is taken for the default.
+/// Takes a value that only a later release knows for the default.
 fn known_or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: serde::Deserializer<'de>,
@@ -292,7 +297,7 @@ where
     Ok(serde_json::from_value(value).unwrap_or_default())
 }
 
-/// Whether the requests to a file system device are answered.
+/// Whether a file system device has a server that answers its requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FsState {
@@ -307,12 +312,12 @@ pub enum FsState {
     Gone,
 }
 
-/// The state of a machine, at about one moment.
+/// The state of a machine; its parts are read at slightly different moments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inspection {
-    /// One for each vCPU.
+    /// The state of each vCPU.
     pub vcpus: Vec<VcpuReport>,
-    /// One for each virtio device, in the order of their addresses.
+    /// The state of each virtio device, in the order of their addresses.
     pub devices: Vec<DeviceReport>,
 }
 
@@ -320,7 +325,7 @@ pub struct Inspection {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VcpuReport {
-    /// The vCPU's thread came out of the guest and looked.
+    /// The vCPU's thread left the guest and reported its state.
     Seen {
         /// The vCPU waits for an interrupt.
         halted: bool,
@@ -349,11 +354,12 @@ pub struct DeviceReport {
     /// Kind of device (virtio 1.2 §5): 1 network, 2 block, 4 entropy, 5
     /// balloon, 19 socket.
     pub kind: u32,
-    /// The status that the driver has written: 15 when it is at work.
+    /// The status that the driver has written: 15 when the driver has finished
+    /// its set-up.
     pub status: u32,
     /// Interrupts that the driver has not acknowledged.
     pub interrupt: u32,
-    /// The virtqueues; empty until the driver is at work.
+    /// The virtqueues; empty until the driver has set up the device.
     pub queues: Vec<QueueReport>,
 }
 
@@ -362,20 +368,22 @@ pub struct DeviceReport {
 pub struct QueueReport {
     /// Chains that the driver has made available.
     pub available: u16,
-    /// Number of these that the device has taken.
+    /// Chains of these that the device has taken.
     pub taken: u16,
-    /// The device asks for a notification about the chain after this one.
+    /// The device asks for a notification when the driver makes the chain after
+    /// this one available.
     pub notify_after: u16,
-    /// Chains that the device has given back.
+    /// Chains that the device has returned.
     pub used: u16,
-    /// The driver asks for an interrupt about the chain after this one.
+    /// The driver asks for an interrupt when the device returns the chain after
+    /// this one.
     pub interrupt_after: u16,
 }
 
-/// The end of a machine.
+/// The exit record: the end of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// The kind of end.
+    /// The kind of the machine's end.
     #[serde(deserialize_with = "known_or_default")]
     pub reason: ExitReason,
     /// The cause in words; empty for kinds that need none.
@@ -384,7 +392,8 @@ pub struct Exit {
     pub console: String,
 }
 
-/// The kinds of a machine's end. The process's exit code is [`ExitReason::code`].
+/// The kinds of a machine's end. [`ExitReason::code`] is the exit code of the
+/// process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitReason {
@@ -406,7 +415,7 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
-    /// Exit code of the process.
+    /// The exit code of the process.
     #[must_use]
     pub const fn code(self) -> i32 {
         match self {
@@ -427,7 +436,7 @@ mod tests {
 
     #[test]
     fn answers_of_other_releases_are_understood() {
-        // Of the first release, to its last field.
+        // The response of the first release, which ended with this field.
         let old = r#"{"info":{"pid":7,"booted":true,"boot_us":1,"guest_resident_bytes":2,"balloon_mib":3}}"#;
         let Response::Info(info) = serde_json::from_str(old).unwrap() else { panic!("it is an Info") };
         assert_eq!((info.pid, info.protocol, info.release.as_str()), (7, 0, ""));

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{MAX_FDS, MAX_PACKET};
 
-/// Why a message was not sent or received.
+/// The reason that a message was not sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The socket failed. A time-out that is set on the socket is `EAGAIN`.
@@ -56,22 +56,23 @@ pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<(M,
     Ok(receive_from(socket)?.map(|received| (received.message, received.fds)))
 }
 
-/// The answer of [`receive_from`].
+/// A message with its descriptors and its sender.
 #[derive(Debug)]
 pub struct Received<M> {
     /// The message.
     pub message: M,
-    /// The descriptors that it names.
+    /// The descriptors that came with the message.
     pub fds: Vec<OwnedFd>,
-    /// Which process sent it, by its number here; the kernel says so on a socket
-    /// with `SO_PASSCRED`. A process in a PID namespace does not know it.
+    /// The sender's process id, as the receiver sees it. The kernel tells it on
+    /// a socket with `SO_PASSCRED`; a process in a PID namespace of its own does
+    /// not know it.
     pub pid: Option<u32>,
 }
 
-/// As [`receive`], with the sender.
+/// Receives as [`receive`] does, and names the sender.
 ///
 /// # Errors
-/// As [`receive`].
+/// The errors of [`receive`].
 pub fn receive_from<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<Received<M>>, Error> {
     let mut packet = vec![0u8; MAX_PACKET];
     let mut control = nix::cmsg_space!([RawFd; MAX_FDS], UnixCredentials);

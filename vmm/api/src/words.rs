@@ -1,10 +1,11 @@
 //! The texts that a process which faces a guest leaves behind: its log, and the
-//! record of its end.
+//! exit record.
 //!
-//! Each is in a file of a fixed size, which the process maps before it hears its
-//! guest, and closes: from then on it writes to memory. Whoever takes the process
-//! over can garble the text, and cannot fill the file system that it is on. What
-//! follows the text in the file is zeroes.
+//! Each text is in a file of a fixed size, which the process maps before it
+//! handles any input of its guest, and then closes: from then on the process only
+//! writes to memory. An attacker who takes over the process can garble the text,
+//! but cannot fill the host's file system with it. The rest of the file behind
+//! the text is zeroes.
 
 use std::fmt;
 use std::fs::File;
@@ -18,17 +19,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-/// Bytes that a log may have; what comes later is lost.
+/// Most bytes of a log; what comes later is lost.
 pub const LOG_SIZE: usize = 16 << 10;
 
-/// Bytes that the record of a machine's end may have: the console's tail, of which
-/// JSON makes six bytes each at worst, and what there is to say of the end.
+/// Most bytes of an exit record. It holds the console's tail, of which JSON makes
+/// six bytes for each at worst, and the cause of the end.
 pub const EXIT_SIZE: usize = 128 << 10;
 
 /// Bytes of a page of memory.
 const PAGE: usize = 4096;
 
-/// A text in memory that is a file's.
+/// A text in a mapped file.
 #[derive(Debug)]
 pub struct Words {
     start: NonNull<u8>,
@@ -44,11 +45,12 @@ unsafe impl Send for Words {}
 unsafe impl Sync for Words {}
 
 impl Words {
-    /// Gives a regular file `size` bytes, to write a text behind what it has. The
-    /// file must be open for reading and writing, and takes room as it is written.
+    /// Extends a regular file to `size` bytes, and maps it to add text behind what
+    /// the file already holds. The file must be open for reading and writing. Its
+    /// space is allocated as the text grows.
     ///
     /// # Errors
-    /// The file is no regular one, or cannot be that large.
+    /// The file is not a regular one, or cannot be that large.
     pub fn map(file: &File, size: usize) -> io::Result<Self> {
         let metadata = file.metadata()?;
         if !metadata.is_file() {
@@ -61,21 +63,22 @@ impl Words {
         // SAFETY: a new mapping at a place of the kernel's choice.
         let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file.as_fd(), 0) };
         let start = start.inspect_err(|_| {
-            // For whoever writes to it in another way.
+            // Other programs that append to the file continue behind its text.
             let _ = file.set_len(used as u64);
         })?;
         Ok(Self { start: start.cast(), size, used: used.into() })
     }
 
-    /// Adds to the text what of `more` there is room for. It takes no memory and
-    /// no lock, so that a signal handler may call it.
+    /// Appends as much of `more` as there is room for. It takes no memory and no
+    /// lock, so a signal handler may call it.
     pub fn append(&self, more: &[u8]) {
         let took = |used: usize| Some(used.saturating_add(more.len()).min(self.size));
         let at = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, took).unwrap_or(self.size);
         self.write(at, more);
     }
 
-    /// Makes `text` all that there is, or as much of it as there is room for.
+    /// Replaces the whole text by `text`, or by as much of it as there is room
+    /// for.
     pub fn replace(&self, text: &[u8]) {
         self.used.store(text.len().min(self.size), Ordering::Relaxed);
         self.write(0, text);
@@ -92,8 +95,9 @@ impl Words {
         unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), self.start.as_ptr().add(at), length) }
     }
 
-    /// Has the file system find room for these bytes. A full one would otherwise
-    /// end the process (`SIGBUS`); Linux before 5.14 cannot be asked.
+    /// Makes the file system allocate space for these bytes. Without that, a
+    /// full file system would end the process (`SIGBUS`). Linux before 5.14
+    /// cannot be asked.
     fn has_room(&self, at: usize, length: usize) -> bool {
         let first = at - at % PAGE;
         // SAFETY: pages of the mapping, whose content stays.
@@ -112,11 +116,11 @@ impl Drop for Words {
     }
 }
 
-/// The text in such a file, or in any other: what comes before the first zero, and
-/// no more than a process may have left there.
+/// Reads the text of such a file, or of any other: the bytes before the first
+/// zero, and no more than a process may have left there.
 ///
 /// # Errors
-/// The file's.
+/// The error of reading the file.
 pub fn read(file: File) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.take(EXIT_SIZE as u64).read_to_end(&mut bytes)?;
@@ -124,12 +128,13 @@ pub fn read(file: File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(text).into_owned())
 }
 
-/// The log of this process, once it has one.
+/// The log of this process, once [`log_to_standard_error`] has set it.
 static LOG: OnceLock<Words> = OnceLock::new();
 
-/// Makes the file that is the standard error the log of this process: what
-/// [`say`] and [`log_bytes`] get goes there, and the standard error nowhere.
-/// Another standard error than a file that can be mapped stays.
+/// Makes the file behind standard error the log of this process. [`say`] and
+/// [`log_bytes`] then write there, and standard error is closed to other
+/// writers. If standard error is not a file that can be mapped, it stays as it
+/// is.
 ///
 /// # Errors
 /// The process has too many open files.
@@ -142,7 +147,7 @@ pub fn log_to_standard_error() -> io::Result<()> {
     Ok(())
 }
 
-/// Writes a line to the log, or to the standard error of a process without one.
+/// Writes a line to the log, or to standard error if the process has no log.
 pub fn say(line: fmt::Arguments<'_>) {
     match LOG.get() {
         Some(log) => log.append(format!("{line}\n").as_bytes()),
@@ -191,12 +196,12 @@ mod tests {
         assert_eq!(text(&file), "{}");
         words.replace(&vec![b'y'; 2 * EXIT_SIZE]);
         assert_eq!(text(&file).len(), EXIT_SIZE);
-        // Whoever it was that wrote it.
+        // The program that wrote it does not matter.
         file.as_file().set_len(0).unwrap();
         std::fs::write(file.path(), vec![b'z'; 3 * EXIT_SIZE]).unwrap();
         assert_eq!(text(&file).len(), EXIT_SIZE);
         assert!(Words::map(&File::open("/dev/null").unwrap(), 1).is_err());
-        // A file that can only be written stays as it is.
+        // A file that is open for writing only stays as it is.
         std::fs::write(file.path(), "text").unwrap();
         let write_only = File::options().append(true).open(file.path()).unwrap();
         assert!(Words::map(&write_only, EXIT_SIZE).is_err());
@@ -205,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_full_file_system_loses_the_text_and_nothing_else() {
-        // A file that has become shorter has no room either.
+        // A file that was truncated has no room either.
         let file = tempfile::NamedTempFile::new().unwrap();
         let words = Words::map(file.as_file(), LOG_SIZE).unwrap();
         words.append(b"kept");

@@ -6,10 +6,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub const MAJOR: u32 = 7;
 pub const MINOR: u32 = 36;
 
-/// The node id of the root.
+/// The node id of the root directory.
 pub const ROOT: u64 = 1;
 
-/// Declares messages: plain structs as they are on the wire.
+/// Declares messages as plain structs in their wire format.
 macro_rules! messages {
     ($($name:ident { $($field:ident: $type:ty),* $(,)? })*) => {$(
         #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -85,7 +85,7 @@ macro_rules! numbers {
 }
 
 numbers! {
-    /// What a request asks.
+    /// The operation that a request asks for.
     opcode: u32 {
         LOOKUP = 1, FORGET = 2, GETATTR = 3, SETATTR = 4, READLINK = 5, SYMLINK = 6, MKNOD = 8, MKDIR = 9,
         UNLINK = 10, RMDIR = 11, RENAME = 12, LINK = 13, OPEN = 14, READ = 15, WRITE = 16, STATFS = 17,
@@ -94,15 +94,15 @@ numbers! {
         DESTROY = 38, BATCH_FORGET = 42, FALLOCATE = 43, READDIRPLUS = 44, RENAME2 = 45, LSEEK = 46,
         COPY_FILE_RANGE = 47,
     }
-    /// What both sides can do, agreed on in INIT.
+    /// Features that both sides agree on in INIT.
     init: u32 {
         ASYNC_READ = 1 << 0, ATOMIC_O_TRUNC = 1 << 3, BIG_WRITES = 1 << 5, AUTO_INVAL_DATA = 1 << 12,
         DO_READDIRPLUS = 1 << 13, READDIRPLUS_AUTO = 1 << 14, ASYNC_DIO = 1 << 15, PARALLEL_DIROPS = 1 << 18,
         MAX_PAGES = 1 << 22, HANDLE_KILLPRIV_V2 = 1 << 28, INIT_EXT = 1 << 30,
     }
-    /// The same, in the second word, which `INIT_EXT` announces.
+    /// Features of the second word, which `INIT_EXT` announces.
     init2: u32 { ALLOW_IDMAP = 1 << 8 }
-    /// Which fields of SETATTR count.
+    /// The fields of SETATTR that are valid.
     setattr: u32 {
         MODE = 1 << 0, UID = 1 << 1, GID = 1 << 2, SIZE = 1 << 3, ATIME = 1 << 4, MTIME = 1 << 5,
         HANDLE = 1 << 6, ATIME_NOW = 1 << 7, MTIME_NOW = 1 << 8, KILL_SUIDGID = 1 << 11,

@@ -1,8 +1,8 @@
-//! The system calls that are left: those on files below its root, and the
-//! socket. Any other fails.
+//! The system calls that the jail leaves: those on files below the root, and on
+//! the socket. Any other call fails.
 //!
-//! So whoever takes the process over makes no connection, starts no program,
-//! signals nobody, and gets no way into the kernel but that of files.
+//! So an attacker who takes over the process makes no connection, starts no
+//! program, signals nobody, and reaches no other part of the kernel than files.
 
 use husk_seccomp::{BackendError, List, Refusal};
 
@@ -49,10 +49,10 @@ const FILES: &[i64] = &[
     libc::SYS_fremovexattr,
 ];
 
-/// Calls that choose the owner of a new file.
+/// Calls that set the owner of new files.
 const IDENTITY: &[i64] = &[libc::SYS_setfsuid, libc::SYS_setfsgid, libc::SYS_capget, libc::SYS_capset];
 
-/// Restricts the calling thread, and those that it makes.
+/// Restricts the calling thread, and the threads that it starts.
 ///
 /// # Errors
 /// The kernel has no seccomp.
@@ -89,10 +89,11 @@ mod tests {
         assert_eq!(std::thread::spawn(restricted).join().unwrap(), [Some(libc::EPERM); 2]);
     }
 
-    /// `F_SETSIG` of Linux, include/uapi/asm-generic/fcntl.h.
+    /// `F_SETSIG`, from Linux, include/uapi/asm-generic/fcntl.h.
     const F_SETSIG: i32 = 10;
 
-    /// A file whose owner is another process sends it signals.
+    /// A file with another process as its owner (`F_SETOWN`) sends signals to
+    /// it.
     #[test]
     fn no_file_signals_another_process() {
         let (reader, mut writer) = std::io::pipe().unwrap();

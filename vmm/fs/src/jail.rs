@@ -1,4 +1,5 @@
-//! What the process gives up before it reads its first request.
+//! The jail: before the first request, the process gives up everything that it
+//! does not need.
 
 use std::io;
 use std::path::Path;
@@ -14,10 +15,11 @@ use crate::identity::{self, CAPABILITIES};
 /// Most files that the process may have open, if the kernel allows as many.
 const OPEN_FILES: u64 = 1 << 20;
 
-/// Makes `root` all that there is: a mount namespace of its own, whose root it
-/// is, and into which huskd moves the volumes. Leaves the process in
-/// `/proc/self/fd`, with few capabilities and no way to get more. Answers how
-/// many files it may have open. Before any other thread.
+/// Confines the process to `root`: a mount namespace of its own, with `root` as
+/// its root directory, into which huskd moves the volumes. Leaves the process
+/// in `/proc/self/fd`, with few capabilities and no way to get more. Returns
+/// how many files it may have open. Must be called before there is another
+/// thread.
 ///
 /// # Errors
 /// With what could not be done.
@@ -31,8 +33,8 @@ pub fn enter(root: &Path) -> anyhow::Result<usize> {
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", slave).context("take mounts from the host, and give none")?;
 
-    // Of /proc only what leads to the process's own descriptors, by a mount of
-    // its own, so that nothing leads up from there.
+    // Only the process's own descriptors are mounted of /proc. The mount is one
+    // of its own, so that nothing leads up from there.
     rustix::mount::mount_bind("/proc/self/fd", "/proc").context("bind /proc/self/fd")?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let descriptors = rustix::fs::openat(CWD, "/proc", flags, Mode::empty()).context("open /proc/self/fd")?;
@@ -41,7 +43,7 @@ pub fn enter(root: &Path) -> anyhow::Result<usize> {
     rustix::process::chdir(root).with_context(|| format!("enter {}", root.display()))?;
     rustix::process::pivot_root(".", ".").context("change the root")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).context("leave the old root")?;
-    // Mounts below have flags of their own.
+    // Mounts below the root have flags of their own.
     let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
     rustix::mount::mount_remount("/", flags, c"").context("make the root read-only")?;
     rustix::process::fchdir(&descriptors).context("enter /proc/self/fd")?;
@@ -50,8 +52,8 @@ pub fn enter(root: &Path) -> anyhow::Result<usize> {
     Ok(open_files)
 }
 
-/// The first process of a PID namespace has no default for `SIGTERM`, by which a
-/// host that shuts down asks.
+/// Lets SIGTERM end the process. The first process of a PID namespace has no
+/// default action for it, and a host that shuts down ends its processes with it.
 fn end_when_asked() {
     extern "C" fn end(_: libc::c_int) {
         // SAFETY: ends the process without running anything else of it.
@@ -70,7 +72,7 @@ fn raise_open_files() -> usize {
         .map_or(OPEN_FILES, |most: u64| most.min(OPEN_FILES));
     let limit = Rlimit { current: Some(most), maximum: Some(most) };
     if rustix::process::setrlimit(Resource::Nofile, limit).is_err() {
-        // As many as it may have anyhow.
+        // Without the right to raise the hard limit, the soft limit can still be raised to it.
         let now = rustix::process::getrlimit(Resource::Nofile);
         let limit = Rlimit { current: now.maximum, maximum: now.maximum };
         let _ = rustix::process::setrlimit(Resource::Nofile, limit);

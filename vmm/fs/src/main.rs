@@ -38,14 +38,14 @@ fn run() -> Result<()> {
     server::serve(socket, files).context("serve")
 }
 
-/// A few arguments need no parser that takes longer than they do.
+/// The arguments. There are few, which no library needs to parse.
 struct Arguments {
     root: PathBuf,
     policy: Policy,
 }
 
 impl Arguments {
-    /// `None` when help is asked for.
+    /// Parses the arguments; `None` when help is asked for.
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Self>> {
         let mut root = None;
         let mut policy = Policy::default();
@@ -55,7 +55,7 @@ impl Arguments {
             }
             let value = words.next().with_context(|| format!("{word} needs a value\n{USAGE}"))?;
             match word.as_str() {
-                // For whoever looks at a list of processes.
+                // The sandbox id, shown in a list of processes.
                 "--id" => {}
                 "--root" => root = Some(value.into()),
                 "--uids" => policy.uids.push(value.parse().context("--uids")?),

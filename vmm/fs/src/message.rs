@@ -7,28 +7,28 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::Errno;
 use crate::abi::{InHeader, OutHeader};
 
-/// Longest name of a file (`NAME_MAX`).
+/// Most bytes of a file name (`NAME_MAX`).
 const MAX_NAME: usize = 255;
 
 const OUT_HEADER: usize = size_of::<OutHeader>();
 
-/// A request, read from its front to its end.
+/// A request, parsed from its beginning to its end.
 #[derive(Debug)]
 pub struct Request<'a> {
-    /// The asker, the kind of request and the file.
+    /// The header: user and group of the request, its kind, and its file.
     pub header: InHeader,
     rest: &'a [u8],
 }
 
 impl<'a> Request<'a> {
-    /// The request in a packet; `None` if it has no header.
+    /// Parses the request in a packet; `None` if it has no header.
     #[must_use]
     pub fn read(packet: &'a [u8]) -> Option<Self> {
         let (header, rest) = InHeader::read_from_prefix(packet).ok()?;
         Some(Self { header, rest })
     }
 
-    /// The next part, a struct.
+    /// Takes the next part, a struct.
     ///
     /// # Errors
     /// `EINVAL` when the request is too short.
@@ -38,7 +38,7 @@ impl<'a> Request<'a> {
         Ok(part)
     }
 
-    /// The next part, a string.
+    /// Takes the next part, a string.
     ///
     /// # Errors
     /// `EINVAL` when it does not end.
@@ -48,10 +48,10 @@ impl<'a> Request<'a> {
         Ok(text)
     }
 
-    /// The next part, the name of a file in a directory.
+    /// Takes the next part, the name of a file in a directory.
     ///
     /// # Errors
-    /// `EINVAL` when it leads anywhere else, `ENAMETOOLONG`.
+    /// `EINVAL` when the name leads out of the directory, `ENAMETOOLONG`.
     pub fn name(&mut self) -> Result<&'a CStr, Errno> {
         let name = self.text()?;
         match name.to_bytes() {
@@ -62,7 +62,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// The next `len` bytes.
+    /// Takes the next `len` bytes.
     ///
     /// # Errors
     /// `EINVAL` when there are fewer.
@@ -73,14 +73,14 @@ impl<'a> Request<'a> {
     }
 }
 
-/// An answer in the making, in a buffer that is used again and again.
+/// An answer that is being written, in a buffer that is used again for each.
 #[derive(Debug)]
 pub struct Answer<'a> {
     buffer: &'a mut Vec<u8>,
 }
 
 impl<'a> Answer<'a> {
-    /// An answer that says yes and nothing else.
+    /// Begins an answer of success without a body.
     pub fn new(buffer: &'a mut Vec<u8>) -> Self {
         buffer.clear();
         buffer.resize(OUT_HEADER, 0);
@@ -103,7 +103,7 @@ impl<'a> Answer<'a> {
         self.buffer.resize(len, 0);
     }
 
-    /// Adds what `fill` writes into `len` bytes, as many as it says.
+    /// Adds up to `len` bytes that `fill` writes; `fill` returns their number.
     ///
     /// # Errors
     /// The errors of `fill`.
@@ -119,19 +119,19 @@ impl<'a> Answer<'a> {
         filled.map(drop)
     }
 
-    /// Bytes besides the header.
+    /// Bytes of the body.
     #[must_use]
     pub fn len(&self) -> usize {
         self.buffer.len().saturating_sub(OUT_HEADER)
     }
 
-    /// Nothing was added.
+    /// Whether the body is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The packet: what was added, or the error alone.
+    /// Returns the packet: header and body, or the header with the error alone.
     #[must_use]
     pub fn finish(self, unique: u64, result: Result<(), Errno>) -> &'a [u8] {
         if result.is_err() {

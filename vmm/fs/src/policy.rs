@@ -1,10 +1,10 @@
-//! What a guest may leave on the host's files: whose they are, and what they can
-//! do there.
+//! The policy for files that a guest makes or changes on the host: their owners
+//! and their powers.
 //!
-//! The guest's kernel checks what its users may do, and a hostile one checks
-//! nothing. So for a pod with a user namespace only its own ids are taken; and a
-//! volume that is not trusted gets no file that would give a user of the host more
-//! than he has: a device, a program with set-ID bits or capabilities.
+//! The guest's kernel checks what its users may do, but a hostile one checks
+//! nothing. So a pod with a user namespace may use only its own ids, and a volume
+//! that is not trusted gets no file that would give a user of the host new powers:
+//! a device, or a program with set-ID bits or capabilities.
 
 use std::ffi::CStr;
 use std::str::FromStr;
@@ -13,18 +13,18 @@ use rustix::fs::FileType;
 
 use crate::Errno;
 
-/// Bits of a mode that make a program run as its file's user or group.
+/// The bits of a mode that make a program run as its file's user or group.
 const SET_UID: u32 = libc::S_ISUID;
 const SET_GID: u32 = libc::S_ISGID;
 
-/// Ids one after another.
+/// A range of ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ids {
     first: u32,
     count: u32,
 }
 
-/// It is not `first:count`.
+/// The text is not of the form `first:count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("ids are given as first:count")]
 pub struct NotIds;
@@ -44,31 +44,32 @@ impl Ids {
     }
 }
 
-/// The rules of one pod. By default a guest may do all that root may.
+/// The rules of one pod. By default a guest may do everything that root may.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
-    /// Users whom files may belong to; all when there are none.
+    /// Users that files may belong to; all if empty.
     pub uids: Vec<Ids>,
-    /// The same of groups.
+    /// Groups that files may belong to; all if empty.
     pub gids: Vec<Ids>,
-    /// How the names of trusted volumes begin; without, all are trusted.
+    /// The prefix of the names of trusted volumes; without one, all are
+    /// trusted.
     pub trusted: Option<String>,
 }
 
 impl Policy {
-    /// Whether a volume is trusted, by its name.
+    /// Whether the volume with this name is trusted.
     #[must_use]
     pub fn trusts(&self, volume: &CStr) -> bool {
         self.trusted.as_ref().is_none_or(|prefix| volume.to_bytes().starts_with(prefix.as_bytes()))
     }
 
-    /// Whether the root directory, in which there are volumes alone, is.
+    /// Whether the root directory, which holds only volumes, is trusted.
     #[must_use]
     pub const fn trusts_root(&self) -> bool {
         self.trusted.is_none()
     }
 
-    /// Whether files may belong to a user and a group.
+    /// Checks that files may belong to a user and a group.
     ///
     /// # Errors
     /// `EPERM`.
@@ -79,9 +80,9 @@ impl Policy {
         if may(&self.uids, uid) && may(&self.gids, gid) { Ok(()) } else { Err(Errno::PERM) }
     }
 
-    /// Whether a file of this kind may be made. A character device of number 0 is
-    /// none: overlayfs marks by it what is deleted. A pod with a user namespace
-    /// makes no devices elsewhere either.
+    /// Checks that a file of this kind may be made. A character device of number
+    /// 0 gives no access: overlayfs marks deleted files with it. A pod with a
+    /// user namespace may make no other devices in trusted volumes either.
     ///
     /// # Errors
     /// `EPERM`.
@@ -96,8 +97,9 @@ impl Policy {
     }
 }
 
-/// Whether a file may have a mode, which was another `before`: bits that it has it
-/// may keep. What a directory passes on is its group, and no power.
+/// Checks that a file, whose mode was `before`, may have a mode. It may keep
+/// special bits that it has. On a directory, the set-group-ID bit only passes the
+/// group on, and gives no power.
 ///
 /// # Errors
 /// `EPERM`.

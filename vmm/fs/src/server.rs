@@ -1,8 +1,8 @@
 //! Threads that take requests from the socket and answer them.
 //!
-//! There is one while no request has to wait for a disk, and as many more as
-//! do, up to [`MAX_THREADS`]. A request that comes is read by whichever thread
-//! is idle; answers go out in any order.
+//! There is one thread while no request has to wait for a disk, and one more
+//! for each that does, up to [`MAX_THREADS`]. Any idle thread reads the next
+//! request; answers go out in any order.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,10 +16,10 @@ use husk_vmm_api::words::say;
 use crate::Errno;
 use crate::passthrough::Passthrough;
 
-/// Most requests that are worked on at a time.
+/// Most requests that are in progress at a time.
 const MAX_THREADS: usize = 8;
 
-/// Bytes of stack of a thread. Only what is touched costs memory.
+/// Bytes of a thread's stack. Only touched pages cost memory.
 const STACK: usize = 256 * 1024;
 
 struct Server {
@@ -62,7 +62,7 @@ fn work(server: &Arc<Server>) -> io::Result<()> {
     }
 }
 
-/// Without another thread requests wait for each other, no more.
+/// If no thread can be made, requests wait for each other.
 fn add_thread(server: &Arc<Server>) {
     if server.threads.fetch_add(1, Ordering::SeqCst) >= MAX_THREADS {
         server.threads.fetch_sub(1, Ordering::SeqCst);
@@ -74,7 +74,7 @@ fn add_thread(server: &Arc<Server>) {
         if let Err(error) = &ended {
             say(format_args!("husk-fs: {error}"));
         }
-        // The end of the socket is the end of the process, whoever sees it.
+        // The process ends when the socket is closed, whichever thread notices.
         std::process::exit(i32::from(ended.is_err()));
     });
     if spawned.is_err() {
@@ -87,9 +87,10 @@ fn send(socket: &OwnedFd, answer: &[u8]) -> io::Result<()> {
         match rustix::io::write(socket, answer) {
             Ok(_) => return Ok(()),
             Err(Errno::INTR | Errno::AGAIN) => {}
-            // No memory for a packet of this size now.
+            // The kernel has no memory for a packet of this size now.
             Err(Errno::NOBUFS | Errno::NOMEM) => thread::sleep(std::time::Duration::from_millis(1)),
-            // The request was given up (`/dev/fuse`), or nobody is there.
+            // The request was aborted (`/dev/fuse`), or the other end is
+            // closed.
             Err(Errno::NOENT | Errno::PIPE | Errno::CONNRESET) => return Ok(()),
             Err(error) => return Err(error.into()),
         }

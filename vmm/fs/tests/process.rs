@@ -15,8 +15,8 @@ use husk_vmm_api::{FILE_SERVER_READY, MAX_FUSE_MESSAGE};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// A server of a directory, and the other end of its socket; `None` without the
-/// right to start one.
+/// Starts a server of a directory. Returns it with the other end of its socket;
+/// `None` without the privileges for that.
 fn start(root: &Path, log: &Path) -> Option<(Spawned, File)> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("not run: it needs root");
@@ -53,7 +53,7 @@ fn receive(socket: &mut File) -> Vec<u8> {
     packet
 }
 
-/// The error of an answer, 0 for none, and its body.
+/// Sends a request; returns the error of the answer, 0 for none, and its body.
 fn ask(socket: &mut File, header: InHeader, body: &[u8]) -> (i32, Vec<u8>) {
     let len = (size_of::<InHeader>() + body.len()) as u32;
     let packet = [InHeader { len, unique: 7, ..header }.as_bytes(), body].concat();
@@ -92,7 +92,8 @@ fn a_jailed_server_serves_its_directory_and_ends_with_its_socket() {
         (error, attributes.attr.ino & 0xffff_ffff),
         (0, fs::metadata(&root).unwrap().ino() & 0xffff_ffff)
     );
-    // Its arguments reach its policy: another's id is refused before anything is looked at.
+    // The arguments reach the policy: a foreign id is refused before anything else is
+    // checked.
     let create =
         [CreateIn { flags: 0x42, mode: 0o644, ..CreateIn::default() }.as_bytes(), b"file\0"].concat();
     let asker = InHeader { opcode: opcode::CREATE, node: ROOT, uid: 5000, ..InHeader::default() };

@@ -1,8 +1,8 @@
-//! Which system calls a process that faces a guest keeps (seccomp).
+//! The system calls that a process which faces a guest may make (seccomp).
 //!
-//! A [`List`] begins with what every thread needs to live: memory that cannot
-//! be run, threads but no processes, locks, clocks, its end. Each program adds
-//! what it is there for.
+//! A [`List`] begins with the calls that every thread needs: memory that cannot
+//! be executed, threads but no processes, locks, clocks, exiting. Each program
+//! adds the calls of its own task.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, Se
 
 pub use seccompiler::{BackendError, Error};
 
-/// What every thread may call.
+/// Calls that every thread may make with any arguments.
 const EVERY_THREAD: &[i64] = &[
     libc::SYS_brk,
     libc::SYS_munmap,
@@ -41,7 +41,8 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// Flags of a thread as `pthread_create` makes it; no process has them.
+/// The flags of `clone` with which `pthread_create` makes a thread. A new
+/// process never has them all.
 const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -52,16 +53,16 @@ const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID) as u64;
 
-/// The C library's signal by which all threads change their user.
+/// The signal by which the C library makes all threads change their user.
 const SIGSETXID: u64 = 33;
 
-/// Of an `ioctl`'s request: whose it is, and its number there.
+/// The bits of an `ioctl`'s request that name its type and number.
 const KIND_AND_NUMBER: u64 = 0xffff;
 
-/// What becomes of a thread that makes a call which is not on its list.
+/// The consequence for a thread that makes a call which is not on its list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// It gets `SIGSYS`, which ends the process unless that is handled.
+    /// The thread gets `SIGSYS`, which ends the process unless it is handled.
     Signal,
     /// The call fails with `EPERM`.
     Error,
@@ -72,7 +73,7 @@ pub enum Refusal {
 pub struct List(BTreeMap<i64, Vec<SeccompRule>>);
 
 impl List {
-    /// What every thread needs.
+    /// The calls that every thread needs.
     ///
     /// # Errors
     /// None that depends on anything but this program.
@@ -84,23 +85,25 @@ impl List {
         }
         let thread = SeccompCondition::new(0, Qword, Eq, THREAD)?;
         list.0.insert(libc::SYS_clone, vec![SeccompRule::new(vec![thread])?]);
-        // Its flags are in memory, where no filter sees them: see `install`.
+        // The flags of clone3 are in memory, where a filter cannot see them:
+        // see `install`.
         list = list.calls(&[libc::SYS_clone3]);
-        // A thread's name; signals to the process's own threads; and what the C
-        // library makes of its own signal when there is a second thread.
+        // A thread sets its name, signals its own process, and the C library
+        // handles its own signal once there is a second thread.
         list.first_is(libc::SYS_prctl, libc::PR_SET_NAME as u64)?
             .first_is(libc::SYS_tgkill, std::process::id().into())?
             .first_is(libc::SYS_rt_sigaction, SIGSETXID)
     }
 
-    /// Adds calls with any arguments.
+    /// Allows calls with any arguments.
     #[must_use]
     pub fn calls(mut self, calls: &[i64]) -> Self {
         self.0.extend(calls.iter().map(|call| (*call, Vec::new())));
         self
     }
 
-    /// Adds a call with one more value that its first argument may have.
+    /// Allows a call with this value of its first argument, besides those
+    /// allowed before.
     ///
     /// # Errors
     /// None that depends on anything but this program.
@@ -110,9 +113,9 @@ impl List {
         Ok(self)
     }
 
-    /// Adds what `fcntl` may be asked: copies of a descriptor, and its flags. Its
-    /// other commands reach further: they lock files, and have the kernel signal
-    /// any process (`F_SETOWN`, `F_SETSIG`, `O_ASYNC`).
+    /// Allows the commands of `fcntl` that copy a descriptor, or read and set its
+    /// flags. The other commands reach further: they lock files, and make the
+    /// kernel signal any process (`F_SETOWN`, `F_SETSIG`, `O_ASYNC`).
     ///
     /// # Errors
     /// None that depends on anything but this program.
@@ -127,8 +130,8 @@ impl List {
         Ok(self)
     }
 
-    /// Adds requests of `ioctl` by their kind (`'T'`) and numbers; sizes and
-    /// directions are not looked at.
+    /// Allows requests of `ioctl` by type (`'T'`) and number. The filter
+    /// ignores size and direction.
     ///
     /// # Errors
     /// None that depends on anything but this program.
@@ -147,21 +150,20 @@ impl List {
         self.0.contains_key(&call)
     }
 
-    /// Restricts the calling thread, and those that it makes from now on, to the
-    /// list.
+    /// Restricts the calling thread, and the threads that it starts from now on,
+    /// to the list.
     ///
     /// # Errors
     /// The kernel has no seccomp.
     pub fn install(self, refusal: Refusal) -> Result<(), Error> {
-        // The C library falls back to `clone`.
+        // The call fails, and the C library falls back to `clone`.
         let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
         apply(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
         self.narrow(refusal)
     }
 
-    /// Restricts a thread for which a list was installed to this one as well. The
-    /// kernel asks all of them at each call, so there is one program for it and no
-    /// more.
+    /// Restricts a thread that already has a list to this list as well. The kernel
+    /// runs all filters of a thread on each call, so this adds only one program.
     ///
     /// # Errors
     /// The kernel has no seccomp.
@@ -191,7 +193,7 @@ mod tests {
 
     use super::*;
 
-    /// The error of a call, in a thread that has [`List::new`] and no more.
+    /// The error of a call, in a thread that has only [`List::new`].
     fn refused(number: i64, arguments: [i64; 3]) -> Option<i32> {
         let call = move || {
             List::new().unwrap().install(Refusal::Error).unwrap();
@@ -244,7 +246,7 @@ mod tests {
         }
     }
 
-    // Of Linux, include/uapi/asm-generic/fcntl.h.
+    // From Linux, include/uapi/asm-generic/fcntl.h.
     const F_SETSIG: i32 = 10;
     const F_SETOWN_EX: i32 = 15;
 

@@ -1,4 +1,4 @@
-//! What depends on the machine's architecture. Nothing outside of this module
-//! may know a register or an address of it.
+//! The code for the machine's architecture. No other module may use a register
+//! or an address of it.
 
 pub mod x86_64;

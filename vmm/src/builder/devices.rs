@@ -1,5 +1,5 @@
-//! The devices of a machine: fresh ones for a machine that boots, or those of a
-//! machine that was saved.
+//! The devices of a machine: new ones for a machine that boots, or those of a
+//! template.
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
@@ -38,7 +38,7 @@ use crate::stage::{StageError, at};
 pub(super) struct Devices<'a> {
     hypervisor: &'a Hypervisor,
     memory: &'a GuestMemoryMmap,
-    /// The devices of a saved machine that are yet to be added.
+    /// The devices of the template that are yet to be added.
     saved: Option<std::vec::IntoIter<DeviceState>>,
     pool: IoPool,
     pub(super) pio: Bus,
@@ -46,7 +46,7 @@ pub(super) struct Devices<'a> {
     pub(super) devices: Vec<Device>,
     pub(super) transports: Vec<Arc<Mutex<MmioTransport>>>,
     pub(super) subscribers: Vec<Subscriber>,
-    /// For the kernel's command line: where the devices are.
+    /// The part of the kernel's command line that says where the devices are.
     pub(super) parameters: String,
 }
 
@@ -70,7 +70,7 @@ impl<'a> Devices<'a> {
         })
     }
 
-    /// The serial port and the reset line of the keyboard controller.
+    /// Adds the serial port and the reset line of the keyboard controller.
     pub(super) fn add_legacy(
         &mut self,
         exit: &Arc<ExitSignal>,
@@ -118,7 +118,8 @@ impl<'a> Devices<'a> {
         Ok(())
     }
 
-    /// The pool's threads serve it, not the event loop.
+    /// Adds a disk, which the threads of the pool serve instead of the event
+    /// loop.
     fn add_disk(
         &mut self,
         serial: &str,
@@ -223,7 +224,8 @@ impl<'a> Devices<'a> {
         self.add(device, Device::Balloon, transport)
     }
 
-    /// The device gets an event loop of its own together with its server.
+    /// Adds the file system device. It gets an event loop of its own once its
+    /// server is there.
     pub(super) fn add_fs(&mut self, config: &VmConfig) -> Result<(), StageError> {
         let Some(tag) = &config.fs else { return Ok(()) };
         let (device, transport) = match self.next_saved()? {
@@ -238,7 +240,7 @@ impl<'a> Devices<'a> {
         self.add_transport(fs, transport)
     }
 
-    /// The next device of a machine that was saved; `None` for one that boots.
+    /// The next device of the template; `None` for a machine that boots.
     fn next_saved(&mut self) -> Result<Option<DeviceState>, StageError> {
         let Some(saved) = &mut self.saved else { return Ok(None) };
         saved.next().map(Some).ok_or_else(|| another("one device more"))
@@ -286,7 +288,8 @@ impl<'a> Devices<'a> {
     }
 }
 
-/// The request has another device in this place than the template.
+/// The error that the template has another device in this place than the
+/// request.
 fn another(what: &str) -> StageError {
     at(TEMPLATE)(format!("it was saved with another device in the place of {what}"))
 }

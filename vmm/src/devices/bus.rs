@@ -1,5 +1,5 @@
-//! Finds the device that an access of the guest is for. There is one bus for
-//! memory-mapped registers and one for I/O ports.
+//! A bus: finds the device that an access of the guest is for. A machine has
+//! one for memory-mapped registers and one for I/O ports.
 
 use std::sync::{Arc, Mutex};
 
@@ -8,14 +8,15 @@ use crate::lock;
 /// A device with registers. Offsets count from the start of its range, and
 /// accesses never reach beyond its end.
 pub trait BusDevice: Send {
-    /// The guest reads; `data` holds ones, what a bus without a device gives.
+    /// Handles a read of the guest. `data` holds ones, as on a bus without a
+    /// device.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
-    /// The guest writes.
+    /// Handles a write of the guest.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// Two devices want the same addresses.
+/// Two devices would have the same addresses.
 #[derive(Debug, thiserror::Error)]
 #[error("devices overlap at address {0:#x}")]
 pub struct Overlap(u64);
@@ -26,7 +27,7 @@ struct Range {
     device: Arc<Mutex<dyn BusDevice>>,
 }
 
-/// Devices by address.
+/// The devices, by address.
 #[derive(Default)]
 pub struct Bus {
     /// Sorted by `start`, without overlaps.
@@ -34,7 +35,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Puts `device` at `length` addresses from `start` on.
+    /// Adds `device` at `length` addresses from `start` on.
     ///
     /// # Errors
     /// [`Overlap`].
@@ -55,7 +56,8 @@ impl Bus {
         Ok(())
     }
 
-    /// A guest's read; all ones where no device is.
+    /// Passes a read of the guest to its device; the result is all ones where
+    /// no device is.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((device, offset)) = self.find(address, data.len()) {
@@ -63,7 +65,8 @@ impl Bus {
         }
     }
 
-    /// A guest's write; lost where no device is.
+    /// Passes a write of the guest to its device; it is lost where no device
+    /// is.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((device, offset)) = self.find(address, data.len()) {
             lock(device).write(offset, data);

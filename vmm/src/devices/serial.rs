@@ -1,6 +1,7 @@
-//! The first serial port (a 16550), for what the kernel prints, and the
-//! keyboard controller's reset line. Both are vm-superio's; this puts them on
-//! the bus, and keeps the port's output in the [`Console`].
+//! The first serial port (a 16550), for the output of the guest's kernel, and
+//! the keyboard controller's reset line. Both are implemented by vm-superio;
+//! this module puts them on the bus, and keeps the port's output in the
+//! [`Console`].
 
 use std::convert::Infallible;
 use std::ops::Deref;
@@ -16,18 +17,19 @@ use super::bus::BusDevice;
 use crate::console::Console;
 use crate::exit::ExitSignal;
 
-/// Version of [`SerialPortState`].
+/// The version of [`SerialPortState`].
 const VERSION: u16 = 1;
-/// I/O ports of a 16550.
+/// The number of I/O ports of a 16550.
 pub const SERIAL_PORTS: u64 = 8;
-/// I/O ports of the keyboard controller: data at 0, commands at 4.
+/// The number of I/O ports of the keyboard controller: data at 0, commands at
+/// 4.
 pub const I8042_PORTS: u64 = 5;
 
 /// An eventfd as vm-superio's interrupt.
 pub struct Line(EventFd);
 
 impl Line {
-    /// `event` is an irqfd, or watched by a test.
+    /// `event` is an irqfd, or an eventfd that a test watches.
     #[must_use]
     pub const fn new(event: EventFd) -> Self {
         Self(event)
@@ -68,19 +70,19 @@ pub struct SerialPortState {
     in_buffer: Vec<u8>,
 }
 
-/// The saved state is not one of this version's.
+/// The saved state is not one of this version.
 #[derive(Debug, thiserror::Error)]
 #[error("saved serial port cannot be restored: {0}")]
 pub struct SerialRestoreError(String);
 
 impl SerialPort {
-    /// A port that interrupts through `line`.
+    /// Makes a port that interrupts through `line`.
     #[must_use]
     pub fn new(line: EventFd, console: Console) -> Self {
         Self(Serial::new(Line(line), console))
     }
 
-    /// The port's registers. The console's text is not part of them.
+    /// Saves the port's registers. The console's text is not part of them.
     #[must_use]
     pub fn save(&self) -> SerialPortState {
         let state = self.0.state();
@@ -98,7 +100,7 @@ impl SerialPort {
         }
     }
 
-    /// A port as it was saved.
+    /// Makes a port from its saved state.
     ///
     /// # Errors
     /// [`SerialRestoreError`].
@@ -138,17 +140,17 @@ impl BusDevice for SerialPort {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
-            // Neither the console nor an eventfd can fail.
+            // Neither the console nor an eventfd can fail here.
             let _ = self.0.write(offset, *byte);
         }
     }
 }
 
-/// The keyboard controller, of which there is only the command that resets
-/// the machine (`reboot=k`). It has no state.
+/// The keyboard controller. It has only the command that resets the machine
+/// (`reboot=k`), and no state.
 pub struct ResetLine(I8042Device<Reset>);
 
-/// Ends the machine, for the reason that the guest has printed.
+/// Ends the machine, for the reason that is on the guest's console.
 struct Reset {
     exit: Arc<ExitSignal>,
     console: Console,
@@ -165,7 +167,7 @@ impl Trigger for Reset {
 }
 
 impl ResetLine {
-    /// `exit` is raised when the guest asks for a reset.
+    /// Makes the controller. `exit` is raised when the guest asks for a reset.
     #[must_use]
     pub fn new(exit: Arc<ExitSignal>, console: Console) -> Self {
         Self(I8042Device::new(Reset { exit, console }))

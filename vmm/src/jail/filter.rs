@@ -1,10 +1,10 @@
-//! The system calls that are left. One that is not on the list ends the process,
-//! with a record that names it.
+//! The system calls that the jail leaves. A call that is not on the list ends the
+//! process, with an exit record that names it.
 //!
-//! There are two lists: the event loop's, and a shorter one for vCPUs, which have
-//! no business with sockets, and none with KVM but to run. Whoever starts a
-//! thread passes its list on: those of the disks are started by a vCPU when a
-//! guest's driver begins, and by the event loop in a clone.
+//! There are two lists. The event loop's is the longer one; that of a vCPU has no
+//! sockets, and of KVM only the requests to run. A thread inherits the list of
+//! the thread that starts it. The threads of the disks are started by a vCPU when
+//! a guest's driver activates the device, and by the event loop in a clone.
 
 use std::fmt::{self, Write};
 use std::sync::{Arc, OnceLock};
@@ -16,7 +16,8 @@ use vmm_sys_util::signal::register_signal_handler;
 use crate::exit::Record;
 use crate::stage::{StageError, at};
 
-/// Reading, writing and waiting, with files and eventfds that are open.
+/// Calls of every thread: reading, writing and waiting, with open files and
+/// eventfds.
 const EVERY_THREAD: &[i64] = &[
     libc::SYS_readv,
     libc::SYS_pread64,
@@ -35,8 +36,8 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_timerfd_settime,
 ];
 
-/// Calls of the event loop besides: sockets that are open, new eventfds,
-/// the sizes of files.
+/// Calls that the event loop needs besides: open sockets, new eventfds, sizes
+/// of files.
 const LOOP: &[i64] = &[
     libc::SYS_accept4,
     libc::SYS_recvmsg,
@@ -54,14 +55,14 @@ const LOOP: &[i64] = &[
     libc::SYS_mincore,
 ];
 
-/// The kind of KVM's requests.
+/// The type of KVM's ioctls.
 const KVMIO: u8 = 0xae;
 
-/// Requests that run a vCPU, or tell of one: `KVM_RUN`, `GET_REGS`, `GET_MSRS`,
+/// Ioctls that run a vCPU or read its state: `KVM_RUN`, `GET_REGS`, `GET_MSRS`,
 /// `GET_LAPIC`, `GET_MP_STATE`.
 const RUN: &[u8] = &[0x80, 0x81, 0x88, 0x8e, 0x98];
 
-/// Requests that build a machine, save it or restore it. Some numbers have two
+/// Ioctls that build a machine, save it or restore it. Some numbers have two
 /// meanings, by direction.
 const BUILD: &[u8] = &[
     0x02, // GET_MSR_INDEX_LIST
@@ -96,25 +97,26 @@ const BUILD: &[u8] = &[
     0xcf, // GET_XSAVE2
 ];
 
-/// `TUNSETOFFLOAD`: what a tap may leave to its driver, which says so when it
-/// starts.
+/// `TUNSETOFFLOAD` sets the offloads that the tap's driver has negotiated, when
+/// that starts.
 const TUN_OFFLOAD: u8 = 0xd0;
-/// `TUNSETVNETHDRSZ`: how many bytes come before each of a tap's packets.
+/// `TUNSETVNETHDRSZ` sets the size of the header before each of a tap's
+/// packets.
 const TUN_HEADER: u8 = 0xd8;
-/// `FIONBIO` and `FIOCLEX`.
+/// The ioctls `FIONBIO` and `FIOCLEX`.
 const DESCRIPTOR: &[u8] = &[0x21, 0x51];
 
 /// The threads that a list is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
-    /// The event loop; other threads begin with its list.
+    /// The event loop, and the threads that it starts.
     Loop,
-    /// A vCPU, and the disks that it starts.
+    /// A vCPU, and the disks' threads that it starts.
     Vcpu,
 }
 
-/// Restricts the calling thread, and those that it makes, to `thread`'s list. The
-/// loop's comes first; a vCPU's is on top of it.
+/// Restricts the calling thread, and those that it starts, to `thread`'s list.
+/// The event loop's list is installed first; a vCPU's narrows it.
 ///
 /// # Errors
 /// The kernel has no seccomp.
@@ -141,16 +143,16 @@ fn list(thread: Thread) -> Result<List, BackendError> {
         .requests(KVMIO, BUILD)?
         .requests(b'T', &[TUN_HEADER])?
         .requests(b'T', DESCRIPTOR)?
-        // More restrictions: those of a vCPU's thread.
+        // Narrowing the list further, as a vCPU's thread does.
         .first_is(libc::SYS_prctl, libc::PR_SET_NO_NEW_PRIVS as u64)?
         .first_is(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER.into())
 }
 
-/// Where the record goes.
+/// The exit record, for the signal handler.
 static RECORD: OnceLock<Arc<Record>> = OnceLock::new();
 
-/// Lets a system call that is not on the list end the process, with a record like
-/// that of any other end.
+/// Makes a system call that is not on the list end the process with an exit
+/// record.
 ///
 /// # Errors
 /// The kernel's.
@@ -161,7 +163,7 @@ pub fn end_on_refusal(record: Arc<Record>) -> Result<(), vmm_sys_util::errno::Er
 
 /// The signal may have interrupted anything, so the handler takes no memory and no lock.
 extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    /// Where the kernel puts the number (`si_syscall`).
+    /// The offset of the system call's number in siginfo_t (`si_syscall`).
     const SYSCALL: usize = 24;
     // SAFETY: the kernel gives a whole siginfo_t, and this is a number in it.
     let number = unsafe { info.cast::<u8>().add(SYSCALL).cast::<libc::c_int>().read_unaligned() };
@@ -176,7 +178,7 @@ extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
     unsafe { libc::_exit(ExitReason::VmmError.code()) }
 }
 
-/// A [`husk_vmm_api::Exit`].
+/// Writes a [`husk_vmm_api::Exit`] as JSON.
 fn describe(text: &mut Text, number: libc::c_int) -> fmt::Result {
     write!(
         text,
@@ -185,7 +187,7 @@ fn describe(text: &mut Text, number: libc::c_int) -> fmt::Result {
     )
 }
 
-/// A text of limited length.
+/// A text of limited length, on the stack.
 struct Text {
     bytes: [u8; 256],
     length: usize,
@@ -237,7 +239,7 @@ mod tests {
         }
     }
 
-    /// Runs `act` in a process of its own, under the list of `thread`; answers
+    /// Runs `act` in a process of its own, under the list of `thread`; returns
     /// its exit code and record.
     fn restricted(thread: Thread, act: fn()) -> (i32, Vec<u8>) {
         let mut file = tempfile::tempfile().unwrap();
@@ -281,7 +283,7 @@ mod tests {
         };
         refused(Thread::Loop, || syscall(libc::SYS_socket, [1, 1, 0]), libc::SYS_socket);
         refused(Thread::Loop, || syscall(libc::SYS_openat, [0, 0, 0]), libc::SYS_openat);
-        // KVM_CREATE_VM, and one that the loop may make.
+        // `KVM_CREATE_VM`, and a request that the loop may make.
         refused(Thread::Loop, || syscall(libc::SYS_ioctl, [-1, 0xae01, 0]), libc::SYS_ioctl);
         refused(Thread::Vcpu, || syscall(libc::SYS_ioctl, [-1, 0xae41, 0]), libc::SYS_ioctl);
         refused(Thread::Vcpu, || syscall(libc::SYS_accept4, [-1, 0, 0]), libc::SYS_accept4);

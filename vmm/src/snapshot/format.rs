@@ -29,10 +29,10 @@ pub enum FormatError {
     /// The file's own error.
     #[error("snapshot file: {0}")]
     Io(#[from] io::Error),
-    /// Something else.
+    /// The file is not a snapshot.
     #[error("this is no snapshot")]
     NotASnapshot,
-    /// Written by another version.
+    /// The snapshot was written by another version.
     #[error("the snapshot has version {0}, this program reads {VERSION}; make it anew")]
     Version(u32),
     /// The payload was cut off or changed.
@@ -43,7 +43,7 @@ pub enum FormatError {
     Encode(String),
 }
 
-/// Writes `state`.
+/// Writes `state` as a snapshot file.
 ///
 /// # Errors
 /// [`FormatError::Io`], [`FormatError::Encode`].
@@ -62,7 +62,7 @@ pub fn write<T: Serialize>(mut file: impl Write, state: &T) -> Result<(), Format
     Ok(())
 }
 
-/// Reads what [`write`] wrote.
+/// Reads a file that [`write`] wrote.
 ///
 /// # Errors
 /// [`FormatError`].

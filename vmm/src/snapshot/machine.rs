@@ -1,4 +1,4 @@
-//! A whole machine: saved in good order, for clones that go on from there.
+//! The state of a whole machine, saved so that clones continue from there.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::memory;
 use crate::stage::{StageError, at};
 
-/// Version of [`MachineState`].
+/// The version of [`MachineState`].
 const VERSION: u16 = 1;
 /// Most time until all disks have answered the requests that they work on.
 const DISKS_WAIT: Duration = Duration::from_secs(10);
@@ -24,7 +24,7 @@ pub struct MachineState {
     version: u16,
     /// The kernel's command line, which names all devices and their places.
     pub cmdline: String,
-    /// Interrupt controllers and clock.
+    /// The interrupt controllers and the clock.
     pub vm: vm::VmState,
     /// The vCPUs.
     pub vcpus: Vec<vcpu::VcpuState>,
@@ -34,12 +34,12 @@ pub struct MachineState {
     pub devices: Vec<DeviceState>,
 }
 
-/// Saves the machine and ends it. To be called on the event loop's thread, so
-/// that no device but the disks is at work; when the processors have stopped and
-/// the disks have come to rest, nothing changes any more.
+/// Saves the machine and ends it. Must be called on the event loop's thread, so
+/// that no device but the disks is active: once the vCPUs have stopped and the
+/// disks are idle, nothing changes any more.
 ///
 /// # Errors
-/// [`StageError`]; the machine cannot go on either.
+/// [`StageError`]; the machine cannot continue then either.
 pub fn save(machine: Machine, file: &std::fs::File) -> Result<MachineState, StageError> {
     const STOP: &str = "stop vCPUs";
     let Machine { hypervisor, memory, ram, cmdline, serial, devices, transports, vcpus, .. } = machine;
@@ -75,7 +75,8 @@ pub fn save(machine: Machine, file: &std::fs::File) -> Result<MachineState, Stag
 }
 
 impl MachineState {
-    /// Refuses what this program cannot read, or what is another machine.
+    /// Refuses a state of another version, or of a machine with another number
+    /// of vCPUs.
     ///
     /// # Errors
     /// In words.

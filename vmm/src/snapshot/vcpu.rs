@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::msr::{self, MsrError};
 
-/// Version of [`VcpuState`].
+/// The version of [`VcpuState`].
 const VERSION: u16 = 1;
 
 /// A saved vCPU.
@@ -33,32 +33,33 @@ pub struct VcpuState {
 /// A vCPU cannot be saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuStateError {
-    /// Saved by another version.
+    /// The state was saved by another version.
     #[error("vCPU state of version {0} is not supported")]
     Version(u16),
-    /// KVM refused.
+    /// KVM refused a call.
     #[error("{what}: {cause}")]
     Kvm {
-        /// "read registers".
+        /// The purpose of the call, "read registers".
         what: &'static str,
-        /// KVM's error.
+        /// The error that KVM returned.
         cause: kvm_ioctls::Error,
     },
-    /// One of the many registers.
+    /// A model-specific register cannot be read or written.
     #[error(transparent)]
     Msr(#[from] MsrError),
-    /// The state has more `cpuid` leaves than KVM takes.
+    /// The state has more `cpuid` leaves than KVM accepts.
     #[error("the saved processor describes itself in too many leaves")]
     TooManyLeaves,
 }
 
-/// Names a failed call.
+/// Makes an error of the call with this purpose.
 fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuStateError {
     move |cause| VcpuStateError::Kvm { what, cause }
 }
 
-/// Reads the vCPU. The order matters: asking for the run state makes KVM
-/// finish what is pending, and events come last, when nothing changes them.
+/// Reads the vCPU. The order matters: reading the run state makes KVM finish
+/// what is pending, and events are read last, when nothing changes them any
+/// more.
 ///
 /// # Errors
 /// [`VcpuStateError`].
@@ -90,9 +91,9 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd) -> Result<VcpuState, VcpuStateError> {
     })
 }
 
-/// Puts a saved state into a fresh vCPU. `cpuid` says which registers there
-/// are, so it is first; the local APIC comes before the model-specific
-/// registers, because one of them arms its timer.
+/// Puts a saved state into a fresh vCPU. `cpuid` determines which registers
+/// exist, so it is restored first. The local APIC comes before the
+/// model-specific registers, because one of those arms its timer.
 ///
 /// # Errors
 /// [`VcpuStateError`].

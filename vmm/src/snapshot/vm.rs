@@ -7,11 +7,11 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
-/// Version of [`VmState`].
+/// The version of [`VmState`].
 const VERSION: u16 = 1;
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
-/// A saved VM: its interrupt controllers and its clock. There is no PIT.
+/// A saved VM: its interrupt controllers and its clock. A machine has no PIT.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VmState {
     version: u16,
@@ -30,23 +30,23 @@ impl VmState {
 /// A VM cannot be saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum VmStateError {
-    /// Saved by another version.
+    /// The state was saved by another version.
     #[error("VM state of version {0} is not supported")]
     Version(u16),
-    /// Not the controllers of this machine.
+    /// The state has other interrupt controllers than a machine has.
     #[error("the saved VM has other interrupt controllers")]
     OtherChips,
-    /// KVM refused.
+    /// KVM refused a call.
     #[error("{what}: {cause}")]
     Kvm {
-        /// "read the clock".
+        /// The purpose of the call, "read the clock".
         what: &'static str,
-        /// KVM's error.
+        /// The error that KVM returned.
         cause: kvm_ioctls::Error,
     },
 }
 
-/// Names a failed call.
+/// Makes an error of the call with this purpose.
 fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmStateError {
     move |cause| VmStateError::Kvm { what, cause }
 }
@@ -63,7 +63,7 @@ pub fn save(vm: &VmFd) -> Result<VmState, VmStateError> {
         chips.push(chip);
     }
     let mut clock = vm.get_clock().map_err(call("read the clock"))?;
-    // KVM reports this flag, and refuses to be given it.
+    // KVM reports this flag, and refuses to set it.
     clock.flags &= !KVM_CLOCK_TSC_STABLE;
     Ok(VmState { version: VERSION, chips, clock })
 }

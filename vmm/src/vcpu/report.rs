@@ -1,4 +1,4 @@
-//! The state of a vCPU for whoever looks for the reason that a guest hangs.
+//! The state of a vCPU, for finding the reason that a guest hangs.
 
 use husk_vmm_api::VcpuReport;
 use kvm_bindings::{KVM_MP_STATE_HALTED, kvm_lapic_state};
@@ -6,11 +6,12 @@ use kvm_ioctls::VcpuFd;
 
 use crate::arch::x86_64::msr;
 
-/// Offsets in the local APIC's page: interrupts in service, and requested.
+/// Offsets in the local APIC's page of the registers of interrupts in service
+/// and requested.
 const LAPIC_ISR: usize = 0x100;
 const LAPIC_IRR: usize = 0x200;
 
-/// Reads it, on the vCPU's own thread. `None` when KVM refuses.
+/// Reads the vCPU's state, on its own thread. `None` when KVM refuses.
 pub fn report(vcpu: &VcpuFd) -> Option<VcpuReport> {
     let mp_state = vcpu.get_mp_state().ok()?;
     let regs = vcpu.get_regs().ok()?;

@@ -1,4 +1,4 @@
-//! How machines begin, what they do, and how they end.
+//! The start, the life and the end of machines.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use husk_vmm_api::{DiskConfig, ExitReason, Request, Response, socket};
 
-use crate::support::{PATIENCE, USER, Vmm, disk};
+use crate::support::{TIME_LIMIT, USER, Vmm, disk};
 
 #[test]
 #[ignore = "boots machines, in a KVM host: see tests/README.md"]
@@ -118,7 +118,7 @@ fn disks_come_and_go_while_the_guest_runs() {
     );
     vmm.wait_console("got 2048 sectors: hot plugged");
     vmm.wait_console("ready to lose it");
-    // The second time there is nothing to take out; nor was there ever in the other.
+    // The second time the slot is empty; the other slot was never filled.
     for slot in ["slot-0", "slot-0", "slot-1"] {
         assert_eq!(vmm.ask(&Request::DetachDisk { slot: slot.into() }, &[]), Response::Ok);
     }
@@ -139,7 +139,7 @@ fn the_balloon_gives_memory_back() {
         other => panic!("{other:?}"),
     };
     assert_eq!(vmm.ask(&Request::SetBalloon { size_mib: 40 }, &[]), Response::Ok);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     while info().balloon_mib < 40 {
         assert!(Instant::now() < deadline, "the balloon has {} MiB", info().balloon_mib);
         std::thread::sleep(Duration::from_millis(20));
@@ -174,7 +174,7 @@ fn what_cannot_be_booted_is_refused_with_its_stage() {
     let (_, message) = boot(&|config| config.kernel = 7);
     assert!(message.contains("descriptor 7"), "{message}");
 
-    // A process makes one machine at most, and can be asked and ended without one.
+    // A process makes one machine at most, and serves requests without one.
     let vmm = Vmm::start();
     assert_eq!(ask(&vmm, Box::new(vmm.config.clone())).0, "load the kernel");
     assert_eq!(ask(&vmm, Box::new(vmm.config.clone())).0, "boot");
@@ -193,14 +193,14 @@ fn clients_that_do_not_behave_cost_nobody_else_anything() {
     socket::send(garbage.as_fd(), &"no request", &[]).unwrap();
     let (response, _) = socket::receive::<Response>(garbage.as_fd()).unwrap().unwrap();
     assert!(matches!(response, Response::Error { .. }));
-    // One that never reads its responses.
+    // This client never reads its responses.
     let deaf = vmm.connect();
     while socket::send(deaf.as_fd(), &Request::Console, &[]).is_ok() {}
     drop(garbage);
     let crowd: Vec<_> = (0..20).map(|_| vmm.connect()).collect();
     drop((crowd, deaf));
     // The places become free when the VMM has noticed.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     let text = loop {
         match vmm.try_ask(&Request::Console) {
             Some(Response::Console { text }) => break text,
@@ -259,12 +259,12 @@ fn the_vmm_has_given_up_what_it_does_not_need() {
             assert_eq!(field(set), ["0000000000000000"], "{set}");
         }
         assert_eq!(field("NoNewPrivs:"), ["1"]);
-        // Filtered.
+        // The process has a seccomp filter.
         assert_eq!(field("Seccomp:"), ["2"]);
         threads += 1;
     }
     assert!(threads >= 2, "{threads} threads");
-    // An empty directory, in which nothing can be made.
+    // The root is an empty directory, in which nothing can be made.
     let root = process.join("root");
     assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
     assert!(fs::create_dir(root.join("new")).is_err());

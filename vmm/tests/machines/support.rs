@@ -1,4 +1,4 @@
-//! Starts `husk-vmm` the way huskd does, and makes what a test guest needs.
+//! Starts `husk-vmm` as huskd does, with the files that a test guest needs.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -16,13 +16,13 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-/// Who the VMM becomes.
+/// The user that the VMM becomes.
 pub const USER: u32 = 0x7000_0001;
 
-/// Everything here is done after this long, or has failed.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+/// The time limit of everything in these tests.
+pub const TIME_LIMIT: Duration = Duration::from_secs(120);
 
-/// What the guest's init does is chosen by `TEST=` on its command line.
+/// The init program of the guest. `TEST=` on the command line chooses its task.
 const INIT: &str = r#"#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -165,7 +165,8 @@ impl Vmm {
         vmm
     }
 
-    /// Starts the process, and a machine; `Err` with the answer when there is none.
+    /// Starts the process, and a machine; `Err` with the response when there is
+    /// none.
     pub fn boot_as(config: VmConfig, files: &[&File]) -> Result<Self, Response> {
         let mut vmm = Self::start();
         vmm.config = config;
@@ -194,7 +195,7 @@ impl Vmm {
     fn try_connect(&self) -> nix::Result<OwnedFd> {
         let socket =
             new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
+        let patience = TimeVal::new(TIME_LIMIT.as_secs() as i64, 0);
         setsockopt(&socket, sockopt::ReceiveTimeout, &patience).unwrap();
         let path: PathBuf = self.directory.path().join("control");
         connect(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap())?;
@@ -207,7 +208,7 @@ impl Vmm {
         socket::receive(client.as_fd()).unwrap().expect("a response").0
     }
 
-    /// `None` when the VMM turned us away.
+    /// Sends a request; `None` when the VMM turns the client away.
     pub fn try_ask(&self, request: &Request) -> Option<Response> {
         let client = self.connect();
         socket::send(client.as_fd(), request, &[]).ok()?;
@@ -222,22 +223,22 @@ impl Vmm {
     }
 
     pub fn wait_console(&self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         while !self.console().contains(text) {
             assert!(Instant::now() < deadline, "no {text:?} in: {}", self.console());
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Waits for the machine's end: what the waiting client hears, what the
-    /// exit file says, and the process's exit code, which must agree.
+    /// Waits for the machine's end. The response to the waiting client, the
+    /// exit file and the process's exit code must agree.
     pub fn wait(mut self) -> Exit {
-        // The machine may have ended already, and nobody listen any more.
+        // The machine may have ended already, without a listener.
         let heard = self.try_connect().ok().and_then(|client| {
             socket::send(client.as_fd(), &Request::Wait, &[]).ok()?;
             socket::receive::<Response>(client.as_fd()).ok().flatten()
         });
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         let status = loop {
             if let Some(status) = self.process.try_wait().unwrap() {
                 break status;

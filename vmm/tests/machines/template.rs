@@ -1,4 +1,4 @@
-//! Saves a running guest, and goes on with clones of it.
+//! Saves a running guest, and continues with clones of it.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -13,7 +13,7 @@ fn with_disk(config: &mut VmConfig) {
     config.disks.push(DiskConfig { serial: "data".into(), file: 2, read_only: false, limit: None });
 }
 
-/// A saved machine: what it was, its state, and its memory.
+/// A saved machine: its configuration, its state, and its memory.
 struct Template {
     config: VmConfig,
     state: File,
@@ -37,7 +37,7 @@ fn save(vcpus: u8) -> (Template, u32) {
     (Template { config, state, memory }, last)
 }
 
-/// What the guest has counted, in the lines that are whole.
+/// The numbers that the guest has counted, from complete lines.
 fn numbers(console: &str) -> Vec<u32> {
     console.lines().filter_map(|line| line.split_once(": ")?.0.trim().parse().ok()).collect()
 }

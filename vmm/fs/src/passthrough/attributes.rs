@@ -1,4 +1,4 @@
-//! What files are: attributes, link targets, and the size of file systems.
+//! Attributes of files, link targets, and the size of file systems.
 
 use rustix::fs::{AtFlags, CWD, Gid, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid};
 

@@ -1,4 +1,4 @@
-//! Listing directories.
+//! Lists directories.
 
 use std::mem::MaybeUninit;
 
@@ -26,13 +26,13 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Entries from an offset on, as many as fit. With `plus` each comes with
-    /// what a lookup would tell.
+    /// Returns the entries from an offset on, as many as fit. With `plus`, each
+    /// comes with the attributes that a lookup would return.
     ///
-    /// Who deletes what he reads, as `rm -r` does, must not miss an entry. A
-    /// filesystem may count its entries for an offset (tmpfs before Linux 6.6
-    /// does), so a directory that is read on is not sought; and no more is read
-    /// than the answer has room for.
+    /// A client that deletes entries as it reads, as `rm -r` does, must not
+    /// miss one. A file system may count its entries to find an offset (tmpfs
+    /// before Linux 6.6 does), so a directory that is read on is not sought,
+    /// and no more entries are read than fit into the answer.
     pub(super) fn readdir(
         &self,
         request: &mut Request<'_>,
@@ -43,7 +43,8 @@ impl Passthrough {
         let node = self.nodes.get(request.header.node)?;
         let handle = self.handles.get(read.handle)?;
         let room = read.size.min(MAX_DATA) as usize;
-        // The shortest entry, of 24 bytes, becomes one of 32, or of 160.
+        // The shortest entry has 24 bytes; it becomes one of 32, or of 160 with
+        // attributes.
         let fitting = if plus { room / 7 } else { room / 4 * 3 };
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let chunk = chunk.get_mut(..fitting.clamp(LONGEST, CHUNK)).unwrap_or_default();
@@ -57,7 +58,8 @@ impl Passthrough {
         while let Some(entry) = entries.next() {
             let entry = match entry {
                 Ok(entry) => entry,
-                // What there is counts; the error comes again with the rest.
+                // The entries so far are returned; the error comes again with
+                // the rest.
                 Err(_) if !answer.is_empty() => {
                     next = None;
                     break;
@@ -80,7 +82,7 @@ impl Passthrough {
                 kind: kind(entry.file_type()),
             };
             if plus {
-                // Node 0 stands for an entry that nothing more is known of.
+                // Node 0 stands for an entry of which nothing more is known.
                 let mut known = EntryOut::default();
                 if !own && let Ok((child, stat)) = self.find(&node, name) {
                     known = Self::entry(&child, &stat);
@@ -100,7 +102,7 @@ impl Passthrough {
     }
 }
 
-/// `d_type` of readdir(3).
+/// The value of `d_type` in readdir(3).
 fn kind(kind: FileType) -> u32 {
     let kind = match kind {
         FileType::RegularFile => libc::DT_REG,

@@ -1,4 +1,4 @@
-//! Open files: reading, writing, and what else is done to one.
+//! Open files: reading, writing, and other operations on them.
 
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
@@ -16,11 +16,11 @@ use crate::abi::{
 use crate::identity::killing_set_id;
 use crate::message::{Answer, Request};
 
-/// Most bytes that one request copies, so that it ends in a moment.
+/// Most bytes that one request copies, so that it ends soon.
 const MAX_COPY: u64 = 16 << 20;
 
-/// Of the flags of open(2) those that are the server's business. What is direct
-/// in the guest need not be so here.
+/// The flags of open(2) that concern the server. A file that is open for direct
+/// I/O in the guest need not be so here.
 pub(super) fn open_flags(flags: u32) -> OFlags {
     let ours = OFlags::RWMODE | OFlags::APPEND | OFlags::TRUNC | OFlags::SYNC | OFlags::DSYNC;
     (OFlags::from_bits_retain(flags) & ours) | OFlags::CLOEXEC
@@ -30,19 +30,19 @@ pub(super) const fn is_writable(flags: OFlags) -> bool {
     !flags.intersection(OFlags::RWMODE).is_empty()
 }
 
-/// Opens a regular file. Anything else is opened by the guest alone: here it
+/// Opens a regular file. Other kinds are opened by the guest alone: here they
 /// might be a device, or a pipe that nobody writes to.
 ///
-/// Not to append: a descriptor that does so appends whatever is written to it,
-/// and a guest writes elsewhere too, after `fcntl(2)` or from a mapping of the
-/// file. Each write says where it goes.
+/// The file is not opened for appending: such a descriptor appends every write,
+/// but a guest writes elsewhere too, after `fcntl(2)` or from a mapping of the
+/// file. Each write names its offset.
 pub(super) fn open_node(node: &Node, flags: OFlags) -> Result<OwnedFd, Errno> {
     if node.kind != FileType::RegularFile {
         return Err(Errno::INVAL);
     }
     let open = |flags| rustix::fs::openat(CWD, path(&node.fd()), flags, Mode::empty());
     match open(flags.difference(OFlags::APPEND)) {
-        // Of a file to which one can only append (chattr(1), `+a`), that is true.
+        // A file that allows only appending (chattr(1), `+a`) must be opened so.
         Err(Errno::PERM) if flags.contains(OFlags::APPEND) => open(flags),
         opened => opened,
     }
@@ -58,7 +58,8 @@ impl Passthrough {
         let unchanged = node.is_unchanged(&stat(&file)?);
         let handle = self.handles.add(file, is_writable(flags), node.is_trusted())?;
         let keep = if unchanged { abi::opened::KEEP_CACHE } else { 0 };
-        // The end of what was only read is no message: nothing is to be flushed.
+        // A close of a file that was only read needs no message: there is
+        // nothing to flush.
         let quiet = if is_writable(flags) { 0 } else { abi::opened::NOFLUSH };
         let open_flags = keep | quiet;
         answer.put(&OpenOut { handle, open_flags, ..OpenOut::default() });
@@ -76,11 +77,11 @@ impl Passthrough {
         let write: WriteIn = request.take()?;
         let data = request.bytes(write.size as usize)?;
         let handle = self.handles.get(write.handle)?;
-        // A program that was written to does not keep its powers, even if the
-        // guest's kernel leaves that out.
+        // A program that was written to loses its set-ID bits and capabilities,
+        // even if the guest's kernel does not ask for that.
         let kill = write.write_flags & abi::write::KILL_SUIDGID != 0 || !handle.trusted;
-        // The guest's offset is where it believes the end to be; the host may have
-        // appended meanwhile.
+        // The guest's offset is the end of the file as the guest knows it; the
+        // host may have appended meanwhile.
         let append = OFlags::from_bits_retain(write.flags).contains(OFlags::APPEND);
         let size = killing_set_id(kill, || {
             if append {
@@ -93,8 +94,8 @@ impl Passthrough {
         Ok(())
     }
 
-    /// A close in the guest. Some file systems write only now, and tell only
-    /// now that they cannot.
+    /// Handles a close in the guest. Some file systems write only now, and
+    /// report only now that they cannot.
     pub(super) fn flush(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let flush: FlushIn = request.take()?;
         let handle = self.handles.get(flush.handle)?;
@@ -124,12 +125,12 @@ impl Passthrough {
         let allocate: FallocateIn = request.take()?;
         let handle = self.handles.get(allocate.handle)?;
         let mode = FallocateFlags::from_bits_retain(allocate.mode);
-        // Space that nobody wrote to has no set-ID bits to lose, other than by
-        // the modes that change data.
+        // Allocating space clears no set-ID bits, except in the modes that
+        // change data.
         killing_set_id(true, || rustix::fs::fallocate(&handle.file, mode, allocate.offset, allocate.length))
     }
 
-    /// Where data or a hole begins; other positions the guest finds itself.
+    /// Finds the next data or hole; the guest finds other positions itself.
     pub(super) fn lseek(&self, request: &mut Request<'_>, answer: &mut Answer<'_>) -> Result<(), Errno> {
         let seek: LseekIn = request.take()?;
         let handle = self.handles.get(seek.handle)?;

@@ -1,4 +1,4 @@
-//! Files and directories that the guest has open.
+//! The files and directories that the guest has open.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -7,21 +7,21 @@ use std::sync::{Arc, Mutex};
 use super::nodes::lock;
 use crate::Errno;
 
-/// One of them.
+/// An open file or directory.
 #[derive(Debug)]
 pub struct Handle {
     /// The open file.
     pub file: OwnedFd,
-    /// It may be written.
+    /// Whether it is open for writing.
     pub writable: bool,
-    /// It is a trusted volume's.
+    /// Whether it is in a trusted volume.
     pub trusted: bool,
-    /// Where the next read of a directory goes on by itself; `None` if it has
-    /// to be sought. Held while the directory is read.
+    /// The offset at which the next read of a directory continues by itself;
+    /// `None` if it has to be sought. Locked while the directory is read.
     pub position: Mutex<Option<u64>>,
 }
 
-/// All of them, by the numbers that the guest has.
+/// All handles, by the numbers that the guest has.
 #[derive(Debug)]
 pub struct Handles {
     limit: usize,
@@ -29,12 +29,12 @@ pub struct Handles {
 }
 
 impl Handles {
-    /// At most `limit` of them.
+    /// Makes an empty table for at most `limit` handles.
     pub fn new(limit: usize) -> Self {
         Self { limit, table: Mutex::default() }
     }
 
-    /// Keeps an open file; answers its number.
+    /// Adds an open file; returns its number.
     pub fn add(&self, file: OwnedFd, writable: bool, trusted: bool) -> Result<u64, Errno> {
         let mut table = lock(&self.table);
         let (handles, last) = &mut *table;
@@ -46,18 +46,19 @@ impl Handles {
         Ok(*last)
     }
 
-    /// The one of that number.
+    /// The handle with that number.
     pub fn get(&self, number: u64) -> Result<Arc<Handle>, Errno> {
         lock(&self.table).0.get(&number).cloned().ok_or(Errno::BADF)
     }
 
-    /// Closes one, once whoever works with it has done so.
+    /// Closes a handle, once the requests that use it have ended.
     pub fn remove(&self, number: u64) {
         let gone = lock(&self.table).0.remove(&number);
         drop(gone);
     }
 
-    /// Closes all. Numbers go on, so that none means two files.
+    /// Closes all handles. Numbers are not used again, so that none means two
+    /// files.
     pub fn clear(&self) {
         let gone = std::mem::take(&mut lock(&self.table).0);
         drop(gone);

@@ -1,8 +1,8 @@
-//! What each request does to the real file system.
+//! Executes each request on the real file system.
 //!
-//! The process's working directory is `/proc/self/fd`: a file that is known by
+//! The process's working directory is `/proc/self/fd`. A file that is known by
 //! an `O_PATH` descriptor is opened, or changed, by that number as its path,
-//! which the kernel takes to the very file.
+//! which the kernel resolves to the very file.
 
 mod attributes;
 mod directories;
@@ -31,12 +31,13 @@ use nodes::Nodes;
 pub const MAX_DATA: u32 = 128 << 10;
 
 /// Seconds for which the guest may rely on a name or on attributes without
-/// asking again: others may change them on the host.
+/// asking again: the host may change them.
 const VALID: u64 = 1;
 
-/// What the server can do, of what a guest offers. Not to truncate a file while
-/// it opens it: the guest's kernel asks for that before it sees that the file is
-/// a program which runs. It truncates with a request of its own instead.
+/// The features that the server accepts if a guest offers them. Truncating a
+/// file while it is opened is not among them: the guest's kernel would ask for
+/// that before it sees that the file is a running program. It truncates with a
+/// request of its own instead.
 const FEATURES: u32 = init::ASYNC_READ
     | init::BIG_WRITES
     | init::AUTO_INVAL_DATA
@@ -48,12 +49,12 @@ const FEATURES: u32 = init::ASYNC_READ
     | init::HANDLE_KILLPRIV_V2
     | init::INIT_EXT;
 
-/// And of the second word: the guest may show a volume to a container with
+/// Features of the second word: the guest may show a volume to a container with
 /// other ids. It maps them before it asks, and names a user only where a file
 /// is made.
 const MORE_FEATURES: u32 = init2::ALLOW_IDMAP;
 
-/// A directory and all below it, for a guest.
+/// A directory tree that is served to a guest.
 #[derive(Debug)]
 pub struct Passthrough {
     nodes: Nodes,
@@ -70,8 +71,8 @@ impl Passthrough {
     pub fn new(root: &Path, open_files: usize, policy: Policy) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root: OwnedFd = rustix::fs::openat(CWD, root, flags, Mode::empty())?;
-        // Some for open files, most for names that the guest's kernel knows,
-        // and a few for ourselves.
+        // A quarter is for open files, most of the rest for names that the
+        // guest's kernel knows, and a few are for the server itself.
         let handles = open_files / 4;
         Ok(Self {
             nodes: Nodes::new(root, open_files.saturating_sub(handles + 64), policy.trusts_root())?,
@@ -80,7 +81,8 @@ impl Passthrough {
         })
     }
 
-    /// The answer to the request in `packet`; none for what has none.
+    /// Returns the answer to the request in `packet`; none for a request that
+    /// has no answer.
     pub fn answer<'a>(&self, packet: &[u8], buffer: &'a mut Vec<u8>) -> Option<&'a [u8]> {
         let mut request = Request::read(packet)?;
         let unique = request.header.unique;
@@ -142,13 +144,14 @@ impl Passthrough {
             opcode::READDIR => self.readdir(request, answer, false),
             opcode::READDIRPLUS => self.readdir(request, answer, true),
 
-            // A guest's kernel does by itself what is not here, or does
-            // without: locks are among the pod's own processes.
+            // The guest's kernel implements the other requests by itself, or
+            // does without: file locks, for example, concern the pod's own
+            // processes only.
             _ => Err(Errno::NOSYS),
         }
     }
 
-    /// A new session: whatever an earlier one knew is forgotten.
+    /// Begins a new session: everything of an earlier one is forgotten.
     fn init(&self, request: &mut Request<'_>, answer: &mut Answer<'_>) -> Result<(), Errno> {
         let theirs: InitIn = request.take()?;
         if theirs.major < abi::MAJOR {

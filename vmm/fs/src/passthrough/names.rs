@@ -15,7 +15,7 @@ use crate::message::{Answer, Request};
 use crate::policy::check_mode;
 
 impl Passthrough {
-    /// Finds `name` in a directory, through no link.
+    /// Finds `name` in a directory, without following links.
     pub(super) fn find(&self, parent: &Node, name: &CStr) -> Result<(Arc<Node>, Statx), Errno> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(parent.fd(), name, flags, Mode::empty())?;
@@ -23,7 +23,7 @@ impl Passthrough {
         self.nodes.meet(file, trusted)
     }
 
-    /// Finds the file in a directory that a descriptor has open.
+    /// Finds the file that a descriptor has open, in a directory.
     fn find_open(&self, parent: &Node, file: &OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
         let file = rustix::fs::openat(CWD, path(file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         self.nodes.meet(file, parent.is_trusted())
@@ -73,7 +73,8 @@ impl Passthrough {
                 let found = self.find_open(&parent, &file)?;
                 (file, found)
             }
-            // Somebody was faster, or the guest did not know of it.
+            // The file was made in the meantime, or the guest did not know of
+            // it.
             Err(Errno::EXIST) if !flags.contains(OFlags::EXCL) => {
                 let found = self.find(&parent, name)?;
                 let kill = create.open_flags & abi::open::KILL_SUIDGID != 0 || !found.0.is_trusted();

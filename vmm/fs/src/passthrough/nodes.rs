@@ -1,15 +1,15 @@
-//! The files that the guest's kernel knows, by the numbers it knows them by.
+//! Nodes: the files that the guest's kernel knows, by number.
 //!
 //! A file that is found for the first time gets a number and keeps an `O_PATH`
-//! descriptor, until the guest has forgotten it as often as it was told of it.
-//! Found again by another name it is the same node, so that the guest has one
-//! inode for it: sockets, locks and shared mappings meet there.
+//! descriptor, until the guest has forgotten it as often as it has looked it
+//! up. A file that is found by another name is the same node, so that the guest
+//! has one inode for it, with its sockets, locks and shared mappings.
 //!
 //! A directory that is mounted twice is two nodes, because Linux allows a
-//! directory one name. Other files are one node across all mounts; of the
-//! mounts it was found through, it prefers one that may be written. The others
-//! it keeps as well: a new name of a file must be in the mount that the file is
-//! reached through (link(2), `EXDEV`).
+//! directory only one name. Other files are one node across all mounts. Of the
+//! mounts through which it was found, a node prefers a writable one. It keeps
+//! the others as well, because a new name of a file must be in the mount that
+//! the file is reached through (link(2), `EXDEV`).
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,47 +23,47 @@ use rustix::path::DecInt;
 use crate::Errno;
 use crate::abi::{Attr, ROOT};
 
-/// Bit at which the number of a file's device starts in what the guest sees as
-/// its inode number; the bits below it are the host's.
+/// The bit at which the number of a file's device starts in the inode number
+/// that the guest sees; the bits below it are the host's inode number.
 const DEVICE_SHIFT: u32 = 48;
 
-/// Which file it is.
+/// The identity of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     device: (u32, u32),
     ino: u64,
-    /// 0 for what is no directory.
+    /// The mount of a directory; 0 for other files.
     mount: u64,
 }
 
-/// A file, or any other thing with a name.
+/// A file of any kind, as the guest knows it.
 #[derive(Debug)]
 pub struct Node {
-    /// What the guest calls it.
+    /// The number by which the guest names it.
     pub id: u64,
-    /// What it is.
+    /// The kind of file.
     pub kind: FileType,
     key: Key,
-    /// It was found in a trusted volume, if not only there.
+    /// Whether it was found in a trusted volume, if not only there.
     trusted: AtomicBool,
-    /// Stands for the device in inode numbers.
+    /// The number that stands for the device in inode numbers.
     device_number: u64,
     places: Mutex<Places>,
-    /// As it was when the guest opened it last.
+    /// The version of its content when the guest last opened it.
     opened: Mutex<Option<Version>>,
 }
 
-/// Through which mounts a node is reached.
+/// The mounts through which a node is reached.
 #[derive(Debug)]
 struct Places {
-    /// What is done to the node, but for new names, is done through this one.
+    /// The mount through which all operations go, but for new names.
     main: Place,
     main_is_read_only: bool,
-    /// Each with its part in [`Nodes::spares`].
+    /// The other mounts, each with its count in [`Nodes::spares`].
     others: Vec<(Place, Arc<()>)>,
 }
 
-/// One of them.
+/// A mount through which a node is reached.
 #[derive(Debug)]
 struct Place {
     fd: Arc<OwnedFd>,
@@ -81,8 +81,8 @@ impl Places {
     }
 }
 
-/// What differs between two states of a file's content: nobody can set the
-/// time of its last change.
+/// A version of a file's content. It differs between two contents, because
+/// nobody can set the time of the last change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Version {
     changed: (i64, u32),
@@ -90,21 +90,22 @@ struct Version {
 }
 
 impl Version {
-    /// None for a file that was changed so lately that the next change might
-    /// have the same time.
+    /// The version; none for a file that was changed so lately that its next
+    /// change might have the same time.
     fn settled(stat: &Statx, now: Duration) -> Option<Self> {
         let changed = (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec);
         let since = Duration::new(u64::try_from(changed.0).ok()?, changed.1);
-        // Times are those of the clock's ticks; some file systems keep seconds.
+        // Times have the granularity of clock ticks, or of seconds in some file
+        // systems.
         let granularity = if changed.1 == 0 { Duration::from_secs(2) } else { Duration::from_millis(100) };
         (now.checked_sub(since)? > granularity).then_some(Self { changed, size: stat.stx_size })
     }
 }
 
 impl Node {
-    /// The guest opens the file, which is as `stat` says. Whether that is as it
-    /// was when the guest opened it the time before: what the guest remembers
-    /// of its content still holds.
+    /// Whether the file, which has `stat` when the guest opens it, is unchanged
+    /// since the guest opened it before. The guest may then keep its cached
+    /// content.
     pub fn is_unchanged(&self, stat: &Statx) -> bool {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let version = Version::settled(stat, now);
@@ -112,23 +113,24 @@ impl Node {
         version.is_some() && version == before
     }
 
-    /// Whether it is a trusted volume's.
+    /// Whether it was found in a trusted volume.
     pub fn is_trusted(&self) -> bool {
         self.trusted.load(Ordering::Relaxed)
     }
 
-    /// A descriptor that names it and does nothing else (`O_PATH`).
+    /// A descriptor that only names the file (`O_PATH`).
     pub fn fd(&self) -> Arc<OwnedFd> {
         lock(&self.places).main.fd.clone()
     }
 
-    /// The same, in the mount of `directory` if the node was found there.
+    /// Such a descriptor in the mount of `directory`, if the node was found
+    /// there.
     pub fn fd_beside(&self, directory: &Self) -> Arc<OwnedFd> {
         let places = lock(&self.places);
         places.in_mount(directory.key.mount).unwrap_or(&places.main).fd.clone()
     }
 
-    /// What the guest is told of it.
+    /// The attributes that the guest gets.
     pub fn attr(&self, stat: &Statx) -> Attr {
         let seconds = |time: rustix::fs::StatxTimestamp| time.tv_sec.cast_unsigned();
         Attr {
@@ -157,12 +159,12 @@ pub fn path(fd: &impl AsFd) -> DecInt {
     DecInt::from_fd(fd)
 }
 
-/// How FUSE writes a device's number: 12 bits of major, 20 of minor.
+/// A device's number in FUSE's format: 12 bits of major, 20 of minor.
 const fn device_of(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
-/// Attributes of what a descriptor names.
+/// The attributes of the file that a descriptor names.
 pub fn stat(fd: &impl AsFd) -> Result<Statx, Errno> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
     statx(fd, c"", flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
@@ -174,7 +176,8 @@ pub struct Nodes {
     root: Arc<Node>,
     limit: usize,
     table: Mutex<Table>,
-    /// Counts, by its owners, the descriptors beyond one of each node.
+    /// Counts, by its owners, the descriptors that nodes have beyond their
+    /// first.
     spares: Arc<()>,
 }
 
@@ -183,12 +186,12 @@ struct Table {
     by_id: HashMap<u64, (Arc<Node>, u64)>,
     by_key: HashMap<Key, u64>,
     last_id: u64,
-    /// Numbers of devices, in the order in which they were met.
+    /// The numbers of devices, in the order in which they were found.
     devices: HashMap<(u32, u32), u64>,
 }
 
 impl Nodes {
-    /// A table of nodes below `root`, with at most `limit` descriptors.
+    /// Makes a table of nodes below `root`, with at most `limit` descriptors.
     pub fn new(root: OwnedFd, limit: usize, trusted: bool) -> Result<Self, Errno> {
         let stat = stat(&root)?;
         let root = Node {
@@ -196,7 +199,7 @@ impl Nodes {
             kind: FileType::Directory,
             key: key(&stat, FileType::Directory),
             trusted: trusted.into(),
-            // Volumes are what shall have their own inode numbers.
+            // Volumes need inode numbers of their own; the root does not.
             device_number: 0x7fff,
             places: Mutex::new(Places::new(root, stat.stx_mnt_id, true)),
             opened: Mutex::default(),
@@ -204,7 +207,7 @@ impl Nodes {
         Ok(Self { root: Arc::new(root), limit, table: Mutex::new(Table::fresh()), spares: Arc::default() })
     }
 
-    /// The node that the guest calls so.
+    /// The node with that number.
     pub fn get(&self, id: u64) -> Result<Arc<Node>, Errno> {
         if id == ROOT {
             return Ok(self.root.clone());
@@ -213,8 +216,8 @@ impl Nodes {
         table.by_id.get(&id).map(|(node, _)| node.clone()).ok_or(Errno::STALE)
     }
 
-    /// The guest is told of the file of this `O_PATH` descriptor, once more; it was
-    /// found in a volume that is trusted, or not.
+    /// Finds or makes the node of this `O_PATH` descriptor, and counts a lookup.
+    /// `trusted` says whether it was found in a trusted volume.
     pub fn meet(&self, fd: OwnedFd, trusted: bool) -> Result<(Arc<Node>, Statx), Errno> {
         let stat = stat(&fd)?;
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
@@ -246,8 +249,9 @@ impl Nodes {
         Ok((node, stat))
     }
 
-    /// A node is found again, through this mount. Where there are too many
-    /// descriptors, it gets no second one: nodes need theirs more.
+    /// Notes that a node was found again, through this mount. If there are too
+    /// many descriptors, it gets no second one, because new nodes need them
+    /// more.
     fn reach(&self, node: &Node, fd: OwnedFd, mount: u64) -> Result<(), Errno> {
         let mut places = lock(&node.places);
         if places.in_mount(mount).is_some() {
@@ -263,7 +267,7 @@ impl Nodes {
         Ok(())
     }
 
-    /// Descriptors beyond one of each node.
+    /// Descriptors that nodes have beyond their first.
     pub fn spares(&self) -> usize {
         Arc::strong_count(&self.spares) - 1
     }
@@ -272,7 +276,8 @@ impl Nodes {
         lock(&self.table).count(key)
     }
 
-    /// The guest has forgotten a node, `lookups` times of those it was told.
+    /// Takes `lookups` off a node's count, because the guest has forgotten that
+    /// many.
     pub fn forget(&self, id: u64, lookups: u64) {
         let mut table = lock(&self.table);
         let Some((node, count)) = table.by_id.get_mut(&id) else { return };
@@ -282,12 +287,12 @@ impl Nodes {
             table.by_key.remove(&key);
             let gone = table.by_id.remove(&id);
             drop(table);
-            // Closing may take the last of a deleted file, which takes time.
+            // Closing may delete the last of a file, which takes time.
             drop(gone);
         }
     }
 
-    /// Forgets all.
+    /// Forgets all nodes but the root.
     pub fn clear(&self) {
         *lock(&self.table) = Table::fresh();
     }
@@ -327,6 +332,6 @@ fn is_read_only(fd: &OwnedFd) -> Result<bool, Errno> {
 }
 
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No holder leaves anything half-changed.
+    // No holder of the lock leaves its data half-changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! Requests to a directory of the test's, as a guest's kernel makes them.
+//! Requests to a directory of the test, as a guest's kernel makes them.
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::sync::Once;
@@ -40,13 +40,13 @@ impl Guest {
         self.folder.path().join(name)
     }
 
-    /// The answer's body, or the errno; with the system calls that the process has
-    /// and no others.
+    /// Sends a request under the server's seccomp filter, as root. Returns the
+    /// body of the answer, or the errno.
     fn ask(&self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
         self.ask_as((0, 0), opcode, node, body)
     }
 
-    /// The same, as a user and a group.
+    /// Sends a request as [`Self::ask`] does, as a user and a group.
     fn ask_as(&self, (uid, gid): (u32, u32), opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
         let len = (40 + body.len()) as u32;
         let header = InHeader { len, opcode, unique: 3, node, uid, gid, ..InHeader::default() };
@@ -134,7 +134,7 @@ fn a_file_is_made_written_read_and_removed() {
 
     guest.ask(opcode::UNLINK, ROOT, &text("file")).unwrap();
     assert_eq!(guest.lookup(ROOT, "file").unwrap_err(), libc::ENOENT);
-    // It is there for as long as it is open.
+    // A removed file is there for as long as it is open.
     assert_eq!(guest.ask(opcode::READ, entry.node, read.as_bytes()).unwrap(), b"\0\0data");
     let release = ReleaseIn { handle, ..ReleaseIn::default() };
     guest.ask(opcode::RELEASE, entry.node, release.as_bytes()).unwrap();
@@ -153,14 +153,15 @@ fn what_a_guest_remembers_of_a_file_holds_until_it_changes() {
     };
     let settle = || std::thread::sleep(std::time::Duration::from_millis(150));
 
-    // Written a moment ago, it might be written again within the same tick.
+    // A file that was written a moment ago might be written again within the
+    // same tick.
     assert!(!may_keep());
     assert!(!may_keep());
     settle();
     assert!(!may_keep());
     assert!(may_keep());
     assert!(may_keep());
-    // Another content of the same size, with its time set back.
+    // Now another content of the same size, with its time set back.
     let before = fs::metadata(&name).unwrap().modified().unwrap();
     fs::write(&name, "two").unwrap();
     fs::File::options().write(true).open(&name).unwrap().set_modified(before).unwrap();
@@ -182,14 +183,15 @@ fn a_write_appends_if_it_says_so_and_only_then() {
     };
     let appending = libc::O_RDWR | libc::O_APPEND;
     let handle = guest.open(node, appending).unwrap();
-    // Of what the host has appended meanwhile the guest does not know.
+    // The guest does not know of data that the host has appended meanwhile.
     fs::write(&path, "012345").unwrap();
     assert_eq!(write(handle, 4, appending, "end").unwrap().size, 3);
     assert_eq!(fs::read_to_string(&path).unwrap(), "012345end");
-    // A page of a mapping, or a program that has cleared the flag since.
+    // A write of a mapped page, or of a program that has cleared the flag
+    // since.
     write(handle, 1, 0, "x").unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "0x2345end");
-    // And one that has set it.
+    // A write of a program that has set the flag since.
     let handle = guest.open(node, libc::O_WRONLY).unwrap();
     write(handle, 0, libc::O_WRONLY | libc::O_APPEND, "!").unwrap();
     write(handle, 0, libc::O_WRONLY, "y").unwrap();
@@ -259,7 +261,7 @@ fn links_are_shown_and_never_followed() {
     let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
     let create = CreateIn { flags, mode: libc::S_IFREG | 0o600, ..CreateIn::default() };
     assert_eq!(guest.ask(opcode::CREATE, ROOT, &with(create, "link")).unwrap_err(), libc::EINVAL);
-    // A link to a link is a link.
+    // A hard link to a symbolic link is a symbolic link.
     guest.ask(opcode::LINK, ROOT, &with(LinkIn { node: link.node }, "second")).unwrap();
     assert_eq!(fs::read_link(guest.path("second")).unwrap(), Path::new("/etc/passwd"));
 }
@@ -289,7 +291,8 @@ fn names_of_one_file_are_one_node_until_all_are_forgotten() {
     guest.forget(one.node, 1);
     assert_eq!(guest.ask(opcode::GETATTR, one.node, &[0; 16]).unwrap_err(), libc::ESTALE);
     assert_eq!(guest.files.nodes.len(), 0);
-    // More than there were, and what never was.
+    // Forgetting more lookups than there were, and a node that never was, is
+    // harmless.
     guest.forget(one.node, u64::MAX);
     guest.forget(ROOT, u64::MAX);
     assert!(guest.lookup(ROOT, "one").unwrap().node > one.node);
@@ -370,8 +373,8 @@ fn names_move_and_links_count() {
     assert_eq!(guest.lookup(ROOT, "folder").unwrap_err(), libc::ENOENT);
 }
 
-/// Directories that are the test's, each in a mount of its own; none for a user
-/// who may not mount.
+/// Directories of the test, each in a mount of its own; `None` for a user who
+/// may not mount.
 fn mounted(guest: &Guest, count: usize) -> Option<Vec<u64>> {
     use rustix::mount::{OpenTreeFlags, open_tree};
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -390,7 +393,7 @@ fn a_file_gets_names_in_every_mount_that_it_was_found_in() {
     let link =
         |folder: u64, name: &str| guest.ask(opcode::LINK, folder, &with(LinkIn { node }, name)).map(drop);
     assert_eq!(link(folders[1], "early").unwrap_err(), libc::EXDEV, "nobody has found it there");
-    // As often as it is found, it is kept once a mount.
+    // However often it is found, it keeps one descriptor per mount.
     assert!(folders.iter().chain(&folders).all(|folder| found(folder) == node));
     assert_eq!(guest.files.nodes.spares(), 2);
     for (number, folder) in folders.iter().enumerate() {
@@ -410,7 +413,8 @@ fn files_that_are_found_twice_leave_room_for_others() {
     }
     let Some(folders) = mounted(&guest, 2) else { return };
     let known = |folder: u64| names.iter().filter(|name| guest.lookup(folder, name).is_ok()).count();
-    // 32 descriptors for names: two are the folders', and spares are few.
+    // There are 32 descriptors for names: two are the directories', and few are
+    // spares.
     assert_eq!(known(folders[0]), 30);
     assert_eq!(known(folders[1]), 30);
     assert_eq!(guest.files.nodes.spares(), 4);
@@ -473,7 +477,8 @@ fn mapped_ids_are_for_guests_that_know_them() {
     };
     assert_eq!(agreed(flags, Some(u32::MAX)), (flags, init2::ALLOW_IDMAP));
     assert_eq!(agreed(flags, Some(0)), (flags, 0));
-    // A kernel of before 5.17 has no second word, whatever is where it would be.
+    // A kernel before 5.17 has no second word, whatever the bytes in its place
+    // are.
     assert_eq!(agreed(0, Some(u32::MAX)), (0, 0));
     assert_eq!(agreed(0, None), (0, 0));
     assert_eq!(init(&guest, InitIn { flags, ..INIT }, None).unwrap_err(), libc::EINVAL);

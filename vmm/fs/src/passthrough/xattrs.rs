@@ -1,7 +1,7 @@
-//! Extended attributes: the users' own, and capabilities of programs.
+//! Extended attributes: the users' own, and the capabilities of programs.
 //!
-//! Labels of the host's security modules are the host's, and ACLs would be
-//! checked by nobody, so the guest is told that there are none.
+//! Labels of the host's security modules belong to the host, and nobody would
+//! check ACLs, so the guest is told that there are none.
 
 use std::ffi::CStr;
 
@@ -13,10 +13,10 @@ use crate::Errno;
 use crate::abi::{GetxattrIn, GetxattrOut, SetxattrIn};
 use crate::message::{Answer, Request};
 
-/// Longest list or value (`XATTR_SIZE_MAX`).
+/// Most bytes of a list or value (`XATTR_SIZE_MAX`).
 const MAX_SIZE: usize = 64 << 10;
 
-/// What a program may do beyond what its user may.
+/// The attribute with the capabilities of a program.
 const CAPABILITY: &CStr = c"security.capability";
 
 fn is_served(name: &[u8]) -> bool {

@@ -1,4 +1,4 @@
-//! What the kernel finds in memory when it starts (Linux
+//! The data that the kernel expects in memory when it starts (Linux
 //! `Documentation/arch/x86/boot.rst`, "64-bit boot protocol").
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
@@ -24,16 +24,16 @@ const LARGE_PAGE: u64 = 1 << 7;
 /// The boot information could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// Guest memory is too small for it.
+    /// Guest memory is too small for the boot information.
     #[error("write boot information: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
-    /// More than [`CMDLINE_MAX`] bytes.
+    /// The command line has more than [`CMDLINE_MAX`] bytes.
     #[error("kernel command line of {0} bytes is longer than {max}", max = CMDLINE_MAX - 1)]
     CmdlineTooLong(usize),
 }
 
-/// Writes the command line, `boot_params` and the page tables. Of `memory`, the
-/// kernel is told of the `ram`.
+/// Writes the command line, `boot_params` and the page tables. `boot_params`
+/// tells the kernel only of the ranges `ram` of `memory`.
 ///
 /// # Errors
 /// [`BootError`].
@@ -87,7 +87,8 @@ fn memory_map(ram: &[Range]) -> Vec<boot_e820_entry> {
     map
 }
 
-/// Maps the first GiB to itself, in 2 MiB pages that every processor has.
+/// Maps the first GiB to itself, in 2 MiB pages, which every processor
+/// supports.
 fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     memory.write_obj(PDPT.0 | PRESENT_WRITABLE, PML4)?;
     memory.write_obj(PD.0 | PRESENT_WRITABLE, PDPT)?;
@@ -122,7 +123,8 @@ mod tests {
     fn the_kernel_finds_its_command_line_through_the_boot_parameters() {
         let memory = memory::allocate(16, None).unwrap();
         write(&memory, &memory::ram(16), "quiet init=/sbin/init").unwrap();
-        // Offsets are those of boot.rst: cmd_line_ptr 0x228, boot_flag 0x1fe.
+        // The offsets are those of boot.rst: cmd_line_ptr 0x228, boot_flag
+        // 0x1fe.
         let pointer: u32 = memory.read_obj(GuestAddress(BOOT_PARAMS.0 + 0x228)).unwrap();
         let mut line = [0u8; 22];
         memory.read_slice(&mut line, GuestAddress(u64::from(pointer))).unwrap();

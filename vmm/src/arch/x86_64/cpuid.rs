@@ -1,10 +1,11 @@
-//! What `cpuid` tells the guest: what KVM can give, with a topology of our
-//! own. All vCPUs are cores of one package, with one thread each.
+//! The `cpuid` leaves of the guest: the features that KVM supports, with a
+//! topology of our own. All vCPUs are cores of one package, with one thread
+//! each.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-/// Leaves, in the order of the code below.
+/// The leaves, in the order of the code below.
 const FEATURES: u32 = 0x1;
 const INTEL_CACHES: u32 = 0x4;
 const PERFORMANCE: u32 = 0xa;
@@ -22,17 +23,17 @@ const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_MULTITHREADING: u32 = 1 << 28;
 const ECX_CMP_LEGACY: u32 = 1 << 1;
 const ECX_AMD_PERFORMANCE: u32 = 1 << 23;
-/// Levels of [`TOPOLOGY`].
+/// The levels of [`TOPOLOGY`].
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// The processor's description could not be made.
+/// The `cpuid` leaves cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuidError {
     /// KVM refused.
     #[error("ask KVM for the processor's features: {0}")]
     Kvm(#[from] kvm_ioctls::Error),
-    /// More leaves than KVM takes.
+    /// There are more leaves than KVM accepts.
     #[error("the processor describes itself in too many leaves")]
     TooMany,
 }
@@ -44,13 +45,13 @@ pub struct Template {
 }
 
 impl Template {
-    /// Asks KVM once for what it supports.
+    /// Asks KVM for its supported features.
     ///
     /// # Errors
     /// [`CpuidError`].
     pub fn new(kvm: &Kvm, vcpus: u8) -> Result<Self, CpuidError> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-        // A feature of KVM's local APIC, which it lists apart.
+        // KVM reports this feature of its local APIC apart.
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Self::from_supported(supported.as_slice(), vcpus, tsc_deadline))
     }
@@ -82,7 +83,7 @@ impl Template {
         Self { entries, vcpus }
     }
 
-    /// The description of vCPU `index`.
+    /// The leaves of vCPU `index`.
     ///
     /// # Errors
     /// [`CpuidError::TooMany`].
@@ -102,7 +103,7 @@ impl Template {
     }
 }
 
-/// Sets what is the same on all vCPUs.
+/// Sets the values that are the same on all vCPUs.
 fn share(entry: &mut kvm_cpuid_entry2, vcpus: u8, tsc_deadline: bool) {
     let count = u32::from(vcpus);
     match entry.function {
@@ -120,8 +121,8 @@ fn share(entry: &mut kvm_cpuid_entry2, vcpus: u8, tsc_deadline: bool) {
         AMD_CACHES if entry.eax & 0x1f != 0 => {
             entry.eax = entry.eax & 0x3fff | sharing(entry.eax, count) << 14;
         }
-        // No performance counters: a pod has no use for them, and a kernel
-        // that finds them spends boot time on their set-up.
+        // There are no performance counters: a pod has no use for them, and a
+        // kernel that finds them spends boot time on their set-up.
         PERFORMANCE | AMD_PERFORMANCE => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
@@ -141,14 +142,14 @@ fn set(register: &mut u32, bit: u32, on: bool) {
     *register = if on { *register | bit } else { *register & !bit };
 }
 
-/// How many vCPUs share the cache that `eax` describes, less one: the last
-/// level belongs to all, the others to one.
+/// The number of vCPUs that share the cache that `eax` describes, less one: all
+/// share the last level, each has the others for itself.
 fn sharing(eax: u32, vcpus: u32) -> u32 {
     let level = eax >> 5 & 0x7;
     if level >= 3 { vcpus - 1 } else { 0 }
 }
 
-/// Bits of an APIC id that tell the vCPUs apart.
+/// The number of bits of an APIC id that tell the vCPUs apart.
 fn id_bits(vcpus: u8) -> u32 {
     u32::from(vcpus).next_power_of_two().trailing_zeros()
 }

@@ -1,5 +1,5 @@
-//! x86-64: how guest memory is laid out, and what a vCPU and the memory hold
-//! when the kernel's 64-bit entry point is jumped to.
+//! x86-64: the layout of guest memory, and the state of a vCPU and of memory at
+//! the kernel's 64-bit entry point.
 
 pub mod boot;
 pub mod cpuid;

@@ -1,5 +1,5 @@
-//! The MP table (Intel MultiProcessor Specification 1.4): tells a kernel
-//! without ACPI of its processors and of the I/O APIC's inputs.
+//! The MP table (Intel MultiProcessor Specification 1.4), from which a kernel
+//! without ACPI learns the processors and the I/O APIC's inputs.
 
 use vm_memory::{Bytes, GuestMemoryMmap};
 
@@ -9,7 +9,7 @@ const SPEC_1_4: u8 = 4;
 const APIC_VERSION: u8 = 0x14;
 const CPU_ENABLED: u8 = 1;
 const CPU_BOOT: u8 = 2;
-/// CPUID.1:EDX bits that the specification wants here: FPU and APIC.
+/// The CPUID.1:EDX bits that the specification demands here: FPU and APIC.
 const CPU_FEATURES: u32 = 0x201;
 const CPU_SIGNATURE: u32 = 0x600;
 const HEADER_LENGTH: usize = 44;
@@ -47,7 +47,8 @@ fn pointer() -> [u8; 16] {
 
 /// The configuration table (specification 4.2 and 4.3).
 fn table(vcpus: u8) -> Vec<u8> {
-    // The I/O APIC's id comes after the processors', as Linux wants it unique.
+    // The I/O APIC's id comes after the processors', because Linux demands a
+    // unique one.
     let ioapic_id = vcpus;
     let mut entries: Vec<u8> = Vec::new();
     let mut count: u16 = 0;
@@ -67,7 +68,8 @@ fn table(vcpus: u8) -> Vec<u8> {
     let mut ioapic = [ENTRY_IOAPIC, ioapic_id, APIC_VERSION, 1, 0, 0, 0, 0];
     ioapic[4..].copy_from_slice(&IOAPIC.to_le_bytes());
     add(&ioapic);
-    // Flags 0: as the bus has it, which for ISA means edge, active high.
+    // Flags 0 mean "as the bus specifies", which for ISA is edge-triggered and
+    // active high.
     for irq in 0..=LAST_IRQ as u8 {
         add(&[ENTRY_INTERRUPT, TYPE_INT, 0, 0, ISA_BUS, irq, ioapic_id, irq]);
     }
@@ -93,7 +95,7 @@ fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
 }
 
-/// Space between the table and its pointer, which the largest table must fit.
+/// The largest table must fit into the space before its pointer.
 const _: () = assert!(
     HEADER_LENGTH + super::layout::MAX_VCPUS as usize * 20 + (2 + LAST_IRQ as usize + 1 + 2) * 8
         <= (MP_POINTER.0 - MP_TABLE.0) as usize

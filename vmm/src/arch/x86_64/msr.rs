@@ -1,12 +1,13 @@
-//! Model-specific registers: the few that must not have KVM's reset value,
-//! and the list that a snapshot saves.
+//! Model-specific registers: the few that must not keep KVM's reset value, and
+//! the list that a snapshot saves.
 
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
-/// Time stamp counter.
+/// The time stamp counter.
 pub const TSC: u32 = 0x10;
-/// Value of the time stamp counter at which the local timer fires; 0 is never.
+/// The value of the time stamp counter at which the local timer fires; 0 is
+/// never.
 pub const TSC_DEADLINE: u32 = 0x6e0;
 
 const IA32_MISC_ENABLE: u32 = 0x1a0;
@@ -15,7 +16,7 @@ const MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
-/// Memory type range registers, which KVM has but leaves out of its list: the
+/// The memory type range registers, which KVM has but does not list: the
 /// variable ranges, the fixed ones, and the default.
 fn mtrrs() -> impl Iterator<Item = u32> {
     (0x200..0x210).chain([0x250, 0x258, 0x259]).chain(0x268..0x270).chain([MTRR_DEF_TYPE])
@@ -24,19 +25,20 @@ fn mtrrs() -> impl Iterator<Item = u32> {
 /// Model-specific registers could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum MsrError {
-    /// The list does not fit KVM's limit.
+    /// The list exceeds KVM's limit.
     #[error("list of {0} model-specific registers is too long")]
     TooMany(usize),
     /// KVM refused.
     #[error("model-specific registers: {0}")]
     Kvm(#[from] kvm_ioctls::Error),
-    /// KVM stopped at one that it does not know.
+    /// KVM does not accept this register.
     #[error("model-specific register {0:#x} refused")]
     Refused(u32),
 }
 
-/// Sets what firmware would have set: fast string operations on (Intel guests
-/// switch `rep movsb` off otherwise), and all memory cached write-back.
+/// Sets the values that firmware would set: fast string operations are on
+/// (Intel guests switch `rep movsb` off otherwise), and all memory is cached
+/// write-back.
 ///
 /// # Errors
 /// [`MsrError`].
@@ -54,7 +56,7 @@ pub fn set_boot_values(vcpu: &VcpuFd) -> Result<(), MsrError> {
 /// Writes all of `entries`.
 ///
 /// # Errors
-/// [`MsrError::Refused`] names the first that KVM did not take.
+/// [`MsrError::Refused`] names the first register that KVM does not accept.
 pub fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), MsrError> {
     for chunk in entries.chunks(KVM_MAX_MSR_ENTRIES) {
         let msrs = Msrs::from_entries(chunk).map_err(|_| MsrError::TooMany(chunk.len()))?;
@@ -66,7 +68,7 @@ pub fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), MsrError> {
     Ok(())
 }
 
-/// Reads a few that every vCPU has.
+/// Reads some registers that every vCPU has.
 ///
 /// # Errors
 /// [`MsrError`].
@@ -84,8 +86,8 @@ pub fn read<const N: usize>(vcpu: &VcpuFd, indices: [u32; N]) -> Result<[u64; N]
     Ok(values)
 }
 
-/// Reads all registers that KVM says must be saved with a vCPU. Those that
-/// this vCPU does not have are left out.
+/// Reads all registers that must be saved with a vCPU according to KVM, except
+/// those that this vCPU does not have.
 ///
 /// # Errors
 /// [`MsrError`].
@@ -101,7 +103,8 @@ pub fn read_all(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, MsrError
         let mut msrs = Msrs::from_entries(chunk).map_err(|_| MsrError::TooMany(length))?;
         let count = vcpu.get_msrs(&mut msrs)?.min(length);
         read.extend_from_slice(msrs.as_slice().get(..count).unwrap_or_default());
-        // KVM stops at the first that it cannot read: skip it and go on.
+        // KVM stops at the first register that it cannot read: skip that one
+        // and continue.
         let skipped = usize::from(count < length);
         wanted.drain(..count + skipped);
     }

@@ -1,5 +1,5 @@
-//! Registers of the first vCPU at the kernel's 64-bit entry point. The others
-//! wait for its start-up IPI, as KVM leaves them.
+//! The registers of the first vCPU at the kernel's 64-bit entry point. The
+//! others wait for a start-up IPI, as KVM makes them.
 
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -24,7 +24,7 @@ const EFER_LMA: u64 = 1 << 10;
 /// The one bit of RFLAGS that is always set.
 const RFLAGS_RESERVED: u64 = 1 << 1;
 
-/// The first vCPU could not be made ready to start the kernel.
+/// The registers of the first vCPU cannot be set.
 #[derive(Debug, thiserror::Error)]
 pub enum RegsError {
     /// Guest memory is too small.

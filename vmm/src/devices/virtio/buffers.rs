@@ -2,8 +2,8 @@
 //!
 //! A driver may cut a packet into descriptors as it likes (virtio 1.2 §2.7.4),
 //! so devices see a chain as one run of bytes: [`Buffers`]. It can be copied
-//! from and to, and parts of it go to `readv`-like system calls without a copy
-//! ([`IoVecs`]).
+//! from and to, and parts of it can be passed to `readv`-like system calls
+//! without a copy ([`IoVecs`]).
 
 use std::io;
 use std::marker::PhantomData;
@@ -12,17 +12,17 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
-/// Most pieces of guest memory in one system call: what it takes (`IOV_MAX`),
-/// without one for a buffer of the device's own.
+/// Most pieces of guest memory in one system call: `IOV_MAX`, less one for a
+/// buffer of the device's own.
 pub const MAX_SEGMENTS: usize = 1023;
 
-/// A chain that the driver must not have made.
+/// A chain that a driver must not make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadChain {
-    /// Some of it is not in guest memory.
+    /// A part of the chain is not in guest memory.
     #[error("a descriptor points outside of guest memory")]
     OutsideMemory,
-    /// See [`MAX_SEGMENTS`].
+    /// The chain has more than [`MAX_SEGMENTS`] pieces.
     #[error("a descriptor chain has more than {MAX_SEGMENTS} pieces")]
     TooManySegments,
 }
@@ -63,8 +63,8 @@ impl<'m> Buffers<'m> {
         writable: bool,
     ) -> Result<Self, BadChain> {
         let mut buffers = Self { slices: Vec::with_capacity(4), len: 0 };
-        // Counted apart from the slices, so that a long chain of empty
-        // descriptors ends as well.
+        // Descriptors are counted apart from the slices, so that a long chain
+        // of empty ones ends as well.
         let mut descriptors = 0;
         for descriptor in chain {
             descriptors += 1;
@@ -78,11 +78,12 @@ impl<'m> Buffers<'m> {
         Ok(buffers)
     }
 
-    /// The bytes that the driver gives to the device, and where the device may
-    /// write, for a device that answers later: see [`Self::of_ranges`].
+    /// The bytes that the driver gives to the device, and the ranges that the
+    /// device may write. This is for a device that answers later, see
+    /// [`Self::of_ranges`].
     ///
-    /// The chain is walked once. A driver may change it meanwhile, so that what
-    /// one walk has checked tells nothing of another.
+    /// The chain is walked once: a driver may change it meanwhile, so checks of
+    /// one walk would not hold for a second one.
     ///
     /// # Errors
     /// The chain is malformed.
@@ -108,7 +109,7 @@ impl<'m> Buffers<'m> {
         Ok((readable, output))
     }
 
-    /// The bytes of these ranges, for a device that has kept them of a chain.
+    /// The bytes of these ranges, which a device has kept of a chain.
     ///
     /// # Errors
     /// A range is not in guest memory, or there are too many.
@@ -139,19 +140,19 @@ impl<'m> Buffers<'m> {
         self.slices.push(slice);
     }
 
-    /// Number of bytes.
+    /// The number of bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.len
     }
 
-    /// There are no bytes.
+    /// Whether there are no bytes.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Copies bytes from `offset` on into `data`; returns how many there were.
+    /// Copies bytes from `offset` on into `data`. Returns how many there were.
     pub fn read(&self, offset: usize, data: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in self.range(offset, data.len()) {
@@ -162,7 +163,7 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// Copies `data` to the bytes from `offset` on; returns how many fitted.
+    /// Copies `data` to the bytes from `offset` on. Returns how many fit.
     pub fn write(&self, offset: usize, data: &[u8]) -> usize {
         let mut done = 0;
         for slice in self.range(offset, data.len()) {
@@ -174,7 +175,7 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// `len` bytes from `offset` on, or what there is of them, for a system call.
+    /// `len` bytes from `offset` on, or as many as there are, for a system call.
     #[must_use]
     pub fn io_vecs(&self, offset: usize, len: usize) -> IoVecs<'m> {
         let mut io_vecs = IoVecs { vecs: Vec::with_capacity(self.slices.len()), memory: PhantomData };
@@ -196,7 +197,7 @@ impl<'m> Buffers<'m> {
     }
 }
 
-/// Guest memory as the kernel wants it for vectored I/O.
+/// Guest memory in the form that the kernel's vectored I/O takes.
 ///
 /// The guest may change the bytes at any time; only the kernel touches them.
 #[derive(Debug, Default)]
@@ -206,14 +207,14 @@ pub struct IoVecs<'m> {
 }
 
 impl<'m> IoVecs<'m> {
-    /// Begins with a buffer of the device's own, in front of the guest's.
+    /// Begins with a buffer of the device, which comes before the guest's.
     #[must_use]
     pub fn with_head(head: &'m mut [u8]) -> Self {
         let head = libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() };
         Self { vecs: vec![head], memory: PhantomData }
     }
 
-    /// Adds `len` bytes of `buffers` from `offset` on, or what there is of them,
+    /// Adds `len` bytes of `buffers` from `offset` on, or as many as there are,
     /// up to [`MAX_SEGMENTS`] in all. Returns how many bytes were added.
     pub fn extend(&mut self, buffers: &Buffers<'m>, offset: usize, len: usize) -> usize {
         let mut added = 0;
@@ -226,7 +227,7 @@ impl<'m> IoVecs<'m> {
         added
     }
 
-    /// Adds a buffer of the device's own behind the guest's.
+    /// Adds a buffer of the device behind the guest's.
     #[must_use]
     pub fn with_tail<'t>(mut self, tail: &'t mut [u8]) -> IoVecs<'t>
     where
@@ -236,13 +237,13 @@ impl<'m> IoVecs<'m> {
         IoVecs { vecs: self.vecs, memory: PhantomData }
     }
 
-    /// There is nothing to read into or write from.
+    /// Whether there are no bytes to read into or write from.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.vecs.is_empty()
     }
 
-    /// `readv(2)`.
+    /// Calls `readv(2)`.
     ///
     /// # Errors
     /// The system call's.
@@ -252,7 +253,7 @@ impl<'m> IoVecs<'m> {
         retry(|| unsafe { libc::readv(fd.as_raw_fd(), self.vecs.as_ptr(), self.count()) })
     }
 
-    /// `writev(2)`.
+    /// Calls `writev(2)`.
     ///
     /// # Errors
     /// The system call's.
@@ -261,7 +262,8 @@ impl<'m> IoVecs<'m> {
         retry(|| unsafe { libc::writev(fd.as_raw_fd(), self.vecs.as_ptr(), self.count()) })
     }
 
-    /// `recvmsg(2)` that does not wait. Descriptors that come along are closed.
+    /// Calls `recvmsg(2)` without waiting. Descriptors that come along are
+    /// closed.
     ///
     /// # Errors
     /// The system call's.
@@ -272,7 +274,7 @@ impl<'m> IoVecs<'m> {
         retry(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message.clone(), libc::MSG_DONTWAIT) })
     }
 
-    /// `sendmsg(2)` that does not wait and raises no signal.
+    /// Calls `sendmsg(2)` without waiting or raising a signal.
     ///
     /// # Errors
     /// The system call's.

@@ -1,6 +1,6 @@
 //! Access to a device's configuration space (virtio 1.2 §2.5).
 
-/// Reads `data.len()` bytes from `offset` on; there are zeroes behind the end.
+/// Reads `data.len()` bytes from `offset` on, as zeroes behind the end.
 pub fn read(space: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();

@@ -15,20 +15,21 @@ use super::watch::QueueWatch;
 pub struct Activation {
     /// The guest's memory.
     pub memory: GuestMemoryMmap,
-    /// The virtqueues, as the driver set them up, checked to be valid. One that
-    /// the driver has no use for is not `ready()`.
+    /// The virtqueues as the driver set them up, checked to be valid. A queue
+    /// that the driver does not use is not `ready()`.
     pub queues: Vec<Queue>,
-    /// For each queue the ioeventfd that the driver's notification writes to.
+    /// For each queue, the ioeventfd that the driver's notification writes to.
     pub queue_events: Vec<EventFd>,
-    /// Towards the driver.
+    /// The interrupt to the driver.
     pub interrupt: Arc<Interrupt>,
     /// The features that the driver accepted.
     pub features: u64,
 }
 
 impl Activation {
-    /// What the devices on the event loop begin with: there are `queues`, they
-    /// use event indices when the driver does, and the loop watches them.
+    /// The first steps of an activation for devices on the event loop: checks
+    /// that there are `queues`, uses event indices if the driver does, and
+    /// makes the loop watch the queues.
     ///
     /// # Errors
     /// Names `device`.
@@ -48,13 +49,13 @@ impl Activation {
     }
 }
 
-/// A device could not start to work.
+/// A device could not be activated.
 #[derive(Debug, thiserror::Error)]
 #[error("activate {device}: {cause}")]
 pub struct ActivateError {
-    /// "block", "net".
+    /// The kind of device: "block", "net".
     pub device: &'static str,
-    /// In words.
+    /// The cause in words.
     pub cause: String,
 }
 
@@ -64,49 +65,47 @@ pub struct ActivateError {
 /// 1.2 §4.2.2; the device lives on the event loop. They share the device under
 /// one mutex, so no method may block or wait for the guest.
 ///
-/// Life: the driver reads the features and configuration, then the transport
-/// calls [`activate`](Self::activate) once; the device keeps the
-/// [`Activation`], and must see to it that the event loop watches its queues
-/// from now on (it is called on a vCPU thread, which has no hold on the event
-/// loop: write to an eventfd that was registered in
-/// [`MutEventSubscriber::init`], and register the queues when it fires).
-/// [`reset`](Self::reset) gives the queues back; the device is then as new.
+/// The life of a device: the driver reads the features and the configuration,
+/// then the transport calls [`activate`](Self::activate) once. The device keeps
+/// the [`Activation`], and from then on must have the event loop watch its
+/// queues. As `activate` runs on a vCPU thread, which has no access to the
+/// event loop, it writes to an eventfd that was registered in
+/// [`MutEventSubscriber::init`], and registers the queues when that fires.
+/// [`reset`](Self::reset) returns the queues; the device is then as new.
 ///
-/// Everything that comes from guest memory is hostile: a malformed request is
-/// answered with the device's error status, or the queue is left alone from
-/// then on; it never panics, and never allocates what the guest asks for
-/// without a bound.
+/// Everything in guest memory is hostile. A device answers a malformed request
+/// with its error status, or ignores the queue from then on; it never panics,
+/// and never allocates as much as the guest asks for without a bound.
 ///
 /// Each device also has a `State`: a plain serde struct with a version,
 /// `save(&self) -> State` and `restore(State, resources) -> Self`, in its
 /// `persist.rs`. The transport saves the queues and registers; the device saves
-/// what is its own.
+/// the rest.
 pub trait VirtioDevice: MutEventSubscriber + Send {
-    /// Device id (virtio 1.2 §5).
+    /// The device id (virtio 1.2 §5).
     fn device_type(&self) -> u32;
 
-    /// The features offered, `VIRTIO_F_VERSION_1` included.
+    /// The features offered, including `VIRTIO_F_VERSION_1`.
     fn features(&self) -> u64;
 
-    /// Largest size of each virtqueue.
+    /// The largest size of each virtqueue.
     fn queue_sizes(&self) -> &[u16];
 
     /// Reads the configuration space; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes the configuration space; writes to what is not writable are
-    /// ignored.
+    /// Writes the configuration space. Writes to read-only bytes are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
-    /// The driver is ready.
+    /// Activates the device: the driver is ready.
     ///
     /// # Errors
     /// The transport then sets `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// The driver reset the device: back to the state before `activate`.
+    /// Returns the device to its state before `activate`: the driver reset it.
     fn reset(&mut self);
 
-    /// Memory, queues and interrupt, while the device is active; for saving its queues.
+    /// Memory, queues and interrupt while the device is active, for saving its queues.
     fn activation(&self) -> Option<&Activation>;
 }

@@ -1,4 +1,4 @@
-//! How a device tells its driver that something happened (virtio 1.2 §4.2.3.3).
+//! A device's interrupt to its driver (virtio 1.2 §4.2.3.3).
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -19,7 +19,8 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// `line` is registered with KVM as an irqfd, or watched by a test.
+    /// `line` is registered with KVM as an irqfd, or an eventfd that a test
+    /// watches.
     #[must_use]
     pub fn new(line: EventFd) -> Self {
         Self { status: AtomicU32::new(0), generation: AtomicU32::new(0), line }
@@ -35,9 +36,9 @@ impl Interrupt {
         let _ = self.line.write(1);
     }
 
-    /// The register `ConfigGeneration`: counts the changes, so that a driver
-    /// that reads the configuration in pieces notices one in between. A device
-    /// changes its configuration and triggers under one lock.
+    /// The register `ConfigGeneration`. It counts changes, so that a driver
+    /// which reads the configuration in pieces notices a change in between. A
+    /// device changes its configuration and triggers under one lock.
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.generation.load(Ordering::SeqCst)
@@ -54,7 +55,7 @@ impl Interrupt {
         self.status.fetch_and(!causes, Ordering::SeqCst);
     }
 
-    /// Sets status and generation as they were when the device was saved.
+    /// Sets status and generation to their saved values.
     pub fn restore(&self, status: u32, generation: u32) {
         self.status.store(status, Ordering::SeqCst);
         self.generation.store(generation, Ordering::SeqCst);

@@ -34,10 +34,11 @@ const VENDOR: u32 = 0x4b53_5548;
 /// Version of [`TransportState`].
 const VERSION: u16 = 1;
 
-/// Offset of the register that a driver's notification writes to.
+/// The offset of the register that a driver's notification writes to.
 pub const QUEUE_NOTIFY: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
-/// Values that a driver has written, besides the device's own configuration.
+/// The values that a driver has written, without the device's own
+/// configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
     status: u32,
@@ -57,9 +58,9 @@ struct QueueRegisters {
     descriptors: u64,
     available: u64,
     used: u64,
-    /// The device's place in the available ring, zero until it is active.
+    /// The device's position in the available ring, zero until it is active.
     next_available: u16,
-    /// The device's place in the used ring, zero until it is active.
+    /// The device's position in the used ring, zero until it is active.
     next_used: u16,
 }
 
@@ -76,16 +77,16 @@ pub struct TransportState {
 /// A saved transport cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportRestoreError {
-    /// Saved by another version.
+    /// The state was saved by another version.
     #[error("transport state of version {0} is not supported")]
     Version(u16),
     /// The state belongs to another kind of device, or to one with other queues.
     #[error("transport state is of another device")]
     OtherDevice,
-    /// A virtqueue is not as one can be.
+    /// A virtqueue's state is invalid.
     #[error("restore virtqueues: {0}")]
     Queue(String),
-    /// The device did not start.
+    /// The device could not be activated.
     #[error(transparent)]
     Activate(#[from] super::device::ActivateError),
 }
@@ -100,7 +101,7 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// A transport for `device` that interrupts through `line`.
+    /// Makes a transport for `device` that interrupts through `line`.
     ///
     /// # Errors
     /// No eventfds can be made.
@@ -135,7 +136,7 @@ impl MmioTransport {
         &self.queue_events
     }
 
-    /// Towards the driver.
+    /// The interrupt to the driver.
     #[must_use]
     pub const fn interrupt(&self) -> &Arc<Interrupt> {
         &self.interrupt
@@ -156,7 +157,8 @@ impl MmioTransport {
             reg::VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             reg::VIRTIO_MMIO_STATUS => self.registers.status,
-            // No shared memory regions: length and base are all ones (§4.2.2).
+            // There are no shared memory regions: length and base are all ones
+            // (§4.2.2).
             reg::VIRTIO_MMIO_SHM_LEN_LOW
             | reg::VIRTIO_MMIO_SHM_LEN_HIGH
             | reg::VIRTIO_MMIO_SHM_BASE_LOW
@@ -176,7 +178,8 @@ impl MmioTransport {
             }
             reg::VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_select = value,
             reg::VIRTIO_MMIO_QUEUE_NOTIFY => {
-                // KVM takes these when the eventfd is registered with it.
+                // KVM handles these itself when the eventfd is registered with
+                // it.
                 if let Some(event) = self.queue_events.get(value as usize) {
                     let _ = event.write(1);
                 }
@@ -187,9 +190,9 @@ impl MmioTransport {
         }
     }
 
-    /// The registers of the selected queue: writable after the features are
-    /// agreed upon, until the driver is ready (§3.1.1); and of a ready queue
-    /// only its readiness (§4.2.2.2).
+    /// Writes a register of the selected queue. They are writable after the
+    /// features are agreed upon, until the driver is ready (§3.1.1); of a queue
+    /// that is ready, only `QueueReady` is (§4.2.2.2).
     fn write_queue(&mut self, offset: u32, value: u32) {
         if self.registers.status & (FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET) != FEATURES_OK {
             return;
@@ -216,8 +219,8 @@ impl MmioTransport {
         }
     }
 
-    /// The status register: a driver adds one bit after the other in the order
-    /// of §3.1.1; what comes out of order is not taken over.
+    /// Writes the status register. A driver adds one bit after the other in the
+    /// order of §3.1.1; a bit out of order is ignored.
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             self.reset();
@@ -228,7 +231,7 @@ impl MmioTransport {
             self.registers.status |= FAILED;
             return;
         }
-        // Bits are never taken back but by a reset.
+        // Only a reset clears bits.
         let next = value | status;
         match next & !status & !NEEDS_RESET {
             0 => {}
@@ -297,12 +300,12 @@ impl MmioTransport {
         self.registers = Registers { queues: Self::fresh_queues(&*device), ..Registers::default() };
         self.interrupt.restore(0, self.interrupt.generation());
         for event in &self.queue_events {
-            // Empty already, or emptied now.
+            // The counter may be zero already.
             let _ = event.read();
         }
     }
 
-    /// The driver may still say which features it accepts.
+    /// Whether the driver may still say which features it accepts.
     const fn negotiating(&self) -> bool {
         self.registers.status & (DRIVER | FEATURES_OK) == DRIVER
     }
@@ -311,7 +314,7 @@ impl MmioTransport {
         self.registers.queues.get(self.registers.queue_select as usize)
     }
 
-    /// The registers, and the places of the device in its rings. The device
+    /// Saves the registers, and the device's positions in its rings. The device
     /// must not be working on a request.
     #[must_use]
     pub fn save(&self) -> TransportState {
@@ -332,7 +335,7 @@ impl MmioTransport {
         }
     }
 
-    /// The device's present state, as far as its rings can be read.
+    /// Reports the device's present state, as far as its rings can be read.
     #[must_use]
     pub fn report(&self) -> DeviceReport {
         let device = lock(&self.device);
@@ -353,8 +356,8 @@ impl MmioTransport {
         }
     }
 
-    /// Takes over what was saved of a transport, and activates the device when
-    /// it was active. To be called on a new transport of a restored device.
+    /// Restores the saved state, and activates the device if it was active.
+    /// Must be called on a new transport of a restored device.
     ///
     /// # Errors
     /// [`TransportRestoreError`].
@@ -392,7 +395,7 @@ impl BusDevice for MmioTransport {
         } else if let Ok(register) = <&mut [u8; 4]>::try_from(&mut *data) {
             *register = self.read_register(offset).to_le_bytes();
         } else {
-            // §4.2.2.2: registers are read and written as 32 bits.
+            // Registers are read and written as 32 bits (§4.2.2.2).
             data.fill(0);
         }
     }
@@ -408,7 +411,8 @@ impl BusDevice for MmioTransport {
     }
 }
 
-/// The low (0) or high (1) half of a 64-bit value; there are no other parts.
+/// The low (0) or high (1) half of a 64-bit value; other selectors read as
+/// zero.
 fn half(value: u64, select: u32) -> u32 {
     match select {
         0 => value as u32,

@@ -1,9 +1,9 @@
-//! How much a device may do in a second: token buckets for bytes and operations.
+//! Rate limits of devices: token buckets for bytes and operations.
 //!
-//! A bucket fills at its rate up to its burst. What is done is taken out
-//! afterwards, so that a packet or a request that is larger than the burst can be
-//! done at all: the bucket then has a debt, and the next one waits until it is
-//! paid. Over time nothing is faster than its rate.
+//! A bucket fills at its rate up to its burst. Tokens are taken out after an
+//! operation has begun, so that a packet or a request that is larger than the
+//! burst is possible at all: the bucket then has a debt, and the next operation
+//! waits until it is paid. Over time nothing is faster than its rate.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -14,26 +14,26 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use serde::{Deserialize, Serialize};
 
-/// Version of [`LimiterState`].
+/// The version of [`LimiterState`].
 const VERSION: u16 = 1;
 
 const NANOS_PER_SECOND: u128 = 1_000_000_000;
 
-/// One kind of token.
+/// A bucket of one kind of token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Bucket {
-    /// Tokens in a second, more than 0.
+    /// Tokens per second, more than 0.
     rate: u64,
     /// Most tokens at a time.
     burst: u64,
-    /// Tokens now; less than 0 is a debt.
+    /// Tokens now; a negative number is a debt.
     tokens: i128,
-    /// The time up to which tokens were filled in.
+    /// The time up to which the bucket was filled.
     filled: Duration,
 }
 
 impl Bucket {
-    /// A full bucket; none without a rate.
+    /// Makes a full bucket; none without a rate.
     fn new(rate: u64, burst: u64, now: Duration) -> Option<Self> {
         let burst = if burst == 0 { rate } else { burst };
         (rate > 0).then_some(Self { rate, burst, tokens: burst.into(), filled: now })
@@ -44,8 +44,8 @@ impl Bucket {
         let new = elapsed.saturating_mul(self.rate.into()) / NANOS_PER_SECOND;
         let room = i128::from(self.burst) - self.tokens;
         if i128::try_from(new).is_ok_and(|new| new < room) {
-            // The time of a whole number of tokens: what is left of the next one is
-            // not lost. Rounded up, so that no token is counted twice.
+            // The time of a whole number of tokens, so that the part of the next
+            // one is not lost. It is rounded up, so that no token is counted twice.
             let took = (new * NANOS_PER_SECOND).div_ceil(self.rate.into());
             self.tokens += i128::try_from(new).unwrap_or_default();
             self.filled += Duration::from_nanos(u64::try_from(took.min(elapsed)).unwrap_or(u64::MAX));
@@ -55,13 +55,13 @@ impl Bucket {
         }
     }
 
-    /// How long until there is a token; nothing if there is one.
+    /// The time until there is a token; `None` if there is one.
     fn wait(&mut self, now: Duration) -> Option<Duration> {
         self.fill(now);
         let missing = u128::try_from(1 - self.tokens).ok().filter(|missing| *missing > 0)?;
         let nanos = missing.saturating_mul(NANOS_PER_SECOND).div_ceil(self.rate.into());
         let wait = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-        // Some of it has gone by already.
+        // A part of that time has already gone by.
         Some(wait.saturating_sub(now.saturating_sub(self.filled)).max(Duration::from_nanos(1)))
     }
 
@@ -70,17 +70,17 @@ impl Bucket {
     }
 }
 
-/// Both kinds of tokens of one direction of a device.
+/// Both buckets of one direction of a device.
 #[derive(Clone, Debug)]
 pub struct Limiter {
     bytes: Option<Bucket>,
     operations: Option<Bucket>,
-    /// Where its time begins.
+    /// The origin of the limiter's time.
     start: Instant,
 }
 
-/// A saved [`Limiter`]: what its buckets had. Rates and bursts are the
-/// configuration's, which may be another one for a clone.
+/// A saved [`Limiter`]: the tokens of its buckets. Rates and bursts come from
+/// the configuration, which may differ for a clone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LimiterState {
     version: u16,
@@ -89,7 +89,7 @@ pub struct LimiterState {
 }
 
 impl Limiter {
-    /// Full buckets; none for a device without limits.
+    /// Makes full buckets; none for a device without limits.
     #[must_use]
     pub fn new(limit: Option<&RateLimit>) -> Option<Self> {
         let limit = limit?;
@@ -98,7 +98,7 @@ impl Limiter {
         (bytes.is_some() || operations.is_some()).then(|| Self { bytes, operations, start: Instant::now() })
     }
 
-    /// How long the device has to wait; nothing if it may go on.
+    /// How long the device has to wait; `None` if it may continue.
     pub fn wait(&mut self) -> Option<Duration> {
         self.wait_at(self.start.elapsed())
     }
@@ -108,7 +108,7 @@ impl Limiter {
         buckets.into_iter().flatten().filter_map(|bucket| bucket.wait(now)).max()
     }
 
-    /// One operation with so many bytes was begun.
+    /// Counts one operation with so many bytes, which has begun.
     pub fn take(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
             bucket.take(bytes);
@@ -118,7 +118,7 @@ impl Limiter {
         }
     }
 
-    /// The buckets as plain data.
+    /// Saves the buckets as plain data.
     #[must_use]
     pub fn save(this: Option<&Self>) -> LimiterState {
         let tokens = |bucket: Option<&Bucket>| {
@@ -133,7 +133,7 @@ impl Limiter {
         }
     }
 
-    /// Has the buckets go on with what they had, as far as they can hold it.
+    /// Gives the buckets their saved tokens, as far as they hold them.
     ///
     /// # Errors
     /// The version, when another program saved them.
@@ -153,7 +153,7 @@ impl Limiter {
     }
 }
 
-/// A timer for a device that has to wait.
+/// Makes a timer for a device that has to wait.
 ///
 /// # Errors
 /// The process has too many open files.
@@ -162,7 +162,7 @@ pub fn timer() -> io::Result<TimerFd> {
     Ok(TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?)
 }
 
-/// Has a timer end after this time.
+/// Sets a timer to end after this time.
 pub fn set(timer: &TimerFd, wait: Duration) {
     let end = Expiration::OneShot(TimeSpec::from_duration(wait));
     if let Err(error) = timer.set(end, TimerSetTimeFlags::empty()) {
@@ -185,7 +185,7 @@ mod tests {
         }
     }
 
-    /// A limiter by a clock of the test's.
+    /// A limiter with a clock that the test sets.
     struct Clock {
         limiter: Limiter,
         now: Duration,
@@ -196,7 +196,7 @@ mod tests {
             Self { limiter: Limiter::new(Some(limit)).unwrap(), now: Duration::ZERO }
         }
 
-        /// Does one operation as soon as it may be done.
+        /// Does one operation as soon as it is allowed.
         fn operate(&mut self, bytes: u64) {
             while let Some(wait) = self.limiter.wait_at(self.now) {
                 self.now += wait;
@@ -215,10 +215,10 @@ mod tests {
         for _ in 0..20 {
             clock.operate(100);
         }
-        // The last one begins when the debt of those before is paid.
+        // The last operation begins when the debt of the earlier ones is paid.
         let seconds = clock.now.as_secs_f64();
         assert!((1.9..=2.0).contains(&seconds), "{seconds}");
-        // Nobody gets more for having waited long.
+        // A long wait earns no more than the burst.
         clock.now += Duration::from_secs(3600);
         let before = clock.now;
         for _ in 0..5 {
@@ -265,7 +265,7 @@ mod tests {
         let mut restored = Clock { limiter, now: Duration::ZERO };
         restored.operate(1);
         assert_eq!(restored.now, Duration::from_millis(1001));
-        // Another configuration counts from now on, and another version is refused.
+        // Other limits count from now on, and another version is refused.
         let smaller = Limiter::restore(Limiter::new(Some(&limit((0, 0), (5, 2)))), &state).unwrap().unwrap();
         assert_eq!(smaller.operations.unwrap().tokens, 2);
         assert!(Limiter::restore(None, &state).unwrap().is_none());

@@ -1,11 +1,11 @@
-//! What `virtio_queue` leaves to its users.
+//! Operations on virtqueues that `virtio_queue` leaves to its users.
 //!
-//! - Taking a chain and asking for notifications go together, or a chain that
-//!   comes in between is overlooked.
+//! - Taking a chain and asking for notifications go together; otherwise a chain
+//!   that comes in between is overlooked.
 //! - A packet that takes several chains must appear at once (virtio 1.2
-//!   §5.1.6.4.1); the crate shows the driver each used chain by itself.
-//! - The driver's wishes for interrupts are looked at once for all that was used
-//!   since the last time, with either way of suppression.
+//!   §5.1.6.4.1), but the crate shows the driver each used chain by itself.
+//! - Whether the driver wants an interrupt is decided once for all chains that
+//!   were used since the last time, with either way of suppression.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 /// driver will notify the device of the next one.
 ///
 /// # Errors
-/// The ring makes no sense: the driver claims more chains than it can have.
+/// The ring is broken: the driver claims more chains than it can have.
 pub fn next_chain<'m>(
     queue: &mut Queue,
     memory: &'m GuestMemoryMmap,
@@ -35,7 +35,7 @@ pub fn next_chain<'m>(
 /// the driver sees all of them or none.
 ///
 /// # Errors
-/// The ring cannot be written, or a head is none of the queue's.
+/// The ring cannot be written, or a head is not one of the queue's.
 pub fn add_used_together(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
@@ -49,25 +49,26 @@ pub fn add_used_together(
         }
         let slot = u64::from(next.checked_rem(queue.size()).unwrap_or_default());
         let address = queue.used_ring().checked_add(4 + slot * 8).ok_or(Error::AddressOverflow)?;
-        // `struct virtq_used_elem`: the head, and behind it the length.
+        // `struct virtq_used_elem` is the head, followed by the length.
         let element = u64::from(head) | u64::from(len) << 32;
         memory.write_obj(element.to_le(), GuestAddress(address)).map_err(Error::GuestMemory)?;
         next = next.wrapping_add(1);
     }
-    // The last one moves the index, past all of them.
+    // The last element moves the index past all of them.
     queue.set_next_used(next);
     queue.add_used(memory, last_head, last_len)
 }
 
-/// Whether the driver wants an interrupt for what was used since the used
-/// index was `since` (virtio 1.2 §2.7.7).
+/// Whether the driver wants an interrupt for the chains that were used since
+/// the used index was `since` (virtio 1.2 §2.7.7).
 #[must_use]
 pub fn needs_interrupt(queue: &Queue, memory: &GuestMemoryMmap, since: u16) -> bool {
     let now = queue.next_used();
     if now == since {
         return false;
     }
-    // The driver sets what it wants, and then looks at the ring again.
+    // The driver sets its event index, and then reads the ring again; the fence
+    // orders our accesses accordingly.
     fence(Ordering::SeqCst);
     let read = |offset: u64| {
         let address = GuestAddress(queue.avail_ring().checked_add(offset)?);
@@ -132,7 +133,7 @@ mod tests {
         assert!(!needs_interrupt(&queue, &memory, 0));
 
         queue.set_event_idx(true);
-        // "When you use the chain with this index."
+        // The event index means "when you use the chain with this index".
         for (event, since, wanted) in
             [(2, 0, true), (0, 0, true), (3, 0, false), (1, 2, false), (9, 0, false)]
         {

@@ -54,7 +54,7 @@ pub struct DriverQueue {
 }
 
 impl DriverQueue {
-    /// Queue number `index` of a device, laid out in the first MiB.
+    /// Makes queue number `index` of a device, laid out in the first MiB.
     pub fn new(memory: &GuestMemoryMmap, index: u64, size: u16) -> Self {
         assert!(size <= 1024 && index < 16);
         Self {
@@ -77,7 +77,7 @@ impl DriverQueue {
         self.base + 0xa000
     }
 
-    /// The device's view of it.
+    /// The device's view of the queue.
     pub fn queue(&self) -> Queue {
         let mut queue = Queue::new(self.size).unwrap();
         queue.try_set_desc_table_address(GuestAddress(self.base)).unwrap();
@@ -97,7 +97,7 @@ impl DriverQueue {
         self.memory.write_obj(next, GuestAddress(at + 14)).unwrap();
     }
 
-    /// Number of descriptors that are not in use.
+    /// The number of descriptors that are not in use.
     pub fn free(&self) -> usize {
         self.free.len()
     }
@@ -131,7 +131,7 @@ impl DriverQueue {
         head
     }
 
-    /// Writes a descriptor as it is, for what no honest driver does.
+    /// Writes any descriptor, also one that no honest driver would.
     pub fn raw_descriptor(&mut self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         let part = Part { address, len, writable: false };
         self.write_descriptor(self.base, index % self.size, part, flags, next);
@@ -167,7 +167,8 @@ impl DriverQueue {
         self.memory.read_obj(GuestAddress(self.used_ring() + 4 + u64::from(self.size) * 8)).unwrap()
     }
 
-    /// The next used chain and how many bytes the device wrote.
+    /// Takes the next used chain: its head, and how many bytes the device
+    /// wrote.
     pub fn used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.memory.read_obj(GuestAddress(self.used_ring() + 2)).unwrap();
         if index == self.used {
@@ -188,10 +189,10 @@ impl DriverQueue {
     }
 }
 
-/// What no honest driver writes into a queue.
+/// The content of a queue as no honest driver would write it.
 #[derive(Clone, Debug)]
 pub struct StrangeRing {
-    /// Address, length, flags and next of descriptor 0, 1, ...
+    /// The descriptors: address, length, flags and next of each.
     descriptors: Vec<(u64, u32, u16, u16)>,
     heads: Vec<u16>,
     index: Option<u16>,
@@ -208,7 +209,8 @@ pub fn strange_rings(heads: u16) -> impl Strategy<Value = StrangeRing> {
 }
 
 impl StrangeRing {
-    /// Writes it into `queue`, with buffers from `base` on, and notifies the device.
+    /// Writes the content into `queue`, with buffers from `base` on, and notifies
+    /// the device.
     pub fn write(&self, queue: &mut DriverQueue, base: u64) {
         for (number, &(address, len, flags, next)) in (0..).zip(&self.descriptors) {
             queue.raw_descriptor(number, base + address % MEMORY_SIZE as u64, len, flags, next);
@@ -221,7 +223,7 @@ impl StrangeRing {
     }
 }
 
-/// An activation with these queues, and the interrupt line to look at.
+/// Makes an activation with these queues; returns it with its interrupt line.
 pub fn activation(memory: &GuestMemoryMmap, queues: &[&DriverQueue], features: u64) -> Activation {
     Activation {
         memory: memory.clone(),

@@ -1,11 +1,11 @@
-//! How a device that is activated and reset on a vCPU thread gets its queues
-//! watched by the event loop.
+//! Lets the event loop watch the queues of a device that is activated and reset
+//! on a vCPU thread.
 //!
-//! Only the event loop's thread may change what the loop watches. So
-//! [`QueueWatch`] keeps what it shall watch next, and rings its `wake` eventfd;
-//! the loop then calls [`QueueWatch::sync`]. It watches duplicates of the
-//! queues' eventfds: a reset may close the originals at any time, and a
-//! descriptor must leave the loop before it is closed.
+//! Only the event loop's thread may change the set of descriptors that the loop
+//! watches. So [`QueueWatch`] keeps the queues to be watched next, and signals
+//! its `wake` eventfd; the loop then calls [`QueueWatch::sync`]. It watches
+//! duplicates of the queues' eventfds: a reset may close the originals at any
+//! time, and a descriptor must leave the loop before it is closed.
 
 use std::io;
 
@@ -21,17 +21,17 @@ pub enum Source {
     Wake,
     /// The driver notified this queue.
     Queue(usize),
-    /// A descriptor of the device's own, with the token it was added with.
+    /// A descriptor of the device's own, with the token that it was added with.
     Other(u32),
 }
 
-/// Tokens of a device's own descriptors start here.
+/// The first token for a device's own descriptors.
 pub const FIRST_TOKEN: u32 = 16;
 
 const WAKE: u32 = 0;
 const FIRST_QUEUE: u32 = 1;
 
-/// See the [module](self).
+/// The queues that the event loop watches, see the [module](self).
 #[derive(Debug)]
 pub struct QueueWatch {
     wake: EventFd,
@@ -40,7 +40,7 @@ pub struct QueueWatch {
 }
 
 impl QueueWatch {
-    /// Watches nothing yet.
+    /// Makes a watch of no queues.
     ///
     /// # Errors
     /// No eventfd could be made.
@@ -48,12 +48,13 @@ impl QueueWatch {
         Ok(Self { wake: EventFd::new(EFD_NONBLOCK)?, watched: Vec::new(), next: None })
     }
 
-    /// For [`MutEventSubscriber::init`](event_manager::MutEventSubscriber::init).
+    /// Registers the wake eventfd, in
+    /// [`MutEventSubscriber::init`](event_manager::MutEventSubscriber::init).
     pub fn init(&self, ops: &mut EventOps) {
         add(ops, Events::with_data(&self.wake, WAKE, EventSet::IN));
     }
 
-    /// The device was activated; callable on any thread.
+    /// Watches the queues of an activated device. May be called on any thread.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -63,21 +64,23 @@ impl QueueWatch {
         Ok(())
     }
 
-    /// The device was reset; callable on any thread.
+    /// Watches no queues any more, because the device was reset. May be called
+    /// on any thread.
     pub fn reset(&mut self) {
         self.next = Some(Vec::new());
         self.wake();
     }
 
-    /// Makes the loop call the device again soon: it stopped in the midst of
-    /// its work for the sake of other devices.
+    /// Makes the loop call the device again soon, which has interrupted its
+    /// work in favour of other devices.
     pub fn wake(&self) {
         // Writing fails only when the counter is full, and then the loop wakes up.
         let _ = self.wake.write(1);
     }
 
-    /// Brings the loop up to date. True if there was an activation or a reset
-    /// since the last call. A device calls it first for every event.
+    /// Updates the set of watched descriptors. True if there was an activation
+    /// or a reset since the last call. A device calls this first for every
+    /// event.
     pub fn sync(&mut self, ops: &mut EventOps) -> bool {
         let Some(next) = self.next.take() else { return false };
         for event in self.watched.drain(..) {
@@ -90,7 +93,7 @@ impl QueueWatch {
         true
     }
 
-    /// Tells what an event is about, and takes it.
+    /// Returns the source of an event, and clears it.
     pub fn take(&self, events: Events) -> Source {
         match events.data() {
             WAKE => {
@@ -110,22 +113,23 @@ impl QueueWatch {
     }
 }
 
-/// Adds to the loop. It fails only when the kernel is out of memory or of the
-/// user's epoll watches; the device is then deaf there, and that is said.
+/// Adds a descriptor to the loop. That fails only when the kernel is out of
+/// memory or the user's limit of epoll watches is reached; the device then
+/// misses its events, which is logged.
 pub fn add(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.add(events) {
         say(format_args!("husk-vmm: watch descriptor {}: {error:?}", events.fd()));
     }
 }
 
-/// Changes what is watched of a descriptor that was added.
+/// Changes the events that a descriptor is watched for.
 pub fn modify(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.modify(events) {
         say(format_args!("husk-vmm: change the watch of descriptor {}: {error:?}", events.fd()));
     }
 }
 
-/// Removes what was added, before it is closed.
+/// Removes a descriptor, before it is closed.
 pub fn remove(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.remove(events) {
         say(format_args!("husk-vmm: stop watching descriptor {}: {error:?}", events.fd()));

@@ -1,10 +1,10 @@
-//! What a hostile guest's kernel asks for, and does not get.
+//! Requests of a hostile guest's kernel that the policy refuses.
 
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 
-/// Volumes by their names: what begins with `t` is trusted.
+/// Volumes by their names: those that begin with `t` are trusted.
 fn volumes(policy: Policy) -> (Guest, u64, u64) {
     let guest = Guest::with_policy(1024, Policy { trusted: Some("t".into()), ..policy });
     for volume in ["v0", "t1"] {
@@ -46,13 +46,14 @@ fn a_volume_that_is_not_trusted_gets_no_program_with_powers() {
     let file = create(&guest, (0, 0), plain, "file", 0o755).unwrap().node;
     assert_eq!(set_mode(&guest, file, 0o4755).unwrap_err(), libc::EPERM);
     assert_eq!(set_mode(&guest, file, 0o2755).unwrap_err(), libc::EPERM);
-    // A sticky bit is none, nor is a group that a directory passes on.
+    // A sticky bit gives no power, nor does a group that a directory passes on.
     assert_eq!(set_mode(&guest, file, 0o1700), Ok(0o1700));
     let mkdir = MkdirIn { mode: 0o755, umask: 0 };
     let folder = guest.get::<EntryOut>(opcode::MKDIR, plain, &with(mkdir, "folder")).unwrap().node;
     assert_eq!(set_mode(&guest, folder, 0o2775), Ok(0o2775));
 
-    // What the host gave it, it may keep; but not when it is written to.
+    // A file may keep the bits that the host gave it, but loses them when it is
+    // written to.
     fs::set_permissions(guest.path("v0/file"), fs::Permissions::from_mode(0o4755)).unwrap();
     assert_eq!(set_mode(&guest, file, 0o4711), Ok(0o4711));
     let handle = guest.open(file, libc::O_RDWR).unwrap();
@@ -88,7 +89,7 @@ fn devices_are_for_trusted_volumes_of_pods_without_a_user_namespace() {
     for kind in [libc::S_IFCHR, libc::S_IFBLK] {
         assert_eq!(mknod(&guest, plain, "device", kind | 0o666, disk).unwrap_err(), libc::EPERM);
     }
-    // What overlayfs marks a deleted file with.
+    // The device by which overlayfs marks a deleted file.
     assert_eq!(mknod(&guest, plain, "deleted", libc::S_IFCHR, 0), Ok(()));
     assert_eq!(mknod(&guest, plain, "pipe", libc::S_IFIFO | 0o600, 0), Ok(()));
     assert_eq!(mknod(&guest, trusted, "device", libc::S_IFBLK | 0o600, disk), Ok(()));

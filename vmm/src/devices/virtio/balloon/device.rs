@@ -1,4 +1,4 @@
-//! The device: its configuration, and what the queues ask for.
+//! The balloon: its configuration, and the handling of its queues.
 
 use std::io;
 
@@ -21,36 +21,37 @@ use crate::memory::PAGE;
 const DEFLATE_ON_OOM: u32 = 2;
 const PAGE_REPORTING: u32 = 5;
 
-/// Inflating, deflating, and reporting. Queues whose features are not offered
-/// are not counted (virtio 1.2 §5.5.2), so reporting comes third.
+/// The queues for inflating, deflating, and reporting. Queues of features that
+/// are not offered are not counted (virtio 1.2 §5.5.2), so reporting comes
+/// third.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 128];
 
-/// Balloon pages per MiB. They have 4 KiB whatever the machine (§5.5.6).
+/// Balloon pages per MiB. They have 4 KiB on every architecture (§5.5.6).
 const PAGES_PER_MIB: u32 = 256;
 
-/// Most page numbers of one request that are looked at; Linux sends 256.
+/// Most page numbers of one request that are read; Linux sends 256.
 const MAX_NUMBERS: usize = 4096;
-/// Most bytes of one report that are given back; Linux sends 128 MiB.
+/// Most bytes of one report that are released; Linux sends 128 MiB.
 const MAX_REPORT: u64 = 256 << 20;
-/// Most requests of each queue before other devices get their turn: giving
-/// memory back takes time.
+/// Most requests of each queue before other devices get their turn: releasing
+/// memory takes time.
 const BATCH: usize = 8;
 
-/// Place of `actual` in the configuration space.
+/// The bytes of `actual` in the configuration space.
 const ACTUAL: std::ops::Range<u64> = 4..8;
 
 /// The balloon.
 pub struct Balloon {
     pub(super) watch: QueueWatch,
-    /// Pages that the host wants.
+    /// The size that the host wants, in pages.
     pub(super) wanted: u32,
-    /// Pages that the driver says it has given.
+    /// The size that the driver reports, in pages.
     pub(super) actual: u32,
     activation: Option<Activation>,
 }
 
 impl Balloon {
-    /// An empty balloon.
+    /// Makes an empty balloon.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -58,8 +59,8 @@ impl Balloon {
         Ok(Self { watch: QueueWatch::new()?, wanted: 0, actual: 0, activation: None })
     }
 
-    /// Asks the guest to make the balloon this large, MiB. It gives what it
-    /// can, see [`actual_mib`](Self::actual_mib).
+    /// Asks the guest to make the balloon this large, MiB. The guest gives as
+    /// much as it can, see [`actual_mib`](Self::actual_mib).
     pub fn set_size_mib(&mut self, size: u32) {
         self.wanted = size.saturating_mul(PAGES_PER_MIB);
         if let Some(activation) = &self.activation {
@@ -67,13 +68,13 @@ impl Balloon {
         }
     }
 
-    /// How large the balloon is, MiB, as the guest says.
+    /// The size of the balloon that the guest reports, MiB.
     #[must_use]
     pub const fn actual_mib(&self) -> u32 {
         self.actual / PAGES_PER_MIB
     }
 
-    /// Answers requests, at most a batch.
+    /// Handles requests, at most a batch.
     pub(super) fn serve(&mut self) {
         let Some(Activation { memory, queues, interrupt, .. }) = &mut self.activation else { return };
         let [inflate, deflate, report] = queues.as_mut_slice() else { return };
@@ -86,7 +87,7 @@ impl Balloon {
             }
         };
         serve(inflate, &|chain| take_pages(memory, chain));
-        // The guest may use its pages again without being told (§5.5.6.1).
+        // The guest may use its pages again without notice (§5.5.6.1).
         serve(deflate, &|_| {});
         serve(report, &|chain| take_report(memory, chain));
         if !finished {
@@ -95,7 +96,7 @@ impl Balloon {
     }
 }
 
-/// True if all requests of a queue are answered.
+/// Answers requests of one queue. True if none is left.
 fn answer(
     memory: &GuestMemoryMmap,
     queue: &mut Queue,
@@ -112,7 +113,7 @@ fn answer(
     false
 }
 
-/// Page numbers of 32 bits each, for the balloon.
+/// Releases the pages that a request names, as numbers of 32 bits each.
 fn take_pages(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) {
     let Ok(buffers) = Buffers::readable(memory, chain) else { return };
     let mut numbers = Vec::new();
@@ -132,7 +133,7 @@ fn take_pages(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>
     }
 }
 
-/// Free memory is what the descriptors point to; its content is not looked at.
+/// Releases the memory that the descriptors of a report point to.
 fn take_report(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) {
     let mut left = MAX_REPORT;
     for descriptor in chain.take(MAX_SEGMENTS).filter(|descriptor| descriptor.is_write_only()) {
@@ -180,7 +181,8 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    /// The host's wish stays; a new driver starts with an empty balloon.
+    /// The size that the host wants stays; a new driver starts with an empty
+    /// balloon.
     fn reset(&mut self) {
         self.activation = None;
         self.actual = 0;

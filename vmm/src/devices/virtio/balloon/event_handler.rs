@@ -1,4 +1,4 @@
-//! The device on the event loop.
+//! The balloon on the event loop.
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 

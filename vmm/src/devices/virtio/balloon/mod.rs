@@ -1,8 +1,8 @@
 //! The memory balloon (virtio 1.2 §5.5), with free page reporting.
 //!
-//! Pages that the guest puts into the balloon, or reports as free, are given
-//! back to the host ([`pages`]); the guest gets fresh ones when it touches them
-//! again. Both are advice: what cannot be given back stays where it is.
+//! Pages that the guest puts into the balloon, or reports as free, are released
+//! to the host ([`pages`]); the guest gets fresh ones when it touches them
+//! again. Both are advisory: pages that cannot be released stay where they are.
 
 pub mod device;
 mod event_handler;

@@ -1,14 +1,14 @@
-//! Giving guest memory back to the host.
+//! Releases guest memory to the host.
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::memory::PAGE;
 
-/// Gives back the whole pages between two guest addresses, as far as they are
+/// Releases the whole pages between two guest addresses, as far as they are
 /// guest memory.
 ///
-/// Guest memory is mapped privately, so dropping a page leaves a fresh one: of
-/// zeroes, or of the file behind it.
+/// Guest memory is mapped privately, so a released page is a fresh one at its
+/// next use: of zeroes, or of the file behind it.
 pub fn release(memory: &GuestMemoryMmap, start: u64, len: u64) {
     let Some(end) = start.checked_add(len) else { return };
     let Some(first) = start.checked_next_multiple_of(PAGE) else { return };
@@ -21,15 +21,16 @@ pub fn release(memory: &GuestMemoryMmap, start: u64, len: u64) {
         // and all who read it must expect that it changes.
         let result = unsafe { libc::madvise(pointer.cast(), slice.len(), libc::MADV_DONTNEED) };
         if result != 0 {
-            // Locked or huge pages: they stay.
+            // Locked and huge pages stay.
             return;
         }
     }
 }
 
-/// Runs of successive page numbers: the first and how many.
+/// Returns the runs of successive page numbers: the first number and the count
+/// of each.
 ///
-/// A driver sends them one by one, mostly in some order.
+/// A driver sends the numbers one by one, mostly in some order.
 pub fn runs(numbers: &mut Vec<u32>) -> Vec<(u32, u32)> {
     numbers.sort_unstable();
     numbers.dedup();

@@ -1,4 +1,4 @@
-//! What a saved balloon is.
+//! The saved state of a balloon.
 
 use std::io;
 
@@ -6,39 +6,39 @@ use serde::{Deserialize, Serialize};
 
 use super::device::Balloon;
 
-/// Version of [`State`].
+/// The version of [`State`].
 pub const VERSION: u32 = 1;
 
 /// A saved device. Sizes are in pages of 4 KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// [`VERSION`].
+    /// The version of the state, [`VERSION`].
     pub version: u32,
-    /// Pages that the host wants.
+    /// The size that the host wants, in pages.
     pub wanted: u32,
-    /// Pages that the guest has given.
+    /// The size that the guest has reported, in pages.
     pub actual: u32,
 }
 
 /// A saved device cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Another version of this program made it.
+    /// The state was saved by another version.
     #[error("the balloon was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
-    /// The operating system does not play along.
+    /// A system call failed.
     #[error("make the balloon: {0}")]
     Io(#[from] io::Error),
 }
 
 impl Balloon {
-    /// Saves what is the device's own.
+    /// Saves the state of the device itself.
     #[must_use]
     pub const fn save(&self) -> State {
         State { version: VERSION, wanted: self.wanted, actual: self.actual }
     }
 
-    /// Restores it.
+    /// Makes a device from its saved state.
     ///
     /// # Errors
     /// See [`RestoreError`].

@@ -1,4 +1,4 @@
-//! The device, seen by its driver.
+//! The balloon, as its driver sees it.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -55,7 +55,7 @@ impl Guest {
         }
     }
 
-    /// Bytes of guest memory that the host has.
+    /// Bytes of guest memory that are in the host's memory.
     fn resident(&self) -> u64 {
         resident_bytes(&self.memory, &[Range { start: GuestAddress(0), size: MEMORY_SIZE as u64 }])
     }
@@ -76,7 +76,7 @@ impl Guest {
         let bytes: Vec<u8> =
             pages.iter().flat_map(|page| ((DATA / PAGE + page) as u32).to_le_bytes()).collect();
         self.memory.write_slice(&bytes, GuestAddress(REQUEST)).unwrap();
-        // Cut in the midst of a number.
+        // The second part begins in the midst of a number.
         let len = bytes.len() as u32;
         [Part::readable(REQUEST, 3), Part::readable(REQUEST + 3, len - 3)]
     }
@@ -97,7 +97,7 @@ fn the_host_says_how_much_and_the_guest_how_far() {
     let mut space = [9; 12];
     guest.lock().read_config(0, &mut space);
     assert_eq!(space, [0, 3, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0]);
-    // Byte by byte works, and nothing else is writable.
+    // Single bytes of `actual` can be written, and nothing else.
     guest.lock().write_config(5, &[4]);
     assert_eq!(guest.lock().actual_mib(), 4);
     guest.lock().write_config(0, &[7; 4]);
@@ -119,8 +119,8 @@ fn inflated_pages_go_back_to_the_host() {
     guest.inflate.kick();
     guest.run();
     assert!(guest.inflate.used().is_some());
-    // Before a page is looked at, which would bring a new one. The request
-    // itself takes some.
+    // This is read before a page is touched, which would bring a new one. The
+    // request itself takes some memory.
     let after = guest.resident();
     assert!(before - after >= 180 * PAGE, "{before} then {after}");
     for page in 0..300 {
@@ -140,7 +140,7 @@ fn reported_pages_go_back_to_the_host() {
     guest.report.add(&[
         Part::writable(DATA + 10 * PAGE, 5 * PAGE as u32),
         Part::writable(DATA + 20 * PAGE + 1, 2 * PAGE as u32),
-        // Not the device's to drop.
+        // The device may only read this range, so it must not release it.
         Part::readable(DATA + 30 * PAGE, PAGE as u32),
     ]);
     guest.report.kick();
@@ -176,7 +176,7 @@ fn a_reset_balloon_is_empty() {
     guest.inflate.kick();
     guest.run();
     assert!(guest.inflate.used().is_none() && guest.has(0));
-    // A new driver is told what the host still wants.
+    // A new driver learns the size that the host still wants.
     let again = activation(&guest.memory, &[&guest.inflate, &guest.deflate, &guest.report], 0);
     guest.lock().activate(again).unwrap();
     guest.run();

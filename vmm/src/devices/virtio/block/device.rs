@@ -1,5 +1,5 @@
-//! The device: its configuration, its disk, and the queue that the pool's
-//! threads take requests from.
+//! The block device: its configuration, its disk, and the queue from which the
+//! pool's threads take requests.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -23,30 +23,31 @@ use crate::devices::virtio::interrupt::{CONFIG_CHANGE, Interrupt, USED_RING};
 use crate::devices::virtio::rate::{self, Limiter};
 use crate::lock;
 
-/// Requests in the queue. Linux preallocates for all of them, in each device.
+/// Entries of the queue. Linux preallocates requests for all of them, for each
+/// device.
 pub(super) const QUEUE_SIZE: u16 = 64;
-/// Buffers of data in one request: the queue without header and status, which
-/// is the longest chain even when it is indirect (virtio 1.2 §2.7.5.3.1).
+/// Most data buffers of one request: the queue's entries without header and
+/// status, which bounds even an indirect chain (virtio 1.2 §2.7.5.3.1).
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// How long a reset waits for the requests that are being worked on.
+/// How long a reset waits for the requests that are in progress.
 const RESET_WAIT: Duration = Duration::from_secs(10);
 
 /// Bytes of the configuration up to `write_zeroes_may_unmap` (§5.2.4).
 const CONFIG_LENGTH: usize = 60;
 
-/// A disk cannot be put into a slot, or taken out.
+/// A disk cannot be attached to a slot, or detached from it.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
-    /// The serial number does not fit.
+    /// The serial number is too long or not ASCII.
     #[error("serial number {0:?} is not 1 to {SERIAL_LENGTH} bytes of printable ASCII")]
     Serial(String),
-    /// The device is no slot.
+    /// The device is not a slot.
     #[error("disk {0:?} is not a slot")]
     NotASlot(String),
-    /// A disk is in it already.
+    /// The slot has a disk.
     #[error("slot {0:?} has a disk already, detach it first")]
     Occupied(String),
-    /// Nothing to take out.
+    /// The slot has no disk.
     #[error("slot {0:?} is empty")]
     Empty(String),
     /// The guest still reads or writes.
@@ -54,16 +55,16 @@ pub enum BlockError {
     Busy(String),
 }
 
-/// Whether the device has its disk for good.
+/// Whether the device's disk can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Kind {
-    /// The disk is there from the start.
+    /// The device has this disk from the start.
     Fixed {
-        /// Offered as `VIRTIO_BLK_F_RO`.
+        /// Whether the device is offered with `VIRTIO_BLK_F_RO`.
         read_only: bool,
     },
-    /// Disks come and go. It is offered as writable, because a driver asks
-    /// once; writes to a read-only disk fail.
+    /// Disks are attached and detached. The device is offered as writable,
+    /// because a driver reads that only once; writes to a read-only disk fail.
     Slot,
 }
 
@@ -75,25 +76,26 @@ pub struct Block {
     pool: IoPool,
     me: Weak<Mutex<Self>>,
     activation: Option<(Activation, Watch)>,
-    /// Counts activations: what was begun in an earlier one is not completed
-    /// in this one.
+    /// Counts activations. Requests of an earlier activation are not completed
+    /// in a later one.
     epoch: u64,
     flight: Arc<Flight>,
-    /// Requests that were taken off the queue and not given back.
+    /// The number of requests that were taken off the queue and not returned.
     open: usize,
-    /// No more requests are taken: the machine is about to be saved.
+    /// Set when no more requests are taken, because the machine is about to be
+    /// saved.
     resting: bool,
     limit: Option<Limit>,
 }
 
-/// How much the device may do, and when it may do more.
+/// The rate limit, and the timer that ends when the device may continue.
 struct Limit {
     limiter: Limiter,
     timer: TimerFd,
 }
 
 impl Block {
-    /// A device with a disk.
+    /// Makes a device with a disk.
     ///
     /// # Errors
     /// [`BlockError::Serial`].
@@ -102,7 +104,8 @@ impl Block {
         Ok(Self::build(parse_serial(serial)?, kind, Some(disk), pool))
     }
 
-    /// A device without one. It costs an eventfd or two until it gets one.
+    /// Makes a slot: a device without a disk. It costs one or two eventfds
+    /// until it gets one.
     ///
     /// # Errors
     /// [`BlockError::Serial`].
@@ -133,7 +136,7 @@ impl Block {
         })
     }
 
-    /// Gives the device a limit, before a driver has come.
+    /// Sets the rate limit, before a driver has activated the device.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -149,7 +152,7 @@ impl Block {
         self.limit.as_ref().map(|limit| &limit.limiter)
     }
 
-    /// Puts a disk into a slot.
+    /// Attaches a disk to a slot.
     ///
     /// # Errors
     /// [`BlockError::NotASlot`], [`BlockError::Occupied`].
@@ -163,7 +166,7 @@ impl Block {
         Ok(())
     }
 
-    /// Takes the disk out of a slot, and closes its file.
+    /// Detaches the disk of a slot, and closes its file.
     ///
     /// # Errors
     /// [`BlockError::NotASlot`], [`BlockError::Empty`], [`BlockError::Busy`].
@@ -217,15 +220,15 @@ impl Block {
         self.disk.as_deref()
     }
 
-    /// Takes no more requests, for good. True when all that were taken are
-    /// answered, so that the device can be saved.
+    /// Stops taking requests, for good. True when all requests that were taken
+    /// are answered, so that the device can be saved.
     pub const fn rest(&mut self) -> bool {
         self.resting = true;
         self.open == 0
     }
 
-    /// Takes the next request off the queue. Malformed chains are given back
-    /// on the way.
+    /// Takes the next request off the queue. Malformed chains are returned on
+    /// the way.
     pub(super) fn next_job(&mut self) -> Option<Job> {
         if self.resting {
             return None;
@@ -239,14 +242,14 @@ impl Block {
         }
         let (activation, _) = self.activation.as_mut()?;
         let queue = activation.queues.first_mut()?;
-        // No more malformed chains than the queue has in one go: a guest that
-        // makes them as fast as they are returned has to notify again.
+        // Stop after as many malformed chains as the queue has entries: a guest
+        // that makes them as fast as they are returned has to notify again.
         for _ in 0..QUEUE_SIZE {
             let chain = queue.pop_descriptor_chain(&activation.memory)?;
             let head = chain.head_index();
             let request = Request::parse(chain);
             // Notifications stay on while a thread waits for the file, so that
-            // another one can begin with what comes in the meantime.
+            // another thread can begin with requests that come in the meantime.
             let more = queue.enable_notification(&activation.memory).unwrap_or(false);
             if let Ok(request) = request {
                 if more
@@ -273,14 +276,15 @@ impl Block {
         None
     }
 
-    /// Gives the chain of a request back to the driver.
+    /// Returns the chain of a request to the driver.
     pub(super) fn complete(&mut self, done: &Done) {
         self.open = self.open.saturating_sub(1);
         if done.epoch != self.epoch {
             return;
         }
         let Some((activation, _)) = self.activation.as_mut() else { return };
-        // The status byte was checked to lie within memory.
+        // The address of the status byte was checked when the request was
+        // parsed.
         let _ = activation.memory.write_obj(done.outcome.status, done.request.status);
         let Some(queue) = activation.queues.first_mut() else { return };
         let written = done.outcome.written.saturating_add(1);
@@ -307,8 +311,8 @@ impl Block {
     }
 }
 
-/// Puts a chain into the used ring. A queue whose rings went bad cannot be
-/// told so; its driver hears no more of this chain.
+/// Puts a chain into the used ring. If the rings are broken, the driver cannot
+/// be told, and this chain is lost.
 fn return_chain(queue: &mut Queue, memory: &GuestMemoryMmap, interrupt: &Interrupt, head: u16, written: u32) {
     if queue.add_used(memory, head, written).is_ok() && queue.needs_notification(memory).unwrap_or(true) {
         interrupt.trigger(USED_RING);
@@ -382,7 +386,7 @@ impl VirtioDevice for Block {
         {
             self.pool.unwatch(&watch, notification, self.limit.as_ref().map(|limit| &limit.timer));
         }
-        // The driver may use the memory of its requests for other things as
+        // The driver may use the memory of its requests for other purposes as
         // soon as the reset is done (§2.1.2).
         self.flight.wait_idle(RESET_WAIT);
     }
@@ -392,7 +396,7 @@ impl VirtioDevice for Block {
     }
 }
 
-/// A serial number as the guest reads it, padded with zeroes.
+/// A serial number in the form that the guest reads, padded with zeroes.
 fn parse_serial(serial: &str) -> Result<[u8; SERIAL_LENGTH], BlockError> {
     let mut padded = [0; SERIAL_LENGTH];
     let printable = !serial.is_empty() && serial.bytes().all(|byte| byte.is_ascii_graphic());
@@ -403,7 +407,7 @@ fn parse_serial(serial: &str) -> Result<[u8; SERIAL_LENGTH], BlockError> {
     Ok(padded)
 }
 
-/// A request on its way, with all that it needs, so that the device's lock is
+/// A request with all that its execution needs, so that the device's lock is
 /// not held meanwhile.
 pub(super) struct Job {
     request: Request,
@@ -414,7 +418,7 @@ pub(super) struct Job {
     _flight: InFlight,
 }
 
-/// A request that was worked on.
+/// A request that was executed.
 pub(super) struct Done {
     request: Request,
     outcome: Outcome,
@@ -431,7 +435,7 @@ impl Job {
     }
 }
 
-/// Counts the requests on their way.
+/// Counts the requests that are in progress.
 #[derive(Default)]
 struct Flight {
     count: Mutex<usize>,

@@ -1,5 +1,5 @@
-//! The file or block device behind a virtio block device, and what requests
-//! do with it.
+//! The file or block device behind a virtio block device, and the execution of
+//! requests on it.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -14,25 +14,25 @@ use super::{SECTOR, SERIAL_LENGTH};
 /// Bytes of a range in a discard or write-zeroes request
 /// (`struct virtio_blk_discard_write_zeroes`): sector, sectors, flags.
 const RANGE: usize = 16;
-/// Most ranges in one such request.
+/// Most ranges in one discard or write-zeroes request.
 pub const MAX_RANGES: u32 = 16;
-/// Most sectors in one such range, 1 GiB.
+/// Most sectors in one such range: 1 GiB.
 pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
 
-/// How a request ended.
+/// The result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// `VIRTIO_BLK_S_*`.
+    /// The status byte, one of `VIRTIO_BLK_S_*`.
     pub status: u8,
-    /// Bytes written to guest memory, the status byte not counted.
+    /// Bytes written to guest memory, without the status byte.
     pub written: u32,
 }
 
 /// The reason for which a request failed.
 enum Failure {
-    /// The guest asked for what cannot be.
+    /// The request is invalid.
     Invalid,
-    /// The file has not got this operation.
+    /// The file does not support this operation.
     Unsupported,
     /// The host's file failed.
     Io,
@@ -56,18 +56,20 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Takes `file` as it is now; a file that grows later does not make the
-    /// disk larger. A last part of less than a sector is not reachable.
+    /// Makes a disk of `file` with its present size; a file that grows later
+    /// does not make the disk larger. A last part of less than a sector is not
+    /// reachable.
     ///
     /// # Errors
-    /// The size cannot be learned: it is no file and no block device.
+    /// The size cannot be determined: the descriptor is neither a file nor a
+    /// block device.
     pub fn new(file: OwnedFd, read_only: bool) -> io::Result<Self> {
         let mut file = File::from(file);
         let size = file.seek(SeekFrom::End(0))?;
         Ok(Self { file, sectors: size / SECTOR, read_only })
     }
 
-    /// Capacity in sectors.
+    /// The capacity in sectors.
     #[must_use]
     pub const fn sectors(&self) -> u64 {
         self.sectors
@@ -79,8 +81,8 @@ impl Disk {
         self.read_only
     }
 
-    /// Does what `request` asks for. `before_blocking` is called once before
-    /// the first call that may wait for the file.
+    /// Executes `request`. `before_blocking` is called once before the first
+    /// call that may wait for the file.
     pub fn execute(
         &self,
         request: &Request,
@@ -112,7 +114,7 @@ impl Disk {
         }
     }
 
-    /// The byte position of `length` bytes from `sector` on, when the disk has
+    /// The byte position of `length` bytes from `sector` on, if the disk has
     /// them.
     fn position(&self, sector: u64, length: u64) -> Result<i64, Failure> {
         let end = sector.checked_add(length / SECTOR).ok_or(Failure::Invalid)?;
@@ -132,7 +134,7 @@ impl Disk {
         let length = total(buffers);
         let position = self.position(sector, length)?;
         let mut parts = Parts::new(buffers, memory)?;
-        // What the page cache has is there at once; only the rest may block.
+        // Data in the page cache is there at once; only the rest may block.
         let mut flags = libc::RWF_NOWAIT;
         parts.transfer(position, |parts, position| {
             if flags != 0 {
@@ -185,7 +187,7 @@ impl Disk {
             if flags & !vb::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0
                 || unmap && operation == Operation::Discard
             {
-                // §5.2.6.2: unknown flags are unsupported.
+                // Unknown flags are unsupported (§5.2.6.2).
                 return Err(Failure::Unsupported);
             }
             if sectors > MAX_RANGE_SECTORS {
@@ -211,7 +213,7 @@ impl Disk {
         };
         let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         if keep_allocated
-            // tmpfs has holes only.
+            // tmpfs supports holes only.
             && allocate(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE).is_ok()
         {
             return Ok(());
@@ -233,7 +235,7 @@ fn get_id(
     Ok(SERIAL_LENGTH as u32)
 }
 
-/// Guest memory as the kernel's vectored I/O wants it.
+/// Guest memory in the form that the kernel's vectored I/O takes.
 struct Parts(Vec<libc::iovec>);
 
 impl Parts {
@@ -250,7 +252,7 @@ impl Parts {
         Ok(Self(parts))
     }
 
-    /// Repeats `call` until all is moved.
+    /// Repeats `call` until all bytes are moved.
     fn transfer(
         &mut self,
         mut position: i64,
@@ -278,7 +280,7 @@ impl Parts {
     }
 }
 
-/// Leaves out the first `moved` bytes of `parts`.
+/// Skips the first `moved` bytes of `parts`.
 fn advance(parts: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
     let whole = parts
         .iter()

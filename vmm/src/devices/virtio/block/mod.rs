@@ -1,11 +1,16 @@
 //! The virtio block device (virtio 1.2 §5.2).
 //!
-//! A request goes this way: the driver's notification wakes one of the
-//! [`pool`]'s threads, which takes a descriptor chain off the queue under the
-//! [`device`]'s lock, makes a [`request`] of it, lets go of the lock while the
-//! [`disk`] moves data between its file and guest memory, and takes the lock
-//! again to give the chain back. A slow file so holds up a thread of the pool,
-//! and neither the event loop nor a vCPU.
+//! A request goes this way:
+//!
+//! 1. The driver's notification wakes one of the [`pool`]'s threads.
+//! 2. The thread takes a descriptor chain off the queue under the [`device`]'s
+//!   lock, and makes a [`request`] of it.
+//! 3. Without the lock, the [`disk`] moves data between its file and guest
+//!   memory.
+//! 4. The thread takes the lock again to return the chain.
+//!
+//! So a slow file holds up a thread of the pool, and neither the event loop nor
+//! a vCPU.
 //!
 //! A device may be a *slot*: it starts without a disk, as a device of capacity
 //! zero, and gets one while the machine runs. The driver learns of it by a

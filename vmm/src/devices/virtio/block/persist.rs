@@ -1,5 +1,5 @@
-//! Saves a block device and restores it. The queue and the registers are the
-//! transport's to save, the disk's content is in its file.
+//! Saves and restores a block device. The transport saves the queue and the
+//! registers; the disk's content is in its file.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,7 @@ use super::{Disk, IoPool, SERIAL_LENGTH};
 use crate::devices::virtio::rate::{Limiter, LimiterState};
 use crate::lock;
 
-/// Version of [`BlockState`].
+/// The version of [`BlockState`].
 const VERSION: u16 = 2;
 
 /// A saved [`Block`].
@@ -27,7 +27,7 @@ pub struct BlockState {
 /// A saved block device cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockRestoreError {
-    /// Saved by another version.
+    /// The state was saved by another version.
     #[error("block device state of version {0} is not supported")]
     Version(u16),
     /// The limit was saved by another version.
@@ -36,20 +36,20 @@ pub enum BlockRestoreError {
     /// The process has too many open files.
     #[error("make the timer of a rate limit: {0}")]
     Timer(#[from] io::Error),
-    /// The guest knows of a disk of another size, or of none.
+    /// The guest expects a disk of another size, or none.
     #[error("the disk of {serial:?} has {found:?} sectors, but had {saved:?} when it was saved")]
     Disk {
-        /// Serial number.
+        /// The serial number of the device.
         serial: String,
         /// Sectors of the disk that was given.
         found: Option<u64>,
-        /// Sectors of the disk that it had.
+        /// Sectors of the disk that the device had when it was saved.
         saved: Option<u64>,
     },
 }
 
 impl Block {
-    /// The device as plain data.
+    /// Saves the device as plain data.
     #[must_use]
     pub fn save(&self) -> BlockState {
         BlockState {
@@ -61,8 +61,9 @@ impl Block {
         }
     }
 
-    /// A device as it was saved, with its disk and its limit given anew. The disk of
-    /// a slot may be another one than before: the driver has to be told then.
+    /// Makes a device from its saved state, with a disk and a limit given anew. The
+    /// disk of a slot may be another one than before; the driver must then be
+    /// notified.
     ///
     /// # Errors
     /// [`BlockRestoreError`].

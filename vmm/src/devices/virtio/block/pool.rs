@@ -2,9 +2,9 @@
 //!
 //! They wait together on one epoll instance for the devices' notifications, so
 //! that a notification wakes the thread that does the work, without the event
-//! loop in between. There is one thread while nothing blocks; a thread that is
-//! about to wait for a file first sees to it that another one listens; and
-//! threads that were idle for long end, because each costs a pod memory.
+//! loop in between. While nothing blocks there is one thread. A thread that is
+//! about to wait for a file first makes sure that another one listens. Threads
+//! that were idle for long end, because each costs a pod memory.
 
 use std::collections::HashMap;
 use std::io;
@@ -19,11 +19,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::Block;
 use crate::lock;
 
-/// Most threads, and so requests that are worked on at a time.
+/// Most threads, and so most requests that are in progress at a time.
 const MAX_THREADS: usize = 4;
-/// Milliseconds after which a thread that is not the last one ends.
+/// Milliseconds after which an idle thread ends, unless it is the last one.
 const IDLE_MILLIS: i32 = 10_000;
-/// Bytes of stack of a thread. Only what is touched costs memory.
+/// Bytes of a thread's stack. Only touched pages cost memory.
 const STACK: usize = 128 * 1024;
 
 /// The threads of one machine. They end soon after the last owner is gone.
@@ -43,14 +43,14 @@ struct State {
     idle: usize,
 }
 
-/// A device's place in the pool.
+/// A device's registration with the pool.
 #[derive(Debug)]
 pub struct Watch {
     token: u64,
 }
 
 impl IoPool {
-    /// A pool without any thread yet.
+    /// Makes a pool without threads.
     ///
     /// # Errors
     /// No epoll instance can be made.
@@ -89,18 +89,18 @@ impl IoPool {
     /// Stops serving a device.
     pub(super) fn unwatch(&self, watch: &Watch, notification: &EventFd, timer: Option<&TimerFd>) {
         lock(&self.0.state).devices.remove(&watch.token);
-        // Each is watched for as long as the device's `Watch` lives.
+        // Each descriptor is watched for as long as the device's `Watch` lives.
         let fds = [Some(notification.as_raw_fd()), timer.map(|timer| timer.as_fd().as_raw_fd())];
         for fd in fds.into_iter().flatten() {
             let _ = self.0.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         }
     }
 
-    /// Sees to it that somebody listens while the caller waits for a file.
+    /// Makes sure that a thread listens while the caller waits for a file.
     pub(super) fn ensure_listener(&self) {
         let mut state = lock(&self.0.state);
         if state.idle == 0 && state.threads < MAX_THREADS {
-            // Without another thread requests wait for each other, no more.
+            // If no thread can be made, requests wait for each other.
             let _ = self.spawn(&mut state);
         }
     }
@@ -114,7 +114,7 @@ impl IoPool {
         let shared = Arc::downgrade(&self.0);
         thread::Builder::new().name("husk-io".into()).stack_size(STACK).spawn(move || work(&shared))?;
         state.threads += 1;
-        // The new thread counts as idle from now on, so that nobody makes a third.
+        // The new thread counts as idle from now on, so that no third one is made.
         state.idle += 1;
         Ok(())
     }
@@ -150,13 +150,13 @@ fn work(pool: &Weak<Shared>) {
     }
 }
 
-/// Works on the device's requests until there are none, on the caller's thread.
+/// Executes the device's requests until there are none, on the caller's thread.
 #[cfg(feature = "fuzzing")]
 pub fn serve_all(device: &Mutex<Block>, pool: &IoPool) {
     serve(device, pool);
 }
 
-/// Works on the device's requests until there are none.
+/// Executes the device's requests until there are none.
 fn serve(device: &Mutex<Block>, pool: &IoPool) {
     loop {
         let Some(job) = lock(device).next_job() else { return };

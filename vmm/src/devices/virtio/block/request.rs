@@ -1,8 +1,8 @@
-//! Reads a request out of a descriptor chain that a hostile guest wrote.
+//! Parses a request from a descriptor chain, which a hostile guest wrote.
 //!
-//! What is readable begins with a header of 16 bytes, what is writable ends
-//! with the status byte; how both are cut into descriptors is the driver's
-//! choice (virtio 1.2 §2.7.4.1).
+//! The readable part begins with a header of 16 bytes, and the writable part
+//! ends with the status byte. The driver may cut both into descriptors as it
+//! likes (virtio 1.2 §2.7.4.1).
 
 use virtio_bindings::virtio_blk as vb;
 use virtio_queue::DescriptorChain;
@@ -13,23 +13,24 @@ use crate::devices::virtio::buffers::MAX_SEGMENTS;
 /// Bytes of `struct virtio_blk_req` before its data: type, reserved, sector.
 const HEADER: u32 = 16;
 
-/// A chain that is no request. It is given back unanswered: there is no status
-/// byte to write to, or it cannot be told which one it is.
+/// The chain is not a request. It is returned without an answer, because it has
+/// no status byte, or the status byte cannot be found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// A descriptor points outside of guest memory.
     #[error("a buffer lies outside of memory")]
     OutsideMemory,
-    /// More than [`MAX_SEGMENTS`] descriptors; drivers are told of far fewer.
+    /// The chain has more than [`MAX_SEGMENTS`] descriptors; drivers are
+    /// offered far fewer.
     #[error("it has more than {MAX_SEGMENTS} buffers")]
     TooLong,
     /// A readable descriptor follows a writable one (§2.7.4.2).
     #[error("a readable buffer follows a writable one")]
     Order,
-    /// Fewer than 16 readable bytes.
+    /// The chain has fewer than 16 readable bytes.
     #[error("the header is incomplete")]
     NoHeader,
-    /// No writable byte for the status.
+    /// The chain has no writable byte for the status.
     #[error("there is no room for the status")]
     NoStatus,
 }
@@ -37,48 +38,49 @@ pub enum Malformed {
 /// A piece of guest memory, checked to lie within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Where it starts.
+    /// The address of the first byte.
     pub address: GuestAddress,
     /// Bytes, more than zero.
     pub length: u32,
 }
 
-/// The operation that the driver asks for.
+/// The operation that the driver requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Disk to memory, from this sector on.
+    /// Read from disk to memory, from this sector on.
     Read(u64),
-    /// Memory to disk, from this sector on.
+    /// Write from memory to disk, from this sector on.
     Write(u64),
-    /// Makes all completed writes durable.
+    /// Make all completed writes durable.
     Flush,
-    /// The serial number.
+    /// Return the serial number.
     GetId,
-    /// The ranges in the data are not needed any more.
+    /// Discard the ranges that the data lists.
     Discard,
-    /// The ranges in the data shall be zero.
+    /// Zero the ranges that the data lists.
     WriteZeroes,
-    /// Anything else.
+    /// An operation that the device does not support.
     Unsupported,
 }
 
-/// A request.
+/// A parsed request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Names the chain when it is given back.
+    /// The head of the chain, which names it when it is returned.
     pub head: u16,
-    /// The operation.
+    /// The requested operation.
     pub operation: Operation,
-    /// Data that the driver gives: readable buffers behind the header.
+    /// The data that the driver gives: readable buffers behind the header.
     pub input: Vec<Buffer>,
-    /// Room for data that the driver gets: writable buffers before the status.
+    /// The room for data that the driver gets: writable buffers before the
+    /// status.
     pub output: Vec<Buffer>,
-    /// Where the status byte goes.
+    /// The address of the status byte.
     pub status: GuestAddress,
 }
 
 impl Request {
-    /// Reads the request at the head of `chain`.
+    /// Parses the request at the head of `chain`.
     ///
     /// # Errors
     /// [`Malformed`].
@@ -159,7 +161,7 @@ fn take_status(output: &mut Vec<Buffer>) -> Result<GuestAddress, Malformed> {
     Ok(address.unchecked_add(length.into()))
 }
 
-/// Bytes in all of `buffers`.
+/// The bytes of all `buffers` together.
 #[must_use]
 pub fn total(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.length)).sum()

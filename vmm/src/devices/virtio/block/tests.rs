@@ -50,7 +50,7 @@ fn fd(file: &File) -> OwnedFd {
     file.try_clone().unwrap().into()
 }
 
-/// Descriptors as (address, length, writable); the mock chains them.
+/// Descriptors as (address, length, writable), which the mock chains.
 fn chain(descriptors: &[(u64, u32, bool)]) -> Vec<RawDescriptor> {
     let flags = |writable: bool| if writable { VRING_DESC_F_WRITE as u16 } else { 0 };
     descriptors
@@ -113,8 +113,7 @@ mod requests {
 
     #[test]
     fn a_request_has_a_bounded_number_of_buffers() {
-        // In a table of the driver's own, which may have as many as a number of
-        // 16 bits.
+        // The chain is in an indirect table, which may have up to 2^16 entries.
         let memory = test_utils::memory();
         let mut driver = DriverQueue::new(&memory, 0, 16);
         let mut queue = driver.queue();
@@ -279,7 +278,7 @@ mod disks {
 mod devices {
     use super::*;
 
-    /// A device with a driver that uses it.
+    /// A device, and a driver that uses it.
     struct Setup {
         memory: GuestMemoryMmap,
         block: Arc<Mutex<Block>>,

@@ -1,4 +1,5 @@
-//! The device: queues on one side, the server's socket on the other.
+//! The file system device: queues on one side, the server's socket on the
+//! other.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -22,7 +23,7 @@ use crate::devices::virtio::interrupt::USED_RING;
 use crate::devices::virtio::rings::{needs_interrupt, next_chain};
 use crate::devices::virtio::watch::QueueWatch;
 
-/// The queue for what must not wait behind other requests: `FUSE_FORGET`.
+/// The queue for requests that must not wait behind others: `FUSE_FORGET`.
 pub const HIPRIO: usize = 0;
 /// The queue for everything else.
 pub const REQUEST: usize = 1;
@@ -38,32 +39,32 @@ const OUT_OF_MEMORY: Duration = Duration::from_millis(1);
 /// Most requests, and most answers, before the other direction has its turn.
 const BATCH: usize = 64;
 
-/// The device cannot be made, or cannot have a server.
+/// The device cannot be made, or cannot get a server.
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
-    /// The tag does not fit.
+    /// The tag is empty, too long, or not printable ASCII.
     #[error("tag {0:?} is not 1 to {TAG_LENGTH} bytes of printable ASCII")]
     Tag(String),
     /// The device has a server already.
     #[error("the file system device has a server already")]
     Attached,
-    /// The guest speaks to a server that is no more; another one would not know
-    /// the files that it means.
+    /// The guest has a session with a server that has ended. Another server
+    /// would not know the guest's files.
     #[error("the file server of this machine has gone, and the guest had files of it open: restart the pod")]
     Gone,
-    /// The operating system does not play along.
+    /// A system call failed.
     #[error("make the file system device: {0}")]
     Io(#[from] io::Error),
 }
 
-/// The process that answers the requests.
+/// The server that answers the requests.
 #[derive(Debug)]
 enum Server {
-    /// Nobody yet; requests wait.
+    /// There is no server yet; requests wait.
     Waiting,
-    /// A process at the other end of this socket.
+    /// The server is at the other end of this socket.
     Serving(OwnedFd),
-    /// Nobody any more; requests fail.
+    /// The server has ended; requests fail.
     Gone,
 }
 
@@ -72,18 +73,19 @@ pub struct Fs {
     tag: String,
     pub(super) watch: QueueWatch,
     server: Server,
-    /// The socket of a server that has gone, for the event loop to forget.
+    /// The socket of a server that has ended, for the event loop to remove.
     pub(super) lost: Option<OwnedFd>,
-    /// The server's socket takes no more for now.
+    /// Set while the server's socket takes no more.
     pub(super) stalled: bool,
-    /// The guest has begun a session, so it knows files by the server's names.
+    /// Whether the guest has begun a session, and so knows files by the
+    /// server's names.
     session: bool,
     in_flight: InFlight,
     activation: Option<Activation>,
 }
 
 impl Fs {
-    /// A device without a server, which the guest knows by `tag`.
+    /// Makes a device without a server, which the guest knows by `tag`.
     ///
     /// # Errors
     /// [`FsError::Tag`], [`FsError::Io`].
@@ -104,8 +106,8 @@ impl Fs {
         })
     }
 
-    /// Gives it a server: a connected `SOCK_SEQPACKET` socket, on which each
-    /// packet is one FUSE message. Before the event loop knows the device.
+    /// Connects the server: a `SOCK_SEQPACKET` socket on which each packet is
+    /// one FUSE message. Must be called before the event loop knows the device.
     ///
     /// # Errors
     /// [`FsError::Attached`], [`FsError::Gone`].
@@ -119,7 +121,7 @@ impl Fs {
         Ok(())
     }
 
-    /// Whether it has a server.
+    /// Whether the device has a server.
     #[must_use]
     pub const fn state(&self) -> FsState {
         match self.server {
@@ -137,15 +139,15 @@ impl Fs {
         self.session
     }
 
-    /// Moves what can be moved, both ways. Returns false if there may be more,
-    /// so that the device wants to be called again soon.
+    /// Moves requests and answers. Returns false if there may be more, so that
+    /// the device wants to be called again soon.
     pub(super) fn serve(&mut self) -> bool {
         let answers_done = self.receive();
         let requests_done = self.forward();
         answers_done && requests_done
     }
 
-    /// Requests to the server. True if none is left that can be sent now.
+    /// Sends requests to the server. True if none is left that can be sent now.
     fn forward(&mut self) -> bool {
         self.stalled = false;
         let Some(activation) = &mut self.activation else { return true };
@@ -172,7 +174,8 @@ impl Fs {
                         return_chain(queue, memory, head, written);
                     }
                     Sent::Stalled => {
-                        // The ring keeps it until the server can take it.
+                        // The request stays in the ring until the server can
+                        // take it.
                         queue.set_next_avail(queue.next_avail().wrapping_sub(1));
                         self.stalled = true;
                     }
@@ -185,7 +188,7 @@ impl Fs {
         left > 0 || self.stalled
     }
 
-    /// Answers to the guest. True if there are no more.
+    /// Passes answers to the guest. True if there are no more.
     fn receive(&mut self) -> bool {
         let Server::Serving(socket) = &self.server else { return true };
         let mut befores: Vec<u16> = Vec::new();
@@ -236,20 +239,20 @@ impl Fs {
 
 /// A request as the guest made it.
 struct Request<'m> {
-    /// `None` when there are fewer bytes than a header has, or the chain is
+    /// The request's header; `None` when the chain is shorter than a header, or
     /// malformed.
     header: Option<InHeader>,
     input: Buffers<'m>,
     output: Vec<(GuestAddress, usize)>,
 }
 
-/// The outcome of sending a request.
+/// The result of sending a request.
 enum Sent {
     /// The server will answer.
     Awaited,
-    /// There will be no answer, as it should be.
+    /// The request has no answer by its nature.
     Done,
-    /// The request was not sent.
+    /// The request was not sent, for this errno.
     Failed(i32),
     /// The request cannot be sent now.
     Stalled,
@@ -269,13 +272,14 @@ impl<'m> Request<'m> {
     fn send(&self, socket: BorrowedFd<'_>, in_flight: &mut InFlight, queue: usize, head: u16) -> Sent {
         let Some(mut header) = self.header else { return Sent::Done };
         let room: usize = self.output.iter().map(|(_, len)| *len).fold(0, usize::saturating_add);
-        // A length that is not the true one would be the server's to find out.
+        // The server would have to detect a wrong length, so it is refused
+        // here.
         if self.input.len() > MAX_FUSE_MESSAGE || header.len as usize != self.input.len() {
             return Sent::Failed(libc::EINVAL);
         }
         if header.is_interrupt() {
             // The request that it names may be asked for again; Linux's driver
-            // never sends one.
+            // never sends such a request.
             return Sent::Done;
         }
         if header.has_answer() && room < OUT_HEADER {
@@ -299,7 +303,8 @@ impl<'m> Request<'m> {
             Err(error) => match error.raw_os_error() {
                 Some(libc::EAGAIN) => Sent::Stalled,
                 Some(libc::ENOBUFS | libc::ENOMEM) => {
-                    // The socket is writable all the same: no haste.
+                    // The socket stays writable, so without a pause the loop
+                    // would spin.
                     std::thread::sleep(OUT_OF_MEMORY);
                     Sent::Stalled
                 }
@@ -308,7 +313,7 @@ impl<'m> Request<'m> {
         }
     }
 
-    /// Writes an error for an answer; returns how many bytes that took.
+    /// Writes an error as the answer; returns the bytes that it took.
     fn fail(&self, memory: &GuestMemoryMmap, errno: i32) -> u32 {
         match (self.header, Buffers::of_ranges(memory, &self.output)) {
             (Some(header), Ok(output)) if header.has_answer() => write_error(&output, header.unique, errno),
@@ -325,19 +330,19 @@ fn write_error(output: &Buffers<'_>, unique: u64, errno: i32) -> u32 {
     OUT_HEADER as u32
 }
 
-/// Puts a chain into the used ring. A queue whose rings went bad cannot be
-/// told so; its driver hears no more of this chain.
+/// Puts a chain into the used ring. If the rings are broken, the driver cannot
+/// be told, and this chain is lost.
 fn return_chain(queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, written: u32) {
     let _ = queue.add_used(memory, head, written);
 }
 
-/// The outcome of an attempt to receive.
+/// The result of an attempt to receive.
 enum Received {
     /// A packet came; there may be another.
     More,
-    /// None is there now.
+    /// No packet is there now.
     Nothing,
-    /// None will ever come.
+    /// The server has ended.
     Gone,
 }
 
@@ -354,7 +359,8 @@ fn receive_one(
         Err(error) if error.kind() == io::ErrorKind::Interrupted => return Received::More,
         Err(_) => return Received::Gone,
     };
-    // The server is our own, but it reads what a guest writes.
+    // The server is trusted code, but it processes a guest's data, so its
+    // answers are checked.
     let pending = in_flight.get(header.unique).filter(|_| len >= OUT_HEADER);
     let (Some(pending), Some(activation)) = (pending, activation) else {
         return discard(socket);
@@ -387,8 +393,8 @@ fn receive_one(
     Received::More
 }
 
-/// Looks at the first bytes of the next packet; returns the length of the
-/// whole of it, and 0 at the end of the connection.
+/// Reads the first bytes of the next packet, and leaves it in the socket.
+/// Returns the length of the whole packet, and 0 at the end of the connection.
 fn peek(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
     let flags = libc::MSG_PEEK | libc::MSG_TRUNC | libc::MSG_DONTWAIT;
     // SAFETY: the kernel writes at most `bytes.len()` bytes to `bytes`.
@@ -396,7 +402,7 @@ fn peek(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
-/// Takes the next packet and throws it away.
+/// Takes the next packet and drops it.
 fn discard(socket: BorrowedFd<'_>) -> Received {
     let mut nothing = [0; 1];
     match IoVecs::with_head(&mut nothing).receive(socket) {
@@ -439,7 +445,8 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        // Requests in flight are answered to nobody: their memory may be used for others.
+        // Requests in flight get no answer: their memory may be in use for something
+        // else.
         self.in_flight.take_all();
         self.activation = None;
         self.watch.reset();
@@ -471,7 +478,8 @@ mod tests {
         let chain = queue.pop_descriptor_chain(&memory).unwrap();
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // A guest's other vCPU: the first descriptor is the last, and is not.
+            // Another vCPU of the guest flips the first descriptor's flag: it is
+            // the chain's last one, and then is not.
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     for flags in [2u16, 3] {

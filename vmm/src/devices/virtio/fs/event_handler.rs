@@ -1,4 +1,4 @@
-//! The device on an event loop: one of its own, on a thread that exists only
+//! The file system device on an event loop of its own: its thread exists only
 //! in machines with volumes, because moving file data takes time.
 
 use std::os::fd::AsRawFd;
@@ -14,7 +14,7 @@ use crate::devices::virtio::watch::{self, FIRST_TOKEN};
 
 const SOCKET: u32 = FIRST_TOKEN;
 
-/// Bytes of stack of the thread. Only what is touched costs memory.
+/// Bytes of the thread's stack. Only touched pages cost memory.
 const STACK: usize = 128 * 1024;
 
 /// Serves a device that has just been given its server, until the process ends.

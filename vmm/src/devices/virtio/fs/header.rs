@@ -1,39 +1,39 @@
-//! The headers of FUSE messages (Linux `include/uapi/linux/fuse.h`), which is
-//! all that the device reads of them.
+//! The headers of FUSE messages (Linux `include/uapi/linux/fuse.h`). The device
+//! reads nothing else of a message.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Opcodes (`enum fuse_opcode`).
+/// The opcodes that the device knows (`enum fuse_opcode`).
 const FORGET: u32 = 2;
 const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
 
-/// Bytes of [`InHeader`].
+/// Bytes of an [`InHeader`].
 pub const IN_HEADER: usize = size_of::<InHeader>();
-/// Bytes of [`OutHeader`].
+/// Bytes of an [`OutHeader`].
 pub const OUT_HEADER: usize = size_of::<OutHeader>();
 
-/// `struct fuse_in_header`: before every request.
+/// `struct fuse_in_header`, at the start of every request.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct InHeader {
-    /// Bytes of the request, this header included.
+    /// Bytes of the request, including this header.
     pub len: u32,
     /// The kind of request.
     pub opcode: u32,
-    /// Names the request in its answer.
+    /// The number by which the answer names the request.
     pub unique: u64,
     rest: [u64; 3],
 }
 
-/// `struct fuse_out_header`: before every answer.
+/// `struct fuse_out_header`, at the start of every answer.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct OutHeader {
-    /// Bytes of the answer, this header included.
+    /// Bytes of the answer, including this header.
     pub len: u32,
-    /// 0, or an errno, negated.
+    /// 0, or a negated errno.
     pub error: i32,
     /// The number of the request.
     pub unique: u64,
@@ -46,14 +46,14 @@ impl InHeader {
         !matches!(self.opcode, FORGET | INTERRUPT | BATCH_FORGET)
     }
 
-    /// Whether it begins a session, `FUSE_INIT`.
+    /// Whether the request begins a session (`FUSE_INIT`).
     #[must_use]
     pub const fn is_init(&self) -> bool {
         self.opcode == INIT
     }
 
-    /// Whether it is about another request, which it calls by the guest's name
-    /// for it (`FUSE_INTERRUPT`).
+    /// Whether the request interrupts another one, which it names by the
+    /// guest's number (`FUSE_INTERRUPT`).
     #[must_use]
     pub const fn is_interrupt(&self) -> bool {
         self.opcode == INTERRUPT

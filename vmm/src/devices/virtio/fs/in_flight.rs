@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use vm_memory::GuestAddress;
 
-/// Most of them. A driver has no more than it has descriptors; this is for one
-/// that makes the same chain available again and again.
+/// Most requests in flight. A well-behaved driver is limited by its
+/// descriptors; this bounds one that makes the same chain available again and
+/// again.
 pub const MAX_IN_FLIGHT: usize = 256;
 
 /// A request that was sent.
@@ -17,12 +18,12 @@ pub struct Pending {
     pub head: u16,
     /// The guest's number of the request.
     pub unique: u64,
-    /// Where its answer goes; checked to lie in guest memory.
+    /// The guest memory for the answer, checked to lie in guest memory.
     pub output: Vec<(GuestAddress, usize)>,
 }
 
-/// The requests that wait, by the number that the server knows each by. Numbers are not
-/// used again, so a late answer to a request of before a reset finds nothing.
+/// The requests in flight, by the number under which the server knows each. Numbers are
+/// not used again, so a late answer to a request from before a reset matches nothing.
 #[derive(Debug, Default)]
 pub struct InFlight {
     pending: HashMap<u64, Pending>,
@@ -36,7 +37,7 @@ impl InFlight {
         self.last.wrapping_add(1)
     }
 
-    /// Notes a request that was sent under [`Self::next_number`].
+    /// Adds a request that was sent under [`Self::next_number`].
     pub fn add(&mut self, pending: Pending) {
         self.last = self.next_number();
         self.pending.insert(self.last, pending);
@@ -47,22 +48,22 @@ impl InFlight {
         self.last = self.next_number();
     }
 
-    /// The request that is called so, if it waits.
+    /// The request with this number, if it waits.
     pub fn get(&self, number: u64) -> Option<&Pending> {
         self.pending.get(&number)
     }
 
-    /// Removes a request that has its answer.
+    /// Removes a request whose answer has come.
     pub fn take(&mut self, number: u64) -> Option<Pending> {
         self.pending.remove(&number)
     }
 
-    /// None of them will have an answer any more.
+    /// Removes all requests, because none will be answered any more.
     pub fn take_all(&mut self) -> Vec<Pending> {
         self.pending.drain().map(|(_, pending)| pending).collect()
     }
 
-    /// No more can be sent now.
+    /// Whether no more requests can be sent now.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.pending.len() >= MAX_IN_FLIGHT

@@ -1,27 +1,28 @@
-//! What a saved file system device is.
+//! The saved state of a file system device.
 
 use serde::{Deserialize, Serialize};
 
 use super::device::{Fs, FsError};
 
-/// Version of [`State`].
+/// The version of [`State`].
 pub const VERSION: u32 = 1;
 
-/// A saved device. Its server is not saved: a restored one waits for another.
+/// A saved device. Its server is not saved: a restored device waits for another
+/// one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// [`VERSION`].
+    /// The version of the state, [`VERSION`].
     pub version: u32,
     /// The tag by which the guest knows the device.
     pub tag: String,
-    /// The guest had begun a session with its server.
+    /// Whether the guest had begun a session with its server.
     pub session: bool,
 }
 
 /// A saved device cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Another version of this program made it.
+    /// The state was saved by another version.
     #[error("the file system device was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
     /// The guest holds names of files that no other server knows.
@@ -35,13 +36,13 @@ pub enum RestoreError {
 }
 
 impl Fs {
-    /// Saves what is the device's own.
+    /// Saves the state of the device itself.
     #[must_use]
     pub fn save(&self) -> State {
         State { version: VERSION, tag: self.tag().to_owned(), session: self.session() }
     }
 
-    /// Restores it, without a server.
+    /// Makes a device from its saved state, without a server.
     ///
     /// # Errors
     /// See [`RestoreError`].

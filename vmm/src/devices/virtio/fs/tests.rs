@@ -1,4 +1,4 @@
-//! The device between a driver and a server, both of the test.
+//! The device between a driver and a server, both played by the test.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -77,7 +77,7 @@ impl Guest {
         head
     }
 
-    /// What the server has got.
+    /// The next request that the server has received.
     fn received(&self) -> Option<(InHeader, Vec<u8>)> {
         let mut packet = vec![0; MAX_FUSE_MESSAGE + 1];
         let len = recv(self.server.as_ref().unwrap().as_raw_fd(), &mut packet, MsgFlags::empty()).ok()?;
@@ -114,7 +114,7 @@ fn packet(unique: u64, body: &[u8]) -> Vec<u8> {
 #[test]
 fn an_answer_reaches_the_request_that_it_is_for() {
     let mut guest = Guest::new();
-    // Two requests of one name, which only a hostile guest has.
+    // Two requests with the same number, which only a hostile guest sends.
     let heads = [0, 1].map(|_| guest.ask(REQUEST, GETATTR, 77, b"body", 64));
     guest.run();
     let asked = [0, 1].map(|_| guest.received().unwrap());
@@ -180,7 +180,7 @@ fn a_server_that_dies_leaves_errors_and_nobody_waiting() {
 fn requests_wait_for_a_server_that_is_slow() {
     let mut guest = Guest::new();
     let body = vec![7; 100 << 10];
-    // More than a socket holds.
+    // These are more requests than the socket holds.
     for unique in 0..20 {
         guest.ask(REQUEST, GETATTR, unique, &body, 64);
     }
@@ -209,12 +209,12 @@ fn strange_answers_end_their_request_or_nothing() {
     guest.answer(b"short");
     guest.run();
     assert_eq!(guest.queues[REQUEST].used(), None);
-    // Longer than the guest has room for.
+    // This answer is longer than the guest has room for.
     guest.answer(&packet(unique, &[1; 64]));
     guest.run();
     assert_eq!(guest.queues[REQUEST].used().unwrap().1, OUT_HEADER as u32);
     assert_eq!(guest.output(16).0.error, -libc::EIO);
-    // A second answer to the same.
+    // This is a second answer to the same request.
     guest.answer(&packet(unique, b""));
     guest.run();
     assert_eq!(guest.queues[REQUEST].used(), None);
@@ -243,7 +243,7 @@ fn a_reset_forgets_what_was_asked() {
 #[test]
 fn a_greedy_guest_has_a_bound() {
     let mut guest = Guest::new();
-    // The same chain, made available again and again.
+    // The same chain is made available again and again.
     let head = guest.ask(REQUEST, GETATTR, 1, b"", 64);
     for _ in 0..6 {
         for _ in 0..100 {

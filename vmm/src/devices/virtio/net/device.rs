@@ -1,4 +1,4 @@
-//! The device: its configuration, and one batch of work.
+//! The network device: its configuration, and one batch of work.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,9 +23,9 @@ use crate::devices::virtio::rate::{self, Limiter};
 use crate::devices::virtio::rings::needs_interrupt;
 use crate::devices::virtio::watch::QueueWatch;
 
-/// Index of the queue that carries packets to the guest.
+/// The index of the queue that carries packets to the guest.
 pub const RX: usize = 0;
-/// Index of the queue that carries packets from the guest.
+/// The index of the queue that carries packets from the guest.
 pub const TX: usize = 1;
 
 const QUEUE_SIZES: [u16; 2] = [256, 256];
@@ -43,12 +43,13 @@ pub struct Net {
     active: Option<Active>,
 }
 
-/// How much an interface may do.
+/// The rate limits of an interface.
 #[derive(Debug, Default)]
 pub(super) struct Limits {
     pub(super) receive: Option<Limiter>,
     pub(super) send: Option<Limiter>,
-    /// When it may do more; there is one where there are limits.
+    /// The timer that ends when the device may continue; there is one if there
+    /// are limits.
     pub(super) timer: Option<TimerFd>,
 }
 
@@ -58,17 +59,17 @@ struct Active {
 }
 
 impl Net {
-    /// An interface on `tap`, a descriptor of `/dev/net/tun` that was set up
-    /// with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    /// Makes an interface on `tap`, a descriptor of `/dev/net/tun` that was set
+    /// up with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
     ///
     /// # Errors
-    /// The descriptor is none of a tap, or the process has too many open files.
+    /// The descriptor is not a tap, or the process has too many open files.
     pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
         let limits = Limits::default();
         Ok(Self { tap: Tap::new(tap)?, watch: QueueWatch::new()?, mac, mtu, limits, active: None })
     }
 
-    /// An interface on a socket in the place of a tap.
+    /// Makes an interface on a socket in the place of a tap.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -78,7 +79,7 @@ impl Net {
         Ok(Self { tap: Tap::of_socket(socket), watch: QueueWatch::new()?, mac, mtu, limits, active: None })
     }
 
-    /// Gives it limits, before the event loop knows it.
+    /// Sets the rate limits, before the event loop knows the device.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -88,7 +89,7 @@ impl Net {
         Ok(())
     }
 
-    /// The tap has packets.
+    /// Notes that the tap has packets.
     pub(super) fn tap_is_readable(&mut self) {
         if let Some(active) = &mut self.active {
             active.receiver.readable = true;

@@ -1,12 +1,12 @@
 //! The network device (virtio 1.2 §5.1), on a tap of the host.
 //!
 //! Packets go from guest memory to the tap and back without a copy. Checksums
-//! and segmentation are left to whoever does them last: the header that guest
-//! and kernel put before each packet is the same, `struct virtio_net_hdr_v1`,
-//! and the device only passes it on ([`tap`]).
+//! and segmentation are left to the last hop: guest and kernel use the same
+//! header before each packet, `struct virtio_net_hdr_v1`, and the device only
+//! passes it on ([`tap`]).
 //!
-//! What the kernel sends may be larger than the buffers that the guest has
-//! given just now; [`rx`] says what happens then.
+//! A packet of the kernel may be larger than the buffers that the guest has
+//! made available; [`rx`] says how that is handled.
 
 pub mod device;
 mod event_handler;

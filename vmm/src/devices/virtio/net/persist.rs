@@ -1,4 +1,4 @@
-//! What a saved network device is.
+//! The saved state of a network device.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,15 +8,15 @@ use serde::{Deserialize, Serialize};
 use super::device::Net;
 use crate::devices::virtio::rate::{Limiter, LimiterState};
 
-/// Version of [`State`].
+/// The version of [`State`].
 pub const VERSION: u32 = 2;
 
 /// A saved device. A packet on its way is lost, as on any wire.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// [`VERSION`].
+    /// The version of the state, [`VERSION`].
     pub version: u32,
-    /// Hardware address in the guest.
+    /// The hardware address in the guest.
     pub mac: [u8; 6],
     /// Largest packet that the guest sends, bytes.
     pub mtu: u16,
@@ -29,7 +29,7 @@ pub struct State {
 /// A saved device cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Another version of this program made it.
+    /// The state was saved by another version.
     #[error("the network device was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
     /// The limits were saved by another version.
@@ -41,7 +41,7 @@ pub enum RestoreError {
 }
 
 impl Net {
-    /// Saves what is the device's own.
+    /// Saves the state of the device itself.
     #[must_use]
     pub fn save(&self) -> State {
         State {
@@ -53,7 +53,8 @@ impl Net {
         }
     }
 
-    /// Restores it on another tap, with limits that may be others.
+    /// Makes a device from its saved state, on another tap, with limits that
+    /// may differ.
     ///
     /// # Errors
     /// See [`RestoreError`].

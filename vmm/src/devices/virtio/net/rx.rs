@@ -1,13 +1,13 @@
-//! From the tap to the guest.
+//! The way from the tap to the guest.
 //!
-//! How long a packet is shows only when it has been read. So the device
-//! collects buffers of the guest for the longest one, reads, uses those that it
-//! needed, and gives back the others at the end of the batch.
+//! The length of a packet is known only after it was read. So the device
+//! collects buffers of the guest for the longest packet, reads, uses the
+//! buffers that it needed, and returns the others at the end of the batch.
 //!
-//! When the guest has too few buffers just now, the packet's rest goes into a
-//! buffer of the device's own, and the packet is held until the guest has
-//! given more. The tap is watched by edges, so packets that wait in it for
-//! buffers do not wake the event loop again and again.
+//! When the guest has too few buffers, the packet's rest goes into a buffer of
+//! the device's own, and the packet is held until the guest has given more. The
+//! tap is watched by edges, so packets that wait in it for buffers do not wake
+//! the event loop again and again.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -21,26 +21,28 @@ use crate::devices::virtio::buffers::{Buffers, IoVecs};
 use crate::devices::virtio::rate::Limiter;
 use crate::devices::virtio::rings::{add_used_together, next_chain};
 
-/// Place of `num_buffers` in the header.
+/// The offset of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
 
 /// The receiving side of a device.
 #[derive(Debug)]
 pub struct Receiver {
-    /// The tap may have packets.
+    /// Whether the tap may have packets.
     pub readable: bool,
-    /// The driver has made a chain that it must not; the queue is left alone.
+    /// Set when the driver has made an invalid chain; the queue is ignored from
+    /// then on.
     broken: bool,
-    /// A packet may be spread over several chains.
+    /// Whether a packet may be spread over several chains.
     mergeable: bool,
-    /// Room that any packet fits in, for this driver.
+    /// Room in which any packet of this driver fits.
     longest: usize,
     held: Option<Vec<u8>>,
     spill: Box<[u8]>,
 }
 
 impl Receiver {
-    /// For a driver that has just come.
+    /// Makes the receiving side for a driver that has just activated the
+    /// device.
     pub fn new(mergeable: bool, longest: usize) -> Self {
         Self {
             readable: true,
@@ -52,9 +54,9 @@ impl Receiver {
         }
     }
 
-    /// Gives the guest packets, or drops those that it can never take: `left`
-    /// at most, and no more than `limiter` lets through. The time after which there
-    /// may be more is answered; until then they wait in the tap.
+    /// Gives packets to the guest, or drops those that it can never take: at most
+    /// `left`, and no more than `limiter` allows. Returns the time after which
+    /// there may be more; until then they wait in the tap.
     pub fn receive(
         &mut self,
         tap: &Tap,
@@ -67,7 +69,7 @@ impl Receiver {
             return None;
         }
         let mut wait = None;
-        // Asked for again when there are too few buffers.
+        // Notifications are enabled again when there are too few buffers.
         let _ = queue.disable_notification(memory);
         let mut room = Room::default();
         while *left > 0 && (self.readable || self.held.is_some()) {
@@ -85,7 +87,7 @@ impl Receiver {
             let len = match self.held.take() {
                 Some(packet) if packet.len() <= room.len => room.write(&packet),
                 Some(packet) => {
-                    // There will never be more room than all of the ring.
+                    // There will never be more room than the whole ring.
                     let more_may_come = self.mergeable && room.chains.len() < usize::from(queue.size());
                     if more_may_come {
                         self.held = Some(packet);
@@ -135,7 +137,7 @@ impl Receiver {
     }
 
     /// Reads a packet. `None` if there is none, or if it does not fit and is
-    /// held now.
+    /// now held.
     fn read(&mut self, tap: &Tap, room: &Room<'_>) -> Option<usize> {
         let (io_vecs, offered) = room.io_vecs();
         match tap.read(&io_vecs.with_tail(&mut self.spill)) {
@@ -158,7 +160,7 @@ impl Receiver {
     }
 }
 
-/// The driver does not keep to the rules.
+/// The driver breaks the rules of virtio.
 struct BadQueue;
 
 /// Chains that are available, in order, and not yet used.
@@ -169,8 +171,8 @@ struct Room<'m> {
 }
 
 impl<'m> Room<'m> {
-    /// Guest memory to read into, and how much it is: less than `len` if the
-    /// chains are in too many pieces.
+    /// Guest memory to read into, and its size: less than `len` if the chains
+    /// are in too many pieces.
     fn io_vecs(&self) -> (IoVecs<'m>, usize) {
         let mut io_vecs = IoVecs::default();
         let mut len = 0;
@@ -184,7 +186,7 @@ impl<'m> Room<'m> {
         (io_vecs, len)
     }
 
-    /// Copies the first bytes out.
+    /// Copies the first bytes of the room into `packet`.
     fn read(&self, packet: &mut [u8]) {
         let mut done = 0;
         for (_, buffers) in &self.chains {
@@ -192,7 +194,7 @@ impl<'m> Room<'m> {
         }
     }
 
-    /// Copies a packet in, which fits; returns its length.
+    /// Copies a packet that fits into the room; returns its length.
     fn write(&self, packet: &[u8]) -> usize {
         let mut done = 0;
         for (_, buffers) in &self.chains {

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_net::{
 
 use crate::devices::virtio::buffers::IoVecs;
 
-/// Bytes of `struct virtio_net_hdr_v1`, which is before each packet.
+/// Bytes of `struct virtio_net_hdr_v1`, which comes before each packet.
 pub const HEADER_LEN: usize = 12;
 
 /// Most bytes of a packet: its header, Ethernet with a VLAN tag, and 64 KiB.
@@ -22,13 +22,13 @@ pub const MAX_PACKET: usize = HEADER_LEN + 18 + (64 << 10);
 nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD);
 nix::ioctl_write_ptr_bad!(tun_set_vnet_hdr_size, libc::TUNSETVNETHDRSZ, libc::c_int);
 
-/// Feature bits that let the guest leave work to the kernel. The kernel always
+/// Features by which the guest leaves work to the kernel. The kernel always
 /// does it, except for UDP segmentation, which it knows since Linux 6.2.
 const TO_KERNEL: [u32; 4] =
     [VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_ECN];
 
-/// Feature bits that let the kernel leave work to the guest, and how the tap
-/// calls them.
+/// Features by which the kernel leaves work to the guest, with the tap's flag
+/// for each.
 const TO_GUEST: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
     (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
@@ -36,11 +36,11 @@ const TO_GUEST: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
 ];
 
-/// The tap knows these only together.
+/// The tap supports these two only together.
 const UDP_TO_GUEST: [u32; 2] = [VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6];
 const UDP_OFFLOADS: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
-/// See the [module](self).
+/// An open tap, see the [module](self).
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
@@ -81,7 +81,7 @@ impl Tap {
             }
             Err(_) => features,
         };
-        // Until a driver says what it can take.
+        // No offloads until a driver accepts some.
         tap.set_offloads(0)?;
         Ok(Self { features, ..tap })
     }
@@ -91,11 +91,11 @@ impl Tap {
         self.features
     }
 
-    /// Tells the kernel what a driver that accepted these features takes.
+    /// Tells the kernel which work a driver that accepted these features takes.
     pub fn accept(&self, features: u64) -> io::Result<()> {
         let accepted = |bit: u32| features & (1 << bit) != 0;
         if !accepted(VIRTIO_NET_F_GUEST_CSUM) {
-            // The others are nothing without it (virtio 1.2 §5.1.3.1).
+            // The other offloads depend on this one (virtio 1.2 §5.1.3.1).
             return self.set_offloads(0);
         }
         let mut offloads = 0;

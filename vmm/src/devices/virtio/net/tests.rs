@@ -1,4 +1,4 @@
-//! The device between a driver and a real tap.
+//! The network device between a driver and a real tap.
 #![allow(clippy::cast_possible_truncation)]
 
 mod guest;
@@ -46,7 +46,8 @@ fn tcp(payload: usize) -> Vec<u8> {
     frame
 }
 
-/// Checksum to be filled in, segments of 1448 bytes of TCP over IPv4.
+/// A header of a packet whose checksum is to be filled in, and which is to be
+/// cut into segments of 1448 bytes (TCP over IPv4).
 const SEGMENTED: [u8; 10] = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0];
 
 #[test]
@@ -79,7 +80,7 @@ fn the_guest_sends_however_it_cuts_its_packets() {
             guest.send(&[0; HEADER_LEN], &sent, cuts);
             assert_eq!(wire.receive(ETHERTYPE), (NO_HEADER, sent));
         }
-        // What is no packet is used up, and the next one is sent.
+        // A chain that is not a packet is used up, and the next packet is sent.
         guest.send(&[0; HEADER_LEN], &[1, 2, 3], &[4]);
         guest.send(&[0; HEADER_LEN], &vec![0; MAX_PACKET], &[5000]);
         guest.send(&[0; HEADER_LEN], &frame(9, 60), &[5000]);
@@ -131,7 +132,7 @@ fn a_packet_is_spread_over_small_buffers_and_seen_as_a_whole() {
         wire.send(NO_HEADER, &frame(2, 588));
         let (header, received) = guest.receive();
         assert_eq!((header[10], received), (3, frame(1, 1500)));
-        // It fills its buffer to the last byte.
+        // The packet fills its buffer to the last byte.
         let (header, received) = guest.receive();
         assert_eq!((header[10], received), (1, frame(2, 588)));
     });
@@ -210,7 +211,7 @@ fn a_packet_without_enough_buffers_is_held() {
 #[test]
 fn a_packet_that_can_never_fit_is_dropped() {
     in_namespace(|| {
-        // Alone in its buffer.
+        // The driver gives one buffer for a whole packet.
         let mut guest = Guest::new("husk0", !(1 << VIRTIO_NET_F_MRG_RXBUF));
         let wire = Wire::new("husk0");
         guest.post(3, 600);
@@ -219,7 +220,7 @@ fn a_packet_that_can_never_fit_is_dropped() {
         let (header, received) = guest.receive();
         assert_eq!((header[10], received), (1, frame(2, 100)));
 
-        // In all buffers that there can be.
+        // The packet is spread over all buffers that there can be.
         let mut guest = Guest::new("husk1", u64::MAX);
         let wire = Wire::new("husk1");
         guest.post(guest::QUEUE_SIZE.into(), 20);
@@ -345,7 +346,8 @@ fn a_limit_holds_in_its_direction_and_loses_nothing() {
             }
             let received = start.elapsed();
             let start = Instant::now();
-            // Alike, because all of them are at one place of the guest's memory.
+            // The packets are equal, because all are in one place of the guest's
+            // memory.
             for _ in 0..15 {
                 guest.send(&[0; HEADER_LEN], &frame(7, 100), &[200]);
             }
@@ -407,7 +409,7 @@ fn no_ring_is_too_strange() {
                 Ok(())
             })
             .unwrap();
-        // A driver that keeps to the rules finds a device that works.
+        // A driver that keeps to the rules finds a working device.
         guest.reset();
         guest.features = u64::MAX;
         guest.activate();

@@ -1,4 +1,4 @@
-//! From the guest to the tap.
+//! The way from the guest to the tap.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use crate::devices::virtio::buffers::Buffers;
 use crate::devices::virtio::rate::Limiter;
 use crate::devices::virtio::rings::next_chain;
 
-/// An Ethernet header.
+/// Bytes of an Ethernet header.
 const MIN_FRAME: usize = 14;
 
-/// Sends the packets that the guest has made available, `left` at most and no
-/// more than `limiter` lets through: the time after which there may be more is
-/// answered. What the tap refuses is lost, as on any wire.
+/// Sends the packets that the guest has made available: at most `left`, and no
+/// more than `limiter` allows. Returns the time after which there may be more.
+/// Packets that the tap refuses are lost, as on any wire.
 pub fn transmit(
     tap: &Tap,
     memory: &GuestMemoryMmap,
@@ -34,8 +34,8 @@ pub fn transmit(
         if let Ok(buffers) = Buffers::readable(memory, chain)
             && (HEADER_LEN + MIN_FRAME..=MAX_PACKET).contains(&buffers.len())
         {
-            // The interface is down, the header makes no sense, or the kernel
-            // is out of memory.
+            // An error means that the interface is down, the header is invalid,
+            // or the kernel is out of memory.
             let _ = tap.write(&buffers.io_vecs(0, buffers.len()));
             len = buffers.len() - HEADER_LEN;
         }

@@ -1,4 +1,4 @@
-//! The device: its configuration, and answers to flushes.
+//! The persistent memory device: its configuration, and answers to flushes.
 
 use std::io;
 
@@ -18,9 +18,9 @@ use crate::memory::Range;
 
 const QUEUE_SIZES: [u16; 1] = [64];
 
-/// The one request there is (virtio 1.2 §5.19.6).
+/// The only request (virtio 1.2 §5.19.6).
 const FLUSH: [u8; 4] = 0u32.to_le_bytes();
-/// Answers to a request (§5.19.7).
+/// The answers to a request (§5.19.7).
 pub(super) const DONE: [u8; 4] = 0i32.to_le_bytes();
 pub(super) const FAILED: [u8; 4] = (-1i32).to_le_bytes();
 
@@ -35,7 +35,7 @@ pub struct Pmem {
 }
 
 impl Pmem {
-    /// The device of a range of guest memory.
+    /// Makes the device for a range of guest memory.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -57,7 +57,7 @@ impl Pmem {
     }
 }
 
-/// True if all requests are answered.
+/// Answers requests. True if none is left.
 fn answer(memory: &GuestMemoryMmap, queue: &mut Queue) -> bool {
     for _ in 0..BATCH {
         let Ok(Some(chain)) = next_chain(queue, memory) else { return true };

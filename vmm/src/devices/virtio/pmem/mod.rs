@@ -1,5 +1,5 @@
-//! Persistent memory (virtio 1.2 §5.19): a range of the guest's physical memory
-//! that is a file of the host.
+//! Persistent memory (virtio 1.2 §5.19): a range of guest-physical memory that
+//! is a file of the host.
 //!
 //! The range itself is mapped with the rest of memory, see
 //! [`memory::allocate`](crate::memory::allocate); the device tells the driver

@@ -1,5 +1,5 @@
-//! What a saved device is: where its range lies. The file behind it is mapped
-//! again by whoever restores guest memory.
+//! The saved state of a persistent memory device: its range. The file behind it
+//! is mapped again when guest memory is restored.
 
 use std::io;
 
@@ -9,15 +9,15 @@ use vm_memory::GuestAddress;
 use super::device::Pmem;
 use crate::memory::Range;
 
-/// Version of [`State`].
+/// The version of [`State`].
 pub const VERSION: u32 = 1;
 
 /// A saved device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// [`VERSION`].
+    /// The version of the state, [`VERSION`].
     pub version: u32,
-    /// Guest-physical address of the range.
+    /// The guest-physical address of the range.
     pub start: u64,
     /// The size of the range, bytes.
     pub size: u64,
@@ -26,22 +26,22 @@ pub struct State {
 /// A saved device cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Another version of this program made it.
+    /// The state was saved by another version.
     #[error("the pmem device was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
-    /// The operating system does not play along.
+    /// A system call failed.
     #[error("make the pmem device: {0}")]
     Io(#[from] io::Error),
 }
 
 impl Pmem {
-    /// Saves what is the device's own.
+    /// Saves the state of the device itself.
     #[must_use]
     pub const fn save(&self) -> State {
         State { version: VERSION, start: self.range.start.0, size: self.range.size }
     }
 
-    /// Restores it.
+    /// Makes a device from its saved state.
     ///
     /// # Errors
     /// See [`RestoreError`].

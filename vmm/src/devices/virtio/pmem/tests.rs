@@ -1,4 +1,4 @@
-//! The device, seen by its driver.
+//! The persistent memory device, as its driver sees it.
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,7 @@ impl Guest {
         }
     }
 
-    /// The length of the answer, and the answer.
+    /// Sends a request; returns the length of the answer, and the answer.
     fn ask(&mut self, parts: &[Part]) -> (u32, [u8; 4]) {
         self.memory.write_obj([7u8; 4], GuestAddress(ANSWER)).unwrap();
         self.queue.add(parts);

@@ -1,4 +1,4 @@
-//! The device: fills what the driver gives, within a budget.
+//! The entropy device: fills the driver's buffers, within a budget.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -18,14 +18,15 @@ use crate::devices::virtio::watch::QueueWatch;
 
 const QUEUE_SIZES: [u16; 1] = [64];
 
-/// Most bytes in answer to one request; the driver takes fewer than it has
+/// Most bytes in answer to one request; a driver accepts fewer than it has
 /// asked for (virtio 1.2 §5.4.6).
 pub(super) const MAX_REQUEST: usize = 4 << 10;
-/// Bytes that the guest gets per [`PERIOD`].
+/// Bytes that the guest gets in each [`PERIOD`].
 pub(super) const BUDGET: usize = 64 << 10;
-/// Bytes that a request costs at least, so that empty ones end as well.
+/// The least cost of a request in bytes, so that a guest cannot send empty ones
+/// without end.
 const MIN_COST: usize = 64;
-/// See [`BUDGET`].
+/// The period of the [`BUDGET`].
 pub(super) const PERIOD: Duration = Duration::from_millis(10);
 
 /// The entropy device.
@@ -38,7 +39,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device that no driver knows yet.
+    /// Makes a device that is not activated.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -53,8 +54,8 @@ impl Rng {
         })
     }
 
-    /// Answers requests while the budget lasts. Returns false if it did not, so
-    /// that the device wants to be called in the next period.
+    /// Answers requests while the budget lasts. Returns false if it was used
+    /// up, so that the device wants to be called in the next period.
     pub(super) fn serve(&mut self) -> bool {
         if self.period_start.elapsed() >= PERIOD {
             self.period_start = Instant::now();
@@ -71,7 +72,7 @@ impl Rng {
     }
 }
 
-/// True if all requests are answered.
+/// Answers the requests of the queue. True if none is left.
 fn answer(memory: &GuestMemoryMmap, queue: &mut Queue, budget: &mut usize) -> bool {
     while *budget > 0 {
         let Ok(Some(chain)) = next_chain(queue, memory) else { return true };
@@ -91,7 +92,7 @@ fn fill(buffers: &Buffers<'_>) -> usize {
     let wanted = buffers.len().min(MAX_REQUEST);
     // SAFETY: `bytes` has room for `wanted` bytes.
     let result = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), wanted, libc::GRND_NONBLOCK) };
-    // The call fails only in the first moments of the host's life.
+    // The call fails only shortly after the host has booted.
     let len = usize::try_from(result).unwrap_or(0);
     buffers.write(0, bytes.get(..len).unwrap_or_default())
 }

@@ -1,4 +1,4 @@
-//! The device on the event loop.
+//! The entropy device on the event loop.
 
 use std::os::fd::{AsFd, AsRawFd};
 

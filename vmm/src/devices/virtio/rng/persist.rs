@@ -1,4 +1,4 @@
-//! What a saved entropy device is: nothing but its kind.
+//! The saved state of an entropy device, which is nothing but its kind.
 
 use std::io;
 
@@ -6,36 +6,36 @@ use serde::{Deserialize, Serialize};
 
 use super::device::Rng;
 
-/// Version of [`State`].
+/// The version of [`State`].
 pub const VERSION: u32 = 1;
 
 /// A saved device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// [`VERSION`].
+    /// The version of the state, [`VERSION`].
     pub version: u32,
 }
 
 /// A saved device cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Another version of this program made it.
+    /// The state was saved by another version.
     #[error("the rng device was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
-    /// The operating system does not play along.
+    /// A system call failed.
     #[error("make the rng device: {0}")]
     Io(#[from] io::Error),
 }
 
 impl Rng {
-    /// Saves what is the device's own.
+    /// Saves the state of the device itself.
     #[must_use]
     #[allow(clippy::unused_self)]
     pub const fn save(&self) -> State {
         State { version: VERSION }
     }
 
-    /// Restores it.
+    /// Makes a device from its saved state.
     ///
     /// # Errors
     /// See [`RestoreError`].

@@ -1,4 +1,4 @@
-//! The device, seen by its driver.
+//! The entropy device, as its driver sees it.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::sync::{Arc, Mutex};

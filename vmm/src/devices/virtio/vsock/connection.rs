@@ -34,26 +34,28 @@ use crate::devices::virtio::buffers::Buffers;
 
 /// How long the guest may take to answer a request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a connection that carries nothing more waits for the guest to say
-/// that it has noticed.
+/// How long a connection that carries nothing more waits for the guest to
+/// acknowledge that.
 const LINGER: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// A host client wants it, the guest has not answered.
+    /// A host client has asked for the connection, and the guest has not
+    /// answered.
     Requested,
-    /// Both sides agree on it.
+    /// Both sides have accepted the connection.
     Open,
-    /// The guest is done with it. The host still gets what is in the buffer, for
-    /// as long as it has its end open: whoever reads slowly shall lose nothing.
+    /// The guest has finished with the connection. The host still gets the bytes
+    /// in the buffer for as long as it has its end open, so that a slow reader
+    /// loses nothing.
     Draining,
-    /// To be forgotten.
+    /// The connection can be removed.
     Over,
 }
 
-/// Control packets that the guest is to get.
+/// Control packets that are still to be sent to the guest.
 #[derive(Debug, Default)]
-struct Owed {
+struct PendingControl {
     request: bool,
     response: bool,
     reset: bool,
@@ -61,30 +63,30 @@ struct Owed {
     credit_update: bool,
 }
 
-/// See the [module](self).
+/// A stream between guest and host, see the [module](self).
 #[derive(Debug)]
 pub struct Connection {
     ports: Ports,
-    /// `None` when neither direction needs it any more.
+    /// The host's end; `None` when neither direction needs it any more.
     socket: Option<UnixStream>,
     state: State,
-    owed: Owed,
+    pending: PendingControl,
     credit: Credit,
-    /// From the guest, for the socket.
+    /// Bytes from the guest, for the socket.
     buffer: VecDeque<u8>,
     /// Shutdown flags from the guest.
     guest_shutdown: u32,
-    /// Shutdown flags that the guest was sent.
-    told: u32,
-    /// The socket may have bytes, or the end of file.
+    /// Shutdown flags that were sent to the guest.
+    shutdown_sent: u32,
+    /// Whether the socket may have bytes, or the end of file.
     readable: bool,
-    /// The socket has given its last byte.
+    /// Whether the socket has given its last byte.
     host_sends_no_more: bool,
-    /// The socket takes no bytes.
+    /// Whether the socket takes no more bytes.
     host_takes_no_more: bool,
-    /// The socket was told that the guest sends no more.
+    /// Whether the socket was shut down because the guest sends no more.
     end_passed_on: bool,
-    /// The guest was asked for credit, and has not given any.
+    /// Whether the guest was asked for credit, and has not given any.
     asked_for_credit: bool,
     deadline: Option<Instant>,
 }
@@ -95,11 +97,11 @@ impl Connection {
             ports,
             socket: Some(socket),
             state,
-            owed: Owed::default(),
+            pending: PendingControl::default(),
             credit: Credit::default(),
             buffer: VecDeque::new(),
             guest_shutdown: 0,
-            told: 0,
+            shutdown_sent: 0,
             readable: false,
             host_sends_no_more: false,
             host_takes_no_more: false,
@@ -109,20 +111,20 @@ impl Connection {
         }
     }
 
-    /// A host client asks for it.
+    /// Makes a connection that a host client asks for.
     #[must_use]
     pub fn requested(ports: Ports, socket: UnixStream, now: Instant) -> Self {
         let mut connection = Self::new(ports, socket, State::Requested);
-        connection.owed.request = true;
+        connection.pending.request = true;
         connection.deadline = Some(now + REQUEST_TIMEOUT);
         connection
     }
 
-    /// The guest asked for it, and `socket` is connected.
+    /// Makes a connection that the guest asked for; `socket` is connected.
     #[must_use]
     pub fn accepted(ports: Ports, socket: UnixStream, request: &Header) -> Self {
         let mut connection = Self::new(ports, socket, State::Open);
-        connection.owed.response = true;
+        connection.pending.response = true;
         connection.credit.learn(request);
         connection
     }
@@ -133,38 +135,38 @@ impl Connection {
         self.ports
     }
 
-    /// The guest knows of it: its ports are taken.
+    /// Whether the guest knows of the connection, so that its ports are taken.
     #[must_use]
     pub const fn is_known_to_guest(&self) -> bool {
         matches!(self.state, State::Requested | State::Open)
     }
 
-    /// There is nothing left to do, and the socket is gone.
+    /// Whether the connection can be removed.
     #[must_use]
     pub const fn is_over(&self) -> bool {
         matches!(self.state, State::Over) && self.socket.is_none()
     }
 
-    /// The connection wants [`expire`](Self::expire) at some time.
+    /// Whether [`expire`](Self::expire) must be called at some time.
     #[must_use]
     pub const fn has_deadline(&self) -> bool {
         self.deadline.is_some()
     }
 
-    /// The connection wants to know when the socket takes bytes again.
+    /// Whether the connection waits for the socket to take bytes again.
     #[must_use]
     pub fn wants_out(&self) -> bool {
         !self.buffer.is_empty()
     }
 
-    /// The socket's descriptor, while there is a socket.
+    /// The host's end, if it is still open.
     #[must_use]
     pub fn socket(&self) -> Option<&UnixStream> {
         self.socket.as_ref()
     }
 
-    /// A packet from the guest; its payload is `payload` from
-    /// [`HEADER_LEN`] on, and is `header.len` long.
+    /// Handles a packet from the guest. Its payload is `payload` from
+    /// [`HEADER_LEN`] on, and has `header.len` bytes.
     pub fn receive(&mut self, header: &Header, payload: &Buffers<'_>) {
         self.credit.learn(header);
         if self.credit.window() > 0 {
@@ -175,24 +177,24 @@ impl Connection {
             (Some(Op::Response), State::Requested) => self.open(),
             (Some(Op::Data), State::Open) => self.receive_data(header.len.get(), payload),
             (Some(Op::Shutdown), State::Open) => self.receive_shutdown(header.flags.get()),
-            (Some(Op::CreditRequest), State::Open) => self.owed.credit_update = true,
+            (Some(Op::CreditRequest), State::Open) => self.pending.credit_update = true,
             (Some(Op::CreditUpdate), State::Open) => {}
             _ => self.abort(),
         }
     }
 
-    /// The guest knows nothing of it any more. What it has sent still goes to
-    /// the host.
+    /// Separates the connection from the guest, which knows nothing of it any
+    /// more. Bytes that the guest has sent still go to the host.
     pub fn detach(&mut self) {
-        self.owed = Owed::default();
+        self.pending = PendingControl::default();
         self.state = if self.buffer.is_empty() { State::Over } else { State::Draining };
         self.deadline = None;
     }
 
-    /// Ends it at once, with an RST.
+    /// Ends the connection at once, with an RST.
     pub fn abort(&mut self) {
         self.buffer = VecDeque::new();
-        self.owed = Owed { reset: true, ..Owed::default() };
+        self.pending = PendingControl { reset: true, ..PendingControl::default() };
     }
 
     fn open(&mut self) {
@@ -236,7 +238,7 @@ impl Connection {
     }
 
     fn receive_shutdown(&mut self, flags: u32) {
-        // Once said, it cannot be taken back.
+        // A shutdown cannot be revoked.
         self.guest_shutdown |= flags & SHUTDOWN_BOTH;
         if self.guest_shutdown & SHUTDOWN_RECEIVE != 0
             && let Some(socket) = &self.socket
@@ -246,9 +248,9 @@ impl Connection {
         }
     }
 
-    /// The event loop saw something at the socket.
+    /// Handles an event of the socket.
     pub fn host_event(&mut self, events: EventSet) {
-        // Whatever else there is shows when the socket is read.
+        // Any other condition shows when the socket is read.
         self.readable |= events != EventSet::OUT;
         if events.contains(EventSet::HANG_UP) {
             if self.state == State::Requested {
@@ -261,7 +263,7 @@ impl Connection {
         }
     }
 
-    /// Gives the socket what it takes of the buffer.
+    /// Writes as much of the buffer as the socket takes.
     fn flush(&mut self) {
         while !self.buffer.is_empty() {
             let (front, _) = self.buffer.as_slices();
@@ -278,7 +280,7 @@ impl Connection {
         }
     }
 
-    /// Counts bytes that the socket took; none if it is full or broken.
+    /// Returns the bytes that the socket took: none if it is full or broken.
     fn sent(&mut self, result: Option<io::Result<usize>>) -> usize {
         match result {
             Some(Ok(len)) => {
@@ -299,8 +301,8 @@ impl Connection {
         self.credit.forward_all();
     }
 
-    /// Draws the conclusions of what has happened. Returns the socket when it
-    /// is to be closed.
+    /// Moves the connection to its next state. Returns the socket when it is to
+    /// be closed.
     pub fn advance(&mut self, now: Instant) -> Option<UnixStream> {
         if self.buffer.is_empty() {
             if self.state == State::Draining {
@@ -313,25 +315,25 @@ impl Connection {
                 }
             }
             if self.guest_shutdown == SHUTDOWN_BOTH && self.is_known_to_guest() {
-                self.owed = Owed { reset: true, ..Owed::default() };
+                self.pending = PendingControl { reset: true, ..PendingControl::default() };
             }
         }
         if self.can_read() && self.credit.window() == 0 && !self.asked_for_credit {
             self.asked_for_credit = true;
-            self.owed.credit_request = true;
+            self.pending.credit_request = true;
         }
         let carries_nothing = self.host_sends_no_more && (self.host_takes_no_more || self.end_passed_on);
         if carries_nothing && self.state == State::Open && self.deadline.is_none() {
             self.deadline = Some(now + LINGER);
         }
-        if carries_nothing || self.owed.reset || self.state == State::Over {
+        if carries_nothing || self.pending.reset || self.state == State::Over {
             self.socket.take()
         } else {
             None
         }
     }
 
-    /// Looks at the deadline.
+    /// Ends the connection if its deadline has passed.
     pub fn expire(&mut self, now: Instant) {
         if self.deadline.is_none_or(|deadline| now < deadline) {
             return;
@@ -342,7 +344,7 @@ impl Connection {
         }
     }
 
-    /// The socket may have bytes that the guest may want.
+    /// Whether the socket may have bytes that the guest may want.
     fn can_read(&self) -> bool {
         self.state == State::Open
             && self.readable
@@ -359,22 +361,22 @@ impl Connection {
         if self.host_sends_no_more {
             flags |= SHUTDOWN_SEND;
         }
-        flags & !self.told
+        flags & !self.shutdown_sent
     }
 
-    /// There may be a packet for the guest.
+    /// Whether there may be a packet for the guest.
     #[must_use]
     pub fn has_packet(&self) -> bool {
         if !self.is_known_to_guest() {
             return false;
         }
-        if self.owed.reset || self.owed.request {
+        if self.pending.reset || self.pending.request {
             return true;
         }
         self.state == State::Open
-            && (self.owed.response
-                || self.owed.credit_request
-                || self.owed.credit_update
+            && (self.pending.response
+                || self.pending.credit_request
+                || self.pending.credit_update
                 || self.credit.update_is_due()
                 || self.shutdown_due() != 0
                 || (self.can_read() && self.credit.window() > 0))
@@ -386,24 +388,24 @@ impl Connection {
         if !self.has_packet() {
             return None;
         }
-        let mut header = if self.owed.reset {
+        let mut header = if self.pending.reset {
             self.state = State::Over;
             self.ports.header(Op::Reset)
-        } else if std::mem::take(&mut self.owed.request) {
+        } else if std::mem::take(&mut self.pending.request) {
             self.ports.header(Op::Request)
-        } else if std::mem::take(&mut self.owed.response) {
+        } else if std::mem::take(&mut self.pending.response) {
             self.ports.header(Op::Response)
         } else if let Some(len) = self.read(room) {
             self.credit.send(len);
             Header { len: len.into(), ..self.ports.header(Op::Data) }
         } else if self.shutdown_due() != 0 {
             let flags = self.shutdown_due();
-            self.told |= flags;
+            self.shutdown_sent |= flags;
             Header { flags: flags.into(), ..self.ports.header(Op::Shutdown) }
-        } else if std::mem::take(&mut self.owed.credit_request) {
+        } else if std::mem::take(&mut self.pending.credit_request) {
             self.ports.header(Op::CreditRequest)
-        } else if self.owed.credit_update || self.credit.update_is_due() {
-            self.owed.credit_update = false;
+        } else if self.pending.credit_update || self.credit.update_is_due() {
+            self.pending.credit_update = false;
             self.ports.header(Op::CreditUpdate)
         } else {
             return None;

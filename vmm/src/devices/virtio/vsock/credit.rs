@@ -9,10 +9,10 @@ use super::packet::Header;
 /// none.
 pub const BUFFER_SIZE: u32 = 128 << 10;
 
-/// The guest is told of free room when this much of it is news.
+/// The guest is sent an update when this many more bytes are free.
 const UPDATE_STEP: u32 = BUFFER_SIZE / 4;
 
-/// The guest sent more than it had room for.
+/// The guest sent more bytes than it was allowed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overrun;
 
@@ -21,20 +21,20 @@ pub struct Overrun;
 pub struct Credit {
     /// Bytes that the guest has sent.
     received: u32,
-    /// The bytes of these that left our buffer.
+    /// The bytes of these that have left our buffer.
     forwarded: u32,
-    /// `forwarded`, as the guest knows it.
+    /// The value of `forwarded` that was last sent to the guest.
     announced: u32,
-    /// Bytes that the guest was sent.
+    /// Bytes that were sent to the guest.
     sent: u32,
-    /// Size of the guest's buffer.
+    /// The size of the guest's buffer.
     guest_size: u32,
-    /// Bytes that left the guest's buffer.
+    /// Bytes that have left the guest's buffer.
     guest_forwarded: u32,
 }
 
 impl Credit {
-    /// The guest sent bytes.
+    /// Counts bytes that the guest sent.
     ///
     /// # Errors
     /// The peer must not have sent so many bytes.
@@ -47,7 +47,7 @@ impl Credit {
         Ok(())
     }
 
-    /// Bytes left our buffer.
+    /// Counts bytes that left our buffer.
     pub fn forward(&mut self, len: usize) {
         // At most BUFFER_SIZE.
         #[allow(clippy::cast_possible_truncation)]
@@ -55,25 +55,25 @@ impl Credit {
         self.forwarded = self.forwarded.wrapping_add(len);
     }
 
-    /// All bytes left our buffer.
+    /// Counts all bytes in our buffer as having left it.
     pub const fn forward_all(&mut self) {
         self.forwarded = self.received;
     }
 
-    /// The guest should hear about the room that there is.
+    /// Whether the guest should be sent an update of its credit.
     #[must_use]
     pub const fn update_is_due(&self) -> bool {
         self.forwarded.wrapping_sub(self.announced) >= UPDATE_STEP
     }
 
-    /// Writes our side into the header of a packet to the guest.
+    /// Writes our counters into the header of a packet to the guest.
     pub fn stamp(&mut self, header: &mut Header) {
         header.buf_alloc = BUFFER_SIZE.into();
         header.fwd_cnt = self.forwarded.into();
         self.announced = self.forwarded;
     }
 
-    /// Reads the guest's side from the header of a packet.
+    /// Reads the guest's counters from the header of a packet.
     pub fn learn(&mut self, header: &Header) {
         self.guest_size = header.buf_alloc.get();
         self.guest_forwarded = header.fwd_cnt.get();
@@ -86,7 +86,7 @@ impl Credit {
         self.guest_size.saturating_sub(held)
     }
 
-    /// The guest is sent bytes.
+    /// Counts bytes that are sent to the guest.
     pub fn send(&mut self, len: u32) {
         self.sent = self.sent.wrapping_add(len);
     }
@@ -137,7 +137,7 @@ mod tests {
         credit.send(u32::MAX - 50);
         learn(&mut credit, 100, u32::MAX);
         assert_eq!(credit.window(), 90);
-        // More taken out than was ever put in.
+        // More bytes taken out than were ever sent.
         learn(&mut credit, 100, 500);
         assert_eq!(credit.window(), 0);
     }

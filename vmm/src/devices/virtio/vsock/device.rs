@@ -1,4 +1,4 @@
-//! The device: queues on one side, the [`Muxer`] on the other.
+//! The vsock device: queues on one side, the [`Muxer`] on the other.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -19,11 +19,11 @@ use crate::devices::virtio::interrupt::USED_RING;
 use crate::devices::virtio::rings::{needs_interrupt, next_chain};
 use crate::devices::virtio::watch::QueueWatch;
 
-/// Index of the queue that carries packets to the guest.
+/// The index of the queue that carries packets to the guest.
 pub const RX: usize = 0;
-/// Index of the queue that carries packets from the guest.
+/// The index of the queue that carries packets from the guest.
 pub const TX: usize = 1;
-/// Index of the queue that carries events to the guest.
+/// The index of the queue that carries events to the guest.
 pub const EVENT: usize = 2;
 
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -31,7 +31,7 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// Most packets in each direction before other devices get their turn.
 const BATCH: usize = 64;
 
-/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2 §5.10.6.7).
+/// The event `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2 §5.10.6.7).
 const TRANSPORT_RESET: u32 = 0;
 
 /// The vsock device.
@@ -40,14 +40,14 @@ pub struct Vsock {
     pub(super) watch: QueueWatch,
     pub(super) timer: TimerFd,
     pub(super) timer_is_set: bool,
-    /// The driver is to be told that all connections are gone.
+    /// Whether the driver must still be told that all connections are gone.
     pub(super) owes_reset_event: bool,
     activation: Option<Activation>,
 }
 
 impl Vsock {
-    /// A device for a guest with context id `cid`. Host clients come through
-    /// `listener`; the guest can connect to `host_port`.
+    /// Makes a device for a guest with context id `cid`. Host clients connect
+    /// to `listener`; the guest can connect to `host_port`.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -88,19 +88,19 @@ impl Vsock {
         }
     }
 
-    /// Open connections.
+    /// The number of open connections.
     #[must_use]
     pub const fn connections(&self) -> usize {
         self.muxer.connections()
     }
 
-    /// A driver is there.
+    /// Whether a driver has activated the device.
     pub(super) const fn is_active(&self) -> bool {
         self.activation.is_some()
     }
 }
 
-/// Takes packets from the guest, `left` at most.
+/// Takes packets from the guest, at most `left`.
 fn transmit(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
     while *left > 0 && muxer.can_receive() {
         let Ok(Some(chain)) = next_chain(queue, memory) else { return };
@@ -118,7 +118,7 @@ fn transmit(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left
     }
 }
 
-/// Gives packets to the guest, `left` at most.
+/// Gives packets to the guest, at most `left`.
 fn receive(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
     while *left > 0 && muxer.has_packets() {
         let Ok(Some(chain)) = next_chain(queue, memory) else { return };
@@ -133,7 +133,7 @@ fn receive(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left:
                 // At most MAX_PAYLOAD.
                 u32::try_from(HEADER_LEN).unwrap_or_default() + header.len.get()
             }
-            // No packet fits in there.
+            // No packet fits into this chain.
             _ => 0,
         };
         *left -= 1;
@@ -143,7 +143,7 @@ fn receive(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left:
     }
 }
 
-/// Tells the driver of an event, if it has given a buffer for that.
+/// Sends an event to the driver, if it has given a buffer for that.
 fn send_event(memory: &GuestMemoryMmap, queue: &mut Queue, id: u32) -> bool {
     let Ok(Some(chain)) = next_chain(queue, memory) else { return false };
     let head = chain.head_index();
@@ -157,7 +157,8 @@ impl VirtioDevice for Vsock {
     }
 
     fn features(&self) -> u64 {
-        // Without a feature bit of its own the device has streams only.
+        // A device without a feature bit for another socket type has streams
+        // only.
         (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_RING_F_EVENT_IDX)
     }
 

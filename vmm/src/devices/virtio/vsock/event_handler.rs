@@ -1,4 +1,4 @@
-//! The device on the event loop.
+//! The vsock device on the event loop.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::device::Vsock;
 use super::muxer::{Change, TIMER};
 use crate::devices::virtio::watch::{self, Source};
 
-/// How often deadlines are looked at, while there are some.
+/// How often deadlines are checked, while there are some.
 const TICK: Duration = Duration::from_millis(250);
 
 impl MutEventSubscriber for Vsock {

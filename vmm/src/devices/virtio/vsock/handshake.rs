@@ -1,4 +1,4 @@
-//! The first line that a client on the host says: `CONNECT <port>\n`.
+//! The first line of a client on the host: `CONNECT <port>\n`.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -7,39 +7,39 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 
-/// Longest line, with its newline.
+/// Most bytes of the line, including its newline.
 pub const MAX_LINE: usize = 32;
 
 /// A client that has not finished its line.
 #[derive(Debug)]
 pub struct Handshake {
-    /// The client.
+    /// The client's connection.
     pub socket: UnixStream,
     /// The time at which the client is given up.
     pub deadline: Instant,
     line: Vec<u8>,
 }
 
-/// How far a client has come.
+/// The progress of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// The line is not complete.
     Incomplete,
     /// The client asks for this port of the guest.
     Connect(u32),
-    /// The client said something else, or left.
+    /// The client sent something else, or left.
     Bad,
 }
 
 impl Handshake {
-    /// A client that has said nothing yet.
+    /// Makes a client that has sent nothing yet.
     #[must_use]
     pub const fn new(socket: UnixStream, deadline: Instant) -> Self {
         Self { socket, deadline, line: Vec::new() }
     }
 
-    /// Reads what is there of the line, and nothing behind it: a client may
-    /// send payload at once.
+    /// Reads the line as far as it has come, and nothing behind it: a client
+    /// may send payload at once.
     pub fn read(&mut self) -> Progress {
         loop {
             let mut bytes = [0; MAX_LINE];

@@ -1,9 +1,9 @@
 //! All connections of the device, and the host's side of making them.
 //!
-//! The muxer knows neither virtqueues nor the event loop: it takes packets from
-//! the guest ([`Muxer::receive`]), gives packets for it ([`Muxer::next_packet`],
-//! one per connection in turn), and hands out the [`Change`]s of what the event
-//! loop shall watch.
+//! The muxer knows neither virtqueues nor the event loop. It takes packets from
+//! the guest ([`Muxer::receive`]), returns packets for it
+//! ([`Muxer::next_packet`], one per connection in turn), and returns the
+//! [`Change`]s to the descriptors that the event loop watches.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -25,83 +25,85 @@ use crate::devices::virtio::watch::FIRST_TOKEN;
 pub const MAX_CONNECTIONS: usize = 1024;
 /// Most host clients that have not finished their first line.
 pub const MAX_HANDSHAKES: usize = 64;
-/// Most RSTs for packets of no connection that wait for the guest; while there
-/// are so many, it is not listened to.
+/// Most RSTs for packets of no connection that wait for the guest. While there
+/// are so many, no packets are taken from it.
 pub const MAX_RESETS: usize = 256;
 
 /// How long a host client may take for its first line.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Ports that stand for host clients; the guest's own ports do not matter here.
+/// Ports that stand for host clients. They do not collide with the guest's own
+/// ports.
 pub const HOST_PORTS: RangeInclusive<u32> = 1 << 30..=(1 << 31) - 1;
 
-/// Token of the listener in the event loop.
+/// The token of the listener in the event loop.
 pub const LISTENER: u32 = FIRST_TOKEN;
-/// Token of the device's timer.
+/// The token of the device's timer.
 pub const TIMER: u32 = FIRST_TOKEN + 1;
 const FIRST_HANDSHAKE: u32 = 0x1000;
 const FIRST_CONNECTION: u32 = 0x2000;
 
-/// A port of the host, and where what the guest says to it goes: to one
-/// connection, there is no second.
+/// A port of the host that the guest can connect to, and the socket that the
+/// connection leads to. There can be only one connection to it.
 #[derive(Debug)]
 pub struct HostPort {
-    /// The port's number.
+    /// The number of the port.
     pub port: u32,
     /// A connected socket.
     pub socket: UnixStream,
 }
 
-/// What the event loop shall do.
+/// A change to the descriptors that the event loop watches.
 #[derive(Debug)]
 pub enum Change {
     /// Watch a descriptor.
     Add(RawFd, u32, EventSet),
-    /// Watch it in another way.
+    /// Watch a descriptor for other events.
     Modify(RawFd, u32, EventSet),
-    /// Watch it no longer.
+    /// Stop watching a descriptor.
     Remove(RawFd),
-    /// Watch it no longer, and close it.
+    /// Stop watching a descriptor, and close it.
     Close(UnixStream),
 }
 
 #[derive(Debug)]
 struct Slot {
     connection: Connection,
-    /// The connection is among `Muxer::ready`.
+    /// Whether the connection is in `Muxer::ready`.
     queued: bool,
     watches_out: bool,
 }
 
-/// See the [module](self).
+/// All connections of a device, see the [module](self).
 #[derive(Debug)]
 pub struct Muxer {
     guest_cid: u64,
     listener: UnixListener,
-    /// The one port of the host that the guest can connect to, until it has.
+    /// The port of the host that the guest can connect to, until it has done
+    /// so.
     host_port: Option<HostPort>,
-    /// Host clients are let in: a driver is there.
+    /// Whether host clients are accepted, because a driver is there.
     open: bool,
     listening: bool,
-    /// `accept` failed, to be tried again at the next tick.
+    /// Whether `accept` failed; it is tried again at the next tick.
     accept_failed: bool,
     handshakes: Slab<Handshake>,
     connections: Slab<Slot>,
-    /// Connections that the guest knows.
+    /// The connections that the guest knows.
     by_ports: HashMap<Ports, usize>,
-    /// Connections that have packets, in their turn.
+    /// The connections that have packets, in their turn.
     ready: VecDeque<usize>,
     /// RSTs for packets of no connection: ports and socket type.
     resets: VecDeque<(Ports, u16)>,
     next_host_port: u32,
-    /// Something may have a deadline.
+    /// Whether anything may have a deadline.
     ticking: bool,
     changes: Vec<Change>,
 }
 
 impl Muxer {
-    /// Host clients come through `listener`; the guest can connect to
-    /// `host_port`.
+    /// Makes a muxer. Host clients connect to `listener`; the guest can connect
+    /// to `host_port`.
     ///
     /// # Errors
     /// A socket cannot be made non-blocking.
@@ -140,12 +142,12 @@ impl Muxer {
         self.next_host_port
     }
 
-    /// Goes on with that port, one of [`HOST_PORTS`].
+    /// Continues with that port, one of [`HOST_PORTS`].
     pub const fn set_next_host_port(&mut self, port: u32) {
         self.next_host_port = port;
     }
 
-    /// What the event loop shall do, since the last call.
+    /// Takes the changes for the event loop since the last call.
     pub fn take_changes(&mut self) -> Vec<Change> {
         let wanted = self.open && !self.accept_failed && !self.handshakes.is_full();
         if wanted != self.listening {
@@ -160,8 +162,8 @@ impl Muxer {
         std::mem::take(&mut self.changes)
     }
 
-    /// A driver has come, or has gone. No connection survives that, but what
-    /// the guest has sent still reaches the host.
+    /// Notes that a driver has come, or has gone. No connection survives that,
+    /// but bytes that the guest has sent still reach the host.
     pub fn set_open(&mut self, open: bool) {
         self.open = open;
         self.resets.clear();
@@ -177,13 +179,13 @@ impl Muxer {
         }
     }
 
-    /// There is something that [`tick`](Self::tick) must look at.
+    /// Whether [`tick`](Self::tick) must be called.
     #[must_use]
     pub const fn needs_tick(&self) -> bool {
         self.ticking
     }
 
-    /// Looks at the deadlines.
+    /// Checks the deadlines.
     pub fn tick(&mut self, now: Instant) {
         self.accept_failed = false;
         self.ticking = self.handshakes.len() > 0;
@@ -200,7 +202,7 @@ impl Muxer {
         }
     }
 
-    /// The event loop saw something at a descriptor with this token.
+    /// Handles an event of the descriptor with this token.
     pub fn host_event(&mut self, token: u32, events: EventSet) {
         let now = Instant::now();
         if token == LISTENER {
@@ -262,7 +264,8 @@ impl Muxer {
         }
     }
 
-    /// There are far more ports than connections, so one is free.
+    /// A free port of the host. There are far more ports than connections, so
+    /// one is free.
     fn free_host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_host_port;
@@ -281,16 +284,16 @@ impl Muxer {
         Some(name)
     }
 
-    /// The guest may send another packet.
+    /// Whether the guest may send another packet.
     #[must_use]
     pub fn can_receive(&self) -> bool {
         self.resets.len() < MAX_RESETS
     }
 
-    /// A packet from the guest: a header, and all bytes of its chain.
+    /// Handles a packet from the guest: a header, and all bytes of its chain.
     pub fn receive(&mut self, header: &Header, chain: &Buffers<'_>) {
         if header.src_cid.get() != self.guest_cid || header.dst_cid.get() != HOST_CID {
-            // The sender is not who it says, or the receiver is not here: there
+            // The sender's address is false, or the receiver is not here: there
             // is nobody to answer.
             return;
         }
@@ -326,19 +329,19 @@ impl Muxer {
     }
 
     fn refuse(&mut self, header: &Header, ports: Ports, kind: u16) {
-        // An RST is never answered, or two sides could go on for ever.
+        // An RST is never answered, or two sides could continue for ever.
         if header.op() != Some(Op::Reset) && self.can_receive() {
             self.resets.push_back((ports, kind));
         }
     }
 
-    /// There may be packets for the guest.
+    /// Whether there may be packets for the guest.
     #[must_use]
     pub fn has_packets(&self) -> bool {
         !self.resets.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest; its payload, if any, is written into
+    /// The next packet for the guest. Its payload, if any, is written into
     /// `room` behind the place for the header.
     pub fn next_packet(&mut self, room: &Buffers<'_>) -> Option<Header> {
         let mut header = self.next_reset().or_else(|| self.next_of_connections(room))?;
@@ -354,7 +357,7 @@ impl Muxer {
 
     fn next_of_connections(&mut self, room: &Buffers<'_>) -> Option<Header> {
         let now = Instant::now();
-        // Each gets one turn: one that has more goes to the end.
+        // Each connection gets one turn; one that has more goes to the end.
         for _ in 0..self.ready.len() {
             let name = self.ready.pop_front()?;
             let Some(slot) = self.connections.get_mut(name) else { continue };
@@ -368,7 +371,7 @@ impl Muxer {
         None
     }
 
-    /// Does what a change of a connection makes necessary.
+    /// Updates the lists after a change of a connection.
     fn settle(&mut self, name: usize, now: Instant) {
         let Some(slot) = self.connections.get_mut(name) else { return };
         let connection = &mut slot.connection;
@@ -400,16 +403,16 @@ impl Muxer {
         }
     }
 
-    /// Number of connections, those included that only drain.
+    /// The number of connections, including those that only drain.
     #[must_use]
     pub const fn connections(&self) -> usize {
         self.connections.len()
     }
 }
 
-/// A socket is watched by edges: bytes that wait for the guest to make room must
-/// not wake the loop again and again. So everything is read until there is no
-/// more, see [`Connection::next_packet`].
+/// The events that a socket is watched for, by edges: bytes that wait for the
+/// guest to make room must not wake the loop again and again. So everything is
+/// read until there is no more, see [`Connection::next_packet`].
 const INTEREST: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP).union(EventSet::EDGE_TRIGGERED);
 
 fn token(first: u32, name: usize) -> u32 {

@@ -1,18 +1,18 @@
-//! A packet's header (virtio 1.2 §5.10.6).
+//! The header of a packet (virtio 1.2 §5.10.6).
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Context id of the host (virtio 1.2 §5.10.4).
+/// The context id of the host (virtio 1.2 §5.10.4).
 pub const HOST_CID: u64 = 2;
 
-/// Socket type of a stream.
+/// The socket type of a stream.
 pub const STREAM: u16 = 1;
 
 /// Bytes of a header.
 pub const HEADER_LEN: usize = size_of::<Header>();
 
-/// Most bytes of payload that the device puts into one packet; Linux takes no
+/// Most bytes of payload that the device puts into one packet; Linux accepts no
 /// larger ones.
 pub const MAX_PAYLOAD: usize = 64 << 10;
 
@@ -29,7 +29,7 @@ pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 )]
 #[repr(C)]
 pub struct Header {
-    /// The sender: [`HOST_CID`] or the guest's.
+    /// The sender: [`HOST_CID`] or the guest's context id.
     pub src_cid: U64,
     /// The receiver.
     pub dst_cid: U64,
@@ -39,13 +39,13 @@ pub struct Header {
     pub dst_port: U32,
     /// Bytes of payload behind the header.
     pub len: U32,
-    /// Socket type, [`STREAM`].
+    /// The socket type, [`STREAM`].
     pub kind: U16,
-    /// An [`Op`].
+    /// The purpose of the packet, an [`Op`].
     pub op: U16,
-    /// Flags of [`Op::Shutdown`].
+    /// The flags of [`Op::Shutdown`].
     pub flags: U32,
-    /// Size of the sender's receive buffer for this connection.
+    /// The size of the sender's receive buffer for this connection.
     pub buf_alloc: U32,
     /// How many bytes the sender has taken out of that buffer so far.
     pub fwd_cnt: U32,
@@ -57,22 +57,22 @@ pub struct Header {
 pub enum Op {
     /// Asks for a connection.
     Request = 1,
-    /// Accepts it.
+    /// Accepts a connection.
     Response = 2,
-    /// Refuses or ends it.
+    /// Refuses or ends a connection.
     Reset = 3,
     /// Ends one direction or both.
     Shutdown = 4,
     /// Carries payload.
     Data = 5,
-    /// Says how much room there is.
+    /// Says how much room the sender has.
     CreditUpdate = 6,
     /// Asks for a [`Op::CreditUpdate`].
     CreditRequest = 7,
 }
 
 impl Header {
-    /// The op, if it is one.
+    /// The purpose of the packet, if it is a known one.
     #[must_use]
     pub fn op(&self) -> Option<Op> {
         Some(match self.op.get() {
@@ -91,14 +91,15 @@ impl Header {
 /// The two ends of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ports {
-    /// On the host.
+    /// The port on the host.
     pub host: u32,
-    /// In the guest.
+    /// The port in the guest.
     pub guest: u32,
 }
 
 impl Ports {
-    /// Header of a packet to the guest; the muxer adds the context ids.
+    /// Makes the header of a packet to the guest; the muxer adds the context
+    /// ids.
     #[must_use]
     pub fn header(self, op: Op) -> Header {
         Header {

@@ -1,4 +1,4 @@
-//! What a saved vsock device is.
+//! The saved state of a vsock device.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -8,18 +8,19 @@ use serde::{Deserialize, Serialize};
 use super::device::Vsock;
 use super::muxer::HOST_PORTS;
 
-/// Version of [`State`].
+/// The version of [`State`].
 pub const VERSION: u32 = 3;
 
 /// A saved device. Connections are not saved: their host sides are processes
-/// that know nothing of it. A guest that had some is told so when it runs again.
+/// that know nothing of the snapshot. A guest that had some is told that they
+/// are gone when it runs again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// [`VERSION`].
+    /// The version of the state, [`VERSION`].
     pub version: u32,
-    /// Context id of the guest.
+    /// The context id of the guest.
     pub cid: u32,
-    /// The saved device had connections.
+    /// Whether the saved device had connections.
     pub connected: bool,
     /// The host's port of the next connection from there. The guest may still
     /// be closing connections of earlier ports.
@@ -29,19 +30,19 @@ pub struct State {
 /// A saved device cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Another version of this program made it.
+    /// The state was saved by another version.
     #[error("the vsock device was saved as version {0}, this program knows {VERSION}")]
     Version(u32),
-    /// No connection of the host has that port.
+    /// The port is not one for connections of the host.
     #[error("the vsock device goes on with port {0}, which is none of the host's")]
     Port(u32),
-    /// The operating system does not play along.
+    /// A system call failed.
     #[error("make the vsock device: {0}")]
     Io(#[from] io::Error),
 }
 
 impl Vsock {
-    /// Saves what is the device's own.
+    /// Saves the state of the device itself.
     #[must_use]
     pub fn save(&self) -> State {
         State {
@@ -53,8 +54,8 @@ impl Vsock {
         }
     }
 
-    /// Restores it, behind another listener. Its guest has said its first word
-    /// already, and can connect to no port of the host.
+    /// Makes a device from its saved state, with another listener. Its guest
+    /// has reported itself already, and can connect to no port of the host.
     ///
     /// # Errors
     /// See [`RestoreError`].

@@ -1,5 +1,5 @@
-//! A bounded set of things with small numbers as their names, for the tokens
-//! of the event loop.
+//! A bounded set whose items have small numbers as names, for the tokens of the
+//! event loop.
 
 #[derive(Debug)]
 pub struct Slab<T> {
@@ -21,7 +21,8 @@ impl<T> Slab<T> {
         self.used >= self.limit
     }
 
-    /// Puts it in and tells its name, or gives it back if there is no room.
+    /// Adds an item and returns its name, or returns the item if there is no
+    /// room.
     pub fn insert(&mut self, value: T) -> Result<usize, T> {
         if self.is_full() {
             return Err(value);

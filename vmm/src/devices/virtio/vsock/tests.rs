@@ -1,4 +1,4 @@
-//! The device, seen by its driver and by clients on the host.
+//! The vsock device, as its driver and clients on the host see it.
 #![allow(clippy::cast_possible_truncation)]
 
 mod guest;
@@ -109,10 +109,10 @@ fn the_guest_connects_to_the_port_of_the_host_once() {
     client.write_all(b"from the host").unwrap();
     assert_eq!(guest.expect(Op::Data).payload, b"from the host");
 
-    // The same ports again make no sense.
+    // A request with the same ports again is invalid.
     guest.say(80, 5000, Op::Request, 0, &[]);
     guest.expect(Op::Reset);
-    // And others are not there for a second time.
+    // The port accepts no second connection.
     guest.say(80, 5001, Op::Request, 0, &[]);
     assert_eq!(guest.expect(Op::Reset).header.dst_port.get(), 5001);
     assert!(is_at_end(&client));
@@ -149,7 +149,7 @@ fn a_client_that_closes_leaves_its_bytes() {
     drop(client);
     assert_eq!(guest.expect(Op::Data).payload, b"last words");
     assert_eq!(guest.expect(Op::Shutdown).header.flags.get(), SHUTDOWN_BOTH);
-    // Data that nobody takes any more is no offence.
+    // Data that nobody takes any more is no error.
     guest.say(host, 1, Op::Data, 0, b"too late");
     guest.expect_silence();
     guest.say(host, 1, Op::Reset, 0, &[]);
@@ -162,7 +162,8 @@ fn fill(guest: &mut Guest, host: u32, port: u32) -> Vec<u8> {
     let mut sent = Vec::new();
     let mut forwarded = 0;
     let start = Instant::now();
-    // The device tells of what the socket took; the rest stays in the buffer.
+    // The device reports the bytes that the socket took; the rest stays in the
+    // buffer.
     loop {
         assert!(start.elapsed() < Duration::from_secs(20), "the device tells no end of its room");
         while let Some(packet) = guest.take() {
@@ -198,7 +199,7 @@ fn the_end_of_the_guest_comes_behind_its_last_byte() {
     }
     assert!(received == sent);
     assert!(is_at_end(&client));
-    // And the host can still send.
+    // The host can still send.
     client.write_all(b"answer").unwrap();
     loop {
         let packet = guest.receive();
@@ -207,7 +208,7 @@ fn the_end_of_the_guest_comes_behind_its_last_byte() {
         }
         assert_eq!(packet.op(), Op::CreditUpdate);
     }
-    // The guest has nothing to say, and was told so once.
+    // The guest has nothing to send, and has been told once.
     guest.say(host, 1, Op::Data, 0, b"x");
     guest.expect(Op::Reset);
 }
@@ -221,11 +222,11 @@ fn a_slow_client_gets_all_of_a_guest_that_has_left() {
         guest.say(host, 1, way, SHUTDOWN_BOTH, &[]);
         guest.expect_silence();
         if way == Op::Reset {
-            // Its ports are free again.
+            // The ports are free again.
             guest.say(host, 1, Op::Data, 0, b"x");
             guest.expect(Op::Reset);
         }
-        // A client that looks at what it has for a while shall not lose the rest.
+        // A client that is slow to read its data must not lose the rest.
         guest.lock().muxer.tick(Instant::now() + Duration::from_secs(3600));
         guest.run();
         let mut received = Vec::new();
@@ -281,7 +282,7 @@ fn the_device_keeps_to_the_guests_credit() {
     assert_eq!(guest.expect(Op::Data).payload.len(), 100);
     guest.expect(Op::CreditRequest);
     guest.expect_silence();
-    // The guest has nothing new to tell: it is not asked again.
+    // The guest has no news of its credit: it is not asked again.
     guest.send(&Header { buf_alloc: 100.into(), ..header(host, 1, Op::CreditUpdate) }, &[]);
     guest.expect_silence();
     let update = Header { buf_alloc: 100.into(), fwd_cnt: 30.into(), ..header(host, 1, Op::CreditUpdate) };
@@ -333,7 +334,7 @@ fn nonsense_ends_a_connection() {
         |host| header(host, 1, Op::Response),
         |host| Header { op: 0.into(), ..header(host, 1, Op::Data) },
         |host| Header { op: 8.into(), ..header(host, 1, Op::Data) },
-        // More than there is in the chain.
+        // The header claims more bytes than the chain has.
         |host| Header { len: 1.into(), ..header(host, 1, Op::Data) },
     ];
     for make in nonsense {
@@ -368,7 +369,7 @@ fn without_rx_buffers_nothing_is_lost() {
 fn resets_that_nobody_takes_stop_the_guest_and_nothing_else() {
     let mut guest = Guest::without_buffers();
     let mut sent = 0;
-    // As many as go in, until the device listens no more.
+    // Send as many as fit, until the device takes no more.
     loop {
         while guest.tx.used().is_some() {}
         if guest.tx.free() < 2 {
@@ -416,7 +417,7 @@ fn clients_wait_for_a_driver_and_do_not_outlive_it() {
     assert!(is_at_end(&client) && is_at_end(&waiting));
     assert!(guest.lock().activation().is_none());
 
-    // Nobody accepts it, but it can connect.
+    // No driver accepts it, but it can connect.
     let mut early = UnixStream::connect(guest.path()).unwrap();
     early.write_all(b"CONNECT 5\n").unwrap();
     guest.run();
@@ -469,7 +470,7 @@ fn a_guest_that_does_not_answer_is_given_up() {
     guest.expect(Op::Reset);
     assert!(is_at_end(&client));
 
-    // Nor does a connection stay for ever that can carry nothing.
+    // A connection that can carry nothing does not stay for ever.
     let (_, client) = guest.open(2);
     drop(client);
     assert_eq!(guest.expect(Op::Shutdown).header.flags.get(), SHUTDOWN_BOTH);
@@ -488,7 +489,7 @@ fn the_number_of_connections_is_bounded() {
     client.write_all(b"CONNECT 1\n").unwrap();
     guest.expect_silence();
     assert!(is_at_end(&client));
-    // One that ends makes room for another.
+    // A connection that ends makes room for another.
     guest.say(open[3].0, 3, Op::Reset, 0, &[]);
     guest.say(80, 5000, Op::Request, 0, &[]);
     guest.expect(Op::Response);

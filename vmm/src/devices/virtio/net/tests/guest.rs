@@ -1,4 +1,4 @@
-//! A guest: drives the device's real virtqueues, and runs its event loop.
+//! A guest that drives the device's real virtqueues, and runs its event loop.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -26,7 +26,7 @@ pub struct Guest {
     memory: GuestMemoryMmap,
     pub rx: DriverQueue,
     pub tx: DriverQueue,
-    /// Address of each rx buffer.
+    /// The address of each rx buffer.
     buffers: HashMap<u16, u64>,
     posted: u64,
     completed: usize,
@@ -35,12 +35,13 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A guest whose driver accepts those features that the mask lets through.
+    /// Makes a guest whose driver accepts the features that the mask allows.
     pub fn new(name: &str, features: u64) -> Self {
         Self::with(name, features, |_| {})
     }
 
-    /// The same, with a device that was changed before the event loop knows it.
+    /// Makes a guest as [`Self::new`] does, with a device that is changed
+    /// before the event loop knows it.
     pub fn with(name: &str, features: u64, change: impl FnOnce(&mut Net)) -> Self {
         let memory = memory();
         let mut net = Net::new(tap(name).unwrap(), MAC, 1500).unwrap();
@@ -92,7 +93,7 @@ impl Guest {
         self.events.run_with_timeout(milliseconds).unwrap()
     }
 
-    /// Interrupts since the last call.
+    /// The number of interrupts since the last call.
     pub fn interrupts(&self) -> u64 {
         self.interrupt.line().read().unwrap_or(0)
     }
@@ -135,13 +136,13 @@ impl Guest {
         self.completed
     }
 
-    /// A packet that is there already: its header and the frame.
+    /// Takes a packet that is there already: its header and the frame.
     pub fn take(&mut self) -> Option<([u8; HEADER_LEN], Vec<u8>)> {
         let (head, len) = self.rx.used()?;
         let mut packet = self.read(head, len);
         let count = u16::from_le_bytes([packet[10], packet[11]]);
         for _ in 1..count {
-            // All of them are there when the first one is.
+            // All chains of the packet are there when the first one is.
             let (head, len) = self.rx.used().expect("the whole packet");
             let part = self.read(head, len);
             packet.extend(part);
@@ -157,7 +158,7 @@ impl Guest {
         bytes
     }
 
-    /// The next packet, which comes soon.
+    /// Waits for the next packet.
     pub fn receive(&mut self) -> ([u8; HEADER_LEN], Vec<u8>) {
         let start = Instant::now();
         loop {

@@ -8,23 +8,23 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 
-/// Marks the frames of these tests among those that the kernel sends by itself;
-/// for local experiments (IEEE 802).
+/// The protocol that tells frames of these tests from those that the kernel
+/// sends by itself; it is reserved for local experiments (IEEE 802).
 pub const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 pub const IPV4: [u8; 2] = [0x08, 0x00];
 
 /// Bytes of `struct virtio_net_hdr`, which packet sockets use.
 const HEADER_LEN: usize = 10;
 
-/// Runs a test in a network namespace of its own, which ends with it. Without
-/// the right to make one there is nothing to test: returns false.
+/// Runs a test in a network namespace of its own, which ends with it. Returns
+/// false without the privileges to make one.
 pub fn in_namespace(test: impl FnOnce() + Send + 'static) -> bool {
     let run = move || {
         if unshare(CloneFlags::CLONE_NEWNET).is_err() || tap("probe").is_err() {
             eprintln!("skipped: no network namespace or no /dev/net/tun");
             return false;
         }
-        // Without it the kernel looks for IPv6 routers.
+        // Otherwise the kernel looks for IPv6 routers.
         let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
         test();
         true
@@ -64,7 +64,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Sets the interface up.
+    /// Sets the interface up, and opens a packet socket on it.
     pub fn new(name: &str) -> Self {
         let protocol = i32::from((libc::ETH_P_ALL as u16).to_be());
         // SAFETY: plain system calls with pointers to what they are meant for.

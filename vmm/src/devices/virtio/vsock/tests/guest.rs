@@ -1,4 +1,4 @@
-//! A guest: drives the device's real virtqueues, and runs its event loop.
+//! A guest that drives the device's real virtqueues, and runs its event loop.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -20,7 +20,7 @@ use crate::devices::virtio::vsock::{HostPort, Vsock};
 pub const CID: u64 = 42;
 /// The port of the host that a guest can connect to.
 pub const HOST_PORT: u32 = 80;
-/// Room that the guest says it has.
+/// The size of the receive buffer that the guest announces.
 pub const GUEST_BUFFER: u32 = 256 << 10;
 const DEADLINE: Duration = Duration::from_secs(20);
 const QUEUE_SIZE: u16 = 128;
@@ -51,12 +51,12 @@ pub struct Guest {
     rx_size: u32,
     pub features: u64,
     pub dir: TempDir,
-    /// Where what the guest says to [`HOST_PORT`] comes out.
+    /// The host's end of the connection to [`HOST_PORT`].
     pub host_port: Option<UnixStream>,
 }
 
 impl Guest {
-    /// A guest with enough rx buffers.
+    /// Makes a guest with enough rx buffers.
     pub fn new() -> Self {
         let mut guest = Self::without_buffers();
         guest.post(64);
@@ -103,7 +103,7 @@ impl Guest {
         self.run();
     }
 
-    /// The driver starts anew, with the buffers it had.
+    /// Resets the device and starts the driver anew, with the buffers it had.
     pub fn reset(&mut self) {
         self.lock().reset();
         let queue = |index| DriverQueue::new(&self.memory, index, QUEUE_SIZE);
@@ -145,7 +145,8 @@ impl Guest {
         self.rx.kick();
     }
 
-    /// The next packet that the device has given; its buffer is posted again.
+    /// Takes the next packet that the device has given; its buffer is posted
+    /// again.
     pub fn take(&mut self) -> Option<Packet> {
         let packet = self.take_and_keep_buffer()?;
         let (head, address) = packet.1;
@@ -168,7 +169,7 @@ impl Guest {
         Some((Packet { header, payload }, (head, address)))
     }
 
-    /// The next packet, which comes soon.
+    /// Waits for the next packet.
     pub fn receive(&mut self) -> Packet {
         let start = Instant::now();
         loop {
@@ -181,14 +182,14 @@ impl Guest {
         }
     }
 
-    /// The next packet is this one.
+    /// Waits for the next packet, which must be this one.
     pub fn expect(&mut self, op: Op) -> Packet {
         let packet = self.receive();
         assert_eq!(packet.op(), op, "{packet:?}");
         packet
     }
 
-    /// There is no packet.
+    /// Checks that there is no packet.
     pub fn expect_silence(&mut self) {
         self.run();
         if let Some(packet) = self.take() {
@@ -196,7 +197,7 @@ impl Guest {
         }
     }
 
-    /// Sends a packet as it is.
+    /// Sends any packet.
     pub fn send(&mut self, header: &Header, payload: &[u8]) {
         while self.tx.used().is_some() {}
         assert!(self.tx.free() >= 2);
@@ -221,7 +222,7 @@ impl Guest {
         self.run();
     }
 
-    /// A connection that a host client wants: its ports and its socket.
+    /// Connects a host client; returns the ports and the client's socket.
     pub fn connect_from_host(&mut self, guest: u32) -> (u32, UnixStream) {
         let mut client = UnixStream::connect(self.path()).unwrap();
         client.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -232,7 +233,7 @@ impl Guest {
         (request.header.src_port.get(), client)
     }
 
-    /// An open connection.
+    /// Opens a connection.
     pub fn open(&mut self, guest: u32) -> (u32, UnixStream) {
         let (host, client) = self.connect_from_host(guest);
         self.say(host, guest, Op::Response, 0, &[]);

@@ -1,5 +1,5 @@
-//! Guests that do not keep to the rules: the device does not panic, does not
-//! spin, and does not write where it must not.
+//! Guests that do not keep to the rules: the device must not panic, spin, or
+//! write where it must not.
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -94,7 +94,7 @@ proptest! {
             guest.run();
             while guest.take().is_some() {}
         }
-        // The device still works.
+        // The device must still work.
         drop(clients);
         guest.run();
         guest.lock().muxer.tick(std::time::Instant::now() + std::time::Duration::from_secs(100));
@@ -153,7 +153,7 @@ fn a_ring_index_from_nowhere_does_not_make_the_device_spin() {
     guest.rx.set_available_index(40_000);
     guest.tx.kick();
     guest.run();
-    // It goes on when the driver comes to its senses.
+    // The queue works again when the driver writes a valid index.
     guest.tx.set_available_index(0);
     guest.rx.set_available_index(0);
     guest.post(4);

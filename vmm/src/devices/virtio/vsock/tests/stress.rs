@@ -1,5 +1,5 @@
-//! Many connections at once, byte for byte, with clients in threads of their
-//! own and a guest that sends back what it gets.
+//! Many connections at once, whose bytes are compared, with clients in threads
+//! of their own and a guest that sends back the bytes that it gets.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -14,13 +14,13 @@ use crate::devices::virtio::vsock::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_
 
 const CLIENTS: u32 = 12;
 const BYTES: usize = 3 << 20;
-/// What the guest does to each byte.
+/// The key that the guest combines each byte with (XOR).
 const KEY: u8 = 0x5a;
 
 /// A connection as the guest's kernel keeps it.
 #[derive(Default)]
 struct Echo {
-    /// Read by the application, not yet sent back.
+    /// Bytes that the application has read, and not yet sent back.
     pending: Vec<u8>,
     received: u32,
     sent: u32,
@@ -37,7 +37,7 @@ impl Echo {
     }
 
     fn header(&mut self, host: u32, guest: u32, op: Op, len: usize) -> Header {
-        // All that was received was also taken, except what is pending.
+        // All received bytes were read, except those that are pending.
         self.announced = self.received.wrapping_sub(self.pending.len() as u32);
         Header { len: (len as u32).into(), fwd_cnt: self.announced.into(), ..header(host, guest, op) }
     }
@@ -77,7 +77,7 @@ fn client(path: PathBuf, number: u32) {
         writer.shutdown(Shutdown::Write).unwrap();
     });
     if number.is_multiple_of(3) {
-        // A slow one: the guest must wait for it.
+        // This client is slow: the guest must wait for it.
         thread::sleep(Duration::from_millis(300));
     }
     let mut received = Vec::new();
