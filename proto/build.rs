@@ -9,7 +9,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo::rerun-if-changed={proto}");
     }
     let descriptors = protox::compile(&protos, ["."])?;
-    // huskd writes CRI messages into its records, and shows them to people.
+    // huskd stores CRI messages as JSON in its records, and shows them to
+    // users.
     tonic_prost_build::configure()
         .message_attribute(".runtime.v1", "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]")
         .compile_fds(descriptors)?;

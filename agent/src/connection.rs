@@ -1,4 +1,4 @@
-//! The sources of connections. In a machine they come to ports of the vsock
+//! Sources of connections. In a machine, connections come to ports of the vsock
 //! device. On the host they come to one unix socket, and huskd names the port
 //! in the first line, as it does to the VMM (`CONNECT <port>`, `OK <port>`).
 
@@ -19,18 +19,20 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use tonic::transport::server::Connected;
 
-/// How long a connection may take to say where it wants to go.
+/// How long a connection may take to name its port.
 const PREAMBLE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Most connections whose first line is awaited; more wait in the backlog.
+/// Most connections that have not named their port. Further ones wait in the
+/// backlog.
 const MAX_UNDECIDED: usize = 64;
 
-/// The argument whose value is the vsock peer that a machine's agent serves in
-/// place of the host, for tests without a VMM. The kernel passes on what the
-/// host has written after `--` on its command line, so nobody in the pod can.
+/// The argument that names the vsock peer which a machine's agent serves in
+/// place of the host, for tests without a VMM. The kernel passes on only the
+/// text that the host has written after `--` on its command line, so nobody in
+/// the pod can set it.
 const PEER: &str = "--vsock-peer";
 
-/// Longest `CONNECT <port>`, in bytes.
+/// Most bytes of `CONNECT <port>`.
 const MAX_PREAMBLE: usize = 32;
 
 trait Duplex: AsyncRead + AsyncWrite + Send {}
@@ -87,7 +89,7 @@ impl Connected for Connection {
     fn connect_info(&self) {}
 }
 
-/// Connections to one port, without end.
+/// An endless stream of connections to one port.
 pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>> + Send>>;
 
 /// The two ports of the agent.
@@ -99,9 +101,9 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Listens on the ports of a machine, for the host alone. Whoever reaches
-    /// them has the whole pod, and a kernel with vsock's loopback lets every
-    /// process of the pod connect.
+    /// Listens on the ports of a machine, for the host alone. A client of these
+    /// ports controls the whole pod, and a kernel with vsock's loopback lets
+    /// every process of the pod connect.
     pub fn of_machine(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Self> {
         let peer = peer(arguments)?;
         let listen = |port| -> anyhow::Result<Incoming> {
@@ -125,7 +127,7 @@ impl Ports {
     }
 }
 
-/// The peer that is served: the host, unless the arguments name another.
+/// The peer that is served: the host, unless the arguments name another one.
 fn peer(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<u32> {
     let mut arguments = arguments.into_iter();
     if arguments.next().is_none_or(|first| first != PEER) {
@@ -147,8 +149,9 @@ fn of_peer(listener: VsockListener, peer: u32) -> Incoming {
     }))
 }
 
-/// A connection of `peer`, or why none could be accepted. Another's is closed:
-/// `None`. Nothing is logged then, or a container could fill the console.
+/// A connection of `peer`, or the reason that none could be accepted. A
+/// connection of any other peer is closed: `None`. That is not logged, or a
+/// container could fill the console.
 fn admitted<C>(accepted: io::Result<(C, VsockAddr)>, peer: u32) -> Option<io::Result<C>> {
     match accepted {
         Ok((connection, address)) => (address.cid() == peer).then_some(Ok(connection)),
@@ -172,7 +175,8 @@ async fn accept(listener: UnixListener, grpc: PortSender, streams: PortSender) {
                         Ok(Ok(GRPC_PORT)) => grpc,
                         Ok(Ok(STREAM_PORT)) => streams,
                         Ok(Ok(LIVENESS_PORT)) => return hold_open(connection).await,
-                        // Closed without an answer, as the VMM does.
+                        // The connection is closed without an answer, as the
+                        // VMM does.
                         _ => return,
                     };
                     let _ = sender.send(Ok(Connection::new(connection))).await;
@@ -186,10 +190,10 @@ async fn accept(listener: UnixListener, grpc: PortSender, streams: PortSender) {
     }
 }
 
-/// Reads which port is wanted, and says that it is there.
+/// Reads the port that the connection is for, and confirms it.
 async fn preamble(connection: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<u32> {
     let mut line = Vec::with_capacity(MAX_PREAMBLE);
-    // Byte by byte: what follows belongs to the port.
+    // Read byte by byte: the bytes behind the line belong to the port.
     while line.last() != Some(&b'\n') {
         if line.len() >= MAX_PREAMBLE {
             return Err(io::ErrorKind::InvalidData.into());
@@ -208,7 +212,7 @@ fn wanted(line: &[u8]) -> Option<u32> {
     [GRPC_PORT, STREAM_PORT, LIVENESS_PORT].contains(&port).then_some(port)
 }
 
-/// Keeps a connection open: its end tells huskd that the agent has ended.
+/// Keeps a connection open. Its end tells huskd that the agent has ended.
 async fn hold_open(mut connection: UnixStream) {
     let _ = connection.read_u8().await;
 }

@@ -1,11 +1,11 @@
-//! Errors of RPCs. The gRPC code is chosen here and nowhere else; the header of
-//! `agent.proto` says what each means.
+//! Errors of RPCs. The gRPC code is chosen only here; the header of
+//! `agent.proto` says what each code means.
 
 use std::fmt;
 
 use tonic::Status;
 
-/// A request was not done.
+/// The reason that a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The request can never succeed.
@@ -17,10 +17,10 @@ pub enum Error {
     /// The id is in use.
     #[error("{0}")]
     Exists(String),
-    /// The state forbids it.
+    /// The present state forbids the request.
     #[error("{0}")]
     Precondition(String),
-    /// One more would be too many.
+    /// A bound would be exceeded.
     #[error("{0}")]
     Exhausted(String),
     /// A stage of the request failed.
@@ -42,11 +42,11 @@ impl From<Error> for Status {
     }
 }
 
-/// Turns the errors of the agent's parts into an RPC's.
+/// Turns the errors of the agent's parts into errors of an RPC.
 pub trait Stage<T> {
-    /// The failure of a stage that might have succeeded.
+    /// The error of a stage that can succeed at another time.
     fn stage(self, stage: &'static str) -> Result<T, Error>;
-    /// The failure of a request that never can; `what` is wrong with it.
+    /// The error of a request that can never succeed, because of `what`.
     fn invalid(self, what: &'static str) -> Result<T, Error>;
 }
 

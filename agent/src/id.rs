@@ -1,4 +1,4 @@
-//! Identifiers that a request carries: they become file names.
+//! Identifiers in requests, which become file names.
 
 use crate::error::Error;
 

@@ -1,23 +1,21 @@
 //! `husk-agent`: the first process of a pod's virtual machine.
 //!
-//! The kernel starts it as pid 1 with nothing mounted but the read-only root.
-//! The agent answers huskd over vsock: a gRPC service to set up the pod and to run
-//! its containers through runc, and one connection for each standard stream.
-//! As pid 1 it also reaps every process that ends, and must never end itself:
-//! the kernel would panic.
+//! The kernel starts it as pid 1 with nothing mounted but the read-only root. The
+//! agent serves huskd over vsock: a gRPC service to set up the pod and to run its
+//! containers through runc, and one connection for each standard stream. As pid 1
+//! it also reaps every process that ends, and must never end itself: the kernel
+//! would panic.
 //!
-//! For a pod of plain host containers huskd starts the same program on the
-//! host, where it serves the same over a unix socket ([`guest::mode`],
-//! [`guest::host`]).
+//! For a pod of plain host containers huskd starts the same program on the host,
+//! where it serves the same over a unix socket ([`guest::mode`], [`guest::host`]).
 //!
-//! The folders are floors. Each uses those above it in this list, and none
-//! below:
+//! The folders are floors. Each uses only those above it in this list:
 //!
-//! | folder        | has                                                        |
+//! | folder        | content                                                    |
 //! | ------------- | ---------------------------------------------------------- |
-//! | [`guest`]     | the machine or host, and the kernel's own things           |
-//! | [`process`]   | processes, their streams and ends, and runc                |
-//! | [`pod`]       | what the containers of a pod share                         |
+//! | [`guest`]     | the machine or host, and interfaces of the kernel          |
+//! | [`process`]   | processes, their streams and exits, and runc               |
+//! | [`pod`]       | the parts that the containers of a pod share               |
 //! | [`container`] | containers: files, configuration, users, limits            |
 //! | [`server`]    | the RPCs, and the connections of standard streams          |
 
@@ -82,13 +80,13 @@ fn run() -> anyhow::Result<()> {
     }
 }
 
-/// Serves until the pod is to end.
+/// Serves until the pod ends.
 async fn serve(mode: Arc<Mode>) -> anyhow::Result<()> {
     let reaper = reaper::Reaper::start().context("listen for SIGCHLD")?;
     let ports = match *mode {
         Mode::Guest => {
             let ports = Ports::of_machine(std::env::args_os().skip(1))?;
-            // The host may connect from here on; its connections wait in the
+            // The host may connect from now on; its connections wait in the
             // backlog for the few mounts below.
             ready::announce().await;
             init::prepare()?;

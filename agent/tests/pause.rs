@@ -1,5 +1,5 @@
-//! The first process of a pod's pid namespace reaps what containers leave
-//! behind, whatever it died of.
+//! Tests that the first process of a pod's pid namespace reaps orphans of
+//! containers, whatever they died of.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// `husk-agent pause` with two children in sessions of their own, as if containers
-/// had left them.
+/// Runs `husk-agent pause` with two children in sessions of their own, as if
+/// containers had left them.
 struct Pause(Child);
 
 impl Pause {
@@ -69,7 +69,7 @@ fn orphans_that_died_of_a_real_time_signal_are_reaped() {
     let pause = Pause::start();
     until("it starts", || pause.comm() == "husk-agent" && pause.children().len() == 2);
     let children = pause.children();
-    // Both end while it cannot look, so that there is one SIGCHLD for both.
+    // Both end while it is stopped, so that there is one SIGCHLD for both.
     send(pause.pid(), libc::SIGSTOP);
     until("it stops", || state(pause.pid()) == Some('T'));
     send(children[0], 40);

@@ -1,5 +1,5 @@
-//! A container's files: its root filesystem, an overlay of the image below a
-//! writable layer of its own, and the bundle that runc reads.
+//! A container's files: its root filesystem, which is an overlay of the image
+//! and a writable layer of its own, and the bundle that runc reads.
 
 use std::fs;
 use std::io::{self, Write};
@@ -22,10 +22,10 @@ use crate::pod::userns;
 
 const BUNDLES: &str = "/run/husk/bundles";
 
-/// Where a machine's scratch disk is mounted.
+/// The mount point of a machine's scratch disk.
 pub const SCRATCH: &str = "/run/husk/scratch";
 
-/// Where the writable layers of containers are.
+/// The directory of the containers' writable layers.
 fn layers(mode: &Mode) -> PathBuf {
     match mode {
         Mode::Guest => Path::new(SCRATCH).join("containers"),
@@ -45,15 +45,14 @@ pub enum Error {
     /// An image that is a volume could not be mounted.
     #[error("image volume at {destination}: {cause}")]
     Volume {
-        /// Where it should be in the container.
+        /// The mount point in the container.
         destination: String,
         cause: images::Error,
     },
-    /// The content of a directory that the image declares as a volume could not
-    /// be copied.
+    /// A directory that the image declares as a volume could not be copied.
     #[error("fill the image's volume at {destination}: {cause}")]
     Copy {
-        /// Where it is in the container.
+        /// The path in the container.
         destination: PathBuf,
         cause: copy::Error,
     },
@@ -65,25 +64,25 @@ pub enum Error {
 /// The sources of a container's files.
 #[derive(Clone, Copy)]
 pub struct Sources<'a> {
-    /// Where the agent is.
+    /// The place of the agent: machine or host.
     pub mode: &'a Mode,
     /// The pod's images.
     pub images: &'a Arc<Images>,
     /// The machine's disks.
     pub disks: &'a Disks,
-    /// The machine's user and group for root in the container, to whom its files
-    /// belong; `None` in a pod without a user namespace.
+    /// The machine's user and group for root in the container, who own its
+    /// files; `None` in a pod without a user namespace.
     pub mapped_root: Option<(u32, u32)>,
 }
 
-/// A container's files. Dropping it without [`Self::remove`] takes its mounts
-/// away as well as can be.
+/// A container's files. Dropping it without [`Self::remove`] unmounts them as
+/// far as possible.
 pub struct Bundle {
     path: PathBuf,
     layer: PathBuf,
     image: Image,
     volumes: Vec<Volume>,
-    /// Where the container has directories of its own.
+    /// The paths of the container's own directories.
     directories: Vec<PathBuf>,
     mapped: Mapped,
     mounted: AtomicBool,
@@ -94,7 +93,8 @@ struct Volume {
     destination: PathBuf,
     image: Image,
     sub_path: PathBuf,
-    /// Where it is mounted as the pod's user namespace sees it, if there is one.
+    /// The mount of the image with the ids of the pod's user namespace, if there
+    /// is one.
     mapped: Option<PathBuf>,
 }
 
@@ -158,9 +158,9 @@ impl Bundle {
         Ok(())
     }
 
-    /// Makes the directories that the image declares as volumes: beside the
-    /// writable layer, with what the image has there, and mounted where the
-    /// pod's users find their way to them too.
+    /// Makes the directories that the image declares as volumes. They are
+    /// beside the writable layer, begin with the image's content, and are
+    /// mounted where the pod's users can reach them too.
     pub async fn add_directories(
         &mut self,
         destinations: Vec<PathBuf>,
@@ -174,7 +174,8 @@ impl Bundle {
                 fs::create_dir(directory).map_err(files("make directory", directory))?;
             }
             std::os::unix::fs::chown(&place, Some(user), Some(group)).map_err(files("give away", &place))?;
-            // Nothing is written yet, so this is what the image has.
+            // The container has not written yet, so this is the image's
+            // content.
             let below = destination.strip_prefix("/").unwrap_or(&destination);
             match in_root::find(&self.rootfs(), below) {
                 Ok(from) => {
@@ -194,13 +195,13 @@ impl Bundle {
         Ok(())
     }
 
-    /// Where a directory of the container's own is mounted.
+    /// The mount point of one of the container's own directories.
     fn directory(&self, number: usize) -> PathBuf {
         self.path.join(format!("directory-{number}"))
     }
 
-    /// Destinations of the images that are volumes and of the container's own
-    /// directories, and where they are.
+    /// The destinations of image volumes and of the container's own
+    /// directories, with their sources.
     pub fn volumes(&self) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
         let source = |volume: &Volume| {
             let root = volume.mapped.as_deref().unwrap_or_else(|| volume.image.path());
@@ -213,13 +214,13 @@ impl Bundle {
         self.volumes.iter().map(source).chain(own).collect()
     }
 
-    /// Mounts the volumes of a configuration that are to be seen with the ids of
-    /// the pod's user namespace, and has it lead to them.
+    /// Mounts the volumes of a configuration that need the ids of the pod's user
+    /// namespace, and changes the configuration to use these mounts.
     pub async fn map_ids(&mut self, spec: &mut Spec) -> Result<(), idmap::Error> {
         self.mapped.map(spec).await
     }
 
-    /// The directory that runc calls the bundle.
+    /// The bundle, a directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -229,7 +230,7 @@ impl Bundle {
         self.path.join("rootfs")
     }
 
-    /// Where the image is mounted as the pod's user namespace sees it.
+    /// The mount of the image with the ids of the pod's user namespace.
     fn mapped_image(&self) -> PathBuf {
         self.path.join("image")
     }
@@ -251,7 +252,7 @@ impl Bundle {
         file.write_all(json)
     }
 
-    /// Unmounts and deletes everything. May be repeated after a failure.
+    /// Unmounts and deletes everything. Can be repeated after a failure.
     pub async fn remove(&self) -> Result<(), Error> {
         let rootfs = self.rootfs();
         mounts::when_idle(|| mounts::unmount(&rootfs)).await?;
@@ -271,7 +272,7 @@ impl Bundle {
         self.image.release().await.map_err(images::Error::Mount)?;
         self.mounted.store(false, Ordering::Relaxed);
         layer::remove(&self.path).map_err(files("remove", &self.path))?;
-        // The container may have written much.
+        // Deleting takes long if the container has written much.
         let path = self.layer.clone();
         let removed = tokio::task::spawn_blocking(move || layer::remove(&path)).await;
         removed.unwrap_or_else(|panic| Err(io::Error::other(panic))).map_err(files("remove", &self.layer))
@@ -297,13 +298,14 @@ impl Drop for Bundle {
     }
 }
 
-/// How a writable layer is mounted over an image (Linux
+/// The options with which a writable layer is mounted over an image (Linux
 /// `Documentation/filesystems/overlayfs.rst`).
 ///
-/// `volatile`: the layer goes with its container, so nothing in it need survive a
-/// crash of the machine. `xino=on`: all files have one device number, and keep
-/// their inode number when they are first written to; programs that stay on one
-/// file system (`du -x`, `find -xdev`, `rsync -x`) would else see many.
+/// - `volatile`: the layer is removed with its container, so nothing in it need
+///   survive a crash of the machine.
+/// - `xino=on`: all files have one device number, and keep their inode number
+///   when they are first written to. Otherwise programs that stay on one file
+///   system (`du -x`, `find -xdev`, `rsync -x`) would see many.
 fn overlay_options(lower: &Path, upper: &Path, work: &Path) -> String {
     format!(
         "lowerdir={},upperdir={},workdir={},volatile,xino=on",

@@ -1,7 +1,7 @@
-//! Copies of an image's directories, with owners, modes, extended attributes
-//! (file capabilities and access control lists among them) and times. Links stay
-//! links and lead nowhere here. An image never changes, so what was looked at
-//! stays what it is.
+//! Copies of an image's directories, with owners, modes, times and extended
+//! attributes (which include file capabilities and access control lists).
+//! Symbolic links are copied as links and never followed. An image never
+//! changes, so nothing changes between a check and its use.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -24,8 +24,8 @@ pub struct Error {
     cause: io::Error,
 }
 
-/// Fills the directory `to` with what is in the directory `from`, and gives it
-/// that one's owner and mode. Blocks: not for the event loop.
+/// Copies the content of the directory `from` into the directory `to`, and
+/// gives `to` the owner and mode of `from`. Blocks: not for the event loop.
 pub fn directory(from: &Path, to: &Path) -> Result<(), Error> {
     let mut directories = vec![(from.to_owned(), to.to_owned())];
     let mut linked = HashMap::new();
@@ -47,7 +47,8 @@ pub fn directory(from: &Path, to: &Path) -> Result<(), Error> {
             copied.map_err(|cause| Error { path: from, cause })?;
         }
     }
-    // The innermost first: what is made in a directory changes its times.
+    // The innermost directories come first, because making a file changes the
+    // times of its directory.
     for (from, to) in directories.into_iter().rev() {
         let copy_metadataed = from.metadata().and_then(|metadata| copy_metadata(&to, &from, &metadata));
         copy_metadataed.map_err(|cause| Error { path: from, cause })?;
@@ -55,7 +56,8 @@ pub fn directory(from: &Path, to: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Copies what is no directory. `linked` has the files that have several names.
+/// Copies a file that is not a directory. `linked` holds the files that have
+/// several names.
 fn copy(from: &Path, to: &Path, metadata: &Metadata, linked: &mut HashMap<u64, PathBuf>) -> io::Result<()> {
     if metadata.nlink() > 1 {
         if let Some(first) = linked.get(&metadata.ino()) {
@@ -75,7 +77,7 @@ fn copy(from: &Path, to: &Path, metadata: &Metadata, linked: &mut HashMap<u64, P
     copy_metadata(to, from, metadata)
 }
 
-/// Copies extended attributes, as far as the file system of `to` has them.
+/// Copies extended attributes, as far as the file system of `to` supports them.
 fn copy_xattrs(from: &Path, to: &Path) -> io::Result<()> {
     let length = match llistxattr_query(from) {
         Ok(0) | Err(Errno::NOTSUP) => return Ok(()),
@@ -102,8 +104,8 @@ fn xattr(path: &Path, name: &CStr) -> io::Result<Vec<u8>> {
     Ok(value)
 }
 
-/// Gives a copy what its original has besides its content. The owner comes
-/// first: a change of it takes set-id bits and capabilities away.
+/// Gives a copy the metadata of its original. The owner comes first, because
+/// changing it clears set-ID bits and capabilities.
 fn copy_metadata(path: &Path, from: &Path, like: &Metadata) -> io::Result<()> {
     lchown(path, Some(like.uid()), Some(like.gid()))?;
     if !like.is_symlink() {

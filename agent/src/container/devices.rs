@@ -1,5 +1,4 @@
-//! All devices of the machine, or of the host, for a container that is
-//! privileged.
+//! All devices of the machine, or of the host, for a privileged container.
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,25 +11,27 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Spec};
 
 const FOLDER: &str = "/dev";
 
-/// Below [`FOLDER`]: file systems of their own, which every container has, and
-/// the console, since a container's is its terminal.
+/// Entries of [`FOLDER`] that are left out: file systems, which every container
+/// has by itself, and the console, because a container's console is its
+/// terminal.
 const NOT_DEVICES: &[&str] = &["console", "fd", "hugepages", "mqueue", "pts", "shm"];
 
-/// Most devices that a container is given.
+/// Most devices that a container gets.
 const MAX: usize = 4096;
 
-/// The devices cannot be told.
+/// The devices cannot be listed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no such directory.
+    /// A directory cannot be read.
     #[error("read {FOLDER}: {0}")]
     Read(#[from] io::Error),
-    /// One cannot be in a configuration.
+    /// A device cannot be put into the configuration.
     #[error(transparent)]
     Oci(#[from] OciSpecError),
 }
 
-/// Adds all devices to a configuration that has not others at their places.
+/// Adds all devices to a configuration, except where it has other devices at
+/// the same paths.
 pub fn add_all(spec: &mut Spec) -> Result<(), Error> {
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
     let devices = linux.devices_mut().get_or_insert_default();
@@ -45,7 +46,8 @@ fn below(top: &Path) -> Result<Vec<LinuxDevice>, Error> {
     entries.retain(|entry| NOT_DEVICES.iter().all(|other| *other != entry.file_name()));
     while let Some(entry) = entries.pop() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            // A directory that is gone by now had a device that is gone.
+            // A directory that has gone in the meantime belonged to a device
+            // that has gone.
             entries.extend(fs::read_dir(entry.path()).into_iter().flatten().flatten());
         } else if devices.len() < MAX
             && let Some(device) = device(&entry.path())?
@@ -56,7 +58,7 @@ fn below(top: &Path) -> Result<Vec<LinuxDevice>, Error> {
     Ok(devices)
 }
 
-/// The device at a path, if one is there; links are not followed.
+/// The device at a path, if there is one. Links are not followed.
 fn device(path: &Path) -> Result<Option<LinuxDevice>, Error> {
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(None) };
     let kind = metadata.file_type();

@@ -1,14 +1,14 @@
 //! Volumes whose files belong to the pod's users: CRI's `uidMappings` and
-//! `gidMappings`, which are the OCI configuration's as well.
+//! `gidMappings`, which are also in the OCI configuration.
 //!
 //! runc before 1.2 does not know them. So the agent makes the ID-mapped mount
-//! (mount_setattr(2)) in a place of the container's, and what runc gets to see
-//! is a plain bind of that. huskd has made sure that the mappings are those of
-//! the pod's user namespace.
+//! (mount_setattr(2)) in a directory for the container, and the configuration
+//! for runc has a plain bind mount of that. huskd has checked that the mappings
+//! are those of the pod's user namespace.
 //!
-//! Below these mounts are other people's files. So their places are not in the
-//! bundle, which is removed with all that is in it, and nothing is removed here
-//! but what is empty.
+//! Behind these mounts are files of the host. So they are not in the bundle,
+//! which is removed with all its content, and only empty directories are
+//! removed here.
 
 use std::fs;
 use std::io;
@@ -26,7 +26,7 @@ use crate::pod::userns;
 
 const MAPPED: &str = "/run/husk/mapped";
 
-/// A volume cannot be shown with other ids.
+/// A volume cannot be mounted with other ids.
 #[derive(Debug, thiserror::Error)]
 #[error("volume at {destination}: its ids cannot be mapped: {problem}")]
 pub struct Error {
@@ -37,7 +37,7 @@ pub struct Error {
 /// The cause of an [`Error`].
 #[derive(Debug, thiserror::Error)]
 enum Problem {
-    /// The kernel has no such mounts of this file system.
+    /// The kernel does not support ID-mapped mounts of this file system.
     #[error(
         "{source_path} is on {filesystem}, of which this kernel has no ID-mapped mounts; put the volume on a file \
          system that has them, such as ext4 or XFS, or run the pod without a user namespace"
@@ -48,20 +48,20 @@ enum Problem {
     Kernel { doing: &'static str, path: PathBuf, cause: io::Error },
 }
 
-/// A bind mount that is to be mapped.
+/// A bind mount that is to be ID-mapped.
 #[derive(Debug, PartialEq, Eq)]
 struct MappedBind {
     source: PathBuf,
     destination: PathBuf,
-    /// `MS_SLAVE` or `MS_PRIVATE`; nothing when the container shares its
-    /// mounts with the host.
+    /// `MS_SLAVE` or `MS_PRIVATE`; `None` when the container shares its mounts
+    /// with the host.
     propagation: Option<MsFlags>,
 }
 
 /// The ID-mapped volumes of a container.
 pub struct Mapped {
     folder: PathBuf,
-    /// The pod's user namespace, as a file.
+    /// The pod's user namespace, pinned as a file.
     namespace: PathBuf,
     count: usize,
 }
@@ -72,13 +72,14 @@ impl Mapped {
         Self { folder: mode.at(MAPPED).join(id), namespace: mode.at(paths::USER_NAMESPACE), count: 0 }
     }
 
-    /// Mounts the binds of a configuration that are to be mapped, and has it
-    /// lead to these mounts.
+    /// Mounts the binds of a configuration that are to be ID-mapped, and
+    /// changes the configuration to use these mounts.
     pub async fn map(&mut self, spec: &mut Spec) -> Result<(), Error> {
         let all = take(spec, &self.folder);
         self.count = all.len();
         let (folder, namespace) = (self.folder.clone(), self.namespace.clone());
-        // The host may be asked for a file, which must not hold the agent up.
+        // A system call may wait for the host, which must not hold up the
+        // agent.
         let mapped = tokio::task::spawn_blocking(move || {
             all.iter().enumerate().try_for_each(|(number, wanted)| {
                 mount(wanted, &point(&folder, number), &namespace).map_err(|problem| Error {
@@ -90,7 +91,7 @@ impl Mapped {
         mapped.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
 
-    /// Unmounts them. May be repeated after a failure.
+    /// Unmounts the volumes. Can be repeated after a failure.
     pub fn remove(&self) -> io::Result<()> {
         for number in 0..self.count {
             unmount(&point(&self.folder, number))?;
@@ -98,7 +99,7 @@ impl Mapped {
         unless_missing(fs::remove_dir(&self.folder))
     }
 
-    /// The directory of their mount points.
+    /// The directory of the mount points.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -112,8 +113,8 @@ fn unless_missing(done: io::Result<()>) -> io::Result<()> {
     done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
-/// Takes the mappings out of a configuration, and changes the sources of the
-/// binds that had them to places in `folder`.
+/// Removes the mappings from a configuration, and changes the sources of the
+/// binds that had them to mount points in `folder`.
 fn take(spec: &mut Spec, folder: &Path) -> Vec<MappedBind> {
     let mut all = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
@@ -167,7 +168,7 @@ fn mount(wanted: &MappedBind, point: &Path, namespace: &Path) -> Result<(), Prob
 }
 
 /// Unmounts a volume, with the host's mounts below it. These are made private
-/// before, so that the host keeps them.
+/// first, so that they stay mounted on the host.
 fn unmount(point: &Path) -> io::Result<()> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     match nix::mount::mount(None::<&str>, point, None::<&str>, private, None::<&str>) {

@@ -1,6 +1,6 @@
-//! Image filesystems: each is mounted once, read-only, for all containers of
-//! the pod that are made from it, and unmounted with the last of them, so that
-//! the host can take its disk away.
+//! Image filesystems. Each is mounted once, read-only, for all containers of
+//! the pod that use it, and unmounted with the last of them, so that the host
+//! can detach its disk.
 
 use std::collections::HashMap;
 use std::io;
@@ -21,10 +21,10 @@ const IMAGES: &str = "/run/husk/images";
 /// An image could not be mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The disk is not there.
+    /// The image's disk is missing.
     #[error(transparent)]
     Disk(#[from] disks::Error),
-    /// The image's file could not be put behind a device.
+    /// The image's file could not be attached to a loop device.
     #[error("put {path} behind a loop device: {cause}")]
     Loop { path: PathBuf, cause: io::Error },
     /// The filesystem could not be mounted.
@@ -32,8 +32,8 @@ pub enum Error {
     Mount(#[from] mounts::Error),
 }
 
-/// The mounted images, and how many containers use each. One that nobody uses
-/// is in here for as long as it takes to unmount it.
+/// The mounted images, and how many containers use each. An unused image is in
+/// here only while it is being unmounted.
 #[derive(Default)]
 pub struct Images {
     mode: Arc<Mode>,
@@ -46,8 +46,8 @@ impl Images {
         Self { mode, users: Mutex::default() }
     }
 
-    /// Mounts the image on the disk with this serial number, or, on the host, in
-    /// this file, unless it is.
+    /// Mounts the image on the disk with this serial number or, on the host, in
+    /// this file, unless it is mounted.
     pub async fn mount(self: &Arc<Self>, disks: &Disks, rootfs: &Rootfs) -> Result<Image, Error> {
         let serial = rootfs.image_serial.as_str();
         let disk = match *self.mode {
@@ -65,7 +65,7 @@ impl Images {
                     |device: &Path| mounts::mount(&device.to_string_lossy(), &path, "erofs", flags, "");
                 match disk {
                     Some(disk) => mount(&disk)?,
-                    // Once it is mounted, the device lasts as long as the mount.
+                    // The mount keeps the loop device.
                     None => mount(attach(Path::new(&rootfs.image_file))?.path())?,
                 }
                 0
@@ -85,8 +85,8 @@ impl Images {
         }
     }
 
-    /// Runs `unmount` if the image has no users. The table is locked
-    /// meanwhile: a new user either comes before and keeps the mount, or after
+    /// Runs `unmount` if the image has no users. The table is locked meanwhile:
+    /// a new user comes either before that, and keeps the mount, or after it,
     /// and makes its own.
     fn if_unused(
         &self,
@@ -120,8 +120,8 @@ impl Image {
         &self.path
     }
 
-    /// Ends the use, and with the last one the mount. May be repeated after a
-    /// failure.
+    /// Ends the use of the image, and unmounts it with its last use. Can be
+    /// repeated after a failure.
     pub async fn release(&self) -> Result<(), mounts::Error> {
         if self.held.swap(false, Ordering::Relaxed) {
             self.images.let_go(&self.serial);

@@ -1,6 +1,6 @@
-//! A container's writable layer on the scratch disk: how much it holds, and
-//! its removal. The container has made the tree, so it may be deeper than a
-//! path can name or a stack can follow.
+//! A container's writable layer on the scratch disk: its size, and its removal.
+//! The container has made the tree, so it may be deeper than a path can name or
+//! a stack can follow.
 
 use std::collections::HashSet;
 use std::io;
@@ -16,19 +16,19 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Most entries that are measured. A layer with more is told too small,
-/// instead of holding up the agent.
+/// Most entries that are counted. A larger layer is reported too small, so that
+/// measuring does not hold up the agent.
 const MAX_ENTRIES: u64 = 200_000;
 
-/// How many directories are open at once, one in the other.
+/// Most directories that are open at once, one in the other.
 const MAX_DEPTH: usize = 64;
 
 /// Bytes and inodes of a tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskUsage {
-    /// Space that is allocated.
+    /// Bytes of allocated space.
     pub bytes: u64,
-    /// Files, directories and all else.
+    /// Files, directories and all other entries.
     pub inodes: u64,
 }
 
@@ -37,13 +37,13 @@ pub struct DiskUsage {
 pub struct Measured {
     /// The time and the result of the last measurement.
     pub last: watch::Sender<Option<(Instant, DiskUsage)>>,
-    /// A measurement has begun, or waits for its turn.
+    /// Whether a measurement is running, or waits for its turn.
     pub under_way: AtomicBool,
 }
 
-/// Adds up the tree at `root` without following links. What vanishes
-/// meanwhile, and what is deeper than [`MAX_DEPTH`], does not count. Blocks:
-/// not for the event loop.
+/// Adds up the tree at `root` without following links. Files that vanish
+/// meanwhile, and those deeper than [`MAX_DEPTH`], do not count. Blocks: not
+/// for the event loop.
 pub fn measure(root: &Path) -> DiskUsage {
     let mut usage = DiskUsage::default();
     if let Ok(directory) = Dir::open(root, DIRECTORY, Mode::empty()) {
@@ -91,8 +91,8 @@ pub fn remove(root: &Path) -> io::Result<()> {
     }
 }
 
-/// Empties a directory. What is too deep to be emptied on the way is moved to
-/// the `top`, where the next round finds it.
+/// Empties a directory. Directories that are too deep are moved to the `top`,
+/// where the next round finds them.
 fn empty(mut directory: Dir, top: &Dir, depth: usize, moved: &mut u64) -> nix::Result<()> {
     let at = directory.as_fd().try_clone_to_owned().map_err(|_| Errno::EMFILE)?;
     for entry in directory.iter() {
@@ -110,7 +110,7 @@ fn empty(mut directory: Dir, top: &Dir, depth: usize, moved: &mut u64) -> nix::R
         }
         if depth == MAX_DEPTH {
             *moved += 1;
-            // A name that the container would have to guess.
+            // A name that the container does not use by accident.
             let place = format!(".husk-removal-{}-{moved}", std::process::id());
             renameat(&at, name, top, place.as_str())?;
             continue;

@@ -19,29 +19,31 @@ use crate::error::Error;
 use crate::guest::cgroup::Cgroup;
 use crate::process::Process;
 
-/// Most containers of a pod; a bound on what a request can make us hold.
+/// Most containers of a pod, which bounds the memory that requests can make the
+/// agent use.
 const MAX_CONTAINERS: usize = 1024;
 
-/// Most exec processes of a container that run or are remembered. Past it,
-/// the one that ended first is forgotten.
+/// Most exec processes of a container that run or are remembered. When there
+/// are more, the one that ended first is forgotten.
 const MAX_EXECS: usize = 256;
 
 /// A container that runc has created.
 pub struct Container {
-    /// Chosen by the host.
+    /// The id, chosen by the host.
     pub id: String,
     /// The bundle and the layers.
     pub bundle: Bundle,
     pub cgroup: Arc<Cgroup>,
-    /// The first process.
+    /// The container's first process.
     pub init: Process,
     phase: Mutex<Phase>,
     execs: Mutex<HashMap<String, ExecSlot>>,
-    /// The size of its writable layer.
+    /// The size of the container's writable layer.
     pub measured: Arc<Measured>,
 }
 
-/// How far the container has come; that it has exited is known by its init.
+/// The phase of a container's life. Whether it has exited is known from its
+/// init process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Created,
@@ -50,13 +52,13 @@ enum Phase {
 }
 
 enum ExecSlot {
-    /// runc starts it, and its id is taken.
+    /// runc is starting the container, so its id is taken.
     Starting,
     Running(Arc<Process>),
 }
 
 impl Container {
-    /// A container that has not been started.
+    /// Makes a container that has not been started.
     pub fn new(id: String, bundle: Bundle, cgroup: Arc<Cgroup>, init: Process) -> Self {
         Self {
             id,
@@ -69,7 +71,7 @@ impl Container {
         }
     }
 
-    /// Claims the right to start it: once.
+    /// Claims the right to start the container, which only one caller gets.
     pub fn begin_start(&self) -> Result<(), Error> {
         let mut phase = lock(&self.phase);
         if self.init.has_exited() {
@@ -82,12 +84,12 @@ impl Container {
         Ok(())
     }
 
-    /// Says how the start went; after a failure it may be tried again.
+    /// Records the result of the start. After a failure it may be tried again.
     pub fn end_start(&self, started: bool) {
         *lock(&self.phase) = if started { Phase::Started } else { Phase::Created };
     }
 
-    /// Takes an id for an exec, which must not be in use.
+    /// Reserves an id for an exec, which must not be in use.
     pub fn reserve_exec(self: &Arc<Self>, process_id: &str) -> Result<ExecReservation, Error> {
         if *lock(&self.phase) != Phase::Started {
             return Err(Error::Precondition(format!("container {} was not started", self.id)));
@@ -106,7 +108,7 @@ impl Container {
         Ok(ExecReservation { container: self.clone(), process_id: Some(process_id.to_owned()) })
     }
 
-    /// One of its processes: init for the empty id.
+    /// A process of the container; the empty id means its init.
     pub fn process(self: &Arc<Self>, process_id: &str) -> Result<ProcessRef, Error> {
         if process_id.is_empty() {
             return Ok(ProcessRef::Init(self.clone()));
@@ -118,7 +120,7 @@ impl Container {
     }
 }
 
-/// Makes room by forgetting the process that has ended first.
+/// Makes room by forgetting the exec that ended first.
 fn forget_oldest(execs: &mut HashMap<String, ExecSlot>) -> bool {
     let ended = execs.iter().filter_map(|(id, slot)| match slot {
         ExecSlot::Running(process) => process.ended_at().map(|instant| (instant, id)),
@@ -128,7 +130,7 @@ fn forget_oldest(execs: &mut HashMap<String, ExecSlot>) -> bool {
     oldest.is_some_and(|id| execs.remove(&id).is_some())
 }
 
-/// A process of a container, held as long as somebody deals with it.
+/// A process of a container. Its container exists for as long as this is held.
 pub enum ProcessRef {
     /// The container's first process.
     Init(Arc<Container>),
@@ -154,7 +156,7 @@ pub struct ExecReservation {
 }
 
 impl ExecReservation {
-    /// The process runs under the id from here on.
+    /// Makes the process known under the reserved id.
     pub fn publish(mut self, process: Process) {
         if let Some(id) = self.process_id.take() {
             lock(&self.container.execs).insert(id, ExecSlot::Running(Arc::new(process)));
@@ -191,7 +193,7 @@ impl Slot {
 }
 
 impl Containers {
-    /// Takes an id for a container that is about to be made.
+    /// Reserves an id for a container that is about to be made.
     pub fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation, Error> {
         let mut slots = lock(&self.0);
         if slots.contains_key(id) {
@@ -204,7 +206,7 @@ impl Containers {
         Ok(Reservation { containers: self.clone(), id: Some(id.to_owned()) })
     }
 
-    /// A container that can be worked with.
+    /// The container with this id, unless it is being made or removed.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
         match lock(&self.0).get(id) {
             None => Err(Error::NotFound(format!("there is no container {id}"))),
@@ -212,7 +214,7 @@ impl Containers {
         }
     }
 
-    /// All that can be worked with.
+    /// All containers, except those that are being made or removed.
     pub fn all(&self) -> Vec<Arc<Container>> {
         let slots = lock(&self.0);
         let ready = slots.values().filter_map(|slot| match slot {
@@ -222,7 +224,7 @@ impl Containers {
         ready.collect()
     }
 
-    /// Takes a container to remove it; `None` if there is none.
+    /// Begins the removal of a container; `None` if there is none.
     pub fn begin_removal(self: &Arc<Self>, id: &str) -> Result<Option<Removal>, Error> {
         let mut slots = lock(&self.0);
         let container = match slots.get(id) {
@@ -241,7 +243,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// The container is known under its id from here on.
+    /// Makes the container known under the reserved id.
     pub fn publish(mut self, container: Container) {
         if let Some(id) = self.id.take() {
             lock(&self.containers.0).insert(id, Slot::Ready(Arc::new(container)));
@@ -257,7 +259,8 @@ impl Drop for Reservation {
     }
 }
 
-/// A container on its way out. If that fails it is back, to be removed again.
+/// A container that is being removed. If the removal fails, the container is
+/// back, to be removed again.
 pub struct Removal {
     containers: Arc<Containers>,
     pub container: Arc<Container>,
@@ -265,7 +268,7 @@ pub struct Removal {
 }
 
 impl Removal {
-    /// Nothing is left of it.
+    /// Ends the removal: nothing is left of the container.
     pub fn finish(mut self) {
         self.done = true;
     }
@@ -284,7 +287,7 @@ impl Drop for Removal {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No holder leaves anything half-changed.
+    // No holder of the lock leaves its data half-changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -1,4 +1,4 @@
-//! Limits of containers, as far as they depend on what the kernel here has.
+//! Limits of containers that depend on the features of this kernel.
 
 use std::path::Path;
 
@@ -7,13 +7,14 @@ use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources, Spec};
 use crate::guest::cgroup;
 use crate::guest::mode::Mode;
 
-/// A limit that cannot be set here.
+/// The limit cannot be set on this kernel.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("hugepage_limits: there are no huge pages of {0}, or no control group that counts them")]
 pub struct NoSuchPages(String);
 
-/// Leaves out limits on huge pages that are not there: clients limit all sizes
-/// that the host has to nothing, and a machine may have fewer.
+/// Leaves out limits on huge pages of sizes that the machine does not have:
+/// clients set the limits of all sizes of the host to zero, and a machine may
+/// have fewer sizes.
 pub fn fit_to_machine(spec: &mut Spec, mode: &Mode) -> Result<(), NoSuchPages> {
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
     let Some(resources) = resources else { return Ok(()) };
@@ -23,8 +24,8 @@ pub fn fit_to_machine(spec: &mut Spec, mode: &Mode) -> Result<(), NoSuchPages> {
     Ok(())
 }
 
-/// The same for `runc update`, which knows limits on huge pages only as files
-/// of the cgroup.
+/// Does the same for `runc update`, which knows limits on huge pages only as
+/// files of the cgroup.
 pub fn for_update(mut resources: LinuxResources, mode: &Mode) -> Result<LinuxResources, NoSuchPages> {
     let limits = resources.hugepage_limits().clone().unwrap_or_default();
     let limits = existing(limits, |size| has_pages(mode, size))?;
@@ -41,8 +42,8 @@ fn file(size: &str) -> String {
     format!("hugetlb.{size}.max")
 }
 
-/// Whether the pod's cgroups count pages of this size; only those below the
-/// root do.
+/// Whether cgroups of the pod count huge pages of this size. Only cgroups below
+/// the root have such counters.
 fn has_pages(mode: &Mode, size: &str) -> bool {
     counts(mode.host().map_or(Path::new(cgroup::AGENT), |host| &host.cgroup), size)
 }

@@ -1,5 +1,5 @@
-//! The OCI configuration: huskd writes it, the agent fills in what only the
-//! guest knows.
+//! The OCI configuration: huskd writes it, and the agent adds the parts that
+//! only the guest knows.
 
 use std::path::{Path, PathBuf};
 
@@ -9,19 +9,19 @@ use oci_spec::runtime::{Process, Spec};
 use crate::container::user::Identity;
 use crate::guest::cgroup::Cgroup;
 
-/// Largest configuration that is accepted.
+/// Most bytes of a configuration.
 const MAX_JSON: usize = 4 * 1024 * 1024;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The JSON is no OCI configuration.
+    /// The JSON is not an OCI configuration.
     #[error("not an OCI configuration: {0}")]
     Json(#[from] serde_json::Error),
-    /// The JSON is far larger than a configuration is.
+    /// The JSON is far larger than any configuration.
     #[error("the OCI configuration has {0} bytes; at most {MAX_JSON} are read")]
     TooLarge(usize),
-    /// A part that it must have is not there.
+    /// The configuration lacks a required part.
     #[error("the OCI configuration has no {0}")]
     Missing(&'static str),
     /// `linux.cgroupsPath` is not usable with runc's cgroupfs driver.
@@ -46,7 +46,7 @@ pub fn parse(json: &[u8]) -> Result<Spec, Error> {
 }
 
 /// The container's cgroup: the one that the configuration names, or else
-/// `/pod/<id>`, which is then written into it.
+/// `/pod/<id>`, which is then added to the configuration.
 pub fn choose_cgroup(spec: &mut Spec, id: &str) -> Result<Cgroup, Error> {
     let linux = spec.linux_mut().as_mut().ok_or(Error::Missing("linux"))?;
     let path = match linux.cgroups_path() {
@@ -58,7 +58,7 @@ pub fn choose_cgroup(spec: &mut Spec, id: &str) -> Result<Cgroup, Error> {
     Ok(cgroup)
 }
 
-/// Fills in the root filesystem, the user and the terminal.
+/// Adds the root filesystem, the user and the terminal.
 pub fn complete(
     spec: &mut Spec,
     rootfs: &Path,
@@ -88,22 +88,22 @@ pub fn complete(
     if terminal {
         name_terminal(environment);
     }
-    // Else runc's child would inherit the agent's.
+    // Otherwise runc's child would inherit the agent's value.
     if process.oom_score_adj().is_none() {
         process.set_oom_score_adj(Some(0));
     }
     Ok(())
 }
 
-/// Where a container has directories of its own.
+/// The paths of the container's own directories.
 pub fn own_directories(spec: &Spec) -> Vec<PathBuf> {
     let mounts = spec.mounts().iter().flatten();
     let own = mounts.filter(|mount| mount.source().as_deref() == Some(Path::new(OWN_DIRECTORY)));
     own.map(|mount| mount.destination().clone()).collect()
 }
 
-/// Gives the mounts of images that are volumes, and of a container's own
-/// directories, their sources, by destination.
+/// Sets the sources of mounts of image volumes and of the container's own
+/// directories, by destination.
 pub fn place_volumes(spec: &mut Spec, volumes: &[(PathBuf, PathBuf)]) -> Result<(), Error> {
     for (destination, source) in volumes {
         let mounts = spec.mounts_mut().iter_mut().flatten();
@@ -126,15 +126,15 @@ pub fn identity(spec: &Spec) -> husk_proto::agent::Identity {
     husk_proto::agent::Identity { uid: user.uid(), gid: user.gid(), groups }
 }
 
-/// A terminal has a kind, unless somebody has said another one.
+/// Sets `TERM` for a process with a terminal, unless it is set.
 fn name_terminal(environment: &mut Vec<String>) {
     if !environment.iter().any(|variable| variable.starts_with("TERM=")) {
         environment.push("TERM=xterm".into());
     }
 }
 
-/// The process of an exec: other arguments with the user, environment, directory
-/// and capabilities of the container, and a terminal or none.
+/// The process of an exec: other arguments, with the user, environment,
+/// directory and capabilities of the container, and with or without a terminal.
 pub fn exec_process(spec: &Spec, args: Vec<String>, terminal: bool) -> Result<Process, Error> {
     let mut process = spec.process().clone().ok_or(Error::Missing("process"))?;
     process.set_args(Some(args));

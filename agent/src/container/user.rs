@@ -1,7 +1,7 @@
 //! The user of a container's process. Names are looked up in the container's own
 //! `/etc/passwd` and `/etc/group`, which are as hostile as its image. A number
-//! is always an id: a request for 1234 must not become root because an image
-//! has a user of that name.
+//! is always an id: a request for 1234 must not become root because an image has
+//! a user with that name.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,19 +15,19 @@ use nix::sys::stat::Mode;
 
 use crate::guest::in_root;
 
-/// Largest passwd or group file that is read.
+/// Most bytes of a passwd or group file.
 const MAX_FILE: u64 = 4 * 1024 * 1024;
 
 /// A user could not be found.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// A name that is not in the file.
+    /// The file has no such name.
     #[error("no {what} {name:?} in the container's /etc/{file}")]
     Unknown { what: &'static str, name: String, file: &'static str },
-    /// A number that the kernel has no such id for.
+    /// The number is not an id of the kernel.
     #[error("{what} {number} is not an id: those are 0 to {}", u32::MAX - 1)]
     OutOfRange { what: &'static str, number: String },
-    /// The file is there but cannot be read.
+    /// The file exists but cannot be read.
     #[error("read the container's /{path}: {cause}")]
     Unreadable { path: &'static str, cause: String },
 }
@@ -36,11 +36,11 @@ pub enum Error {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     pub uid: u32,
-    /// Primary group.
+    /// The primary group.
     pub gid: u32,
-    /// Supplementary groups, the primary one among them, ascending.
+    /// Supplementary groups in ascending order, including the primary one.
     pub groups: BTreeSet<u32>,
-    /// Home directory; "/" for a user that has none.
+    /// The home directory; "/" for a user that has none.
     pub home: String,
 }
 
@@ -56,10 +56,10 @@ pub fn resolve(rootfs: &Path, request: &str, strict: bool) -> Result<Identity, E
 }
 
 /// Reads a file as a process inside `root` would see it: links are followed,
-/// but never out of the root. A file that does not exist is empty.
+/// but never out of the root. A missing file counts as empty.
 fn read_inside(root: &OwnedFd, path: &'static str) -> Result<String, Error> {
     let unreadable = |cause: String| Error::Unreadable { path, cause };
-    // O_NONBLOCK: a fifo must not hold us up.
+    // O_NONBLOCK: a fifo must not hold up the agent.
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = match in_root::open(root, Path::new(path), flags) {
         Ok(file) => File::from(file),
@@ -87,7 +87,7 @@ struct PasswdEntry<'a> {
     home: &'a str,
 }
 
-/// The well-formed lines; others are passed over, as the C library does.
+/// The well-formed lines; others are skipped, as the C library does.
 fn passwd_entries(text: &str) -> impl Iterator<Item = PasswdEntry<'_>> {
     text.lines().filter_map(|line| {
         let mut fields = line.trim().split(':');
@@ -128,8 +128,8 @@ fn id(text: &str) -> Option<u32> {
     text.parse().ok().filter(|id| *id != u32::MAX)
 }
 
-/// The id that `text` is; none for a name. Digits are never a name, also where
-/// they are no id.
+/// The id that `text` is; `None` for a name. Digits are never a name, even if
+/// they are not a valid id.
 fn number(what: &'static str, text: &str) -> Result<Option<u32>, Error> {
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {

@@ -6,18 +6,19 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-/// Where the hierarchy is mounted.
+/// The mount point of the hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";
 
-/// The agent's own cgroup: the root must be empty of processes before its
-/// controllers can be given to the cgroups below it.
+/// The agent's own cgroup. The root must have no processes before its
+/// controllers can be enabled for the cgroups below it.
 pub const AGENT: &str = "/sys/fs/cgroup/husk-agent";
 
-/// Cgroups that a container may have made below its own and that are looked
-/// at when all its processes get a signal.
+/// Most cgroups below a container's own that are searched when all its
+/// processes get a signal. The container may have made any number.
 const MAX_DESCENDANTS: usize = 1024;
 
-/// Moves the agent to its cgroup and turns every controller on for the rest.
+/// Moves the agent into its cgroup, and enables every controller for the other
+/// cgroups.
 pub fn delegate_controllers() -> io::Result<()> {
     fs::create_dir_all(AGENT)?;
     fs::write(Path::new(AGENT).join("cgroup.procs"), "0")?;
@@ -30,87 +31,88 @@ pub fn delegate_controllers() -> io::Result<()> {
 #[derive(Debug)]
 pub struct Cgroup(PathBuf);
 
-/// Figures of what a container uses, in bytes and nanoseconds, by the kernel's
+/// A container's use of resources, in bytes and nanoseconds, with the kernel's
 /// names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// `cpu.stat`: processor time since its start.
+    /// `cpu.stat`: processor time since the start.
     pub cpu_nanos: u64,
-    /// The part of it spent in programs.
+    /// The part of that time spent in user mode.
     pub cpu_user_nanos: u64,
-    /// The part of it spent in the kernel.
+    /// The part of that time spent in the kernel.
     pub cpu_system_nanos: u64,
-    /// `nr_periods`.
+    /// `nr_periods` of `cpu.stat`.
     pub periods: u64,
-    /// `nr_throttled`.
+    /// `nr_throttled` of `cpu.stat`.
     pub throttled_periods: u64,
-    /// `throttled_usec`.
+    /// `throttled_usec` of `cpu.stat`.
     pub throttled_nanos: u64,
-    /// `memory.current`.
+    /// `memory.current`: bytes in use.
     pub memory: u64,
     /// `memory.max`; 0 for no limit.
     pub memory_limit: u64,
-    /// `memory.peak`.
+    /// `memory.peak`: most bytes ever in use.
     pub memory_peak: u64,
     /// `memory.stat`: anonymous memory.
     pub anonymous: u64,
-    /// `file`.
+    /// `file` of `memory.stat`.
     pub file: u64,
-    /// `file_mapped`.
+    /// `file_mapped` of `memory.stat`.
     pub mapped_file: u64,
-    /// `active_file`.
+    /// `active_file` of `memory.stat`.
     pub active_file: u64,
-    /// `inactive_file`: what the kernel takes back first.
+    /// `inactive_file` of `memory.stat`: the memory that the kernel reclaims
+    /// first.
     pub inactive_file: u64,
-    /// `kernel`.
+    /// `kernel` of `memory.stat`.
     pub kernel: u64,
-    /// `pgfault`.
+    /// `pgfault` of `memory.stat`.
     pub page_faults: u64,
-    /// `pgmajfault`.
+    /// `pgmajfault` of `memory.stat`.
     pub major_page_faults: u64,
-    /// `memory.swap.current`.
+    /// `memory.swap.current`: bytes of swap in use.
     pub swap: u64,
-    /// `memory.events`: processes killed for want of memory.
+    /// `memory.events`: processes killed because memory ran out.
     pub oom_kills: u64,
     /// `pids.current`: processes and threads.
     pub pids: u64,
     /// `pids.max`; 0 for no limit.
     pub pids_limit: u64,
-    /// Processes, threads not counted.
+    /// Processes, without counting threads.
     pub processes: u64,
-    /// `io.stat`, of all devices.
+    /// `io.stat`, summed over all devices.
     pub io: Io,
 }
 
 /// Reads and writes of block devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Io {
-    /// `rbytes`.
+    /// `rbytes` of `io.stat`.
     pub read_bytes: u64,
-    /// `wbytes`.
+    /// `wbytes` of `io.stat`.
     pub write_bytes: u64,
-    /// `rios`.
+    /// `rios` of `io.stat`.
     pub reads: u64,
-    /// `wios`.
+    /// `wios` of `io.stat`.
     pub writes: u64,
 }
 
 impl Cgroup {
-    /// The cgroup that an OCI configuration names in `cgroupsPath`. `None`
-    /// for a path that does not stay below the root.
+    /// The cgroup that an OCI configuration names in `cgroupsPath`. `None` for
+    /// a path that leads out of the root.
     pub fn from_oci_path(path: &str) -> Option<Self> {
         let relative = path.strip_prefix('/')?;
         let legal = |part: &str| !matches!(part, "" | "." | "..") && !part.contains([':', '\0']);
         relative.split('/').all(legal).then(|| Self(Path::new(ROOT).join(relative)))
     }
 
-    /// A directory that stands for a cgroup.
+    /// A directory in place of a cgroup.
     #[cfg(test)]
     pub fn at(directory: &Path) -> Self {
         Self(directory.to_owned())
     }
 
-    /// Kills every process in it, in one step that no fork escapes.
+    /// Kills every process in the cgroup, in one step that no fork escapes.
     pub fn kill(&self) {
         match fs::write(self.0.join("cgroup.kill"), "1") {
             Ok(()) => {}
@@ -119,7 +121,7 @@ impl Cgroup {
         }
     }
 
-    /// Sends a signal to every process in it.
+    /// Sends a signal to every process in the cgroup.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
         if signal == libc::SIGKILL {
             self.kill();
@@ -144,10 +146,11 @@ impl Cgroup {
             if visited > MAX_DESCENDANTS {
                 break;
             }
-            // Children may go while we look, and a threaded one has no list.
+            // Child cgroups may vanish meanwhile, and a threaded one has no
+            // list.
             if let Ok(list) = fs::read_to_string(directory.join("cgroup.procs")) {
-                // 0 stands for a process outside of our pid namespace, and
-                // would be our own process group to kill(2).
+                // 0 stands for a process outside of our pid namespace; for
+                // kill(2) it would mean our own process group.
                 pids.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
             }
             let children = fs::read_dir(&directory).into_iter().flatten().flatten();
@@ -160,14 +163,15 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// How many of its processes the kernel has killed for want of memory.
+    /// How many processes of the cgroup the kernel has killed because memory
+    /// ran out.
     pub fn oom_kills(&self) -> u64 {
         let events = fs::read_to_string(self.0.join("memory.events")).unwrap_or_default();
         keyed(&events, "oom_kill").unwrap_or(0)
     }
 
-    /// Gives every process in it a place in the order in which the kernel kills
-    /// when memory runs out. One that has just gone is no error.
+    /// Sets the OOM score of every process in the cgroup. A process that has
+    /// just ended is no error.
     pub fn set_oom_score_adj(&self, score: i32) -> io::Result<()> {
         for pid in self.processes()? {
             match fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
@@ -179,7 +183,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// The figures now. A file that the kernel was built without counts as 0.
+    /// Reads the current usage. A file that the kernel was built without counts
+    /// as 0.
     pub fn usage(&self) -> Usage {
         let read = |name: &str| fs::read_to_string(self.0.join(name)).unwrap_or_default();
         let number = |name: &str| read(name).trim().parse().unwrap_or(0);
@@ -195,7 +200,7 @@ impl Cgroup {
             throttled_periods: cpu_stat("nr_throttled"),
             throttled_nanos: cpu_nanos("throttled_usec"),
             memory: number("memory.current"),
-            // "max" is no number.
+            // "max" is not a number.
             memory_limit: number("memory.max"),
             memory_peak: number("memory.peak"),
             anonymous: memory_stat("anon"),

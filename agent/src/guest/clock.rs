@@ -1,4 +1,4 @@
-//! Wall-clock time and the seed of random numbers: what a machine that was
+//! Wall-clock time and the seed of random numbers, which a machine that was
 //! just made, or cloned from a template, cannot know by itself.
 
 use std::fs::File;
@@ -10,11 +10,11 @@ use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-/// Most bytes of seed that are taken.
+/// Most bytes of seed that are used.
 pub const MAX_ENTROPY: usize = 512;
 
-/// Fewest bytes of seed that make a machine's random numbers its own: as many
-/// as the kernel's pool holds.
+/// Fewest bytes of seed that make a machine's random numbers unique: as many as
+/// the kernel's pool holds.
 const MIN_ENTROPY: usize = 32;
 
 /// Nanoseconds since 1970.
@@ -29,8 +29,8 @@ pub fn set(nanos: i64) -> io::Result<()> {
     Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(since))?)
 }
 
-/// From here on a difference is made up for at once. A smaller one is made up
-/// for by a clock that goes a little faster or slower for some time, and never
+/// From this difference on, the clock is set at once. A smaller difference is
+/// slewed: the clock runs a little faster or slower for some time, and never
 /// back.
 const STEP_NANOS: u64 = 500_000_000;
 
@@ -51,8 +51,8 @@ pub fn adjust(nanos: i64) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses a seed that is too short. A clone of a template would draw the random
-/// numbers that every other clone draws.
+/// Refuses a seed that is too short: a clone of a template would draw the same
+/// random numbers as every other clone.
 pub fn check_seed(seed: &[u8]) -> Result<(), String> {
     if seed.len() < MIN_ENTROPY {
         return Err(format!("a seed of {} bytes; at least {MIN_ENTROPY} are needed", seed.len()));
@@ -60,8 +60,8 @@ pub fn check_seed(seed: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Header of `RNDADDENTROPY`'s argument (`struct rand_pool_info`), with room
-/// for the bytes behind it.
+/// The header of `RNDADDENTROPY`'s argument (`struct rand_pool_info`), with
+/// room for the bytes behind it.
 #[repr(C)]
 struct PoolInfo {
     entropy_bits: libc::c_int,
@@ -72,8 +72,8 @@ struct PoolInfo {
 nix::ioctl_write_ptr_bad!(add_entropy, nix::request_code_write!(b'R', 0x03, 8), PoolInfo);
 nix::ioctl_none!(reseed, b'R', 0x07);
 
-/// Credits `seed` to the kernel's random number generator and makes it draw
-/// from it at once (random(4)). At most [`MAX_ENTROPY`] bytes are used.
+/// Adds `seed` to the kernel's random number generator, and reseeds the
+/// generator at once (random(4)). At most [`MAX_ENTROPY`] bytes are used.
 pub fn seed(seed: &[u8]) -> io::Result<()> {
     let seed = seed.get(..MAX_ENTROPY).unwrap_or(seed);
     let length = libc::c_int::try_from(seed.len()).map_err(io::Error::other)?;

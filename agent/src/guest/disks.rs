@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep};
 
 const SYS_BLOCK: &str = "/sys/block";
 
-/// How long an empty slot may take to get its disk. The host attaches it
-/// before it asks for it, so only the interrupt is on its way.
+/// How long an empty slot may take to get its disk. The host attaches the disk
+/// before it names it in a request, so only the interrupt can be late.
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// A disk could not be found.
@@ -24,13 +24,14 @@ pub enum Error {
     /// The slot stayed empty.
     #[error("the block device with the serial number {0:?} has stayed empty for {deadline} s", deadline = DEADLINE.as_secs())]
     Empty(String),
-    /// sysfs did not answer.
+    /// sysfs could not be read.
     #[error("read {SYS_BLOCK}: {0}")]
     Sysfs(#[source] io::Error),
 }
 
-/// The machine's disks. All of them are there from the start, some as empty
-/// slots. Serial numbers are read once, because each is a request to its device.
+/// The machine's disks. All of them exist from the start, some as empty slots.
+/// Serial numbers are read once, because each reading is a request to the
+/// device.
 #[derive(Default)]
 pub struct Disks(Mutex<HashMap<String, PathBuf>>);
 
@@ -65,12 +66,12 @@ fn has_no_size(path: &Path) -> Result<bool, Error> {
     Ok(sectors.trim() == "0")
 }
 
-/// Names of the block devices below `directory` by their serial number.
+/// The names of the block devices below `directory`, by their serial number.
 fn scan(directory: &Path) -> io::Result<HashMap<String, PathBuf>> {
     let mut found = HashMap::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
-        // Only virtio disks have the attribute here (virtio 1.2 §5.2.6.1,
+        // Only virtio disks have this attribute here (virtio 1.2 §5.2.6.1,
         // VIRTIO_BLK_T_GET_ID).
         if let Ok(serial) = fs::read_to_string(entry.path().join("serial")) {
             found.insert(serial.trim().to_owned(), entry.file_name().into());

@@ -1,13 +1,12 @@
-//! Prepares a supervisor of host containers: it reads its arguments and enters
-//! the pod's namespaces. Containers that have no
-//! namespace of their own for something then share the pod's, just as they
-//! share those of their machine.
+//! Prepares a supervisor of host containers: it reads its arguments and enters the
+//! pod's namespaces. A container that has no namespace of its own of some type then
+//! shares the pod's, just as it shares the machine's in a VM pod.
 //!
-//! The supervisor has a mount namespace of its own. All that it mounts for its
+//! The supervisor has a mount namespace of its own. Everything that it mounts for its
 //! containers (images, root filesystems, shared memory) goes with the pod's last
-//! process, however that ends, and the loop devices below with it. Mounts of the host
-//! still reach the containers, and theirs the host where they may: only the
-//! pod's directory is private.
+//! process, however that ends, and so do the loop devices below. Mounts of the host
+//! still propagate to the containers, and theirs to the host where that is allowed:
+//! only the pod's directory is private.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -21,23 +20,24 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::guest::mode::Host;
 
-/// The argument that makes this program into a supervisor.
+/// The argument that makes this program a supervisor.
 pub const HOST: &str = "--host";
 
-/// Where huskd leaves the socket on which the supervisor listens.
+/// The descriptor on which huskd passes the socket that the supervisor listens
+/// on.
 const SOCKET_FD: RawFd = 3;
 
-/// The pod cannot do without its supervisor. Inherited by nothing: each
-/// container has a value of its own.
+/// The pod cannot do without its supervisor, so the kernel should kill it last.
+/// No container inherits this: each has a value of its own.
 const OOM_SCORE_ADJ: &str = "-999";
 
-/// A supervisor cannot start.
+/// The supervisor cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The arguments are wrong.
     #[error("{0}")]
     Arguments(String),
-    /// The kernel refused something.
+    /// A system call failed.
     #[error("{doing} {path}: {cause}")]
     Kernel { doing: &'static str, path: PathBuf, cause: io::Error },
 }
@@ -47,7 +47,7 @@ fn kernel<E: Into<io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E
     move |cause| Error::Kernel { doing, path, cause: cause.into() }
 }
 
-/// Reads the arguments behind [`HOST`].
+/// Parses the arguments behind [`HOST`].
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Host, Error> {
     let mut host = Host::default();
     let mut arguments = arguments.into_iter();
@@ -81,20 +81,20 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Host, Erro
     Ok(host)
 }
 
-/// Enters the pod's namespaces. No other thread may run yet.
+/// Enters the pod's namespaces. Must be called before another thread runs.
 pub fn enter(host: &Host) -> Result<(), Error> {
     let mut own = CloneFlags::CLONE_NEWNS;
     if let Some(netns) = &host.netns {
         let file = File::open(netns).map_err(kernel("open network namespace", netns))?;
         setns(file, CloneFlags::CLONE_NEWNET).map_err(kernel("enter network namespace", netns))?;
-        // A pod in the host's network has the host's name as well.
+        // A pod in the host's network also has the host's name.
         own |= CloneFlags::CLONE_NEWUTS;
     }
     if host.own_ipc {
         own |= CloneFlags::CLONE_NEWIPC;
     }
     unshare(own).map_err(kernel("make namespaces for", &host.directory))?;
-    // Fails unless it is a mount point, and then nothing may be mounted there.
+    // This fails unless it is a mount point; nothing may be mounted there then.
     mount(None::<&str>, &host.directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
         .map_err(kernel("keep to itself what is mounted below", &host.directory))?;
     // Processes that runc leaves behind become children of this one.
@@ -106,8 +106,8 @@ pub fn enter(host: &Host) -> Result<(), Error> {
     Ok(())
 }
 
-/// The socket that huskd made and passed on, in the event loop. To be called
-/// once: the descriptor has one owner.
+/// Registers the socket that huskd passed with the event loop. May be called
+/// once, because the descriptor has one owner.
 pub fn socket() -> io::Result<tokio::net::UnixListener> {
     // Closed on exec, so that no container inherits it; which also fails if
     // the descriptor is not there.

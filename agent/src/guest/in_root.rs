@@ -1,4 +1,4 @@
-//! Files of a root that is not trusted, such as an image's.
+//! Files below a root directory that is not trusted, such as an image's.
 
 use std::fs::{self, File};
 use std::io;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 /// Opens `path` as a process whose root directory is `root` would: links are
-/// followed, but never out of it.
+/// followed, but never out of the root.
 pub fn open(root: impl AsFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_CLOEXEC)
@@ -16,8 +16,8 @@ pub fn open(root: impl AsFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> 
     openat2(root, path, how)
 }
 
-/// Where a file or directory of a root that never changes really is, links
-/// followed as [`open`] does.
+/// The real path of a file or directory below a root that never changes. Links
+/// are followed as in [`open`].
 pub fn find(root: &Path, path: &Path) -> io::Result<PathBuf> {
     if path.as_os_str().is_empty() {
         return Ok(root.to_owned());

@@ -1,5 +1,5 @@
 //! Prepares a machine for its first container: the kernel's filesystems, a cgroup
-//! tree with its controllers on, limits.
+//! tree with its controllers enabled, limits.
 
 use std::fs;
 use std::io;
@@ -10,7 +10,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::guest::mounts::{self, mount};
 use crate::guest::{cgroup, limits};
 
-/// The agent is the last process that the pod can do without.
+/// The pod cannot do without the agent, so the kernel should kill it last.
 const OOM_SCORE_ADJ: &str = "-999";
 
 /// A machine could not be prepared.
@@ -24,8 +24,8 @@ pub enum Error {
     Cgroups(#[source] io::Error),
 }
 
-/// Warnings go to the console, which the host keeps the tail of: each byte
-/// there is an exit to the VMM, so there is nothing else.
+/// Sends warnings to the console, whose tail the host keeps. Nothing below a
+/// warning is logged, because each byte there is an exit to the VMM.
 pub fn log_to_console() {
     tracing_subscriber::fmt()
         .with_max_level(LevelFilter::WARN)
@@ -35,8 +35,8 @@ pub fn log_to_console() {
         .init();
 }
 
-/// One malloc arena instead of one a thread, and free memory given back: the
-/// agent's memory is the pod's.
+/// Uses one malloc arena for all threads, and returns free memory to the
+/// kernel: the agent's memory counts as the pod's.
 pub fn limit_malloc() {
     // SAFETY: mallopt only sets parameters of the allocator; no other thread
     // runs yet.
@@ -47,7 +47,7 @@ pub fn limit_malloc() {
     }
 }
 
-/// Mounts the kernel's filesystems and sets cgroups and limits up.
+/// Mounts the kernel's filesystems, and sets up cgroups and limits.
 pub fn prepare() -> Result<(), Error> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let tmp = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;

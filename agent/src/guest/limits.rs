@@ -1,6 +1,7 @@
-//! Limits that the kernel has by the size of a machine's memory, or that the
-//! operators of nodes raise. Programs expect those of a node, whatever memory
-//! their pod has; what they really use is charged to their containers.
+//! Limits that the kernel derives from the size of a machine's memory, or that
+//! operators raise on nodes. Programs expect the limits of a node, however
+//! little memory their pod has; the memory that they really use is charged to
+//! their containers.
 
 use std::fs;
 use std::io;
@@ -8,26 +9,26 @@ use std::path::Path;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, rlim_t, setrlimit};
 
-/// Limits of the agent's process, which containers inherit unless their
-/// configuration has others: soft and hard.
+/// Limits of the agent's process, soft and hard, which containers inherit
+/// unless their configuration sets others.
 const PROCESS: &[(Resource, rlim_t, rlim_t)] = &[
-    // A soft limit far higher makes old programs slow that close every
+    // A far higher soft limit slows down old programs that close every
     // descriptor they might have.
     (Resource::RLIMIT_NOFILE, 65_536, 1_048_576),
-    // As containerd's unit has them. The kernel's own are 935 processes and as
-    // many signals in a machine of 256 MiB.
+    // These are as in containerd's unit. The kernel's own limits are 935
+    // processes and as many signals in a machine of 256 MiB.
     (Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY),
     (Resource::RLIMIT_SIGPENDING, RLIM_INFINITY, RLIM_INFINITY),
     (Resource::RLIMIT_CORE, RLIM_INFINITY, RLIM_INFINITY),
 ];
 
-/// Kernel parameters that are raised to these values, and never lowered
-/// (Linux `Documentation/admin-guide/sysctl/`, `networking/ip-sysctl.rst`).
+/// Kernel parameters that are raised to these values, and never lowered (Linux
+/// `Documentation/admin-guide/sysctl/`, `networking/ip-sysctl.rst`).
 const KERNEL: &[(&str, &str)] = &[
-    // As on any 64-bit machine with systemd: a pid is not used again soon,
-    // which the reaper relies on.
+    // This is as on any 64-bit machine with systemd. A pid is not used again
+    // soon, which the reaper relies on.
     ("kernel/pid_max", "4194304"),
-    // By memory: one thread for 128 KiB.
+    // The kernel's own value depends on memory: one thread for 128 KiB.
     ("kernel/threads-max", "131072"),
     ("user/max_cgroup_namespaces", "65536"),
     ("user/max_ipc_namespaces", "65536"),
@@ -48,20 +49,22 @@ const KERNEL: &[(&str, &str)] = &[
     ("net/ipv4/tcp_max_syn_backlog", "4096"),
     ("net/ipv4/tcp_rmem", "4096 131072 6291456"),
     ("net/ipv4/tcp_wmem", "4096 16384 4194304"),
-    // The same on every machine, and too little for a node.
+    // The kernel's own values are the same on every machine, and too low for a
+    // node.
     ("vm/max_map_count", "1048576"),
     ("fs/aio-max-nr", "1048576"),
     ("fs/fanotify/max_user_groups", "4096"),
     ("fs/inotify/max_user_instances", "8192"),
     ("kernel/keys/maxkeys", "10000"),
     ("kernel/keys/maxbytes", "1000000"),
-    // As the kubelet sets them on its node.
+    // These are as the kubelet sets them on its node.
     ("kernel/keys/root_maxkeys", "1000000"),
     ("kernel/keys/root_maxbytes", "25000000"),
     ("vm/overcommit_memory", "1"),
 ];
 
-/// Raises all of them. What fails is on the console: no pod fails for it.
+/// Raises all limits. Failures are logged on the console; no pod fails for
+/// them.
 pub fn raise() {
     for (resource, soft, hard) in PROCESS {
         if let Err(error) = raise_own(*resource, *soft, *hard) {
@@ -76,15 +79,15 @@ pub fn raise() {
     }
 }
 
-/// Raises a limit of this process, as far as it is lower.
+/// Raises a limit of this process, if it is lower.
 fn raise_own(resource: Resource, soft: rlim_t, hard: rlim_t) -> nix::Result<()> {
     let (_, hard_before) = getrlimit(resource)?;
     let hard = hard.max(hard_before);
     setrlimit(resource, soft.min(hard), hard)
 }
 
-/// Writes a parameter whose value is lower. One that the kernel was built
-/// without needs no raising.
+/// Raises a parameter, if its value is lower. A parameter that the kernel was
+/// built without is skipped.
 fn raise_to(path: &Path, value: &str) -> io::Result<()> {
     let before = match fs::read_to_string(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -93,8 +96,8 @@ fn raise_to(path: &Path, value: &str) -> io::Result<()> {
     if is_less(&before, value) { fs::write(path, value) } else { Ok(()) }
 }
 
-/// Whether a parameter's last number, which is its largest, is less than
-/// another's.
+/// Whether the last number of a parameter, which is its largest, is less than
+/// that of another value.
 fn is_less(before: &str, value: &str) -> bool {
     let last = |text: &str| text.split_whitespace().last().and_then(|word| word.parse::<u64>().ok());
     last(before) < last(value)

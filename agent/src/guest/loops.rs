@@ -1,5 +1,5 @@
-//! Loop devices: how an image's file becomes a filesystem on the host, where
-//! no VMM makes a disk of it (loop(4)).
+//! Loop devices, which turn an image's file into a filesystem on the host,
+//! where no VMM makes a disk of it (loop(4)).
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-/// Somebody else may take the free device that the kernel names, again and
-/// again, but not for ever.
+/// Most attempts to get a free loop device: another process may take the one
+/// that the kernel names.
 const ATTEMPTS: usize = 64;
 
 const FLAG_READ_ONLY: u32 = 1;
-/// The device goes with its last user, which is a mount.
+/// The device is detached with its last user, which is a mount.
 const FLAG_AUTOCLEAR: u32 = 4;
 
 /// `struct loop_info64` of `linux/loop.h`.
@@ -34,7 +34,7 @@ struct Info {
     init: [u64; 2],
 }
 
-/// `struct loop_config` of the same.
+/// `struct loop_config` of `linux/loop.h`.
 #[repr(C)]
 struct Config {
     fd: u32,
@@ -46,8 +46,8 @@ struct Config {
 nix::ioctl_none_bad!(get_free, 0x4C82);
 nix::ioctl_write_ptr_bad!(configure, 0x4C0A, Config);
 
-/// A loop device. It is there until it is dropped, or for as long after that
-/// as it is mounted.
+/// A loop device. It exists until this is dropped, or for as long after that as
+/// it is mounted.
 #[derive(Debug)]
 pub struct Loop {
     path: PathBuf,
@@ -55,7 +55,7 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Puts a file behind a device that nobody uses, to be read.
+    /// Attaches a file to a free device, read-only.
     pub fn attach(file: &Path) -> io::Result<Self> {
         let backing = File::open(file)?;
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
@@ -84,7 +84,7 @@ impl Loop {
             let number = unsafe { get_free(control.as_raw_fd()) }?;
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let device = match OpenOptions::new().read(true).open(&path) {
-                // Another's device went away between the two calls.
+                // The device vanished between the two calls.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 device => device?,
             };
@@ -105,7 +105,7 @@ impl Loop {
     }
 }
 
-/// The end of the path, for people who look at `losetup`.
+/// The end of the path, for the output of `losetup`.
 fn name(file: &Path) -> [u8; 64] {
     use std::os::unix::ffi::OsStrExt;
     let mut name = [0; 64];

@@ -1,14 +1,14 @@
-//! The whole machine's use of memory, processor and network.
+//! The memory, processor time and network traffic of the whole machine.
 
 use std::fs;
 
 use husk_proto::agent::{InterfaceStat, MachineStat};
 
-/// Ticks of `/proc/stat` a second (`USER_HZ`, the same on all architectures
-/// but two that are gone).
+/// Ticks of `/proc/stat` per second (`USER_HZ`, the same on all architectures
+/// of today).
 const TICKS_PER_SECOND: u64 = 100;
 
-/// Reads the figures now.
+/// Reads the current values.
 pub fn stat() -> MachineStat {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let memory = read("/proc/meminfo");
@@ -21,8 +21,8 @@ pub fn stat() -> MachineStat {
     }
 }
 
-/// `/proc/net/dev`: two lines of headings, then one an interface,
-/// `<name>: <8 numbers of what was received> <8 of what was sent>`.
+/// Parses `/proc/net/dev`: two lines of headings, then one line per interface:
+/// `<name>: <8 numbers of received data> <8 of sent data>`.
 fn interfaces(text: &str) -> Vec<InterfaceStat> {
     let line = |line: &str| {
         let (name, numbers) = line.split_once(':')?;
@@ -50,9 +50,9 @@ fn kilobytes(text: &str, key: &str) -> u64 {
     kilobytes.unwrap_or(0).saturating_mul(1024)
 }
 
-/// Ticks that all processors together spent on something: the first line of
-/// `/proc/stat` without idle and iowait, and without the guest times, which
-/// are in user and nice already (proc_stat(5)).
+/// Ticks that all processors together were busy: the first line of `/proc/stat`
+/// without idle and iowait, and without the guest times, which are already in
+/// user and nice (proc_stat(5)).
 fn busy_ticks(stat: &str) -> u64 {
     let Some(all) = stat.lines().find_map(|line| line.strip_prefix("cpu ")) else { return 0 };
     let ticks = all.split_whitespace().map(|field| field.parse::<u64>().unwrap_or(0));

@@ -1,5 +1,5 @@
-//! The ground floor: the machine or the host that the agent is on, and the
-//! kernel's own things. Knows nothing of pods, containers or processes.
+//! The lowest floor: the machine or the host that the agent runs on, and
+//! interfaces of the kernel. It knows nothing of pods, containers or processes.
 
 pub mod cgroup;
 pub mod clock;

@@ -1,9 +1,10 @@
-//! The two places of an agent: it is the first process of a pod's virtual
-//! machine, or the supervisor of a pod of plain host containers.
+//! The two places of an agent: the first process of a pod's virtual machine,
+//! and the supervisor of a pod of plain host containers.
 //!
-//! Both serve the same requests. In a machine everything is the pod's: its
-//! clock, its network interfaces, `/run/husk`. On the host only what the agent
-//! was given is: the namespaces it has entered, and a directory.
+//! Both serve the same requests. In a machine everything belongs to the pod:
+//! its clock, its network interfaces, `/run/husk`. On the host only the
+//! resources that the agent was given do: the namespaces that it has entered,
+//! and a directory.
 
 use std::path::{Path, PathBuf};
 
@@ -12,33 +13,33 @@ use husk_proto::agent::paths;
 /// The place of the agent.
 #[derive(Debug, Default)]
 pub enum Mode {
-    /// In a machine of its own, as its first process.
+    /// The agent is the first process of a machine of its own.
     #[default]
     Guest,
-    /// On the host.
+    /// The agent is a supervisor on the host.
     Host(Host),
 }
 
-/// The parts of the host that its supervisor was given.
+/// The resources of the host that a supervisor was given.
 #[derive(Debug, Default)]
 pub struct Host {
-    /// The pod's directory: a mount of its own, so that what is mounted below
-    /// stays in the agent's mount namespace.
+    /// The pod's directory. It is a mount of its own, so that mounts below it
+    /// stay in the agent's mount namespace.
     pub directory: PathBuf,
-    /// Where the writable layers of its containers go.
+    /// The directory of the containers' writable layers.
     pub layers: PathBuf,
-    /// The OCI runtime.
+    /// The OCI runtime's program.
     pub runc: PathBuf,
     /// The pod's control group, below `/sys/fs/cgroup`.
     pub cgroup: PathBuf,
-    /// The pod's network namespace; none for the host's.
+    /// The pod's network namespace; `None` for the host's.
     pub netns: Option<PathBuf>,
-    /// IPC is the pod's own and not the host's.
+    /// Whether the pod has an IPC namespace of its own, and not the host's.
     pub own_ipc: bool,
 }
 
 impl Mode {
-    /// The supervisor's part of the host; `None` in a machine.
+    /// The supervisor's resources; `None` in a machine.
     pub const fn host(&self) -> Option<&Host> {
         match self {
             Self::Guest => None,
@@ -46,7 +47,7 @@ impl Mode {
         }
     }
 
-    /// Where a place below a machine's `/run/husk` is here.
+    /// The path here that corresponds to a path below a machine's `/run/husk`.
     pub fn at(&self, path: &str) -> PathBuf {
         match self {
             Self::Guest => path.into(),

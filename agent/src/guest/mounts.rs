@@ -1,4 +1,4 @@
-//! mount(2) and umount(2) with errors that name what was being mounted.
+//! mount(2) and umount(2) with errors that name the mount.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use nix::mount::{MntFlags, MsFlags};
 use tokio::time::{Instant, sleep};
 
 /// How long a busy filesystem may take to become idle: a container's mount
-/// namespace is taken down a moment after its last process is reaped.
+/// namespace goes a moment after its last process is reaped.
 const IDLE: Duration = Duration::from_secs(2);
 
 /// A mount could not be made or undone.
@@ -27,7 +27,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The filesystem is in use, or mounted there already.
+    /// Whether the filesystem is in use, or mounted there already.
     pub fn is_busy(&self) -> bool {
         matches!(self, Self::Mount { cause: Errno::EBUSY, .. } | Self::Unmount { cause: Errno::EBUSY, .. })
     }
@@ -78,8 +78,8 @@ pub fn unmount(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Takes `path` out of the tree now; the filesystem goes when it is idle. For
-/// giving up, where nobody is left to tell about a failure.
+/// Takes `path` out of the tree now; the filesystem is unmounted when it is
+/// idle. This is for clean-up whose failure nobody handles.
 pub fn detach(path: &Path) {
     let flags = MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH;
     if let Err(cause) = nix::mount::umount2(path, flags)

@@ -1,4 +1,4 @@
-//! Tells the host that the agent's services listen.
+//! Tells the host that the agent's services are listening.
 
 use std::io;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::io::AsyncWriteExt;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
-/// A host that has not taken the connection after this time does not wait for it.
+/// How long the agent waits for the host to take the connection.
 const READY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Sends `READY <microseconds since the kernel started>`. A host that does
-/// not listen is no failure: it finds the service by connecting to it.
+/// Sends `READY <microseconds since the kernel started>`. A host that does not
+/// listen is no failure: it finds the service by connecting to it.
 pub async fn announce() {
     match tokio::time::timeout(READY_TIMEOUT, send()).await {
         Ok(Ok(())) => {}

@@ -1,6 +1,6 @@
-//! Trims the sandbox disk from time to time, as fstrim(8) does. The host's file
-//! for it is sparse, and so shrinks when a pod deletes files. The mount option `discard` would make
-//! every deletion of a file wait for the host instead.
+//! Trims the sandbox disk from time to time, as fstrim(8) does. The disk's file on the host is
+//! sparse, and so shrinks when a pod deletes files. The mount option `discard` would instead make
+//! every deletion of a file wait for the host.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,13 +11,13 @@ use std::time::Duration;
 use nix::sys::statvfs::statvfs;
 use tokio::time::sleep;
 
-/// How often is looked whether there is something to give back.
+/// How often to check whether there is something to trim.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// From how many bytes on it is worth it.
+/// Fewest bytes for which trimming is worth it.
 const WORTH: u64 = 16 << 20;
 
-/// Free ranges that are shorter stay with the guest, in bytes.
+/// Bytes of the shortest free range that is trimmed.
 const SHORTEST: u64 = 64 << 10;
 
 /// `struct fstrim_range` of `linux/fs.h`.
@@ -33,11 +33,11 @@ nix::ioctl_readwrite!(fitrim, b'X', 121, Range);
 /// A mounted file system and its block device.
 pub struct Disk {
     mounted: PathBuf,
-    /// The device's counters in sysfs.
+    /// The file of the device's counters in sysfs.
     counters: PathBuf,
 }
 
-/// How much of a disk is used, and how much was ever written to it, in bytes.
+/// How many bytes of a disk are used, and how many were ever written to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Level {
     used: u64,
@@ -45,7 +45,7 @@ struct Level {
 }
 
 impl Level {
-    /// Most bytes that may have been freed since this level was seen.
+    /// Most bytes that may have been freed between this level and a later one.
     const fn freed_until(self, now: Self) -> u64 {
         let written = now.written.saturating_sub(self.written);
         self.used.saturating_add(written).saturating_sub(now.used)
@@ -93,7 +93,7 @@ fn written(counters: &str) -> u64 {
     sectors.unwrap_or(0).saturating_mul(512)
 }
 
-/// Tells the device below a file system what is free there.
+/// Tells the device below a file system which ranges are free.
 fn trim(mounted: &Path) -> io::Result<()> {
     let directory = File::open(mounted)?;
     let mut range = Range { start: 0, length: u64::MAX, shortest: SHORTEST };

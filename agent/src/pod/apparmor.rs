@@ -1,7 +1,8 @@
-//! AppArmor profiles for the machine's containers. Their policy is given to the
-//! kernel before runc names them; it stays for as long as the machine lives.
+//! AppArmor profiles for the machine's containers. A policy is loaded into the
+//! kernel before runc names its profile, and stays for as long as the machine
+//! lives.
 //!
-//! On the host huskd loads them.
+//! On the host, huskd loads the policies.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -14,17 +15,17 @@ use crate::guest::mounts::{self, mount};
 
 const SECURITYFS: &str = "/sys/kernel/security";
 
-/// Takes a policy, all of it in one write. Profiles that are there are
-/// replaced, also those of processes that run.
+/// The file that loads a policy, which must be one write. Profiles with the
+/// same names are replaced, also for processes that run.
 const REPLACE: &str = "/sys/kernel/security/apparmor/.replace";
 
-/// The policy of the default profile, part of the machine's root.
+/// The policy of the default profile, a file of the machine's root.
 const DEFAULT_POLICY: &str = "/usr/share/husk/husk-default.apparmor";
 
-/// The kernel could not be given a policy that a container needs.
+/// A policy that a container needs could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// securityfs, through which the kernel takes policies.
+    /// securityfs, which loads policies, could not be mounted.
     #[error(transparent)]
     Mount(#[from] mounts::Error),
     /// The kernel has no AppArmor.
@@ -44,7 +45,7 @@ pub enum Error {
     NoDefault(io::Error),
 }
 
-/// The policies that the kernel was given.
+/// The policies that were loaded.
 #[derive(Default)]
 pub struct Policies {
     given: Mutex<Given>,
@@ -53,15 +54,15 @@ pub struct Policies {
 #[derive(Default)]
 struct Given {
     mounted: bool,
-    /// The default profile.
+    /// Whether the default profile is loaded.
     default: bool,
-    /// The loads of the host that came last, by number.
+    /// The numbers of the host's policies that were loaded last.
     revisions: Vec<u64>,
 }
 
 impl Policies {
     /// Loads the policies that a container needs. False when the kernel has no
-    /// AppArmor, and need not have any.
+    /// AppArmor, and the container needs none.
     pub async fn load(&self, wanted: &AppArmor) -> Result<bool, Error> {
         match self.load_all(wanted).await {
             Err(Error::NoAppArmor) if wanted.unless_off => Ok(false),
@@ -107,7 +108,8 @@ impl Given {
         if wanted.policies.is_empty() || revisions().eq(self.revisions.iter().copied()) {
             return Ok(());
         }
-        // A later load may have replaced a profile of an earlier one: all of them, in their order.
+        // A later policy may have replaced a profile of an earlier one, so all are loaded again,
+        // in their order.
         self.revisions.clear();
         for AppArmorPolicy { content, .. } in &wanted.policies {
             replace(content)?;
@@ -138,8 +140,8 @@ mod tests {
         AppArmor { policies: revisions.iter().map(policy).collect(), ..Default::default() }
     }
 
-    /// Answers a request for a kernel that refuses the policy `[9]`; returns what
-    /// the kernel was given.
+    /// Updates the policies of a kernel that refuses the policy `[9]`; returns
+    /// the policies that the kernel was given.
     fn update(given: &mut Given, wanted: &AppArmor) -> (Vec<Vec<u8>>, Result<(), Error>) {
         let mut written = Vec::new();
         let result = given.update(

@@ -14,13 +14,13 @@ ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 ";
 
-/// Text that would change the meaning of the file it is written to.
+/// A text would change the meaning of the file that it is written to.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// A server's address is none.
+    /// The address of a server is invalid.
     #[error("DNS server {0:?} is not an IP address")]
     Server(String),
-    /// White space or control characters in a word.
+    /// A word has white space or control characters.
     #[error("{what} {word:?} must be one word")]
     Word { what: &'static str, word: String },
 }
@@ -41,7 +41,7 @@ pub fn hosts(hostname: &str, addresses: &[IpAddr]) -> Result<String, Error> {
 pub fn resolv_conf(dns: &Dns) -> Result<String, Error> {
     let mut text = String::new();
     for server in &dns.servers {
-        // An IPv6 address may name its link: fe80::1%eth0.
+        // An IPv6 address may name its interface: fe80::1%eth0.
         let (address, zone) = server.split_once('%').unwrap_or((server, "eth0"));
         if address.parse::<IpAddr>().is_err() || check_word("zone", zone).is_err() {
             return Err(Error::Server(server.clone()));
@@ -61,7 +61,8 @@ pub fn resolv_conf(dns: &Dns) -> Result<String, Error> {
     Ok(text)
 }
 
-/// A word has no white space, which would end it, and no control characters.
+/// Checks that a word has no white space, which would end it, and no control
+/// characters.
 pub fn check_word(what: &'static str, word: &str) -> Result<(), Error> {
     if word.is_empty() || word.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return Err(Error::Word { what, word: word.to_owned() });

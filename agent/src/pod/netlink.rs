@@ -1,4 +1,4 @@
-//! Interfaces, addresses and routes, as the host's CNI decided them.
+//! Interfaces, addresses and routes, as the host's CNI plugins chose them.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,27 +10,27 @@ use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
-/// Index of the loopback interface in every network namespace.
+/// The index of the loopback interface in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// Longest interface name (`IFNAMSIZ` less its end).
+/// Most bytes of an interface name (`IFNAMSIZ` less its end).
 const MAX_NAME: usize = 15;
 
 /// The network could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request is wrong.
+    /// The request is invalid.
     #[error("{0}")]
     Invalid(String),
     /// No device has the hardware address.
     #[error("no network device has the hardware address {0}")]
     NoDevice(String),
-    /// The kernel said no.
+    /// The kernel refused a request.
     #[error("{doing}: {cause}")]
     Kernel { doing: String, cause: io::Error },
 }
 
-/// An address and the length of its network's prefix.
+/// An address and the prefix length of its network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Prefix {
     address: IpAddr,
@@ -72,18 +72,18 @@ impl Prefix {
     }
 }
 
-/// A route that can be asked of the kernel.
+/// A route in the form in which the kernel gets it.
 #[derive(Debug, PartialEq, Eq)]
 struct PlannedRoute {
     destination: Prefix,
     gateway: Option<IpAddr>,
     interface: String,
-    /// The gateway is in none of the networks that the interface is on, so the
-    /// kernel must take our word that it can be reached there.
+    /// Whether the gateway is in none of the interface's networks. The kernel
+    /// must then be told that it can be reached on the link.
     on_link: bool,
 }
 
-/// The addresses of these interfaces, without loopback.
+/// The addresses of these interfaces, without the prefix lengths.
 pub fn addresses(interfaces: &[Interface]) -> Result<Vec<IpAddr>, Error> {
     let all = interfaces.iter().flat_map(|interface| &interface.addresses);
     all.map(|address| Prefix::parse(address).map(|prefix| prefix.address)).collect()
@@ -131,7 +131,7 @@ async fn add_interface(handle: &Handle, interface: &Interface) -> Result<u32, Er
     let device = if interface.device_mac.is_empty() { mac } else { parse_mac(&interface.device_mac)? };
     let index = find_by_mac(handle, &device).await?.ok_or_else(|| Error::NoDevice(interface.mac.clone()))?;
 
-    // Neither can change while it is up.
+    // Neither name nor address can change while the interface is up.
     let mut settings = LinkUnspec::new_with_index(index).name(name.clone());
     if device != mac {
         settings = settings.address(mac.to_vec());
@@ -151,9 +151,9 @@ async fn add_interface(handle: &Handle, interface: &Interface) -> Result<u32, Er
         let Prefix { address, length } = Prefix::parse(text)?;
         let mut request = handle.address().add(index, address, length);
         if address.is_ipv6() {
-            // CNI has seen to it that the address is free; to wait for
-            // duplicate address detection would make the pod start a second
-            // later (RFC 4862 §5.4).
+            // CNI guarantees that the address is free; waiting for duplicate
+            // address detection would make the pod start a second later (RFC
+            // 4862 §5.4).
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         }
         match request.execute().await {
@@ -167,7 +167,8 @@ async fn add_interface(handle: &Handle, interface: &Interface) -> Result<u32, Er
 async fn find_by_mac(handle: &Handle, mac: &[u8; 6]) -> Result<Option<u32>, Error> {
     let mut links = handle.link().get().execute();
     let mut found = None;
-    // To the end, even if found: an unfinished dump leaves replies behind.
+    // Read to the end even if the link is found: an unfinished dump leaves
+    // replies behind.
     while let Some(link) = links.try_next().await.map_err(kernel(|| "list interfaces".into()))? {
         let is_it = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::Address(address) if address == mac);
         if link.attributes.iter().any(is_it) {
@@ -177,9 +178,8 @@ async fn find_by_mac(handle: &Handle, mac: &[u8; 6]) -> Result<Option<u32>, Erro
     Ok(found)
 }
 
-/// Checks the routes against the interfaces, and puts them into an order in
-/// which the kernel accepts them: networks on the link before the gateways in
-/// them.
+/// Checks the routes against the interfaces, and sorts them into an order that the
+/// kernel accepts: networks on the link come before the gateways in them.
 fn plan_routes(interfaces: &[Interface], routes: &[Route]) -> Result<Vec<PlannedRoute>, Error> {
     let mut networks = Vec::new();
     for interface in interfaces {
@@ -223,7 +223,8 @@ fn plan_routes(interfaces: &[Interface], routes: &[Route]) -> Result<Vec<Planned
         if let Some(gateway) = route.gateway {
             let reachable =
                 |(name, network): &(&str, Prefix)| *name == route.interface && network.contains(gateway);
-            // Link-local gateways are on every link (RFC 4861 §6.2.1).
+            // A link-local gateway can be reached on every link (RFC 4861
+            // §6.2.1).
             let link_local = matches!(gateway, IpAddr::V6(gateway) if gateway.is_unicast_link_local());
             route.on_link = !link_local && !networks.iter().any(reachable);
         }
@@ -253,14 +254,14 @@ fn parse_mac(text: &str) -> Result<[u8; 6], Error> {
 
 fn route_message(route: &PlannedRoute, index: u32) -> Result<RouteMessage, Error> {
     let invalid = |error| Error::Invalid(format!("route {}: {error}", route.destination.address));
-    // With host bits set, the kernel refuses a destination.
+    // The kernel refuses a destination with host bits.
     let mut builder = RouteMessageBuilder::<IpAddr>::new()
         .output_interface(index)
         .destination_prefix(route.destination.network(), route.destination.length)
         .map_err(invalid)?;
     builder = match route.gateway {
         Some(gateway) => builder.gateway(gateway).map_err(invalid)?,
-        // IPv6 knows no scopes and takes any.
+        // IPv6 has no scopes.
         None => builder.scope(RouteScope::Link),
     };
     if route.on_link {

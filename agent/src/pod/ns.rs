@@ -1,6 +1,6 @@
-//! Namespaces that the pod's containers share, above all the pid namespace: a
-//! process of our own that is its pid 1, and reaps what the containers leave
-//! behind.
+//! Namespaces that the pod's containers share, above all the pid namespace. Its
+//! pid 1 is a process of this program, which reaps the orphans of the
+//! containers.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -15,11 +15,11 @@ use nix::unistd::Pid;
 
 use crate::process::reaper::{self, Reaper};
 
-/// The argument that makes this program into the namespace's first process.
+/// The argument that makes this program the namespace's first process.
 pub const PAUSE: &str = "pause";
 
-/// Starts the namespace and pins it at `path`, where the OCI configurations of
-/// containers find it.
+/// Starts the namespace and pins it at `path`, which the OCI configurations of
+/// containers name.
 pub fn create_pid_namespace(reaper: &Reaper, path: &Path) -> io::Result<()> {
     pin(start_pause(reaper, libc::CLONE_NEWPID)?, "pid", path)
 }
@@ -44,9 +44,9 @@ pub fn start_pause(reaper: &Reaper, flags: i32) -> io::Result<Pid> {
     let launch = reaper.launch();
     let (pid, _exit) = launch.spawn_with(|| {
         let flags = libc::c_long::from(flags | libc::SIGCHLD);
-        // SAFETY: without CLONE_VM and with no stack this is fork(2): the
-        // child has a copy of this thread's memory. Until execve(2) it calls
-        // nothing but system calls, with arguments made before.
+        // SAFETY: without CLONE_VM and with no stack this is fork(2): the child
+        // has a copy of this thread's memory. Until execve(2) it makes only
+        // system calls, with arguments made before.
         let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
         if pid == 0 {
             // SAFETY: see above; the pointers are of this frame.
@@ -58,17 +58,16 @@ pub fn start_pause(reaper: &Reaper, flags: i32) -> io::Result<Pid> {
         let pid = Errno::result(pid)?;
         i32::try_from(pid).map(Pid::from_raw).map_err(io::Error::other)
     })?;
-    // A machine that is out of memory kills the pod's containers first.
+    // A machine that runs out of memory kills the pod's containers first.
     let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-998");
     Ok(pid)
 }
 
-/// The namespace's first process: reaps until it is killed.
+/// Runs the namespace's first process: it reaps until it is killed.
 pub fn pause() -> ExitCode {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGCHLD);
-    // As pid 1 it gets no signal that it does not ask for, except from the
-    // agent, which sends SIGKILL.
+    // As pid 1 it gets no signal without a handler, except the agent's SIGKILL.
     if signals.thread_block().is_err() {
         return ExitCode::FAILURE;
     }

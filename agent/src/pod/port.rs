@@ -1,4 +1,4 @@
-//! Connections from the host to ports of the pod.
+//! Connections from the host to ports of the pod (port-forward).
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -10,31 +10,31 @@ use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// How long each of the pod's loopback addresses may take to answer.
+/// How long each of the pod's loopback addresses may take to accept.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Most connections at a time.
 const MAX_FORWARDS: usize = 256;
 
-/// Bytes held for each direction.
+/// Bytes of the buffer for each direction.
 const BUFFER: usize = 16 * 1024;
 
-/// How often to look whether the host is still there while the port is silent.
+/// How often to check that the host is still there while the port is silent.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// How long a port that has given its whole answer may take nothing of what the
-/// host still sends.
+/// How long a port that has sent its whole answer may take no more of the
+/// host's bytes.
 const IGNORED: Duration = Duration::from_secs(3600);
 
 static FORWARDS: AtomicUsize = AtomicUsize::new(0);
 
-/// A port that has taken the connection.
+/// An accepted connection to a port.
 pub struct Target {
     socket: TcpStream,
     _permit: Permit,
 }
 
-/// One of [`MAX_FORWARDS`].
+/// The permit of one connection, of at most [`MAX_FORWARDS`].
 struct Permit;
 
 impl Permit {
@@ -50,8 +50,8 @@ impl Drop for Permit {
     }
 }
 
-/// Connects to a port on the pod's loopback: IPv4 first, then IPv6, as a
-/// server on `localhost` may have either.
+/// Connects to a port on the pod's loopback: IPv4 first, then IPv6, because a
+/// server on `localhost` may use either.
 pub async fn connect(port: u16) -> Result<Target, String> {
     let permit = Permit::take().ok_or_else(|| format!("{MAX_FORWARDS} connections are forwarded already"))?;
     let dial = async |address: SocketAddr| {
@@ -69,19 +69,20 @@ pub async fn connect(port: u16) -> Result<Target, String> {
     }
 }
 
-/// A host and a port that are to be joined.
+/// A connection of the host and one of a port, to be joined.
 pub struct Forward<C> {
     /// The host's connection.
     pub host: C,
-    /// The port's.
+    /// The connection to the port.
     pub target: Target,
     /// Bytes that the host sent together with its header.
     pub early: Vec<u8>,
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Forward<C> {
-    /// Copies both ways until both have ended, each alone, or until the host
-    /// has gone or the port has broken off: the other side is then closed.
+    /// Copies both ways until both directions have ended, each by itself, or
+    /// until the host has gone or the port has broken off: the other side is
+    /// then closed.
     pub async fn copy(self) {
         let Self { host, mut target, early } = self;
         let _ = target.socket.set_nodelay(true);
@@ -90,8 +91,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Forward<C> {
         let answered = CancellationToken::new();
         let up = async {
             if !upload(&mut from_host, &mut to_port, early, &answered).await? {
-                // The port may have answered before it closed. The host shall
-                // not be stuck with what it sends meanwhile.
+                // The port may have answered before it closed. The host must
+                // not be stuck with bytes that nobody takes.
                 tokio::select! {
                     ended = discard(&mut from_host) => ended?,
                     () = answered.cancelled() => {}
@@ -117,9 +118,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Forward<C> {
     }
 }
 
-/// Copies from the host to the port, to the host's end; false if the port takes
-/// no more. One that has given its whole answer has to take something now and
-/// then: nobody can tell any more whether the host is still there.
+/// Copies from the host to the port, until the host's end; false if the port
+/// takes no more. A port that has sent its whole answer must take something now
+/// and then, because there is no other sign that the connection is still of
+/// use.
 ///
 /// # Errors
 /// The host's.
@@ -151,7 +153,7 @@ async fn upload(
     }
 }
 
-/// Reads what nobody takes, to the host's end.
+/// Reads and drops bytes, until the host's end.
 ///
 /// # Errors
 /// The host's.
@@ -161,9 +163,9 @@ async fn discard(from_host: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until nobody can hear any more what is written to `host`. That it says
-/// no more tells nothing of that: a half-closed connection still waits for the
-/// port's answer. But a write fails then, even one of nothing.
+/// Waits until nobody reads from `host` any more. Its end of file is no sign of
+/// that: a half-closed connection still waits for the port's answer. But a
+/// write fails then, even an empty one.
 async fn gone(host: &mut (impl AsyncWrite + Unpin)) -> io::Error {
     loop {
         sleep(LOOK).await;
@@ -200,7 +202,7 @@ mod tests {
         copying.await.unwrap();
     }
 
-    /// A port whose server takes what it gets and says nothing, behind a host.
+    /// A port whose server reads and never answers, connected to a host.
     async fn silent_port(host: UnixStream) -> (TcpStream, tokio::task::JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let target = connect(listener.local_addr().unwrap().port()).await.unwrap();
@@ -216,7 +218,7 @@ mod tests {
         client.shutdown().await.unwrap();
         let mut heard = Vec::new();
         pod.read_to_end(&mut heard).await.unwrap();
-        // The client has said its last, and waits for days.
+        // The client sends nothing more, and waits for days.
         tokio::time::pause();
         sleep(Duration::from_secs(3 * 86_400)).await;
         assert!(!copying.is_finished());
@@ -243,7 +245,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let target = connect(listener.local_addr().unwrap().port()).await.unwrap();
         let (mut pod, _) = listener.accept().await.unwrap();
-        // Some of it waits at the port, because the client does not read yet.
+        // A part waits at the port, because the client does not read yet.
         let answer = vec![b'x'; 2 * BUFFER];
         let (client, host) = duplex(64);
         let copying = tokio::spawn(Forward { host, target, early: Vec::new() }.copy());
@@ -252,8 +254,8 @@ mod tests {
         let mut first = [0; 12];
         pod.read_exact(&mut first).await.unwrap();
         pod.write_all(&answer).await.unwrap();
-        // Nothing is unread here, so the answer is not taken back. What comes
-        // from now on is refused.
+        // Nothing is unread here, so the answer is delivered. Bytes that arrive
+        // from now on are refused.
         drop(pod);
         for _ in 0..3 {
             to.write_all(&[0; 4096]).await.unwrap();
@@ -285,7 +287,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_on_ipv6_alone_is_found() {
-        // Where the machine has no IPv6 there is nothing to find.
+        // Without IPv6 in the machine there is nothing to test.
         let Ok(listener) = TcpListener::bind("[::1]:0").await else { return };
         assert!(connect(listener.local_addr().unwrap().port()).await.is_ok());
     }

@@ -1,4 +1,4 @@
-//! The pod's volumes: one file system of the host's, mounted when the first
+//! The pod's volumes: one file system of the host, mounted when the first
 //! container needs it.
 
 use std::path::Path;
@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 
 use crate::guest::mounts::{self, Error};
 
-/// Whether a container has a volume on it.
+/// Whether a container has a volume on that file system.
 pub fn is_used_by(spec: &Spec) -> bool {
     let mut sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
     sources.any(|source| source.starts_with(SHARED))
@@ -23,11 +23,11 @@ pub struct SharedDir {
 }
 
 impl SharedDir {
-    /// Mounts it, unless it is.
+    /// Mounts the file system, unless it is mounted.
     pub async fn mount(&self) -> Result<(), Error> {
         let mut mounted = self.mounted.lock().await;
         if !*mounted {
-            // The mount waits for the host, and must not hold the agent up.
+            // The mount waits for the host, and must not hold up the agent.
             in_background(|| {
                 mounts::make_mount_point(Path::new(SHARED))?;
                 mounts::mount(SHARED_TAG, SHARED, "virtiofs", MsFlags::empty(), "")
@@ -38,12 +38,13 @@ impl SharedDir {
         Ok(())
     }
 
-    /// Forgets the files that no container has any more. The kernel remembers
-    /// names that were used, and the host cannot unmount what they are on.
+    /// Makes the kernel forget the files that no container uses any more. It
+    /// caches names that were used, and the host cannot unmount the volumes
+    /// that they are on.
     pub async fn forget_unused(&self) {
         let mounted = self.mounted.lock().await;
         if *mounted {
-            // The kernel drops unused names of a file system that it remounts.
+            // The kernel drops unused names of a file system that is remounted.
             let dropped =
                 in_background(|| mounts::mount("none", SHARED, "none", MsFlags::MS_REMOUNT, "")).await;
             if let Err(error) = dropped {

@@ -1,9 +1,9 @@
-//! Volumes that the host copies into the pod, and copies again when they
-//! change: the kubelet's ConfigMaps and Secrets.
+//! Synced volumes: the host copies them into the pod, and again when they
+//! change. These are the kubelet's ConfigMaps and Secrets.
 //!
-//! A change appears as it does on the host: new directories are complete
-//! before the link to them is renamed into its place, and what has become old
-//! goes last. Programs that wait for it with inotify see the same events.
+//! A change appears as it does on the host: new directories are complete before
+//! the link to them is renamed into its place, and old ones are removed last.
+//! Programs that wait for it with inotify see the same events.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -18,16 +18,16 @@ use husk_proto::agent::{VolumeEntry, paths::SYNCED};
 /// Most entries of one volume.
 const MAX_ENTRIES: usize = 4096;
 
-/// Name of a link before it is renamed.
+/// The name of a link before it is renamed.
 const TEMPORARY: &str = "..husk_tmp";
 
 /// A volume could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request makes no sense.
+    /// The request is invalid.
     #[error("{0}")]
     Invalid(String),
-    /// A file of it.
+    /// A file of the volume could not be written.
     #[error("{path}: {cause}")]
     File { path: PathBuf, cause: io::Error },
 }
@@ -37,7 +37,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
     move |cause| Error::File { path, cause }
 }
 
-/// Makes the volume `name` what `entries` say.
+/// Makes the content of the volume `name` equal to `entries`.
 pub fn write(name: &str, entries: &[VolumeEntry]) -> Result<(), Error> {
     write_below(&Path::new(SYNCED).join(name), entries)
 }
@@ -54,7 +54,7 @@ fn write_below(root: &Path, entries: &[VolumeEntry]) -> Result<(), Error> {
     }
     fs::create_dir_all(root).map_err(at(root))?;
     let kind = |wanted: u32| move |entry: &&VolumeEntry| entry.mode & libc::S_IFMT == wanted;
-    // Directories come before what is in them.
+    // A directory comes before its content.
     let mut directories: Vec<_> = entries.iter().filter(kind(libc::S_IFDIR)).collect();
     directories.sort_by_key(|entry| &entry.path);
     for entry in &directories {
@@ -82,7 +82,8 @@ fn write_file(root: &Path, entry: &VolumeEntry) -> Result<(), Error> {
     if fs::read(&path).is_ok_and(|old| old == entry.content) {
         return set_access(&path, entry);
     }
-    // Complete before it has its name: somebody may read the old one.
+    // The file is complete before it gets its name, because a program may read
+    // the old one.
     let new = root.join(TEMPORARY);
     let _ = fs::remove_file(&new);
     let mut options = fs::File::options();
@@ -110,7 +111,7 @@ fn write_link(root: &Path, entry: &VolumeEntry) -> Result<(), Error> {
     fs::rename(&new, &path).map_err(at(&path))
 }
 
-/// Removes what is not wanted. Links go before what they lead to.
+/// Removes the entries that are not wanted. Links go before their targets.
 fn remove_others(root: &Path, inside: &Path, wanted: &BTreeSet<&Path>) -> Result<(), Error> {
     let folder = root.join(inside);
     let mut directories = Vec::new();
@@ -174,7 +175,7 @@ mod tests {
         write_below(&root, &configmap("two", &["b", "c"])).unwrap();
         assert_eq!(names(&root), ["..data", "..two", "b", "c"]);
         assert_eq!(fs::read_to_string(root.join("b")).unwrap(), "two");
-        // Nothing is touched when nothing has changed.
+        // Nothing is written when nothing has changed.
         let before = fs::metadata(root.join("..two/b")).unwrap().ino();
         write_below(&root, &configmap("two", &["b", "c"])).unwrap();
         assert_eq!(fs::metadata(root.join("..two/b")).unwrap().ino(), before);

@@ -9,17 +9,17 @@ use crate::guest::mode::Host;
 /// A parameter could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The name is not a parameter's.
+    /// The name is not the name of a parameter.
     #[error("sysctl {0:?} is not a parameter's name, such as net.ipv4.ip_forward")]
     Name(String),
-    /// The parameter is the whole host's, or belongs to a namespace that the pod
+    /// The parameter belongs to the whole host, or to a namespace that the pod
     /// shares with it.
     #[error("sysctl {0} would change the whole host, not the pod alone: run the pod in a virtual machine")]
     NotOfThePod(String),
-    /// The kernel does not know it, or does not take the value.
+    /// The kernel does not know the parameter, or refuses the value.
     #[error("sysctl {name} = {value:?}: {cause}")]
     Refused { name: String, value: String, cause: io::Error },
-    /// The namespace that it belongs to cannot be entered.
+    /// The namespace of the parameter cannot be entered.
     #[error("enter the pod's IPC namespace {path}: {cause}")]
     Enter { path: PathBuf, cause: io::Error },
 }
@@ -37,17 +37,18 @@ const IPC: &[&str] = &[
 ];
 
 /// Parameters that let every user of a pod bind low ports and send pings, as
-/// containers expect: the pod's network is theirs alone, whoever owns it.
+/// containers expect. The pod's network belongs to its containers alone.
 const OPEN_TO_USERS: &[(&str, &str)] =
     &[("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
-/// Parameters that a pod with a network of its own has unless its client wants
-/// others; none for one in the host's network.
+/// Parameters that a pod with a network of its own has unless its client sets
+/// others; none for a pod in the host's network.
 pub fn open_to_users(host: Option<&Host>) -> &'static [(&'static str, &'static str)] {
     if host.is_none_or(|host| host.netns.is_some()) { OPEN_TO_USERS } else { &[] }
 }
 
-/// On the host, a pod has those parameters alone that its own namespaces have.
+/// Checks that a pod may set a parameter. On the host, a pod may set only those
+/// of its own namespaces.
 pub fn check(name: &str, host: Option<&Host>) -> Result<(), Error> {
     let Some(host) = host else { return Ok(()) };
     let path = path(name).ok_or_else(|| Error::Name(name.to_owned()))?;
@@ -56,7 +57,7 @@ pub fn check(name: &str, host: Option<&Host>) -> Result<(), Error> {
     if own { Ok(()) } else { Err(Error::NotOfThePod(name.to_owned())) }
 }
 
-/// Whether the parameter is one of an IPC namespace.
+/// Whether the parameter belongs to an IPC namespace.
 pub fn is_of_ipc(name: &str) -> bool {
     let Some(path) = path(name) else { return false };
     let below = path.strip_prefix("/proc/sys").unwrap_or(&path);
@@ -74,14 +75,14 @@ pub fn set(name: &str, value: &str) -> Result<(), Error> {
     written.map_err(|cause| Error::Refused { name: name.to_owned(), value: value.to_owned(), cause })
 }
 
-/// Sets parameters of an IPC namespace that is not the agent's: it is pinned at
-/// `namespace` and belongs to a user namespace with this `root`.
+/// Sets parameters of an IPC namespace other than the agent's, which is pinned
+/// at `namespace` and belongs to a user namespace with this `root`.
 pub fn set_in(
     namespace: &Path,
     root: u32,
     sysctls: impl IntoIterator<Item = (String, String)> + Send,
 ) -> Result<(), Error> {
-    // A thread has namespaces and a user of its own, and takes them along when it ends.
+    // A thread has namespaces and a user of its own, which end with it.
     std::thread::scope(|scope| {
         let setter = scope.spawn(|| {
             enter(namespace).map_err(|cause| Error::Enter { path: namespace.to_owned(), cause })?;
@@ -104,8 +105,9 @@ fn enter(namespace: &Path) -> io::Result<()> {
     Ok(nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWIPC)?)
 }
 
-/// Until Linux 6.8 these parameters are the machine's root's to write, since
-/// 6.9 the namespace's root's alone (`ipc_permissions` in `ipc/ipc_sysctl.c`).
+/// Sets a parameter as either root. Until Linux 6.8 only the machine's root may
+/// write these parameters, and since 6.9 only the namespace's root
+/// (`ipc_permissions` in `ipc/ipc_sysctl.c`).
 fn set_as_either_root(name: &str, value: &str, root: u32) -> Result<(), Error> {
     match set(name, value) {
         Err(Error::Refused { cause, .. }) if cause.kind() == io::ErrorKind::PermissionDenied => {
@@ -115,7 +117,7 @@ fn set_as_either_root(name: &str, value: &str, root: u32) -> Result<(), Error> {
                 cause,
             })?;
             let done = set(name, value);
-            // The next parameter may be another user's to write.
+            // Another user may have to write the next parameter.
             let _ = become_user(0);
             done
         }
@@ -123,8 +125,8 @@ fn set_as_either_root(name: &str, value: &str, root: u32) -> Result<(), Error> {
     }
 }
 
-/// Changes this thread's effective user, not the process's, as the C library
-/// would.
+/// Changes the effective user of this thread only; the C library would change
+/// the whole process's.
 fn become_user(user: u32) -> io::Result<()> {
     let unchanged = u32::MAX;
     // SAFETY: setresuid(2) touches no memory.
@@ -132,7 +134,7 @@ fn become_user(user: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// The file of a parameter. Its first separator tells which of the two
+/// The file of a parameter. Its first separator decides which of the two
 /// notations is used: `net.ipv4.conf.eth0/1.rp_filter` or
 /// `net/ipv4/conf/eth0.1/rp_filter` (sysctl(8)).
 fn path(name: &str) -> Option<PathBuf> {

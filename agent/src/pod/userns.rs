@@ -1,11 +1,10 @@
-//! The pod's user namespace, with the namespaces that must be its own for a
-//! container in it to mount what belongs to them, and images as they look from
-//! inside.
+//! The pod's user namespace, with the namespaces that must belong to it for a
+//! container to mount their file systems, and ID-mapped mounts of images.
 //!
-//! A first process, which is the pod's pid 1 as well, brings user, pid and IPC
-//! namespaces up in one step; they are pinned as files, and containers join
-//! them. Image files belong to the machine's ids; an id-mapped mount
-//! (mount_setattr(2)) shows them as the namespace's.
+//! A first process, which is also the pod's pid 1, makes user, pid and IPC
+//! namespaces in one step; they are pinned as files, and containers join them.
+//! Image files belong to ids of the machine; an ID-mapped mount
+//! (mount_setattr(2)) shows them with the ids of the namespace.
 
 use std::fs::File;
 use std::io;
@@ -20,7 +19,7 @@ use crate::guest::mode::Mode;
 use crate::pod::ns;
 use crate::process::reaper::Reaper;
 
-/// `linux/mount.h`
+/// Constants of `linux/mount.h`.
 const OPEN_TREE_CLONE: libc::c_ulong = 1;
 const OPEN_TREE_CLOEXEC: libc::c_ulong = libc::O_CLOEXEC as libc::c_ulong;
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_ulong = 4;
@@ -36,7 +35,7 @@ struct MountAttr {
     userns_fd: u64,
 }
 
-/// Most ranges that the kernel takes in one map.
+/// Most ranges in one map of the kernel.
 const MAX_RANGES: usize = 340;
 
 /// Checks that the maps can be written.
@@ -52,7 +51,7 @@ pub fn check(wanted: &UserNamespace) -> Result<(), String> {
     Ok(())
 }
 
-/// The machine's id for the namespace's 0.
+/// The machine's id for the namespace's id 0.
 fn root(map: &[IdMapping]) -> Option<u32> {
     map.iter().find(|range| range.container_id == 0 && range.length > 0).map(|range| range.host_id)
 }
@@ -66,7 +65,7 @@ pub fn owner(wanted: &UserNamespace) -> Option<(u32, u32)> {
 pub fn create(reaper: &Reaper, wanted: &UserNamespace, mode: &Mode) -> io::Result<()> {
     let pid = ns::start_pause(reaper, libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWIPC)?;
     for (file, map) in [("uid_map", &wanted.uids), ("gid_map", &wanted.gids)] {
-        // One write: the kernel takes a map as a whole, once.
+        // The kernel takes a map as a whole, in one write.
         std::fs::write(format!("/proc/{pid}/{file}"), lines(map))?;
     }
     ns::pin(pid, "user", &mode.at(paths::USER_NAMESPACE))?;
@@ -74,23 +73,22 @@ pub fn create(reaper: &Reaper, wanted: &UserNamespace, mode: &Mode) -> io::Resul
     ns::pin(pid, "ipc", &mode.at(paths::IPC_NAMESPACE))
 }
 
-/// user_namespaces(7), "User and group ID mappings".
+/// The lines of a map (user_namespaces(7), "User and group ID mappings").
 fn lines(map: &[IdMapping]) -> String {
     let line = |range: &IdMapping| format!("{} {} {}\n", range.container_id, range.host_id, range.length);
     map.iter().map(line).collect()
 }
 
-/// Mounts the tree at `from` on `to` as the user namespace pinned at
-/// `namespace` sees it.
+/// Mounts the tree at `from` on `to` with the ids of the user namespace pinned
+/// at `namespace`.
 pub fn mount_mapped(from: &Path, to: &Path, namespace: &Path) -> io::Result<()> {
     let tree = open_tree(from, 0)?;
     map(&tree, namespace)?;
     attach(&tree, to)
 }
 
-/// Shows the files of a mount that is not attached anywhere as the user
-/// namespace pinned at `namespace` sees them. Not those of mounts below: what else lies there has
-/// owners of its own, as for other runtimes.
+/// ID-maps a mount that is not attached anywhere to the user namespace pinned at `namespace`.
+/// Mounts below it are not mapped: they have owners of their own, as with other runtimes.
 pub fn map(tree: &OwnedFd, namespace: &Path) -> io::Result<()> {
     let namespace = File::open(namespace)?;
     let userns_fd = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
@@ -98,7 +96,7 @@ pub fn map(tree: &OwnedFd, namespace: &Path) -> io::Result<()> {
     attributes.set(tree, 0)
 }
 
-/// Sets how mounts come and go below a tree and the mounts in it (`MS_SLAVE`,
+/// Sets the propagation of mounts below a tree and of those in it (`MS_SLAVE`,
 /// `MS_PRIVATE`).
 pub fn propagate(tree: &OwnedFd, propagation: u64) -> io::Result<()> {
     MountAttr { propagation, ..MountAttr::default() }.set(tree, libc::AT_RECURSIVE)
@@ -106,8 +104,8 @@ pub fn propagate(tree: &OwnedFd, propagation: u64) -> io::Result<()> {
 
 impl MountAttr {
     fn set(&self, tree: &OwnedFd, flags: libc::c_int) -> io::Result<()> {
-        // SAFETY: the kernel reads an empty string and `self`, whose size it
-        // is told; both outlive the call.
+        // SAFETY: the kernel reads an empty string and `self`, whose size is
+        // passed; both outlive the call.
         Errno::result(unsafe {
             libc::syscall(
                 libc::SYS_mount_setattr,
@@ -122,7 +120,7 @@ impl MountAttr {
     }
 }
 
-/// Puts a tree in its place.
+/// Attaches a tree at its path.
 pub fn attach(tree: &OwnedFd, to: &Path) -> io::Result<()> {
     let to = std::ffi::CString::new(to.as_os_str().as_bytes())?;
     // SAFETY: the kernel reads two strings, which outlive the call.
@@ -139,8 +137,8 @@ pub fn attach(tree: &OwnedFd, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A copy of the mount at `path`, not attached anywhere; with `AT_RECURSIVE`, of
-/// those below it too.
+/// A copy of the mount at `path`, not attached anywhere; with `AT_RECURSIVE`,
+/// also of the mounts below it.
 pub fn open_tree(path: &Path, flags: libc::c_int) -> io::Result<OwnedFd> {
     let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
     let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc::c_ulong::from(flags.unsigned_abs());

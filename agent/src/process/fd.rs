@@ -12,13 +12,13 @@ use tokio::io::unix::AsyncFd;
 pub struct AsyncFile(AsyncFd<File>);
 
 impl AsyncFile {
-    /// Takes an end that the process never holds: the flag `O_NONBLOCK`
-    /// belongs to it, not to this descriptor alone.
+    /// Registers an end for reading. No process may hold the same end, because
+    /// the flag `O_NONBLOCK` belongs to it, not to this descriptor alone.
     pub fn reader(end: OwnedFd) -> io::Result<Self> {
         Self::new(end, Interest::READABLE)
     }
 
-    /// The same, to write to.
+    /// Registers an end for writing, as [`Self::reader`] does.
     pub fn writer(end: OwnedFd) -> io::Result<Self> {
         Self::new(end, Interest::WRITABLE)
     }
@@ -32,9 +32,9 @@ impl AsyncFile {
         Ok(Self(file))
     }
 
-    /// Waits for bytes, at most `limit`, and only then makes room for them: a
-    /// stream that is silent holds no buffer. Empty at the end, which a
-    /// terminal tells by `EIO` once nobody has its other side open.
+    /// Waits for bytes, at most `limit`. The buffer is allocated only then, so
+    /// that a silent stream holds none. The result is empty at the end, which a
+    /// terminal signals by `EIO` once nobody has its other side open.
     pub async fn read(&self, limit: usize) -> io::Result<Vec<u8>> {
         loop {
             let mut ready = self.0.readable().await?;

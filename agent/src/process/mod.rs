@@ -24,25 +24,25 @@ use crate::process::pump::{End, Input, OutputOwner};
 use crate::process::reaper::{Exit, Exited};
 use crate::process::stdio::Ends;
 
-/// The end of a process whose output is handed over, or kept.
+/// The end of a process whose output is delivered, or kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
-    /// Its exit.
+    /// The process's exit.
     pub exit: Exit,
-    /// The kernel killed the process, or another of its container while it ran,
-    /// because memory ran out. A parent that survives its child's death may
-    /// still exit with 0.
+    /// Whether the kernel killed the process, or another one of its container
+    /// while it ran, because memory ran out. A parent that survives its child's
+    /// death may still exit with 0.
     pub oom_killed: bool,
-    /// Nobody has taken the last of its output: it is kept.
+    /// Whether the last of its output is kept, because nobody has taken it.
     pub output_kept: bool,
 }
 
-/// Whether the process is the container's first, on which the others depend.
+/// The role of a process in its container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// The container ends with it.
+    /// The container's first process, with which the container ends.
     Init,
-    /// An exec added it.
+    /// A process that an exec added.
     Exec,
 }
 
@@ -87,7 +87,7 @@ impl Process {
             outputs.push(kept);
             tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
                 if pump.await == End::Abandoned && terminal {
-                    // The kernel sends the same when a terminal goes.
+                    // The kernel sends this signal too when a terminal goes.
                     let _ = send(pid, &exited, libc::SIGHUP);
                 }
             })));
@@ -110,13 +110,13 @@ impl Process {
         tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
             let Ok(exit) = exit.await else { return };
             if role == Role::Init {
-                // In a shared pid namespace the others would live on.
+                // In a shared pid namespace the other processes would live on.
                 cgroup.kill();
             }
             let oom_killed = cgroup.oom_kills() > oom_kills_before;
             let mut output_kept = false;
             for mut kept in outputs {
-                // An error says that it was handed over.
+                // An error means that it was delivered.
                 output_kept |= kept.wait_for(|kept| *kept).await.is_ok();
             }
             ended_sender.send_replace(Some(Outcome { exit, oom_killed, output_kept }));
@@ -125,12 +125,12 @@ impl Process {
         Ok(Self { pid, role, exited, ended, stdin, stdout, stderr, terminal: ends.terminal, _tasks: tasks })
     }
 
-    /// The pid in the machine, which is the process's until it has exited.
+    /// The pid in the machine. It belongs to the process until it has exited.
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// Whether it has ended; its output may not be handed over yet.
+    /// Whether the process has ended. Its output may not be delivered yet.
     pub fn has_exited(&self) -> bool {
         self.exited.borrow().is_some()
     }
@@ -140,20 +140,20 @@ impl Process {
         &self.exited
     }
 
-    /// The moment of its end, if [`Self::ended`] would answer at once.
+    /// The moment of its end, if [`Self::ended`] would return at once.
     pub fn ended_at(&self) -> Option<Instant> {
         self.ended.borrow().as_ref().map(|outcome| outcome.exit.instant)
     }
 
-    /// Waits for its exit, not for its output.
+    /// Waits for the exit, not for the output.
     pub async fn exited(&self) {
         let _ = self.exited.clone().wait_for(Option::is_some).await;
     }
 
-    /// Waits until it has ended and its output is handed over, or until it is
-    /// removed; `None` if that comes before its end, or before somebody has all
-    /// the output of a command: what is cut off shall not look like a success.
-    /// The answer borrows nothing of the process.
+    /// Waits until the process has ended and its output is delivered, or until
+    /// the process is removed. `None` if it is removed before its end, or if
+    /// somebody has not got all the output of a command: truncated output must
+    /// not look like success. The future borrows nothing of the process.
     pub fn ended(&self) -> impl Future<Output = Option<Outcome>> + use<> {
         let mut ended = self.ended.clone();
         let exited = self.exited.clone();
@@ -167,19 +167,19 @@ impl Process {
         }
     }
 
-    /// Sends the process a signal; nothing happens if it has exited.
+    /// Sends a signal to the process. Nothing happens if it has exited.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
         send(self.pid, &self.exited, signal)
     }
 
-    /// Sets the size of its terminal; false if it has none.
+    /// Sets the size of the terminal; false if there is none.
     pub fn resize(&self, rows: u16, columns: u16) -> io::Result<bool> {
         let Some(terminal) = &self.terminal else { return Ok(false) };
         set_size(terminal, rows, columns)?;
         Ok(true)
     }
 
-    /// Whether a client may connect to this stream.
+    /// Checks that a client may connect to this stream.
     pub fn check_stream(&self, kind: Kind) -> Result<(), &'static str> {
         match kind {
             Kind::Stdin => match &self.stdin {
@@ -193,8 +193,8 @@ impl Process {
         }
     }
 
-    /// Gives a stream a client, in place of the one it may have. If the stream
-    /// has ended, the connection is closed, as at any end of a stream.
+    /// Connects a client to a stream, in place of the present one. If the
+    /// stream has ended, the connection is closed, as at the end of any stream.
     pub async fn connect(&self, kind: Kind, connection: Connection, early: Vec<u8>) {
         let output = match kind {
             Kind::Stdin => {
@@ -213,7 +213,7 @@ impl Process {
 }
 
 /// Sets the size of a terminal. A client whose own terminal has no size sends 0
-/// by 0, in which nothing can be drawn: it is ignored.
+/// by 0, in which nothing can be drawn: that is ignored.
 fn set_size(terminal: &OwnedFd, rows: u16, columns: u16) -> io::Result<()> {
     if rows == 0 || columns == 0 {
         return Ok(());
@@ -226,8 +226,8 @@ fn set_size(terminal: &OwnedFd, rows: u16, columns: u16) -> io::Result<()> {
 
 /// Sends a signal to a process that has not exited.
 fn send(pid: Pid, exited: &Exited, signal: i32) -> io::Result<()> {
-    // The reaper runs on this thread, so while the exit is not marked the
-    // pid cannot have gone to another process.
+    // The reaper runs on this thread, so while the exit is not recorded no
+    // other process can have the pid.
     if exited.borrow().is_some() {
         return Ok(());
     }
@@ -267,8 +267,9 @@ mod tests {
         assert_eq!(size_of(&terminal), (50, 132));
     }
 
-    /// The outcome of a container that ends with 0 after `kills` of its processes
-    /// were killed for want of memory; one had been before it started.
+    /// The outcome of a container that exits with 0 after `kills` of its
+    /// processes were killed because memory ran out; one was killed before it
+    /// started.
     async fn outcome(kills: u32) -> Outcome {
         let group = tempfile::tempdir().unwrap();
         let events = |kills: u32| {

@@ -1,11 +1,11 @@
 //! The one place that waits for processes.
 //!
-//! Pid 1 is the parent of the processes it starts and of every orphan: runc
-//! leaves a container's init behind when it exits, so that becomes a child of
-//! the agent too, and may even have ended by the time that the agent learns
+//! Pid 1 is the parent of the processes that it starts and of every orphan.
+//! runc leaves a container's init behind when it exits, so that process becomes
+//! a child of the agent too, and may even have ended before the agent learns
 //! its pid. Two rules close the gap. A child is started with the table locked,
 //! so it cannot be reaped before it is registered. And while a [`Launch`] is
-//! open, the statuses of processes that nobody asked for are kept, for
+//! open, the statuses of processes that nobody waits for are kept, for
 //! [`Launch::claim`].
 
 use std::collections::HashMap;
@@ -21,24 +21,24 @@ use tokio::time::Instant;
 
 use crate::guest::clock;
 
-/// Most statuses kept for a claim. More than a launch's own processes can be
-/// only when other containers fork wildly meanwhile.
+/// Most statuses that are kept for a claim. There are more than a launch's own
+/// processes only if other containers fork wildly meanwhile.
 const MAX_UNCLAIMED: usize = 4096;
 
 /// The exit of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// 0 to 255; 128 + the signal for a process that one ended.
+    /// 0 to 255; 128 + the signal for a process that was ended by one.
     pub code: i32,
-    /// The signal that ended it.
+    /// The signal that ended the process.
     pub signal: Option<i32>,
-    /// Wall-clock time, nanoseconds since 1970.
+    /// Wall-clock time, in nanoseconds since 1970.
     pub unix_nanos: i64,
-    /// The same moment for deadlines.
+    /// The same moment, for deadlines.
     pub instant: Instant,
 }
 
-/// Tells when the process has ended, in the same turn of the event loop in which
+/// Receives the exit of a process, in the same turn of the event loop in which
 /// its pid becomes free for others.
 pub type Exited = watch::Receiver<Option<Exit>>;
 
@@ -48,7 +48,7 @@ pub async fn ended(mut exited: Exited) -> io::Result<Exit> {
     exit.ok_or_else(|| io::Error::other("its exit status was lost"))
 }
 
-/// Handle on the table of processes that are waited for.
+/// A handle of the table of processes that are waited for.
 #[derive(Clone, Default)]
 pub struct Reaper(Arc<Mutex<Table>>);
 
@@ -73,7 +73,7 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// Opens a launch: from here on, no exit is lost.
+    /// Opens a launch: from now on, no exit is lost.
     pub fn launch(&self) -> Launch {
         self.table().launches += 1;
         Launch(self.clone())
@@ -94,7 +94,7 @@ impl Reaper {
     }
 }
 
-/// A child that has just been waited for.
+/// The exit of a child, from waitpid(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ended {
     pid: i32,
@@ -102,13 +102,14 @@ pub struct Ended {
     signal: Option<i32>,
 }
 
-/// Waits for one child that has ended; `None` when there is no other now.
+/// Waits for one child that has ended; `None` when there is none.
 ///
 /// The status is read as a number, because a process may die of a real-time
-/// signal, which has no name that nix knows.
+/// signal, which nix cannot represent.
 pub fn next_ended() -> Option<Ended> {
     loop {
-        // Any child: rustix takes waitpid(None) for those of this process group.
+        // This waits for any child: waitpid(None) of rustix means those of this
+        // process group.
         match wait(WaitOptions::NOHANG) {
             Ok(Some((pid, status))) => {
                 if let Some((code, signal)) = exit_code(status) {
@@ -153,8 +154,8 @@ impl Table {
     }
 }
 
-/// A time in which processes are started. While one is open, nothing that
-/// ends is forgotten.
+/// A time in which processes are started. While one is open, no exit is
+/// forgotten.
 pub struct Launch(Reaper);
 
 impl Launch {
@@ -162,7 +163,7 @@ impl Launch {
     pub fn spawn(&self, command: &mut Command) -> io::Result<(Pid, Exited)> {
         self.spawn_with(|| {
             let child = command.spawn()?;
-            // The handle is dropped: the reaper waits for the process.
+            // The handle is dropped, because the reaper waits for the process.
             i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other)
         })
     }
@@ -171,7 +172,7 @@ impl Launch {
     pub fn spawn_with(&self, start: impl FnOnce() -> io::Result<Pid>) -> io::Result<(Pid, Exited)> {
         let mut table = self.0.table();
         let pid = start()?;
-        // A status under this pid is of a process that had it before.
+        // A status under this pid is of an earlier process.
         table.unclaimed.remove(&pid.as_raw());
         let receiver = table.wait_for(pid.as_raw());
         Ok((pid, receiver))
@@ -227,7 +228,7 @@ mod tests {
         for signal in [libc::SIGTERM, 34, 37, 40, 64] {
             let launch = reaper.launch();
             let script = format!("kill -{signal} $$");
-            // As a container's program, it is in a process group of its own.
+            // Like a container's program, it is in a process group of its own.
             let mut command = Command::new("sh");
             let (_, child) = launch.spawn(command.args(["-c", &script]).process_group(0)).unwrap();
             let exit = tokio::time::timeout(std::time::Duration::from_secs(20), ended(child)).await;

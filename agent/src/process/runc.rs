@@ -21,14 +21,14 @@ const RUNC: &str = "runc";
 const ROOT: &str = "/run/husk/runc";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A runc that takes longer hangs; it takes milliseconds on hardware.
+/// How long a call may take. It takes milliseconds on hardware.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// How often is looked whether a program has started: at first, and at most.
+/// How often to check whether a program has started: at first, and at most.
 const FIRST_LOOK: Duration = Duration::from_millis(1);
 const LONGEST_LOOK: Duration = Duration::from_millis(50);
 
-/// The end of its log is where the error is.
+/// Bytes at the end of its log that are searched for the error.
 const LOG_TAIL: u64 = 64 * 1024;
 
 /// A call of runc failed.
@@ -43,7 +43,7 @@ pub enum Error {
     /// runc did not end in time and was killed.
     #[error("runc did not end within {} s", DEADLINE.as_secs())]
     Hangs,
-    /// The container was started, but its program was not in time.
+    /// The container was started, but its program did not start in time.
     #[error(
         "the program did not start within {} s; a startContainer hook that runs longer holds it up",
         DEADLINE.as_secs()
@@ -55,8 +55,8 @@ fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |cause| Error::Io { doing, cause }
 }
 
-/// Files of one call: the log that runc writes, and the pid of what it
-/// started. Removed afterwards.
+/// The files of one call: the log that runc writes, and the pid of the process
+/// that it started. They are removed afterwards.
 struct Files {
     log: PathBuf,
     pid: PathBuf,
@@ -81,11 +81,11 @@ impl Drop for Files {
     }
 }
 
-/// How runc is run here.
+/// How to run runc here.
 pub struct Runc {
     reaper: Reaper,
     program: PathBuf,
-    /// The directory of runc's records of containers.
+    /// The directory of runc's state of containers.
     root: PathBuf,
 }
 
@@ -96,8 +96,8 @@ impl Runc {
         Self { reaper, program, root: mode.at(ROOT) }
     }
 
-    /// `runc create`: makes the container of `bundle` up to the point where its
-    /// program would start.
+    /// Runs `runc create`, which makes the container of `bundle` up to the
+    /// point where its program would start.
     pub async fn create(&self, id: &str, bundle: &Path, stdio: &mut Stdio) -> Result<(Pid, Exited), Error> {
         let files = Files::new(bundle, "create");
         let mut runc = self.command(&files, "create");
@@ -110,10 +110,11 @@ impl Runc {
         Ok((pid, launch.claim(pid)))
     }
 
-    /// `runc start`: lets the container's program start, whose process is `init`
-    /// and runs runc until then. Returns when it has, or when the process ended.
+    /// Runs `runc start`, which lets the container's program start; its process is
+    /// `init`, which runs runc until then. Returns when the program has started, or
+    /// when the process has ended.
     ///
-    /// `runc start` itself returns earlier: before the hooks `startContainer`, and
+    /// `runc start` itself returns earlier: before the `startContainer` hooks, and
     /// before the program. A signal of that moment may be lost, because it goes to a
     /// thread of runc's that ends with execve(2).
     pub async fn start(&self, id: &str, bundle: &Path, init: (Pid, &Exited)) -> Result<(), Error> {
@@ -135,8 +136,9 @@ impl Runc {
         }
     }
 
-    /// `runc exec`: starts the process that the file `process` describes (the
-    /// `process` object of the OCI configuration) in a running container.
+    /// Runs `runc exec`, which starts the process that the file `process`
+    /// describes (the `process` object of the OCI configuration) in a running
+    /// container.
     pub async fn exec(
         &self,
         id: &str,
@@ -156,8 +158,8 @@ impl Runc {
         Ok((pid, launch.claim(pid)))
     }
 
-    /// `runc update`: changes what the container may use to what the file
-    /// `resources` says (`linux.resources` of the OCI configuration).
+    /// Runs `runc update`, which changes the container's limits to those of the
+    /// file `resources` (`linux.resources` of the OCI configuration).
     pub async fn update(&self, id: &str, bundle: &Path, resources: &Path) -> Result<(), Error> {
         let files = Files::new(bundle, "update");
         let mut runc = self.command(&files, "update");
@@ -165,8 +167,9 @@ impl Runc {
         run(&self.reaper.launch(), runc, &files).await
     }
 
-    /// `runc delete --force`: kills what is left, removes the container's cgroup
-    /// and runc's record. A container that runc does not know is deleted.
+    /// Runs `runc delete --force`, which kills the remaining processes, and
+    /// removes the container's cgroup and runc's state. A container that runc
+    /// does not know counts as deleted.
     pub async fn delete(&self, id: &str, bundle: &Path) -> Result<(), Error> {
         let files = Files::new(bundle, "delete");
         let mut runc = self.command(&files, "delete");
@@ -190,7 +193,7 @@ impl Runc {
     }
 }
 
-/// The program of a process, as far as execve(2) changes it.
+/// The properties of a process that execve(2) changes.
 #[derive(Debug, PartialEq, Eq)]
 struct Program {
     file: Option<(u64, u64)>,
@@ -209,8 +212,8 @@ impl Program {
 
 async fn run(launch: &Launch, mut runc: Command, files: &Files) -> Result<(), Error> {
     let (pid, exited) = launch.spawn(&mut runc).map_err(io_error("run runc"))?;
-    // The process's side of its pipes is runc's now. A copy left here would
-    // keep the pipes open after the process has gone.
+    // runc holds the process's side of the pipes now. A copy here would keep
+    // the pipes open after the process has ended.
     drop(runc);
     let ended = reaper::ended(exited);
     let exit = match timeout(DEADLINE, ended).await {
@@ -246,7 +249,7 @@ struct LogLine {
 }
 
 /// The message of the last error in runc's JSON log, without the prefix that
-/// repeats what was being done.
+/// repeats the operation.
 fn last_error(log: &str) -> Option<String> {
     let line = log
         .lines()

@@ -1,5 +1,5 @@
-//! The two sides of a process's standard streams: what runc passes on to the
-//! process, and what the agent keeps.
+//! The two sides of a process's standard streams: the process's, which is
+//! passed through runc, and the agent's.
 
 use std::fs;
 use std::io;
@@ -16,39 +16,40 @@ use nix::unistd::pipe2;
 use tokio::net::UnixListener;
 use tokio::time::timeout;
 
-/// Where a machine has console sockets. The directory is of its own and the
-/// names are short: the path of a unix socket is limited to 107 bytes.
+/// The directory of console sockets in a machine. It has few, short names in
+/// it, because the path of a unix socket is limited to 107 bytes.
 pub const CONSOLES: &str = "/run/husk/console";
 
-/// runc has sent the terminal before it exits, so it is there at once.
+/// How long to wait for the terminal. runc has sent it before it exits, so it
+/// is there at once.
 const TERMINAL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The agent's ends of a process's streams.
 pub struct Ends {
-    /// Standard input, to write to.
+    /// Standard input, for writing.
     pub stdin: Option<OwnedFd>,
-    /// Output, to read from.
+    /// Standard output, for reading.
     pub stdout: OwnedFd,
-    /// Error output, to read from; part of `stdout` with a terminal.
+    /// Standard error, for reading; with a terminal it is part of `stdout`.
     pub stderr: Option<OwnedFd>,
-    /// The terminal, to resize.
+    /// The terminal, for setting its size.
     pub terminal: Option<OwnedFd>,
 }
 
-/// Standard streams of a process that runc is about to start.
+/// The standard streams of a process that runc is about to start.
 pub enum Stdio {
     /// Three pipes, or two and `/dev/null`.
     Pipes {
-        /// The process's side, until it is given to runc.
+        /// The process's side, until it is passed to runc.
         process: Option<[process::Stdio; 3]>,
         /// The agent's side.
         ends: Ends,
     },
     /// A terminal that runc makes inside the container.
     Terminal {
-        /// The socket to which runc sends it.
+        /// The socket to which runc sends the terminal.
         console: Console,
-        /// Whether anything may be typed.
+        /// Whether the terminal takes input.
         stdin: bool,
     },
 }
@@ -73,7 +74,7 @@ impl Stdio {
         })
     }
 
-    /// Gives the process's side to the runc that starts it.
+    /// Passes the process's side to the runc that starts it.
     pub fn pass_to(&mut self, runc: &mut Command) {
         match self {
             Self::Pipes { process, .. } => {
@@ -140,7 +141,7 @@ impl Drop for Console {
 }
 
 fn receive_fd(socket: &impl AsRawFd) -> io::Result<OwnedFd> {
-    // The message is the terminal's name; only the descriptor is wanted.
+    // The message is the terminal's name; only the descriptor is used.
     let mut name = [0; 4096];
     let mut control = nix::cmsg_space!([std::os::fd::RawFd; 1]);
     let mut parts = [IoSliceMut::new(&mut name)];

@@ -1,4 +1,4 @@
-//! A container's life: created, started, updated, removed.
+//! RPCs of a container's life: create, start, update, remove.
 
 use std::fs;
 use std::sync::Arc;
@@ -23,11 +23,11 @@ use crate::process::runc;
 use crate::process::stdio::{CONSOLES, Stdio};
 use crate::process::{Process, Role};
 
-/// How long a container may take to end once it is killed. Only a process
-/// that waits for a disk takes longer than an instant.
+/// How long a container may take to end once it is killed. Only a process that
+/// waits for a disk takes more than a moment.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// `CreateContainer`.
+/// Serves `CreateContainer`.
 pub async fn create(
     agent: Arc<Agent>,
     request: CreateContainerRequest,
@@ -86,11 +86,11 @@ pub async fn create(
     Ok(CreateContainerResponse { pid, identity: Some(identity), start_error: String::new() })
 }
 
-/// A container could not be made.
+/// The reason that a container could not be made.
 enum NotCreated {
-    /// runc says that it cannot run.
+    /// runc reports that the container cannot run.
     ByRunc(String),
-    /// A stage before or after failed.
+    /// An earlier or later stage failed.
     Failed(Error),
 }
 
@@ -100,7 +100,7 @@ impl From<Error> for NotCreated {
     }
 }
 
-/// The part of the creation that happens in a mounted bundle.
+/// The part of the creation that needs a mounted bundle.
 async fn create_in(
     agent: &Agent,
     request: &CreateContainerRequest,
@@ -161,7 +161,7 @@ pub async fn adopt(
     Ok((adopted.stage("open standard streams")?, cgroup))
 }
 
-/// `StartContainer`.
+/// Serves `StartContainer`.
 pub async fn start(
     agent: Arc<Agent>,
     request: StartContainerRequest,
@@ -175,7 +175,7 @@ pub async fn start(
     Ok(StartContainerResponse {})
 }
 
-/// `UpdateContainer`.
+/// Serves `UpdateContainer`.
 pub async fn update(
     agent: Arc<Agent>,
     request: UpdateContainerRequest,
@@ -184,7 +184,8 @@ pub async fn update(
     if container.init.has_exited() {
         return Err(Error::Precondition(format!("container {} has exited", container.id)));
     }
-    // The JSON is read and written again, so that runc gets nothing but limits.
+    // The JSON is parsed and written again, so that runc gets nothing but
+    // limits.
     let resources: LinuxResources =
         serde_json::from_slice(&request.resources_json).invalid("resources_json")?;
     let resources = resources::for_update(resources, &agent.mode).invalid("resources_json")?;
@@ -200,7 +201,7 @@ pub async fn update(
     Ok(UpdateContainerResponse {})
 }
 
-/// `RemoveContainer`.
+/// Serves `RemoveContainer`.
 pub async fn remove(
     agent: Arc<Agent>,
     request: RemoveContainerRequest,
@@ -215,7 +216,7 @@ pub async fn remove(
         .await
         .map_err(|_| format!("still alive {} s after SIGKILL", KILL_DEADLINE.as_secs()))
         .stage("kill the container")?;
-    // An exec may have been on its way in, so the kill is repeated.
+    // An exec may just have been starting, so the kill is repeated.
     container.cgroup.kill();
     agent.runc.delete(&container.id, container.bundle.path()).await.stage("runc delete")?;
     container.bundle.remove().await.stage("remove the root filesystem")?;

@@ -1,4 +1,4 @@
-//! The gRPC service. Each file below has its RPCs from the request to the
+//! The gRPC service. Each file below holds RPCs, from the request to the
 //! answer.
 
 use std::future::Future;
@@ -32,16 +32,16 @@ pub mod streams;
 mod tests;
 mod volume;
 
-/// Largest request: an OCI configuration and change.
+/// Most bytes of a request: an OCI configuration and some more.
 const MAX_MESSAGE: usize = 8 * 1024 * 1024;
 
-/// Requests that huskd may have given up before they were looked at. In a machine
-/// that stood still they come all at once when it goes on; a few would be enough
-/// to break the connection otherwise.
+/// Most requests that huskd gave up before they were read. In a machine that
+/// stood still they arrive all at once when it continues; a lower limit would
+/// break the connection then.
 const MAX_GIVEN_UP: usize = 4096;
 
-/// How long the last answers may take to reach the host once the machine is
-/// to go down.
+/// How long the last answers may take to reach the host before the machine goes
+/// down.
 const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
 
 /// The agent's state.
@@ -55,24 +55,25 @@ pub struct Agent {
     images: Arc<Images>,
     shared: SharedDir,
     policies: Policies,
-    /// Held while a volume that is copied into the pod changes.
+    /// Held while a synced volume changes.
     syncing: tokio::sync::Mutex<()>,
-    /// Set when `CreateSandbox` begins, to true when it has succeeded.
+    /// Set when `CreateSandbox` begins; its content is set when that has
+    /// succeeded.
     sandbox: OnceLock<OnceLock<()>>,
     /// Whether the pod has a pid namespace that containers share.
     pid_namespace: tokio::sync::Mutex<bool>,
     /// The machine's user and group for root in the containers, when the pod
     /// has a user namespace.
     mapped_root: OnceLock<(u32, u32)>,
-    /// Held while a writable layer is measured: one at a time.
+    /// Held while a writable layer is measured, one at a time.
     measuring: Arc<tokio::sync::Mutex<()>>,
-    /// Gives what is deleted on the sandbox disk back to the host.
+    /// The task that trims the sandbox disk.
     trimming: OnceLock<AbortOnDropHandle<()>>,
     power_off: Notify,
 }
 
 impl Agent {
-    /// An agent of a machine that is no pod yet.
+    /// Makes the agent of a machine that is not a pod yet.
     pub fn new(reaper: Reaper, mode: Arc<Mode>) -> Self {
         Self {
             containers: Arc::default(),
@@ -94,7 +95,7 @@ impl Agent {
     }
 }
 
-/// Serves until the machine is to go down and the answer to that is sent.
+/// Serves until the answer to `Shutdown` is sent.
 pub async fn serve(incoming: Incoming, agent: Arc<Agent>) -> Result<(), tonic::transport::Error> {
     let service = AgentServer::new(Endpoint(agent.clone())).max_decoding_message_size(MAX_MESSAGE);
     let power_off = Notify::new();
@@ -108,16 +109,16 @@ pub async fn serve(incoming: Incoming, agent: Arc<Agent>) -> Result<(), tonic::t
         ended = &mut serving => return ended,
         () = agent.power_off.notified() => power_off.notify_one(),
     }
-    // Connections that are idle are closed, the others when they have their
-    // answers; a caller that does not read them does not keep us.
+    // Idle connections are closed at once, the others when they have their
+    // answers; a client that does not read its answers does not delay the end.
     let _ = timeout(DRAIN_DEADLINE, serving).await;
     Ok(())
 }
 
 struct Endpoint(Arc<Agent>);
 
-/// Runs a request to its end even if the caller goes away in the middle.
-/// Stopping there would leave something half made.
+/// Runs a request to its end even if the client goes away. Stopping in the
+/// middle would leave something half made.
 async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<Response<T>, Status> {

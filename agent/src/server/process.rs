@@ -1,4 +1,4 @@
-//! Processes of a container: exec, signals, waiting, terminals.
+//! RPCs of a container's processes: exec, signals, waiting, terminals.
 
 use std::fs;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::id;
 use crate::process::Role;
 use crate::process::stdio::{CONSOLES, Stdio};
 
-/// Largest signal number on Linux.
+/// The largest signal number of Linux.
 const MAX_SIGNAL: u32 = 64;
 
-/// `ExecProcess`.
+/// Serves `ExecProcess`.
 pub async fn exec(agent: Arc<Agent>, request: ExecProcessRequest) -> Result<ExecProcessResponse, Error> {
     id::check("process_id", &request.process_id)?;
     if request.args.is_empty() {
@@ -42,14 +42,14 @@ pub async fn exec(agent: Arc<Agent>, request: ExecProcessRequest) -> Result<Exec
     let started =
         agent.runc.exec(&container.id, bundle.path(), &call, &file, &mut stdio).await.stage("runc exec");
     let _ = fs::remove_file(&file);
-    // An exec's input ends with the client that sends it.
+    // The input of an exec ends with the client that sends it.
     let (process, _) = adopt(started?, stdio, true, Role::Exec, container.cgroup.clone()).await?;
     let pid = process.pid().as_raw().unsigned_abs();
     reservation.publish(process);
     Ok(ExecProcessResponse { pid })
 }
 
-/// `SignalProcess`.
+/// Serves `SignalProcess`.
 pub fn signal(agent: &Agent, request: &SignalProcessRequest) -> Result<SignalProcessResponse, Error> {
     if !(1..=MAX_SIGNAL).contains(&request.signal) {
         return Err(Error::Invalid(format!("signal {} does not exist", request.signal)));
@@ -65,10 +65,10 @@ pub fn signal(agent: &Agent, request: &SignalProcessRequest) -> Result<SignalPro
     Ok(SignalProcessResponse {})
 }
 
-/// `WaitProcess`.
+/// Serves `WaitProcess`.
 pub async fn wait(agent: &Agent, request: &WaitProcessRequest) -> Result<WaitProcessResponse, Error> {
-    // Not a moment longer than the container is there: a waiter must not keep
-    // it from being removed.
+    // The container is not held while waiting: a waiter must not keep it from
+    // being removed.
     let ended = agent.containers.get(&request.container_id)?.process(&request.process_id)?.ended();
     let outcome = ended.await.ok_or_else(|| {
         Error::NotFound(format!(
@@ -84,7 +84,7 @@ pub async fn wait(agent: &Agent, request: &WaitProcessRequest) -> Result<WaitPro
     })
 }
 
-/// `ResizeTerminal`.
+/// Serves `ResizeTerminal`.
 pub fn resize(agent: &Agent, request: &ResizeTerminalRequest) -> Result<ResizeTerminalResponse, Error> {
     let side = |number| u16::try_from(number).invalid("terminal size");
     let (rows, columns) = (side(request.rows)?, side(request.columns)?);

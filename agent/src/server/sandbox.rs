@@ -1,4 +1,4 @@
-//! Makes a pod of the machine, and ends it.
+//! RPCs that make the machine a pod, and end it.
 
 use std::fs;
 use std::io;
@@ -26,14 +26,14 @@ use crate::pod::{etc, netlink, ns, sysctl, userns};
 
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
 
-/// Longest host name (`HOST_NAME_MAX`).
+/// Most bytes of a host name (`HOST_NAME_MAX`).
 const MAX_HOSTNAME: usize = 64;
 
-/// How long all containers together may take to end at a shut-down, their
-/// `poststop` hooks with them.
+/// How long all containers together may take to end at a shut-down, including
+/// their `poststop` hooks.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
 
-/// `CreateSandbox`.
+/// Serves `CreateSandbox`.
 pub async fn create(
     agent: Arc<Agent>,
     request: CreateSandboxRequest,
@@ -46,7 +46,7 @@ pub async fn create(
     let mut hosts = etc::hosts(&request.hostname, &addresses).invalid("hostname")?;
     let mut resolv_conf = etc::resolv_conf(request.dns.as_ref().unwrap_or(&Dns::default())).invalid("dns")?;
     if let Some(host) = agent.mode.host() {
-        // A pod in the host's network knows the names that the host knows.
+        // A pod in the host's network uses the host's names.
         if host.netns.is_none() {
             hosts = fs::read_to_string("/etc/hosts").unwrap_or(hosts);
         }
@@ -63,15 +63,15 @@ pub async fn create(
     if agent.mode.host().is_none() {
         clock::check_seed(&request.entropy).invalid("entropy")?;
     }
-    // A pod that is half made cannot be made again: nothing after this line
-    // is tried twice.
+    // A half-made pod cannot be made again: nothing after this line is tried
+    // twice.
     if agent.sandbox.set(OnceLock::new()).is_err() {
         return Err(Error::Precondition("the sandbox was created before".into()));
     }
 
     match *agent.mode {
         Mode::Guest => set_up_machine(&agent, &request).await?,
-        // On the host nothing but the pod's namespaces is set up.
+        // On the host only the pod's namespaces are set up.
         Mode::Host(_) => {}
     }
     if !request.hostname.is_empty() && agent.mode.host().is_none_or(|host| host.netns.is_some()) {
@@ -93,14 +93,15 @@ pub async fn create(
     let private = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mounts::mount("shm", &shm, "tmpfs", private, &format!("mode=1777,size={shm_size}")).stage("mount shm")?;
 
-    // After the interfaces: some parameters are theirs. Others belong to the
-    // IPC namespace, which is a new one with a user namespace.
+    // This comes after the interfaces, because some parameters belong to them.
+    // Others belong to the IPC namespace, which is a new one if there is a user
+    // namespace.
     let (of_ipc, others): (Vec<_>, Vec<_>) = (request.sysctls.clone().into_iter())
         .partition(|(name, _)| request.user_namespace.is_some() && sysctl::is_of_ipc(name));
     for name in request.sysctls.keys() {
         sysctl::check(name, agent.mode.host()).invalid("sysctls")?;
     }
-    // The defaults come first, so that the client's values hold.
+    // The defaults come first, so that the client's values override them.
     for (name, value) in sysctl::open_to_users(agent.mode.host()) {
         sysctl::set(name, value).stage("open the network to the pod's users")?;
     }
@@ -109,7 +110,8 @@ pub async fn create(
     }
     if let Some(wanted) = &request.user_namespace {
         if agent.mode.host().is_some() {
-            // The host's shows the host's network, and the pod's users may mount none: the network is not theirs.
+            // The host's sysfs shows the host's network, and the pod's users may not mount another one, because
+            // they do not own the pod's network.
             let sys = agent.mode.at(paths::SYS);
             mounts::make_mount_point(&sys).stage("mount sysfs")?;
             mounts::mount("sysfs", &sys, "sysfs", private, "").stage("mount sysfs")?;
@@ -129,7 +131,7 @@ pub async fn create(
     Ok(CreateSandboxResponse { kernel_release: release, agent_version: env!("CARGO_PKG_VERSION").into() })
 }
 
-/// `AdjustClock`.
+/// Serves `AdjustClock`.
 pub fn adjust_clock(agent: &Agent, request: &AdjustClockRequest) -> Result<AdjustClockResponse, Error> {
     if agent.mode.host().is_some() {
         return Err(Error::Precondition("the clock is the host's".into()));
@@ -140,15 +142,15 @@ pub fn adjust_clock(agent: &Agent, request: &AdjustClockRequest) -> Result<Adjus
 
 /// Sets up the clock, the disk and the interfaces of a machine.
 async fn set_up_machine(agent: &Agent, request: &CreateSandboxRequest) -> Result<(), Error> {
-    // A clone of a template has its template's clock and random numbers.
+    // A clone of a template has the template's clock and random numbers.
     if request.time_unix_nanos != 0 {
         clock::set(request.time_unix_nanos).stage("set the clock")?;
     }
     clock::seed(&request.entropy).stage("seed random numbers")?;
 
     let device = agent.disks.wait_for(&request.scratch_serial).await.stage("find the scratch disk")?;
-    // The disk lives no longer than the pod: without barriers the host need
-    // not flush what will be deleted.
+    // The disk lives no longer than the pod: without barriers the host need not
+    // flush data that will be deleted.
     mounts::make_mount_point(Path::new(SCRATCH)).stage("mount the scratch disk")?;
     mounts::mount(&device.to_string_lossy(), SCRATCH, "ext4", MsFlags::MS_NOATIME, "barrier=0")
         .stage("mount the scratch disk")?;
@@ -170,7 +172,8 @@ pub fn check_created(agent: &Agent) -> Result<(), Error> {
     }
 }
 
-/// Puts the programs of hooks where the containers' configurations name them.
+/// Writes the programs of hooks to the paths that the containers'
+/// configurations name.
 fn write_hooks(hooks: &[GuestFile]) -> io::Result<()> {
     if hooks.is_empty() {
         return Ok(());
@@ -184,7 +187,7 @@ fn write_hooks(hooks: &[GuestFile]) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the pod a user namespace.
+/// Makes the pod's user namespace.
 async fn map_users(agent: &Agent, wanted: &UserNamespace) -> Result<(), Error> {
     let mut made = agent.pid_namespace.lock().await;
     userns::create(&agent.reaper, wanted, &agent.mode).stage("create the user namespace")?;
@@ -198,7 +201,8 @@ async fn map_users(agent: &Agent, wanted: &UserNamespace) -> Result<(), Error> {
 /// Makes the pid namespace that containers of the pod share, unless there is
 /// one.
 pub async fn share_pid_namespace(agent: &Agent) -> Result<(), Error> {
-    // The lock is held to the end: two containers may be the first to need it.
+    // The lock is held to the end, because two containers may be the first to
+    // need it.
     let mut made = agent.pid_namespace.lock().await;
     if !*made {
         ns::create_pid_namespace(&agent.reaper, &agent.mode.at(paths::PID_NAMESPACE))
@@ -208,8 +212,8 @@ pub async fn share_pid_namespace(agent: &Agent) -> Result<(), Error> {
     Ok(())
 }
 
-/// `Shutdown`: the machine goes down, or the supervisor ends, once the answer
-/// is on its way.
+/// Serves `Shutdown`: the machine goes down, or the supervisor ends, once the
+/// answer is sent.
 pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
     let containers = agent.containers.all();
     for container in &containers {
@@ -218,7 +222,7 @@ pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
     let removals = containers
         .iter()
         .map(|it| container::remove(agent.clone(), RemoveContainerRequest { container_id: it.id.clone() }));
-    // Containers that do not end now end with the machine.
+    // Containers that have not ended now end with the machine.
     match timeout(SHUTDOWN_DEADLINE, futures::future::join_all(removals)).await {
         Ok(removed) => {
             for error in removed.into_iter().filter_map(Result::err) {

@@ -1,4 +1,4 @@
-//! Figures of what containers and the machine use.
+//! The RPC that reports the resource usage of containers and of the machine.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,14 +13,15 @@ use super::{Agent, Error};
 use crate::container::layer::{self, DiskUsage, Measured};
 use crate::guest::{clock, machine};
 
-/// How old a measure of a writable layer may be: it is a walk over all files.
+/// The age up to which the size of a writable layer is used again: measuring
+/// walks all files.
 const DISK_USAGE_AGE: Duration = Duration::from_secs(10);
 
 /// How long an answer waits for layers that are being measured. After that it
-/// has the figures from before.
+/// has the earlier values.
 const MEASURE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// `ContainerStats`.
+/// Serves `ContainerStats`.
 pub async fn read(agent: &Agent, request: ContainerStatsRequest) -> Result<ContainerStatsResponse, Error> {
     let wanted = if request.container_ids.is_empty() {
         agent.containers.all()
@@ -85,8 +86,8 @@ async fn disk_usage(
         return usage;
     }
     if !measured.under_way.swap(true, Ordering::Relaxed) {
-        // To its end, whoever waits for it: a large layer would else be measured
-        // again and again, and never be known.
+        // The measurement runs to its end, whoever waits for it: otherwise a
+        // large layer would be measured again and again, and never have a size.
         tokio::spawn(measure(measured.clone(), upper, turn.clone()));
     }
     let now = match timeout_at(deadline, news.changed()).await {
@@ -114,7 +115,7 @@ mod tests {
         let (measured, turn) = (Arc::<Measured>::default(), Arc::<Mutex<()>>::default());
         let soon = || Instant::now() + Duration::from_millis(50);
         let ask = || disk_usage(&measured, folder.path().into(), &turn, soon());
-        // Another one is being measured.
+        // Another layer is being measured.
         let other = turn.lock().await;
         assert_eq!((ask().await, ask().await), (DiskUsage::default(), DiskUsage::default()));
         drop(other);

@@ -1,5 +1,5 @@
-//! Accepts the connections of streams ([`husk_proto::agent::stream`]) and leads
-//! each to its process, or to a port of the pod.
+//! Accepts the connections of streams ([`husk_proto::agent::stream`]) and
+//! passes each to its process, or to a port of the pod.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,11 +15,12 @@ use crate::container::ProcessRef;
 use crate::pod::port;
 use crate::server::Agent;
 
-/// How long a connection may take to say which stream it is for: as long as huskd
-/// waits for the answer.
+/// How long a connection may take to name its stream: as long as huskd waits for
+/// the answer.
 const HEADER_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Most connections whose header is awaited; more wait in the backlog.
+/// Most connections whose header has not come. Further ones wait in the
+/// backlog.
 const MAX_HEADERLESS: usize = 64;
 
 /// Serves until the last source of connections ends.
@@ -31,8 +32,8 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
             Some(Ok(connection)) => {
                 let agent = agent.clone();
                 tokio::spawn(async move {
-                    // After the deadline the connection is closed, and what was
-                    // read of it is dropped.
+                    // After the deadline the connection is closed, with the
+                    // part of the header that has come.
                     let received = timeout(HEADER_DEADLINE, receive(connection, &agent)).await;
                     drop(permit);
                     if let Ok(Ok(Some(forward))) = received {
@@ -61,8 +62,8 @@ enum Found {
     Port(port::Target),
 }
 
-/// Reads a connection's header and answers it. Returns a port's connection, which
-/// is still to be joined to the host's.
+/// Reads a connection's header and answers it. Returns the connection to a port,
+/// which is still to be joined to the host's.
 async fn receive(
     mut connection: Connection,
     agent: &Agent,
@@ -100,7 +101,7 @@ fn find(agent: &Agent, header: &StreamHeader) -> Result<ProcessRef, String> {
     Ok(process)
 }
 
-/// Reads the first line, and returns it with the bytes that came behind.
+/// Reads the first line. Returns it with the bytes that came behind it.
 async fn read_header(connection: &mut (impl AsyncRead + Unpin)) -> Result<(StreamRequest, Vec<u8>), String> {
     let mut received = Vec::with_capacity(MAX_HEADER);
     loop {

@@ -1,4 +1,4 @@
-//! The service as a client sees it whose machine stood still.
+//! The service as seen by a client whose machine stood still.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,10 +11,10 @@ use tonic::transport::Endpoint as Address;
 use super::*;
 use crate::connection::Ports;
 
-/// More than a connection stands without being told to.
+/// More requests than a connection endures with the default limit.
 const GIVEN_UP: usize = 64;
 
-/// Carries bytes, from the moment on when `go` says so.
+/// Copies bytes, from the moment on when `go` is set.
 async fn carry(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWriteExt + Unpin, go: Arc<Notify>) {
     go.notified().await;
     go.notify_one();

@@ -1,4 +1,4 @@
-//! Volumes that are copied into the pod.
+//! The RPC that copies synced volumes into the pod.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::{Agent, Error, Stage, sandbox};
 use crate::id;
 use crate::pod::synced;
 
-/// `WriteVolume`.
+/// Serves `WriteVolume`.
 pub async fn write(agent: Arc<Agent>, request: WriteVolumeRequest) -> Result<WriteVolumeResponse, Error> {
     id::check("name", &request.name)?;
     sandbox::check_created(&agent)?;

@@ -1,8 +1,8 @@
 //! A real agent makes a pod, runs containers through the real runc, and takes
 //! everything down again; its streams and RPCs go over the kernel's loopback
-//! vsock. It wants a machine of its own: root, cgroup v2, `vsock_loopback`,
-//! and two virtio disks with the serial numbers `image` (an EROFS filesystem
-//! with busybox) and `scratch` (ext4).
+//! vsock. The test needs a machine of its own: root, cgroup v2,
+//! `vsock_loopback`, and two virtio disks with the serial numbers `image` (an
+//! EROFS filesystem with busybox) and `scratch` (ext4).
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -241,7 +241,8 @@ async fn execs_run_in_the_container(machine: &mut Machine) {
     assert!(error.message().starts_with("runc exec: "), "{error}");
     assert!(machine.exec("main", "e2", &["true"]).await.is_ok(), "its id is free again");
 
-    // The output of a child that is left behind is part of the command's.
+    // The output of a child that is left behind is part of the command's
+    // output.
     let script = "(sleep 4; echo late) & echo started";
     let (output, code) = machine.output_of("main", "e3", &["sh", "-c", script]).await;
     assert_eq!((output.as_str(), code), ("started\nlate\n", 0));
@@ -290,7 +291,7 @@ async fn limits_are_those_of_a_node(machine: &mut Machine) {
 
 async fn files_are_on_one_device(machine: &mut Machine) {
     step("device numbers");
-    // Files of the image and of the writable layer.
+    // These are files of the image and of the writable layer.
     let script = "echo new > /new; stat -c %d / /bin /bin/busybox /etc/passwd /new | sort -u | wc -l; \
                   stat -c %i /etc/passwd; echo '#' >> /etc/passwd; stat -c %i /etc/passwd";
     let (output, _) = machine.output_of("main", "d1", &["sh", "-c", script]).await;
@@ -420,8 +421,8 @@ async fn containers_share_a_pid_namespace(machine: &mut Machine) {
     let output = read_all(stream(Kind::Stdout, "second", "").await.unwrap()).await;
     let output = String::from_utf8(output).unwrap();
     assert!(output.contains("sleep 1234") && output.contains("husk-pause"), "{output}");
-    // The container's first process is not the namespace's, so the other must be
-    // ended too.
+    // The container's first process is not that of the namespace, so the other
+    // one must be ended too.
     machine.signal("first", "", 37, false).await;
     assert_eq!(machine.wait("first", "").await.exit_code, 128 + 37);
     let (output, _) = machine.output_of("main", "ps", &["true"]).await;

@@ -1,4 +1,4 @@
-//! Starts a real agent as pid 1 of its own namespaces, and speaks to it.
+//! Starts a real agent as pid 1 of its own namespaces, and talks to it.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 pub const MAC: &str = "02:00:0a:58:00:05";
 const START: Duration = Duration::from_secs(30);
 
-/// A running agent. It ends with this value.
+/// A running agent. It ends when this is dropped.
 pub struct Machine {
     unshare: Child,
     /// The agent's pid, seen from outside.
@@ -25,7 +25,7 @@ pub struct Machine {
     pub client: AgentClient<Channel>,
 }
 
-/// An agent as pid 1 of its own namespaces.
+/// Starts an agent as pid 1 of its own namespaces.
 fn spawn(arguments: &[&str]) -> Child {
     Command::new("unshare")
         .args(["--pid", "--fork", "--kill-child", "--mount", "--net", "--uts", "--ipc"])
@@ -90,7 +90,7 @@ impl Machine {
         Self { unshare, pid, client }
     }
 
-    /// A file of the agent's world.
+    /// Reads a file in the agent's mount namespace.
     pub fn read(&self, path: &str) -> String {
         let path = format!("/proc/{}/root{path}", self.pid);
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
@@ -175,7 +175,7 @@ impl Machine {
         self.client.signal_process(request).await.unwrap();
     }
 
-    /// Runs a command to its end; its output and exit code.
+    /// Runs a command to its end; returns its output and exit code.
     pub async fn output_of(&mut self, id: &str, process: &str, args: &[&str]) -> (String, i32) {
         self.exec(id, process, args).await.unwrap();
         let output = read_all(stream(Kind::Stdout, id, process).await.unwrap()).await;

@@ -22,7 +22,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Longest header that is read, its newline included, in bytes.
+/// Most bytes of a header, including its newline.
 pub const MAX_HEADER: usize = 512;
 
 /// One of a process's streams.

@@ -1,19 +1,19 @@
-//! Moves the bytes of one standard stream between a process and whichever
-//! client the host has connected, and knows when to stop.
+//! Pumps: move the bytes of one standard stream between a process and the client that the
+//! host has connected, and end at the right time.
 //!
-//! An output is read one chunk ahead of its client and no further: the rest
-//! waits in the process's pipe, which holds the process up when it is full.
-//! Once the process has ended, its output ends at end-of-file, or earlier:
+//! An output is read one chunk ahead of its client and no further: the rest waits in the
+//! process's pipe, which blocks the process when it is full. Once the process has ended, its
+//! output ends at end-of-file, or earlier:
 //!
-//! | [`OutputOwner`] | children that keep the stream open | a client that takes nothing     |
-//! | --------------- | ---------------------------------- | ------------------------------- |
-//! | `Container`     | are waited for for [`LINGER`]      | or is not there may still come  |
-//! | `Command`       | are heard like the command         | is waited for while it is there |
-//! | `Session`       | are waited for for [`LINGER`]      | is waited for while it is there |
+//! | [`OutputOwner`] | if children keep the stream open   | if a client takes nothing            |
+//! | --------------- | ---------------------------------- | ------------------------------------ |
+//! | `Container`     | waits for [`LINGER`]               | waits; another client may still come |
+//! | `Command`       | waits for them                     | waits while the client is there      |
+//! | `Session`       | waits for [`LINGER`]               | waits while the client is there      |
 //!
-//! The last output of a container, what its pipe holds, is kept until somebody
-//! takes it or the container is removed: huskd may be away for long. Those who
-//! wait for the container's end go on after [`CLIENT_TIMEOUT`].
+//! The last output of a container, which is in its pipe, is kept until a client takes it or
+//! the container is removed: huskd may be away for long. Waiters for the container's end
+//! continue after [`CLIENT_TIMEOUT`].
 
 use std::time::Duration;
 
@@ -25,24 +25,24 @@ use tokio::time::{Instant, sleep_until};
 use crate::process::fd::AsyncFile;
 use crate::process::reaper::Exited;
 
-/// How long after a process's end its streams may be held open by others.
+/// How long after a process's end other processes may hold its streams open.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How long after a container's end its output is not taken before it counts as
-/// kept.
+/// How long after a container's end its output may wait for a client before it
+/// counts as kept.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long after a command's end its output waits for somebody to ask for it:
-/// longer than huskd takes to open both, if it does.
+/// How long after a command's end its output waits for a client: longer than
+/// huskd takes to open both streams, if it does.
 const UNCLAIMED: Duration = Duration::from_secs(60);
 
-/// Most bytes read after [`LINGER`], from a pipe that never runs dry. More
-/// than a pipe holds.
+/// Most bytes read after [`LINGER`], from a pipe that never runs dry. A pipe
+/// holds fewer.
 const LATE_BYTES: usize = 1024 * 1024;
 
 const CHUNK: usize = 16 * 1024;
 
-/// The owner of an output, on which depends who hears it, and until when.
+/// The owner of an output, which determines its clients and its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputOwner {
     /// A container: clients come and go, and its children end with it.
@@ -66,24 +66,24 @@ impl OutputOwner {
 /// The end of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The stream ended, or nobody could want the rest.
+    /// The stream ended, or nobody can want the rest.
     Over,
-    /// The only client has gone, while the process might have written more.
+    /// The only client has gone, while the process could have written more.
     Abandoned,
 }
 
 /// A connection for standard input.
 pub struct Input<C> {
-    /// The client's bytes from here on.
+    /// The client's connection.
     pub connection: C,
-    /// The bytes that came together with its header.
+    /// The bytes that came together with the connection's header.
     pub early: Vec<u8>,
 }
 
-/// Sends what `source` yields to the newest of `clients`, until its end; of a
-/// command, until the first client has gone. The connection is then closed: its
-/// end is the stream's. `kept` becomes true when a container has ended and nobody
-/// takes its last output.
+/// Sends the bytes of `source` to the newest of `clients`, until the source ends,
+/// or until the first client of a command has gone. The connection is then
+/// closed, which is the end of the stream. `kept` becomes true when a container
+/// has ended and nobody takes its last output.
 pub async fn output<C>(
     source: AsyncFile,
     mut clients: mpsc::Receiver<C>,
@@ -134,13 +134,13 @@ where
         }
     }
     if let Some(mut client) = client {
-        // A client that has gone is not told of the end.
+        // A client that has gone cannot be told of the end.
         let _ = client.shutdown().await;
     }
     End::Over
 }
 
-/// Waits until the client of an output closes; it sends nothing.
+/// Waits until the client of an output closes. It sends nothing.
 async fn gone<C: AsyncRead + Unpin>(client: Option<&mut C>) {
     match client {
         Some(client) => while !matches!(client.read(&mut [0; 16]).await, Ok(0) | Err(_)) {},
@@ -149,8 +149,8 @@ async fn gone<C: AsyncRead + Unpin>(client: Option<&mut C>) {
 }
 
 /// Writes all of `chunk` to the client; false when nobody can take it any more. A
-/// command has no client left when its first has gone. That one may take its time:
-/// if it were cut off, the output would look complete to it.
+/// command has no other client than its first. That one may take its time:
+/// truncated output would look complete to it.
 async fn deliver<C>(
     mut chunk: &[u8],
     client: &mut Option<C>,
@@ -206,8 +206,8 @@ where
     true
 }
 
-/// Sends what the newest of `clients` says to `sink`, until the process ends
-/// or, with `once`, the first client has finished. Then `sink` is closed.
+/// Sends the bytes of the newest of `clients` to `sink`, until the process ends
+/// or, with `once`, the first client has finished. `sink` is then closed.
 pub async fn input<C>(sink: AsyncFile, mut clients: mpsc::Receiver<Input<C>>, once: bool, exited: Exited)
 where
     C: AsyncRead + Unpin,
@@ -238,7 +238,7 @@ where
     }
 }
 
-/// Copies one client's bytes to the process. An error is the process's: it
+/// Copies one client's bytes to the process. An error means that the process
 /// reads no more.
 async fn feed<C>(sink: &AsyncFile, client: Input<C>) -> std::io::Result<()>
 where
@@ -251,7 +251,7 @@ where
     loop {
         match connection.read(&mut buffer).await {
             Ok(count) if count > 0 => write_all(sink, buffer.get(..count).unwrap_or_default()).await?,
-            // A connection that broke off ends the input like one that finished.
+            // A broken connection ends the input like one that was closed.
             _ => return Ok(()),
         }
     }

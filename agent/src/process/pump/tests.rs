@@ -76,7 +76,8 @@ async fn a_client_that_breaks_off_is_followed_by_another() {
 
 #[tokio::test]
 async fn the_only_client_of_a_stream_takes_it_along() {
-    // Silent or not, its process is told when it writes again.
+    // Whether it is silent or not, the process gets an error when it writes
+    // again.
     for silent in [true, false] {
         let mut stream = start(OutputOwner::Command);
         let mut client = stream.connect().await;
@@ -124,7 +125,7 @@ async fn output_that_nobody_takes_is_kept_after_the_exit_to_its_last_byte() {
     tokio::time::sleep(Duration::from_secs(24 * 3600)).await;
     assert!(!stream.pump.is_finished());
     tokio::time::resume();
-    // A client that breaks off does not take it along.
+    // A client that breaks off does not end the stream.
     let (gone, _) = UnixStream::pair().unwrap();
     stream.clients.send(gone).await.unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -178,7 +179,7 @@ async fn a_command_is_over_when_its_children_are() {
     assert_eq!(read_to_end(client).await, b"of a child");
 }
 
-/// Writes until neither the pipe nor what the pump has takes more.
+/// Writes until neither the pipe nor the pump takes more.
 async fn fill(process: &mut File) -> Vec<u8> {
     fcntl(&*process, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
     let (mut sent, mut refused) = (Vec::new(), 0);
