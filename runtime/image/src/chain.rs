@@ -1,11 +1,11 @@
-//! Chain ids: the names of stacks of layers, by which their files are kept.
+//! Chain ids: the names of stacks of layers, by which their files are stored.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use husk_base::id::hex;
 
-/// Most characters that an error quotes of a text that is no digest.
+/// Most characters that an error quotes of a text that is not a digest.
 const MAX_SHOWN: usize = 80;
 
 /// The name of a stack of layers (OCI image-spec, `config.md`). An image chooses the input,
@@ -15,7 +15,8 @@ const MAX_SHOWN: usize = 80;
 pub(super) struct ChainId(String);
 
 impl ChainId {
-    /// Names the stack of layers with these digests, the lowest first.
+    /// Makes the name of the stack of layers with these digests, the lowest
+    /// first.
     ///
     /// # Errors
     /// Names the first text that is no digest.
@@ -50,7 +51,7 @@ impl From<ChainId> for String {
     }
 }
 
-/// Checks that a text is a SHA-256 digest, written in its one way.
+/// Checks that a text is a SHA-256 digest in its only spelling.
 fn check(text: &str) -> Result<(), String> {
     let is_digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     match text.strip_prefix("sha256:") {

@@ -1,9 +1,9 @@
 //! The documents of an image: index, manifest and configuration.
 //!
 //! One digest must mean one thing to every reader. So a document that could be read as an
-//! index and as a manifest is refused, and so is one whose media type says another thing
-//! than its content (CVE-2021-41190). Where Go's JSON, in which images are written, takes
-//! `null` for an empty value, it is taken here.
+//! index and as a manifest is refused, and so is one whose media type contradicts its
+//! content (CVE-2021-41190). `null` is accepted where Go's JSON, in which images are
+//! written, takes it for an empty value.
 
 use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
 use serde::Deserialize;
@@ -16,7 +16,7 @@ const INDEX: [&str; 2] =
 /// Media types of a manifest.
 const MANIFEST: [&str; 2] =
     ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
-/// Media types of a configuration; old registries have given images the last four.
+/// Media types of a configuration. Old registries have given images the last four.
 const CONFIGURATION: [&str; 6] = [
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
@@ -39,7 +39,7 @@ enum Kind {
     Manifest,
 }
 
-/// The members that tell the kind of a document.
+/// The members that determine the kind of a document.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Outline {
@@ -113,8 +113,8 @@ fn foreign(media_type: &str) -> String {
     format!("`{shown}` is not the media type of an image's manifest")
 }
 
-/// Checks the media type by which a manifest calls its configuration: a chart or another
-/// artifact is no image.
+/// Checks the media type that a manifest gives for its configuration: a chart or another
+/// artifact is not an image.
 pub(super) fn check_configuration_type(media_type: &str) -> Result<(), String> {
     if CONFIGURATION.contains(&media_type) {
         return Ok(());
@@ -152,7 +152,7 @@ pub(super) fn configuration(text: &str) -> serde_json::Result<ImageConfiguration
     serde_json::from_value(value)
 }
 
-/// Removes members that are `null`, which says the same as their absence.
+/// Removes members that are `null`, which mean the same as their absence.
 fn drop_nulls(object: &mut Map<String, Value>) {
     object.retain(|_, value| !value.is_null());
 }

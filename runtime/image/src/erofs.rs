@@ -10,13 +10,13 @@ use super::Error;
 /// Most time that packing may take.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Packs `folder` into `file`, uncompressed: its pages are read straight from
-/// the host's page cache. On an error a part of the file may be there.
-/// With `holes`, those of sparse files take no room: files are made of chunks then, which
-/// need an index (Linux 5.15).
+/// Packs `folder` into `file`, uncompressed, so that its pages are read directly from the
+/// host's page cache. After an error, `file` may be there in part. With `holes`, those of
+/// sparse files take no space: files are then made of chunks, which need an index (Linux
+/// 5.15).
 pub(super) async fn pack(folder: &Path, file: &Path, holes: bool) -> Result<(), Error> {
     let mut mkfs = Command::new("mkfs.erofs");
-    // A fixed UUID: the same files give the same bytes.
+    // With a fixed UUID, the same files give the same bytes.
     mkfs.args(["-U", "00000000-0000-0000-0000-000000000000", "--quiet"])
         .args(holes.then_some("--chunksize=4096"))
         .arg(file)

@@ -1,5 +1,5 @@
-//! Bounds on what all pulls together take: how many there are at a time, and how much of
-//! the disk they leave.
+//! Bounds on all pulls together: how many run at a time, and how much of the disk they
+//! leave free.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use super::{Error, ImageConfig};
 
 /// Most pulls that wait for others.
 const MAX_WAITING: usize = 256;
-/// How often the disk is looked at while a pull writes.
+/// How often free space is checked while a pull writes.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// The bounds of one image store.
@@ -27,7 +27,7 @@ pub(super) struct Gates {
     min_free: u64,
 }
 
-/// Pulls under way, so that one reference is pulled by one at a time.
+/// The pulls that run, so that one reference is pulled by one at a time.
 #[derive(Debug, Default)]
 pub(super) struct InFlight(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
 
@@ -48,7 +48,7 @@ impl InFlight {
     }
 }
 
-/// Counts a pull that waits.
+/// Counts a waiting pull while it lives.
 struct Waiting<'a>(&'a AtomicUsize);
 
 impl Drop for Waiting<'_> {
@@ -58,7 +58,7 @@ impl Drop for Waiting<'_> {
 }
 
 impl Gates {
-    /// `directory` is on the disk that the images are on.
+    /// Makes the bounds. `directory` is on the disk of the images.
     pub(super) fn new(config: &ImageConfig, directory: &Path) -> Self {
         let permits = |count: usize| Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS));
         Self {
@@ -83,18 +83,18 @@ impl Gates {
         self.pulls.acquire().await.map_err(|_| Error::Busy { reference: reference.to_owned(), waiting })
     }
 
-    /// Waits until one more image may be unpacked. Only pulls wait, so the queue is as
-    /// bounded as theirs.
+    /// Waits until one more image may be unpacked. Only pulls wait here, so the queue
+    /// is as bounded as theirs.
     pub(super) async fn unpack(&self, reference: &str) -> Result<SemaphorePermit<'_>, Error> {
         self.unpacks.acquire().await.map_err(|_| Error::Busy { reference: reference.to_owned(), waiting: 0 })
     }
 
-    /// Checks that `bytes` more leave as much of the disk free as is to stay free.
+    /// Checks that writing `bytes` more leaves `min_free` bytes of the disk.
     ///
     /// # Errors
     /// They do not.
     pub(super) fn has_room(&self, reference: &str, bytes: u64) -> Result<(), Error> {
-        // A disk that cannot be asked says so to the next write.
+        // If the disk cannot be asked, the next write will say so.
         let Ok(disk) = rustix::fs::statvfs(&self.directory) else { return Ok(()) };
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         if free >= self.min_free.saturating_add(bytes) {
@@ -108,7 +108,7 @@ impl Gates {
         })
     }
 
-    /// Does some work that writes to the disk, and drops it when too little is left.
+    /// Runs work that writes to the disk, and drops it when too little is left.
     ///
     /// # Errors
     /// The work's, or that there is no room.

@@ -1,8 +1,8 @@
 //! Reads `certs.d/<host>/hosts.toml`, which names the mirrors of a registry, as containerd does.
 //!
-//! The files are read at every pull, so that a change needs no restart. A file that does not read, or that asks
-//! for something which is not supported, fails the pull: a mirror that is skipped in silence may be what keeps a
-//! node off the internet.
+//! The files are read at every pull, so that a change needs no restart. A file that cannot be read, or that asks
+//! for an unsupported feature, fails the pull: silently skipping a mirror could send a node to the internet that
+//! must not go there.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,26 +15,26 @@ use toml::Spanned;
 use super::Error;
 use husk_base::text_file;
 
-/// A `hosts.toml` is small; more than this is another file.
+/// Most bytes of a `hosts.toml`, which is small.
 const MAX_FILE: u64 = 1 << 20;
 
-/// The reason why a host that wants a certificate of huskd's is not asked.
+/// The reason that a host which demands a client certificate is not asked.
 const CLIENT: &str = "client certificates are not supported";
 
 /// A host that may be asked for an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Host {
-    /// The name that the file has for it, for messages.
+    /// The host's name in the file, for messages.
     pub name: String,
-    /// Plain HTTP, or `None` where the name does not say.
+    /// Whether plain HTTP is used; `None` where the name does not say.
     pub plain: Option<bool>,
     /// Host and port, and the part of the path that comes before `/v2`.
     pub address: String,
     /// The part of the path that comes after `/v2`, before the repository.
     pub prefix: String,
-    /// The host may say what a tag leads to.
+    /// Whether the host may resolve tags.
     pub resolve: bool,
-    /// The host may hand out content by its digest.
+    /// Whether the host may serve content by its digest.
     pub pull: bool,
     /// The way to connect to it.
     pub connection: Connection,
@@ -43,11 +43,11 @@ pub(super) struct Host {
 /// The way to connect to a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Connection {
-    /// The host's certificate is not verified.
+    /// Whether verification of the host's certificate is off.
     pub skip_verify: bool,
-    /// Certificates that vouch for the host, besides the system's.
+    /// Certificate authorities of the host, besides the system's.
     pub ca: Vec<PathBuf>,
-    /// Most time for a connection to come about.
+    /// The time limit for establishing a connection.
     pub dial_timeout: Option<Duration>,
 }
 
@@ -56,9 +56,9 @@ pub(super) struct Connection {
 pub(super) struct Hosts {
     /// Mirrors, in the order in which they are asked.
     pub mirrors: Vec<Host>,
-    /// The host that is asked last in the registry's place.
+    /// The host that is asked last, in place of the registry.
     pub server: Option<Host>,
-    /// The way to connect to the registry itself, where no `server` stands for it.
+    /// The way to connect to the registry itself, if no `server` replaces it.
     pub registry: Connection,
 }
 
@@ -91,9 +91,9 @@ struct File {
 }
 
 impl Hosts {
-    /// Reads what `root` says of `registry`, a host with or without a port. Without a file
-    /// the registry itself is asked, and the certificates in the folder vouch for it, as
-    /// Docker has it.
+    /// Reads the configuration below `root` of `registry`, a host with or without a port.
+    /// Without a file the registry itself is asked, with the certificates in the folder as
+    /// authorities, as Docker does.
     ///
     /// # Errors
     /// A file that is there and cannot be used.
@@ -112,7 +112,7 @@ impl Hosts {
         Self::parse(&text, &folder).map_err(refused)
     }
 
-    /// A folder without a `hosts.toml`, or with an empty one.
+    /// Reads a folder without a `hosts.toml`, or with an empty one.
     fn of_certificates(folder: &Path) -> Result<Self, Error> {
         let refused = |path: &Path, cause: String| Error::Hosts { path: path.to_owned(), cause };
         let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<Result<Vec<_>, _>>);
@@ -124,7 +124,8 @@ impl Hosts {
             .collect();
         files.sort();
         let is = |path: &Path, kind: &str| path.as_os_str().as_encoded_bytes().ends_with(kind.as_bytes());
-        // To go on without it would ask the registry as somebody else.
+        // Without the client certificate, the registry would be asked under
+        // another identity.
         if let Some(path) = files.iter().find(|path| is(path, ".cert")) {
             return Err(refused(path, format!("{CLIENT}: move it away if the registry needs none")));
         }
@@ -132,7 +133,7 @@ impl Hosts {
         Ok(Self { registry: Connection { ca, ..Connection::default() }, ..Self::default() })
     }
 
-    /// `folder` is what relative paths in `text` start from.
+    /// Parses `text`, in which relative paths start from `folder`.
     pub(super) fn parse(text: &str, folder: &Path) -> Result<Self, String> {
         let read = |error: toml::de::Error| error.to_string().trim_end().to_owned();
         let file: File = toml::from_str(text).map_err(read)?;
@@ -171,7 +172,8 @@ impl Settings {
     }
 
     fn connection(&self, folder: &Path) -> Result<Connection, String> {
-        // To go on without them would ask the host as somebody else.
+        // Without these headers or certificates, the host would be asked under
+        // another identity.
         if self.client.is_some() {
             return Err(format!("`client`: {CLIENT}"));
         }
@@ -219,8 +221,8 @@ fn folder(root: &Path, registry: &str) -> Option<PathBuf> {
     names.into_iter().flatten().map(|name| root.join(name)).find(|folder| folder.is_dir())
 }
 
-/// A host's URL as: whether it is plain HTTP, what comes before `/v2` without
-/// the scheme, and what comes after it.
+/// Splits a host's URL into: whether it is plain HTTP, the part before `/v2`
+/// without the scheme, and the part after it.
 fn split(url: &str, override_path: bool) -> Option<(Option<bool>, String, String)> {
     let (plain, rest) = match url.split_once("://") {
         Some(("http", rest)) => (Some(true), rest),
@@ -248,7 +250,7 @@ fn split(url: &str, override_path: bool) -> Option<(Option<bool>, String, String
     Some((plain, address, after.join("/")))
 }
 
-/// A time as Go writes it, of one number and one unit.
+/// Parses a duration in Go's notation, of one number and one unit.
 fn duration(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
     let (number, unit) = text.split_at(digits);
@@ -385,7 +387,7 @@ mod tests {
             ("[host.\"https://h\"]\ncapabilities = ['fly']", "fly"),
             ("[host.\"https://h\"]\ndial_timeout = 'soon'", "soon"),
             ("[host.\"https://h\"]\ncapabilities = 'pull'", "capabilities"),
-            // Also where they are said of the registry itself.
+            // These are refused also for the registry itself.
             ("client = 'a.pem'", "client"),
             ("capabilities = ['fly']", "fly"),
             ("dial_timeout = 'soon'", "soon"),

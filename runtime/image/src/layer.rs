@@ -1,5 +1,5 @@
-//! Applies the layers of an image to a folder, as the OCI image specification says
-//! (`layer.md`), and refuses entries that no honest layer has.
+//! Applies the layers of an image to a folder, following the OCI image
+//! specification (`layer.md`), and refuses entries that no honest layer has.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -22,15 +22,17 @@ mod attributes;
 mod reader;
 mod sparse;
 
-/// Most bytes of the names of one layer's folders, which are kept until its end.
+/// Most bytes of the names of one layer's folders, which are kept until the
+/// layer is applied.
 const MAX_FOLDER_NAMES: u64 = 64 << 20;
 
 /// Limits on all layers of one image together.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Limits {
-    /// Bytes of all files.
+    /// Bytes of all files together.
     pub bytes: u64,
-    /// Files, folders, links and so on, and folders that come without an entry.
+    /// Files, folders, links and so on, including folders that come without an
+    /// entry.
     pub entries: u64,
     /// Device nodes.
     pub devices: u64,
@@ -42,12 +44,12 @@ impl Default for Limits {
     }
 }
 
-/// A layer that was not applied.
+/// The reason that a layer was not applied.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// The layer is at fault.
     Refused(String),
-    /// The disk is.
+    /// The disk is at fault.
     Disk(&'static str, PathBuf, io::Error),
 }
 
@@ -69,7 +71,7 @@ pub(super) fn is_layer(media_type: &str) -> bool {
     )
 }
 
-/// The packing of a layer.
+/// The compression of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Packing {
     Plain,
@@ -78,19 +80,19 @@ enum Packing {
 }
 
 impl Packing {
-    /// Finds the packing by the layer's first bytes: its media type may name another, and
-    /// other runtimes do not ask it.
+    /// Detects the compression by the layer's first bytes: the media type may name
+    /// another one, and other runtimes ignore it.
     const fn of(first: &[u8]) -> Self {
         match first {
             [0x1f, 0x8b, ..] => Self::Gzip,
-            // A frame that is to be skipped may come first.
+            // A skippable frame may come first.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             _ => Self::Plain,
         }
     }
 }
 
-/// Unpacks a layer's bytes.
+/// Decompresses a layer.
 fn unpacked(file: File) -> io::Result<Box<dyn Read>> {
     let mut file = BufReader::with_capacity(128 * 1024, file);
     Ok(match Packing::of(file.fill_buf()?) {
@@ -98,14 +100,15 @@ fn unpacked(file: File) -> io::Result<Box<dyn Read>> {
         Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
         Packing::Zstd => {
             let mut decoder = zstd::Decoder::with_buffer(file)?;
-            // 128 MiB of window: what `zstd --ultra --long=27` may ask for.
+            // 128 MiB of window, as much as `zstd --ultra --long=27` may ask
+            // for.
             decoder.window_log_max(27)?;
             Box::new(decoder)
         }
     })
 }
 
-/// The folder that layers are applied to, and the rest of the limits.
+/// The folder that layers are applied to, and the limits that remain.
 #[derive(Debug)]
 pub(super) struct Unpacker {
     tree: Tree,
@@ -116,18 +119,19 @@ pub(super) struct Unpacker {
 }
 
 impl Unpacker {
-    /// `folder` exists and is empty.
+    /// Makes an unpacker for `folder`, which exists and is empty.
     pub(super) fn new(folder: &Path, limits: &Limits) -> Result<Self, Failure> {
         let tree = Tree::open(folder).map_err(|error| Failure::Disk("open", folder.into(), error))?;
         Ok(Self { tree, path: folder.into(), limits: limits.clone(), left: limits.clone(), holes: false })
     }
 
-    /// Whether a layer has brought a sparse file.
+    /// Whether a layer had a sparse file.
     pub(super) const fn has_holes(&self) -> bool {
         self.holes
     }
 
-    /// Applies one layer, whose unpacked bytes must have the digest `diff_id`.
+    /// Applies one layer. Its uncompressed bytes must have the digest
+    /// `diff_id`.
     pub(super) fn apply(&mut self, blob: &Path, diff_id: &str) -> Result<(), Failure> {
         let disk = |error| Failure::Disk("read layer", blob.into(), error);
         let reader = File::open(blob).and_then(unpacked).map_err(disk)?;
@@ -143,7 +147,7 @@ impl Unpacker {
         // Folders get their times last, because new entries change them.
         for (path, time) in layer.folders.iter().rev() {
             match self.tree.place(path, false).and_then(|place| place.set_folder_time(*time)) {
-                // Another entry of the layer took its place.
+                // Another entry of the layer has replaced it.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {}
                 result => result.map_err(|error| self.disk("set time of", path, error))?,
             }
@@ -186,7 +190,8 @@ impl Unpacker {
         Ok(())
     }
 
-    /// The root itself; mkfs.erofs takes its attributes from the folder.
+    /// Applies the entry of the root itself; mkfs.erofs takes its attributes
+    /// from the folder.
     fn root(&self, entry: &Entry, attributes: &Attributes) -> Result<(), Failure> {
         if entry.kind() != EntryType::Directory {
             return Err(Failure::Refused("the root of the image is not a folder".into()));
@@ -258,7 +263,7 @@ impl Unpacker {
             there.map_err(|error| self.disk("write file", path, error))?;
             self.copy(body, part.length, &mut file, path)?;
         }
-        // What is after the last part, and between the parts, stays a hole.
+        // The parts of the file that are not stored stay holes.
         file.set_len(entry.size).map_err(|error| self.disk("write file", path, error))
     }
 
@@ -317,11 +322,11 @@ impl Unpacker {
         place.set_owner(attributes, kind).map_err(|error| self.disk("set owner of", path, error))?;
         for (name, value) in &attributes.xattrs {
             match place.set_xattr(name, value) {
-                // The disk cannot, and little is lost.
+                // The disk does not support it, and little is lost.
                 Err(error) if name.starts_with("user.") && error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                     tracing::debug!(path = %path.display(), name, "the disk takes no such attribute");
                 }
-                // The kernel does not want it on such a file, or with such a value.
+                // The kernel refuses it on such a file, or with such a value.
                 Err(error)
                     if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM | libc::ERANGE)) =>
                 {
@@ -336,7 +341,7 @@ impl Unpacker {
         place.set_time(attributes.mtime).map_err(|error| self.disk("set time of", path, error))
     }
 
-    /// Hides what lower layers have; what this layer brings stays.
+    /// Hides entries of lower layers; entries of this layer stay.
     fn whiteout(&self, path: &Path, hidden: &[u8], seen: &Seen) -> Result<(), Failure> {
         let parent = path.parent().unwrap_or(Path::new(""));
         let hide = |result: io::Result<bool>, target: &Path| match result {
@@ -349,7 +354,7 @@ impl Unpacker {
             b"" | b"." | b".." => {
                 Err(Failure::Refused(format!("whiteout `{}` hides nothing", path.display())))
             }
-            // Notes that AUFS makes for itself.
+            // These are AUFS's own metadata.
             _ if hidden.starts_with(b".wh.") => Ok(()),
             _ => {
                 let target = parent.join(OsStr::from_bytes(hidden));
@@ -358,8 +363,8 @@ impl Unpacker {
         }
     }
 
-    /// Removes what is there, and everything below it, except what is of this
-    /// layer; true when something stays.
+    /// Removes a file or folder with everything below it, except entries of
+    /// this layer; true when some stay.
     fn prune(&self, path: &Path, seen: &Seen) -> io::Result<bool> {
         let place = self.tree.place(path, false)?;
         let mut stays = seen.contains(path);
@@ -381,8 +386,8 @@ impl Unpacker {
         Ok(stays)
     }
 
-    /// A path that could not be resolved: the layer's fault if something other
-    /// than a folder is on the way.
+    /// The error of a path that could not be resolved. The layer is at fault if
+    /// something other than a folder is on the way.
     fn inside(&self, path: &Path, error: io::Error) -> Failure {
         match error.raw_os_error() {
             _ if error.kind() == io::ErrorKind::InvalidInput => {
@@ -413,7 +418,7 @@ impl Unpacker {
 struct Layer {
     seen: Seen,
     folders: Vec<(PathBuf, (i64, i64))>,
-    /// Bytes of the folders' names.
+    /// Bytes of the folders' names so far.
     names: u64,
     root_time: Option<(i64, i64)>,
 }
@@ -429,8 +434,8 @@ impl Layer {
     }
 }
 
-/// Paths, kept as hashes: a million long names would take gigabytes. The
-/// hashes' key is random, so nobody can make two names meet.
+/// A set of paths, kept as hashes: a million long names would take gigabytes.
+/// The key of the hashes is random, so nobody can construct a collision.
 #[derive(Default)]
 struct Seen {
     key: RandomState,

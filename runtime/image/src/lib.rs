@@ -1,10 +1,10 @@
-//! OCI images: pulled and verified, unpacked, and kept as one EROFS file each.
+//! OCI images: pulled and verified, unpacked, and stored as one EROFS file each.
 //!
 //! [`ImageStore::pull`] asks a registry (`registry`, or the mirrors that `hosts` names),
 //! reads its documents (`document`), has a jailed process unpack the layers ([`unpack`],
-//! `layer`, `tree`) and packs the files (`erofs`). A pull works in a folder of its own and
-//! becomes visible by one transaction of the `store`, which sweeps what a crash leaves when
-//! it opens.
+//! `layer`, `tree`), and packs the files (`erofs`). A pull works in a folder of its own and
+//! becomes visible by one transaction of the `store`. The store removes the leftovers of a
+//! crash when it opens.
 
 #![forbid(unsafe_code)]
 
@@ -38,26 +38,26 @@ pub use reference::{full_name, is_at};
 pub use registry::Credentials;
 pub use store::{FsInfo, ImageStore};
 
-/// Largest file of certificates that is read.
+/// Most bytes of a file of certificates.
 const MAX_PEM: u64 = 4 << 20;
 
 /// The settings of an image store.
 #[derive(Clone, Debug)]
 pub struct ImageConfig {
-    /// Registries spoken to over plain HTTP, besides loopback addresses.
+    /// Registries that are asked over plain HTTP, besides loopback addresses.
     pub insecure_registries: Vec<String>,
-    /// Hosts that registries may send huskd to for tokens, passwords included, and for
-    /// content, whatever their addresses are.
+    /// Hosts that registries may send huskd to for tokens, including passwords, and
+    /// for content, whatever their addresses are.
     pub trusted_hosts: Vec<String>,
     /// The folder with a `<host>/hosts.toml` for each registry that has mirrors.
     pub hosts_dir: PathBuf,
-    /// The most time that may pass without a byte from the registry.
+    /// Most time that may pass without a byte from the registry.
     pub stall_timeout: std::time::Duration,
-    /// The most time that a pull may take.
+    /// Most time that a pull may take.
     pub pull_timeout: std::time::Duration,
-    /// Limits on what an image is made of.
+    /// Limits on the content of an image.
     pub limits: Limits,
-    /// Bytes that stay free on the images' disk: a pull that would leave less fails.
+    /// Bytes that stay free on the images' disk. A pull that would leave less fails.
     pub min_free: u64,
     /// Most pulls at a time; others wait.
     pub parallel_pulls: usize,
@@ -87,15 +87,16 @@ impl Default for ImageConfig {
 /// An image of the store. It is cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// Digest of its configuration, "sha256:…".
+    /// The digest of the image's configuration, "sha256:…".
     pub id: Arc<str>,
-    /// The tags that lead to it, "docker.io/library/nginx:1".
+    /// The tags of the image, "docker.io/library/nginx:1".
     pub repo_tags: Vec<String>,
-    /// The digests that lead to it, "docker.io/library/nginx@sha256:…".
+    /// The digests of the image's manifests,
+    /// "docker.io/library/nginx@sha256:…".
     pub repo_digests: Vec<String>,
-    /// Bytes of its EROFS file.
+    /// Bytes of the image's EROFS file.
     pub size: u64,
-    /// The annotations of its manifest.
+    /// The annotations of the image's manifest.
     pub annotations: BTreeMap<String, String>,
     /// The image's configuration.
     pub config: Arc<ImageConfiguration>,
@@ -103,37 +104,37 @@ pub struct Image {
     pub rootfs: PathBuf,
 }
 
-/// Something is wrong with an image, or on the way to it.
+/// The reason that an operation on images failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The name is not one.
+    /// The name is not a valid reference.
     #[error("image reference `{name}`: {cause}")]
     Reference {
-        /// The name as it was given.
+        /// The name in the request.
         name: String,
         /// The reason.
         cause: String,
     },
-    /// The ids of several images begin with it.
+    /// Several image ids begin with this text.
     #[error("image id `{0}` is ambiguous: give more of its characters")]
     Ambiguous(String),
-    /// The registry does not have it.
+    /// The registry does not have the image.
     #[error("pull {reference}: not found in the registry: {cause}")]
     NotFound {
         /// The image that was asked for.
         reference: String,
-        /// The registry's words.
+        /// The registry's error message.
         cause: String,
     },
-    /// The registry wants other credentials.
+    /// The registry demands other credentials.
     #[error("pull {reference}: the registry refuses access: {cause}; check the credentials")]
     Unauthorized {
         /// The image that was asked for.
         reference: String,
-        /// The registry's words.
+        /// The registry's error message.
         cause: String,
     },
-    /// The registry cannot be reached or does not do its work.
+    /// The registry cannot be reached or does not work.
     #[error("pull {reference}: {stage}: {cause}")]
     Registry {
         /// The image that was asked for.
@@ -153,7 +154,7 @@ pub enum Error {
         /// The limit that was passed.
         cause: String,
     },
-    /// The content is not what was promised, or not an image that may be used.
+    /// The content is not as promised, or is not an image that may be used.
     #[error("pull {reference}: {cause}")]
     Refused {
         /// The image that was asked for.
@@ -169,7 +170,7 @@ pub enum Error {
         /// The reason.
         cause: String,
     },
-    /// The disk has less room than it is to keep.
+    /// The disk would have less free space than `min_free`.
     #[error(
         "pull {reference}: No space left: {free_mib} MiB are free on the disk of {path}, and `min_free_mib` of \
          [images] keeps {min_free_mib} MiB free: remove images, or make room"
@@ -179,9 +180,9 @@ pub enum Error {
         reference: String,
         /// A folder on that disk.
         path: PathBuf,
-        /// Bytes that are free, in MiB.
+        /// MiB that are free.
         free_mib: u64,
-        /// The setting.
+        /// The configured minimum, MiB.
         min_free_mib: u64,
     },
     /// Too many pulls wait for others.
@@ -189,10 +190,10 @@ pub enum Error {
     Busy {
         /// The image that was asked for.
         reference: String,
-        /// The number of those that wait.
+        /// The number of waiting pulls.
         waiting: usize,
     },
-    /// The process that unpacks layers did not do its work.
+    /// The process that unpacks layers failed.
     #[error("pull {reference}: unpack: {cause}")]
     Unpacker {
         /// The image that was asked for.
@@ -212,7 +213,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// The reason that the registry, or the check of its answer, gave.
+    /// The part of the error that the registry, or the check of its answer,
+    /// gave.
     fn cause_mut(&mut self) -> Option<&mut String> {
         match self {
             Self::NotFound { cause, .. }
@@ -224,7 +226,7 @@ impl Error {
         }
     }
 
-    /// Whether a full disk is behind it.
+    /// Whether the cause is a full disk.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
         match self {

@@ -25,27 +25,27 @@ pub(super) struct ImageRecord {
     pub(super) digests: BTreeSet<String>,
     pub(super) chain_id: ChainId,
     pub(super) size: u64,
-    /// The configuration's own bytes, whose digest is the id.
+    /// The bytes of the configuration, whose digest is the id.
     pub(super) config: String,
     /// The annotations of the manifest that was pulled last.
     #[serde(default)]
     pub(super) annotations: BTreeMap<String, String>,
 }
 
-/// The records on disk.
+/// The database of records.
 #[derive(Debug)]
 pub(super) struct Metadata {
     path: PathBuf,
-    /// Nothing after an error: redb refuses all work once a write has failed, as on a full
-    /// disk, so the next call opens the database anew.
+    /// The open database; `None` after an error. redb refuses all work once a write has
+    /// failed, as on a full disk, so the next call opens the database again.
     database: Mutex<Option<Database>>,
 }
 
 impl Metadata {
-    /// Opens the database, and drops records that do not read.
+    /// Opens the database, and drops records that cannot be read.
     ///
     /// # Errors
-    /// The disk's, or a database that another process has open.
+    /// The disk fails, or another process has the database open.
     pub(super) fn open(path: PathBuf) -> Result<Self, Error> {
         let metadata = Self { path, database: Mutex::default() };
         metadata.change(drop_unread)?;
@@ -60,8 +60,8 @@ impl Metadata {
         })
     }
 
-    /// Writes a record, and takes its tags from other images. A record of that id that is
-    /// there already keeps its names.
+    /// Writes a record, and takes its tags from other images. If there is a record of
+    /// that id, its names are kept.
     pub(super) fn publish(&self, new: &ImageRecord) -> Result<(), Error> {
         self.change(|table| {
             let mut new = new.clone();
@@ -78,7 +78,7 @@ impl Metadata {
         })
     }
 
-    /// Removes a record, and answers with the others.
+    /// Removes a record, and returns the others.
     pub(super) fn remove(&self, id: &str) -> Result<Vec<ImageRecord>, Error> {
         self.change(|table| {
             table.remove(id).map_err(failed)?;
@@ -115,8 +115,8 @@ fn open(path: &Path) -> Result<Database, Error> {
     Database::create(path).map_err(failed)
 }
 
-/// Drops records that do not read, or name a file as no pull would. The file is left alone,
-/// and a pull brings the image back.
+/// Drops records that cannot be read, or name a file as no pull would. The file is left
+/// alone, and a pull brings the image back.
 fn drop_unread(table: &mut Table<'_>) -> Result<(), Error> {
     let mut dropped = Vec::new();
     for row in table.iter().map_err(failed)? {
@@ -148,7 +148,7 @@ fn put(table: &mut Table<'_>, record: &ImageRecord) -> Result<(), Error> {
     Ok(())
 }
 
-/// An error of the database, whose own cause may be a full disk.
+/// Makes an error of the database's, whose cause may be a full disk.
 fn failed(error: impl Into<redb::Error>) -> Error {
     Error::Metadata(match error.into() {
         redb::Error::Io(error) => error,

@@ -1,4 +1,5 @@
-//! A pull: the manifest, the configuration, the layers, their files, and the record.
+//! A pull: fetches the manifest, the configuration and the layers, makes the image's
+//! file, and writes its record.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -25,34 +26,34 @@ use super::{Error, ImageStore, erofs, reference, unpack};
 mod source;
 use source::{Rounds, Source, Wanted, sources};
 
-/// Layers that are fetched at the same time.
+/// Most layers that are fetched at the same time.
 const PARALLEL: usize = 3;
-/// Largest manifest and largest configuration, bytes.
+/// Most bytes of a manifest, and of a configuration.
 const MAX_DOCUMENT: usize = 4 << 20;
 /// Most bytes of annotations that are kept of an image.
 const MAX_ANNOTATIONS: usize = 64 << 10;
-/// Most layers of an image, as other runtimes have it.
+/// Most layers of an image, as in other runtimes.
 const MAX_LAYERS: usize = 127;
-/// Most entries of an index that do not name their platform which are looked into.
+/// Most entries of an index without a platform whose configuration is read.
 const MAX_SILENT: usize = 16;
-/// Tries to fetch a blob before the pull is given up.
+/// Attempts to fetch a blob before the pull fails.
 const TRIES: u32 = 3;
 
-/// Manifests that are understood.
+/// The media types of manifests that are accepted.
 const MEDIA_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
                            application/vnd.oci.image.index.v1+json, \
                            application/vnd.docker.distribution.manifest.v2+json, \
                            application/vnd.docker.distribution.manifest.list.v2+json";
 
-/// The number of the next pull, which tells their folders apart.
+/// The number of the next pull, by which their folders differ.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// The folder of a pull. It is removed when it is dropped.
+/// The folder of a pull, which is removed when this is dropped.
 struct Workspace(PathBuf);
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        // A process that was killed with its pull may just be making a file, and makes no
+        // A process that was killed with its pull may just be making a file, but makes no
         // second one.
         let removed = remove_tree(&self.0).or_else(|_| {
             std::thread::sleep(Duration::from_millis(50));
@@ -64,8 +65,8 @@ impl Drop for Workspace {
     }
 }
 
-/// A document as it came, its media type as the registry has it, and its digest, counted
-/// here.
+/// A document as it was received, with the registry's media type for it, and its digest,
+/// which was computed here.
 struct Fetched {
     bytes: Vec<u8>,
     media_type: Option<String>,
@@ -81,7 +82,7 @@ struct Pull<'a> {
 }
 
 impl ImageStore {
-    /// Pulls an image, and answers with its id. One that is here already is
+    /// Pulls an image, and returns its id. An image that is here already is
     /// only looked up in the registry.
     ///
     /// # Errors
@@ -152,21 +153,22 @@ impl Pull<'_> {
             let packed = self.store.gates.while_there_is_room(&self.name, make).await?;
             self.store.commit(record, &packed)?;
         }
-        // Removing the files takes a moment that nobody need wait for.
+        // Removing the files takes a moment, for which nobody need wait.
         tokio::task::spawn_blocking(move || drop(workspace));
         tracing::info!(image = self.name, id, "image pulled");
         Ok(id)
     }
 
-    /// Fetches and unpacks the layers, and packs their files into one, which is on disk
-    /// when this is done.
+    /// Fetches and unpacks the layers, and packs their files into one file, which is
+    /// synced to disk.
     async fn make(
         &self,
         layers: &[Descriptor],
         diff_ids: Vec<String>,
         workspace: &Path,
     ) -> Result<PathBuf, Error> {
-        // The layers take as much as the manifest says; what they unpack to is watched.
+        // The layers take as much space as the manifest says; the size of the unpacked
+        // files is watched.
         let bytes = layers.iter().map(Descriptor::size).fold(0, u64::saturating_add);
         self.store.gates.has_room(&self.name, bytes)?;
         self.fetch(layers, workspace).await?;
@@ -175,7 +177,8 @@ impl Pull<'_> {
         let holes = unpack::unpack(program, workspace, limits, diff_ids, &self.name).await?;
         let packed = workspace.join("rootfs.erofs");
         erofs::pack(&unpack::files(workspace), &packed, holes).await?;
-        // The file is on disk before it gets the name that says that it is whole.
+        // The file is on disk before it gets its final name, which means that it
+        // is complete.
         let synced = packed.clone();
         tokio::task::spawn_blocking(move || std::fs::File::open(&synced).and_then(|file| file.sync_all()))
             .await
@@ -184,8 +187,7 @@ impl Pull<'_> {
         Ok(packed)
     }
 
-    /// The annotations of the manifest, unless they are more than a list of images can
-    /// bear.
+    /// The annotations of the manifest, unless they are too large for lists of images.
     fn annotations(&self, manifest: &ImageManifest) -> BTreeMap<String, String> {
         let all: BTreeMap<_, _> = manifest.annotations().clone().unwrap_or_default().into_iter().collect();
         let bytes: usize = all.iter().map(|(key, value)| key.len() + value.len()).sum();
@@ -200,7 +202,8 @@ impl Pull<'_> {
         all
     }
 
-    /// The manifest for this machine, and the digest that the reference leads to.
+    /// The manifest for this machine, and the digest that the reference resolves
+    /// to.
     async fn manifest(&self, workspace: &Path) -> Result<(ImageManifest, String), Error> {
         let fetched = self.document(self.reference.digest()).await?;
         let document = Document::read(&fetched.bytes, fetched.media_type.as_deref());
@@ -215,9 +218,9 @@ impl Pull<'_> {
         Ok((manifest, fetched.digest))
     }
 
-    /// Chooses the image that an index has for this machine: one for amd64, else one for 386, which
-    /// runs on amd64 too. An entry that does not say what it is for is taken if its
-    /// configuration does not speak of another machine.
+    /// Chooses the image in an index for this machine: one for amd64, else one for 386, which runs
+    /// on amd64 too. An entry without a platform is taken unless its configuration names another
+    /// machine.
     async fn choose(&self, index: &ImageIndex, workspace: &Path) -> Result<ImageManifest, Error> {
         let declared = |machine| index.manifests().iter().find(|entry| is_for(entry, machine));
         if let Some(entry) = declared("amd64") {
@@ -266,7 +269,7 @@ impl Pull<'_> {
         Err(rounds.error(|| self.refused("hosts.toml lets no host resolve tags".into())))
     }
 
-    /// Asks one source. An error comes with whether it may pass.
+    /// Asks one source. An error comes with whether trying again may help.
     async fn try_document(&self, source: &Source, digest: Option<&str>) -> Result<Fetched, (Error, bool)> {
         let name = digest.or(self.reference.tag()).unwrap_or("latest");
         let fetched = source.registry.manifest(name, MEDIA_TYPES, MAX_DOCUMENT).await;
@@ -343,7 +346,7 @@ impl Pull<'_> {
         Err(rounds.error(|| self.refused("hosts.toml lets no host be pulled from".into())))
     }
 
-    /// Asks one source. An error comes with whether it may pass.
+    /// Asks one source. An error comes with whether trying again may help.
     async fn try_blob(
         &self,
         source: &Source,
@@ -419,8 +422,8 @@ impl Pull<'_> {
     }
 }
 
-/// Whether an index says that an entry is for Linux on such a machine. Of the variants
-/// only the first runs on every one.
+/// Whether an index says that an entry is for Linux on this machine. Only the first
+/// variant runs on every such machine.
 fn is_for(entry: &Descriptor, machine: &str) -> bool {
     entry.platform().as_ref().is_some_and(|platform| {
         platform.os().to_string() == "linux"

@@ -4,12 +4,12 @@ use oci_spec::distribution::Reference;
 
 use super::Error;
 
-/// A meaning that a client's name may have.
+/// A possible meaning of a name in a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Name {
-    /// "docker.io/library/nginx:latest", or with a digest.
+    /// A reference: "docker.io/library/nginx:latest", or with a digest.
     Reference(String),
-    /// The beginning of an id, or all of it, without "sha256:".
+    /// An id or the beginning of one, without "sha256:".
     Id(String),
 }
 
@@ -20,17 +20,17 @@ pub(super) fn parse(name: &str) -> Result<Reference, Error> {
 }
 
 /// Completes a name that may be short: with its host, and with a tag or a digest. `None`
-/// for a text that is no name.
+/// for a text that is not a name.
 #[must_use]
 pub fn full_name(name: &str) -> Option<String> {
     parse(name).ok().map(|reference| canonical(&reference))
 }
 
-/// Whether `server`, a host or a URL, is the registry of an image. For a text that is no
-/// name the answer is yes, because its pull fails anyway.
+/// Whether `server`, a host or a URL, is the registry of an image. For a text that is
+/// not a name the answer is yes, because its pull fails anyway.
 #[must_use]
 pub fn is_at(name: &str, server: &str) -> bool {
-    // Docker Hub is called by the first, and asked at the others.
+    // The first is Docker Hub's name; the others are its servers.
     const HUB: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
     let host = server.split_once("://").map_or(server, |(_, rest)| rest);
     let host = host.split('/').next().unwrap_or_default();
@@ -41,8 +41,8 @@ pub fn is_at(name: &str, server: &str) -> bool {
     })
 }
 
-/// The meanings of a name: ids come first, because twelve hexadecimal digits are also a
-/// repository's name.
+/// The possible meanings of a name. Ids come first, because twelve hexadecimal digits
+/// are also a repository's name.
 pub(super) fn candidates(name: &str) -> Vec<Name> {
     let mut candidates = Vec::new();
     let digits = name.strip_prefix("sha256:").unwrap_or(name);
@@ -57,8 +57,8 @@ pub(super) fn candidates(name: &str) -> Vec<Name> {
     candidates
 }
 
-/// Writes a reference in the one way in which the store keeps it: with its host, and with
-/// a tag or a digest; the digest alone if there are both.
+/// Writes a reference in the store's only form: with its host, and with a tag or a
+/// digest; if there are both, with the digest alone.
 pub(super) fn canonical(reference: &Reference) -> String {
     match (reference.digest(), reference.tag()) {
         (Some(digest), _) => format!("{}@{digest}", repository(reference)),

@@ -1,11 +1,12 @@
-//! Checks where a registry sends huskd: for a token, or for content that is elsewhere.
+//! Checks the servers that a registry sends huskd to: for a token, or for content that is
+//! elsewhere.
 //!
-//! Whoever names an image chooses the registry, and a registry's answers name other
+//! The author of an image's name chooses the registry, and a registry's answers name other
 //! servers. huskd asks from the host's own network, where a cloud's metadata service and
-//! whatever listens on loopback trust everybody who reaches them. So a registry sends
-//! huskd only to addresses that are no more private than its own, never from TLS to plain
-//! HTTP, and the password goes only to hosts of the registry's own domain. `trusted_hosts`
-//! of the configuration names the exceptions.
+//! local services trust every client that reaches them. So a registry may send huskd only
+//! to addresses that are no more private than its own, never from TLS to plain HTTP, and
+//! the password goes only to hosts of the registry's own domain. `trusted_hosts` in the
+//! configuration names exceptions.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -22,11 +23,12 @@ const PROXY_VARIABLES: [&str; 6] =
 /// The range from which an address can be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Reach {
-    /// Everybody reaches it.
+    /// The address can be reached from anywhere.
     Public,
-    /// A site reaches it (RFC 1918, RFC 6598, RFC 4193).
+    /// The address can be reached within a site (RFC 1918, RFC 6598, RFC 4193).
     Private,
-    /// This machine reaches it: loopback, link-local, and the metadata services of clouds.
+    /// The address can be reached from this machine: loopback, link-local, and the
+    /// metadata services of clouds.
     Local,
 }
 
@@ -44,7 +46,7 @@ impl Reach {
 
     fn of_v4(address: Ipv4Addr) -> Self {
         match address.octets() {
-            // The last one is Alibaba's metadata service.
+            // The last pattern is Alibaba's metadata service.
             [0 | 127 | 224..=255, ..] | [169, 254, ..] | [100, 100, 100, 200] => Self::Local,
             [10, ..] | [172, 16..=31, ..] | [192, 168, ..] | [100, 64..=127, ..] | [198, 18 | 19, ..] => {
                 Self::Private
@@ -56,7 +58,7 @@ impl Reach {
     fn of_v6(address: Ipv6Addr) -> Self {
         match address.segments() {
             [0, 0, 0, 0, 0, 0, 0, 0 | 1] | [0xfe80..=0xfebf, ..] | [0xff00..=0xffff, ..] => Self::Local,
-            // Amazon's metadata service.
+            // This is Amazon's metadata service.
             [0xfd00, 0x0ec2, ..] => Self::Local,
             [0xfc00..=0xfdff, ..] | [0xfec0..=0xfeff, ..] => Self::Private,
             _ => Self::Public,
@@ -64,8 +66,8 @@ impl Reach {
     }
 }
 
-/// The IPv4 address that an IPv6 address leads to: mapped, translated (RFC 6052) or by a
-/// tunnel (RFC 3056).
+/// The IPv4 address that an IPv6 address stands for: mapped, translated (RFC 6052) or
+/// tunnelled (RFC 3056).
 fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
     let two = |high: u16, low: u16| {
         let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
@@ -78,14 +80,14 @@ fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// The rules for one registry.
+/// The rules for the servers that one registry may send huskd to.
 #[derive(Debug)]
 pub(super) struct Referrals {
     registry: Url,
-    /// Hosts that the node's administrator vouches for.
+    /// Hosts that the administrator trusts.
     trusted: Vec<String>,
-    /// The most public address that the registry has answered from, so that a name that
-    /// leads to another address at each look gains nothing.
+    /// The most public address from which the registry has answered. A name that
+    /// resolves to another address each time gains nothing.
     reach: Mutex<Option<Reach>>,
     proxies: Vec<Url>,
 }
@@ -102,7 +104,7 @@ impl Referrals {
         self.registry.origin() == url.origin()
     }
 
-    /// Notes that the registry has answered from an address.
+    /// Notes the address from which the registry has answered.
     pub(super) async fn answered(&self, from: Option<SocketAddr>) {
         let reach = match from {
             // A proxy's address says nothing about the registry's.
@@ -117,8 +119,8 @@ impl Referrals {
         lock(&self.reach).unwrap_or(Reach::Public)
     }
 
-    /// Whether the registry may send huskd to a URL, as far as the URL itself shows; what
-    /// a name leads to is looked at when it is resolved.
+    /// Checks a URL that the registry sends huskd to, as far as the URL itself shows. The
+    /// addresses of a name are checked when it is resolved.
     pub(super) fn check(&self, url: &Url) -> Result<(), String> {
         let shown = shown(url);
         match (self.registry.scheme(), url.scheme()) {
@@ -180,7 +182,7 @@ impl Referrals {
     }
 }
 
-/// A URL without its query, which may be somebody's key to the content.
+/// A URL without its query, which may be a secret key to the content.
 fn shown(url: &Url) -> String {
     format!("{}{}", url.origin().ascii_serialization(), url.path()).chars().take(200).collect()
 }
@@ -190,8 +192,8 @@ fn proxy(text: &str) -> Option<Url> {
     url.ok().filter(Url::has_host)
 }
 
-/// Whether two hosts are below one domain that somebody has for himself: "registry.gitlab.com"
-/// and "gitlab.com", but not "a.co.uk" and "b.co.uk".
+/// Whether two hosts are below one domain with one owner: "registry.gitlab.com" and
+/// "gitlab.com", but not "a.co.uk" and "b.co.uk".
 fn is_sibling(registry: &str, realm: &str) -> bool {
     let is_name = |host: &str| host.contains('.') && host.parse::<IpAddr>().is_err() && !host.contains(':');
     let Some((_, domain)) = registry.split_once('.').filter(|_| is_name(registry) && is_name(realm)) else {
@@ -206,8 +208,8 @@ fn is_sibling(registry: &str, realm: &str) -> bool {
     !shared_by_many && (realm == domain || realm.strip_suffix(domain).is_some_and(|rest| rest.ends_with('.')))
 }
 
-/// Resolves the names that a registry sends huskd to, and drops the addresses that it may
-/// not send it to.
+/// Resolves the names that a registry sends huskd to, and drops the addresses that are
+/// not allowed.
 pub(super) struct Resolver(pub(super) Arc<Referrals>);
 
 impl Resolve for Resolver {

@@ -1,8 +1,9 @@
-//! A client of one registry: as much of the OCI distribution specification as a pull needs.
+//! A client of one registry, for the part of the OCI distribution specification that a pull
+//! needs.
 //!
-//! Whoever names an image chooses the server that is asked for it, and servers name others
-//! that grant tokens. So no answer is kept in memory without a bound, and [`Referrals`]
-//! checks where the registry sends huskd.
+//! The author of an image's name chooses the server that is asked for it, and servers name
+//! others that grant tokens. So no answer is kept in memory without a bound, and
+//! [`Referrals`] checks the servers that the registry sends huskd to.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -20,21 +21,21 @@ use super::referral::{Referrals, Resolver};
 
 /// Most bytes of an answer that grants a token.
 const MAX_TOKEN: usize = 1 << 20;
-/// Most bytes that are read of an answer that tells an error.
+/// Most bytes of an error's body that are read.
 const MAX_ERROR: usize = 64 << 10;
-/// Most characters of it that are told.
+/// Most characters of an error's text that are passed on.
 const MAX_WORDS: usize = 500;
-/// Most servers that a request is sent on to.
+/// Most redirects of a request.
 const MAX_REDIRECTS: usize = 10;
 
 /// The identity under which a registry is asked.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credentials {
-    /// No identity.
+    /// Without credentials.
     Anonymous,
     /// A user with a password.
     Basic(String, String),
-    /// A token that the registry takes as it is.
+    /// A token that is passed to the registry as it is.
     Bearer(String),
 }
 
@@ -51,54 +52,54 @@ impl fmt::Debug for Credentials {
 
 /// A repository of a registry.
 pub(super) struct Registry {
-    /// Asks the registry itself.
+    /// The client for the registry itself.
     http: Client,
-    /// Asks whom the registry sends huskd to.
+    /// The client for servers that the registry sends huskd to.
     referred: Client,
     referrals: Arc<Referrals>,
     /// The URL up to the repository: "https://registry.example/v2/library/nginx".
     url: String,
-    /// The query that names, for a mirror, the registry that it stands for.
+    /// The query that tells a mirror which registry it stands for.
     query: String,
     repository: String,
     credentials: Credentials,
-    /// The header that the registry has asked for.
+    /// The header that the registry demands.
     authorization: Mutex<Option<HeaderValue>>,
 }
 
-/// The registry did not answer as it should.
+/// The reason that a request failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     /// The registry cannot be reached, or the connection broke.
     #[error("{}", chain(.0))]
     Http(#[from] reqwest::Error),
-    /// The registry answered with another status.
+    /// The registry answered with an error status.
     #[error("HTTP status {status}{words}")]
     Status {
         status: StatusCode,
-        /// The specification's codes for what is wrong.
+        /// The specification's error codes.
         codes: Vec<String>,
         words: String,
     },
     /// No token was granted.
     #[error("token from {0}")]
     Token(String),
-    /// The registry sends huskd where it must not.
+    /// The registry sends huskd to a server that is not allowed.
     #[error("{0}")]
     Referral(String),
-    /// The answer is larger than anybody needs.
+    /// The answer is larger than the limit.
     #[error("the answer is larger than {0} bytes")]
     TooLarge(usize),
 }
 
 impl Registry {
-    /// `address` is a host with or without a port, and what comes before `/v2`
-    /// in the path; `namespace` is the registry that a mirror stands for. `client`
-    /// says how the registry is connected to, and `trusted` whom it may send huskd
-    /// to whatever their addresses are.
+    /// Makes a client. `address` is a host with or without a port, followed by the
+    /// part of the path before `/v2`; `namespace` is the registry that a mirror
+    /// stands for. `client` makes HTTP clients, and `trusted` are hosts that the
+    /// registry may send huskd to whatever their addresses are.
     ///
     /// # Errors
-    /// An address that is none, or a client that cannot be made.
+    /// The address is invalid, or a client cannot be made.
     pub(super) fn new(
         client: impl Fn() -> ClientBuilder,
         (plain, address): (bool, &str),
@@ -131,8 +132,8 @@ impl Registry {
         })
     }
 
-    /// The manifest with a tag or a digest, of at most `most` bytes, and its media type
-    /// as the registry has it.
+    /// Fetches the manifest with a tag or a digest, of at most `most` bytes, and the
+    /// registry's media type for it.
     pub(super) async fn manifest(
         &self,
         name: &str,
@@ -146,7 +147,7 @@ impl Registry {
         Ok((whole(response, most).await?, media_type))
     }
 
-    /// The blob with a digest; nothing of it has been read.
+    /// Begins to fetch the blob with a digest; its body is not read yet.
     pub(super) async fn blob(&self, digest: &str) -> Result<Response, Failure> {
         self.get(&format!("blobs/{digest}"), "*/*").await
     }
@@ -162,8 +163,8 @@ impl Registry {
             if status == StatusCode::OK {
                 return Ok(response);
             }
-            // A token may have expired, so this is for later requests too. Another
-            // host that the registry sends us to is none of its own.
+            // A token may have expired, so this also serves later requests. A 401
+            // of another host, to which the registry has sent us, does not count.
             if status == StatusCode::UNAUTHORIZED && !challenged && self.referrals.is_own(response.url()) {
                 challenged = true;
                 if let Some(authorization) = self.authorize(response.headers()).await? {
@@ -175,8 +176,8 @@ impl Registry {
         }
     }
 
-    /// Asks for `start`, and goes where the answers send the request on to.
-    /// `authorization` is for the server of `start` alone.
+    /// Requests `start`, and follows redirects. `authorization` is for the
+    /// server of `start` alone.
     async fn follow(
         &self,
         start: &Url,
@@ -202,7 +203,8 @@ impl Registry {
         Err(Failure::Referral(format!("the registry sends huskd on more than {MAX_REDIRECTS} times")))
     }
 
-    /// The header that the registry asks for; `None` if no header would help.
+    /// Makes the header that the registry demands; `None` if no header would
+    /// help.
     async fn authorize(&self, headers: &HeaderMap) -> Result<Option<HeaderValue>, Failure> {
         if matches!(self.credentials, Credentials::Bearer(_)) {
             return Ok(None);
@@ -274,14 +276,14 @@ impl Registry {
     }
 }
 
-/// A realm's answer: one of both is there.
+/// A realm's answer, which has one of the two.
 #[derive(Deserialize)]
 struct Granted {
     token: Option<String>,
     access_token: Option<String>,
 }
 
-/// An error's body, as the specification has it.
+/// The body of an error, as specified.
 #[derive(Deserialize)]
 struct ErrorDocument {
     errors: Vec<OneError>,
@@ -295,11 +297,11 @@ struct OneError {
 }
 
 impl Failure {
-    /// Reads an error's body.
+    /// Makes a failure of an error's body.
     async fn from_response(mut response: Response) -> Self {
         let status = response.status();
         let mut body = Vec::new();
-        // A body that breaks off is shown as far as it came.
+        // A body that breaks off is used as far as it came.
         while body.len() < MAX_ERROR
             && let Ok(Some(chunk)) = response.chunk().await
         {
@@ -320,7 +322,7 @@ impl Failure {
         Self::Status { status, codes: told.into_iter().map(|error| error.code).collect(), words }
     }
 
-    /// Whether the registry does not have the image.
+    /// Whether the registry says that it does not have the image.
     pub(super) fn is_not_found(&self) -> bool {
         self.says(
             &[StatusCode::NOT_FOUND],
@@ -328,7 +330,7 @@ impl Failure {
         )
     }
 
-    /// Whether the registry, or its realm, wants other credentials.
+    /// Whether the registry, or its realm, demands other credentials.
     pub(super) fn is_unauthorized(&self) -> bool {
         matches!(self, Self::Token(_))
             || self.says(&[StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN], &["UNAUTHORIZED", "DENIED"])
@@ -343,12 +345,12 @@ impl Failure {
         }
     }
 
-    /// Whether nothing came for too long.
+    /// Whether no data came for too long.
     pub(super) fn is_timeout(&self) -> bool {
         matches!(self, Self::Http(error) if error.is_timeout())
     }
 
-    /// Whether asking again may help.
+    /// Whether trying again may help.
     pub(super) fn may_pass(&self) -> bool {
         match self {
             Self::Http(error) => error.is_connect(),
@@ -360,7 +362,7 @@ impl Failure {
     }
 }
 
-/// The URL that an answer sends the request on to.
+/// The URL of a redirect.
 fn redirect(response: &Response) -> Result<Option<Url>, Failure> {
     if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
@@ -394,7 +396,7 @@ fn header(scheme: &str, secret: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// Makes a server's words fit for one line of a message.
+/// Makes a server's text fit for one line of a message.
 fn sanitize(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_WORDS).collect()
 }

@@ -20,27 +20,28 @@ pub struct ImageStore {
     pub(super) config: ImageConfig,
     pub(super) in_flight: InFlight,
     pub(super) gates: Gates,
-    /// The lock under which a record and its file come or go together: several images may
-    /// share one file.
+    /// The lock under which a record and its file are added or removed together: several
+    /// images may share one file.
     files: Mutex<()>,
 }
 
-/// The room that the images take.
+/// The disk space that the images use.
 #[derive(Clone, Debug)]
 pub struct FsInfo {
-    /// The folder they are in.
+    /// The folder of the images.
     pub directory: PathBuf,
-    /// Bytes on disk.
+    /// The number of bytes on disk.
     pub used_bytes: u64,
-    /// Files.
+    /// The number of files.
     pub inodes: u64,
 }
 
 impl ImageStore {
-    /// Opens the images under `root`, and sweeps what unfinished pulls left.
+    /// Opens the images below `root`, and removes the leftovers of unfinished
+    /// pulls.
     ///
     /// # Errors
-    /// The disk's, or a database that another process has open.
+    /// The disk fails, or another process has the database open.
     pub fn open(root: &Path, config: ImageConfig) -> Result<Self, Error> {
         let directory = root.join("images");
         // Pulls unpack programs below it, with the owners and modes that images choose.
@@ -52,7 +53,8 @@ impl ImageStore {
         let gates = Gates::new(&config, &directory);
         let in_flight = InFlight::default();
         let store = Self { metadata, directory, config, in_flight, gates, files: Mutex::default() };
-        // A leftover that cannot be removed takes room, and does no other harm.
+        // A leftover that cannot be removed takes space, but does no other
+        // harm.
         let (pulls, rootfs) = (store.sweep_pulls(), store.sweep_rootfs());
         for error in [pulls, rootfs].into_iter().filter_map(Result::err) {
             tracing::warn!(error = chain(&error), "sweep what unfinished pulls left");
@@ -73,7 +75,7 @@ impl ImageStore {
         result
     }
 
-    /// Removes files that no image has.
+    /// Removes files that belong to no image.
     fn sweep_rootfs(&self) -> Result<(), Error> {
         let used: BTreeSet<_> = self.records()?.iter().map(|record| self.rootfs(&record.chain_id)).collect();
         let folder = self.directory.join("rootfs");
@@ -88,7 +90,7 @@ impl ImageStore {
     }
 
     /// Finds the image that `name` means: a reference, an id, or the beginning of one. An
-    /// image whose files are gone is not found; a pull brings it back.
+    /// image whose files are missing is not found; a pull brings it back.
     ///
     /// # Errors
     /// An ambiguous id, or the database's.
@@ -132,7 +134,7 @@ impl ImageStore {
         here.map(|record| self.image(record)).collect()
     }
 
-    /// Removes an image with all its names. An unknown image is removed already; machines
+    /// Removes an image with all its names. Removing an unknown image succeeds. Machines
     /// that have its file open keep it until they end.
     ///
     /// # Errors
@@ -151,8 +153,8 @@ impl ImageStore {
         }
     }
 
-    /// Publishes an image whose file is here already, its own or that of another image of
-    /// the same layers. Answers false if there is no file.
+    /// Publishes an image whose file is here already: its own, or that of another image
+    /// with the same layers. Returns false if there is no file.
     pub(super) fn commit_existing(&self, record: ImageRecord) -> Result<bool, Error> {
         let _files = lock(&self.files);
         let Ok(metadata) = std::fs::metadata(self.rootfs(&record.chain_id)) else { return Ok(false) };
@@ -160,7 +162,7 @@ impl ImageStore {
         Ok(true)
     }
 
-    /// Publishes an image with the file that a pull has made of it.
+    /// Publishes an image with the file that a pull has made.
     pub(super) fn commit(&self, record: ImageRecord, packed: &Path) -> Result<(), Error> {
         let _files = lock(&self.files);
         let size = std::fs::metadata(packed).map_err(file("look at", packed))?.len();
@@ -184,7 +186,7 @@ impl ImageStore {
         self.rootfs(&record.chain_id).exists()
     }
 
-    /// The room that the images take on disk.
+    /// The disk space that the images use.
     #[must_use]
     pub fn fs_info(&self) -> FsInfo {
         use std::os::unix::fs::MetadataExt;
@@ -237,7 +239,7 @@ mod tests {
 
     use super::*;
 
-    /// The name of a stack of one layer, whose digest has that digit alone.
+    /// The chain id of one layer, whose digest repeats that digit.
     fn chain(digit: char) -> ChainId {
         format!("sha256:{}", String::from(digit).repeat(64)).try_into().unwrap()
     }
@@ -348,9 +350,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
         std::fs::create_dir_all(store.pulls().join("1/files")).unwrap();
-        std::fs::write(store.pulls().join("stray"), "").unwrap();
+        std::fs::write(store.pulls().join("leftover"), "").unwrap();
         std::fs::write(store.rootfs(&chain('3')), "unpublished").unwrap();
-        // Deeper than a path can name and a stack is.
+        // This is deeper than a path can name or a stack can follow.
         let mut inner = root.path().join("seed");
         std::fs::create_dir(&inner).unwrap();
         for level in 0..3000 {
@@ -371,7 +373,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let store = open(root.path());
         commit(&store, record('a', &["docker.io/library/x:1"], '1'));
-        // A folder where only files are removed.
+        // This is a folder where there should be only files.
         std::fs::create_dir_all(store.rootfs(&chain('3')).join("full")).unwrap();
         std::fs::write(store.rootfs(&chain('4')), "unpublished").unwrap();
         drop(store);

@@ -1,9 +1,9 @@
 //! A folder that takes the files of an image, and out of which no path leads.
 //!
 //! Paths are resolved here, a component at a time, and the kernel never follows a link or
-//! `..`: a symbolic link that an earlier layer planted is read, and its target resolved
-//! from the folder as if that were the root. The last component is never followed.
-//! Nothing here needs `/proc`.
+//! `..`. A symbolic link that an earlier layer planted is read, and its target is
+//! resolved as if the folder were the root. The last component is never followed. Nothing
+//! here needs `/proc`.
 
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
@@ -18,21 +18,21 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-/// Longest path that is taken, in bytes.
+/// Most bytes of a path.
 const MAX_PATH: usize = 4095;
-/// Most folders inside one another, those included that a link leads through:
-/// what removes or packs the tree calls itself for each.
+/// Most folders inside one another, including those that a link leads through.
+/// Removing and packing the tree recurse into each.
 pub(super) const MAX_DEPTH: usize = 256;
 const MAX_NAME: usize = 255;
 
-/// Most links on the way to a folder, as Linux has it.
+/// Most links on the way to a folder, as in Linux.
 const MAX_LINKS: usize = 40;
 
-/// The folder.
+/// The folder of an image's files.
 #[derive(Debug)]
 pub(super) struct Tree {
     root: OwnedFd,
-    /// Folders made because something is in them.
+    /// The number of folders that were made because an entry is in them.
     made: Cell<u64>,
 }
 
@@ -43,23 +43,23 @@ pub(super) struct Place {
     name: OsString,
 }
 
-/// The owner of an entry, and what else its header says.
+/// The owner, mode, time and extended attributes of an entry.
 #[derive(Clone, Debug)]
 pub(super) struct Attributes {
-    /// Owner.
+    /// The user id of the owner.
     pub uid: u32,
-    /// Group.
+    /// The group id of the owner.
     pub gid: u32,
     /// Permissions, with setuid, setgid and sticky bits.
     pub mode: u32,
-    /// Seconds since 1970, and nanoseconds.
+    /// The time of the last change: seconds since 1970, and nanoseconds.
     pub mtime: (i64, i64),
     /// Extended attributes.
     pub xattrs: Vec<(String, Vec<u8>)>,
 }
 
-/// A path of an archive that stays inside: without `..`, and below the image's
-/// root also when it is written with a slash in front, as some builders do.
+/// Checks that a path of an archive stays inside: it has no `..`. A leading
+/// slash, which some builders write, means the image's root.
 ///
 /// # Errors
 /// The reason of the refusal.
@@ -104,7 +104,8 @@ impl Tree {
         Ok(Place { parent: self.root.try_clone()?, name: ".".into() })
     }
 
-    /// Finds an entry's place. Folders on the way are made when `make` says so.
+    /// Finds an entry's place. With `make`, missing folders on the way are
+    /// made.
     pub(super) fn place(&self, path: &Path, make: bool) -> io::Result<Place> {
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         let (parent, depth) = self.walk(path.parent().unwrap_or(Path::new("")), make)?;
@@ -119,10 +120,10 @@ impl Tree {
         Ok(self.walk(path, false)?.0)
     }
 
-    /// Opens a folder, and tells how deep it is: a short path through links leads far
-    /// down. With `make`, folders that are missing are made, also where a link leads.
+    /// Opens a folder, and returns its depth: a short path through links may lead far
+    /// down. With `make`, missing folders are made, also on the path of a link.
     fn walk(&self, path: &Path, make: bool) -> io::Result<(OwnedFd, usize)> {
-        // The folders from the one below the root to the present one.
+        // The folders from the one below the root to the current one.
         let mut folders: Vec<OwnedFd> = Vec::new();
         let mut rest: Vec<OsString> = components(path.as_os_str());
         let mut links = 0;
@@ -167,7 +168,7 @@ impl Tree {
     }
 }
 
-/// Folders are opened as places, and never through a link.
+/// Folders are opened as paths, and never through a link.
 const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// The components of a path, the first one last; "/" stands for the root.
@@ -179,7 +180,7 @@ fn components(path: &OsStr) -> Vec<OsString> {
 }
 
 impl Place {
-    /// The kind of the file that is there.
+    /// The kind of the file at this place.
     pub(super) fn existing(&self) -> io::Result<Option<FileType>> {
         match statat(&self.parent, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
@@ -188,12 +189,12 @@ impl Place {
         }
     }
 
-    /// Removes the file or folder that is there, with everything below it.
+    /// Removes the file or folder at this place, with everything below it.
     pub(super) fn clear(&self) -> io::Result<()> {
         remove_all(&self.parent, &self.name)
     }
 
-    /// Makes a folder; a folder that is there stays with its content.
+    /// Makes a folder. An existing folder stays with its content.
     pub(super) fn make_folder(&self) -> io::Result<()> {
         match self.existing()? {
             Some(FileType::Directory) => return Ok(()),
@@ -225,8 +226,8 @@ impl Place {
         Ok(mknodat(&self.parent, &self.name, kind, Mode::from_raw_mode(0o600), device)?)
     }
 
-    /// Gives the entry its owner, and then its permissions: a change of owner
-    /// takes setuid away.
+    /// Sets the owner, and then the permissions: changing the owner clears
+    /// setuid.
     pub(super) fn set_owner(&self, attributes: &Attributes, kind: FileType) -> io::Result<()> {
         let (uid, gid) = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
         chownat(&self.parent, &self.name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
@@ -237,8 +238,8 @@ impl Place {
         Ok(())
     }
 
-    /// After [`Place::set_owner`], which takes `security.capability` away. Only files and
-    /// folders have attributes.
+    /// Sets an extended attribute. Must come after [`Place::set_owner`], which clears
+    /// `security.capability`. Only files and folders have attributes.
     pub(super) fn set_xattr(&self, name: &str, value: &[u8]) -> io::Result<()> {
         match self.existing()? {
             Some(FileType::RegularFile | FileType::Directory) => {}

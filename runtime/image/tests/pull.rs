@@ -1,4 +1,4 @@
-//! Pulls from a registry that does as it is told, lies included.
+//! Pulls from a registry that answers as each test wants, including lies.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
@@ -19,16 +19,16 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
-/// How the registry behaves.
+/// The behaviour of the registry.
 #[derive(Clone, Default)]
 struct Behaviour {
-    /// Answers by path.
+    /// Media types and bodies by path.
     answers: HashMap<String, (String, Vec<u8>)>,
     /// Requests without this header line are answered with 401.
     authorization: Option<String>,
-    /// What they are told to do about it, if not to give a password.
+    /// The challenge of these answers; without one, a password is demanded.
     challenge: Option<String>,
-    /// Paths that are answered with another place.
+    /// Redirects by path.
     redirects: HashMap<String, String>,
     /// Paths that contain this get a header and no body, for ever.
     hang: Option<String>,
@@ -53,7 +53,7 @@ fn layer(name: &str, text: &str) -> (Vec<u8>, String) {
     (gzip.finish().unwrap(), digest(&tar))
 }
 
-/// What an image says of itself.
+/// The configuration of an image.
 fn config(architecture: &str) -> serde_json::Value {
     let (_, diff_id) = layer("etc/motd", "hello");
     json!({
@@ -62,7 +62,7 @@ fn config(architecture: &str) -> serde_json::Value {
     })
 }
 
-/// What an index says of an image.
+/// The platform of an image in an index.
 fn platform(architecture: &str, variant: Option<&str>) -> serde_json::Value {
     let mut platform = json!({"os": "linux", "architecture": architecture});
     if let Some(variant) = variant {
@@ -82,7 +82,8 @@ impl Behaviour {
         digest
     }
 
-    /// An image with one layer of this type; answers the digest of its manifest.
+    /// Adds an image with one layer of this type; returns the digest of its
+    /// manifest.
     fn image(&mut self, config: &serde_json::Value, layer_type: &str) -> String {
         let (blob, _) = layer("etc/motd", "hello");
         let config = config.to_string();
@@ -102,7 +103,8 @@ impl Behaviour {
         digest
     }
 
-    /// `app:1` for several platforms: each with the digest of its manifest.
+    /// Adds `app:1` for several platforms: each with the digest of its
+    /// manifest.
     fn index(&mut self, manifests: &[(serde_json::Value, &str)]) {
         let entry = |(platform, digest): &(serde_json::Value, &str)| {
             let mut entry = json!({"mediaType": MANIFEST, "digest": digest, "size": 1});
@@ -153,7 +155,7 @@ impl Behaviour {
                 head.push(stream.read_u8().await?);
             }
             let head = String::from_utf8(head).unwrap();
-            // A mirror is told whom it stands for by a query.
+            // A query tells a mirror which registry it stands for.
             let path = head.split([' ', '?']).nth(1).unwrap();
             let allowed = self
                 .authorization
@@ -230,14 +232,14 @@ impl Node {
         self.store.pull(&format!("{}/{name}", self.registry), auth).await
     }
 
-    /// What `hosts.toml` says of a registry.
+    /// Writes the `hosts.toml` of a registry.
     fn hosts(&self, registry: &str, text: &str) {
         let folder = self.root.path().join("certs.d").join(registry);
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("hosts.toml"), text).unwrap();
     }
 
-    /// A failed pull is in no list, and has no files.
+    /// Checks that a failed pull is in no list, and has no files.
     async fn assert_nothing_left(&self) {
         assert!(self.store.list().unwrap().is_empty());
         for folder in ["images/pulls", "images/rootfs"] {
@@ -318,7 +320,7 @@ async fn a_disk_keeps_the_room_that_it_is_to_keep() {
     node.assert_nothing_left().await;
 }
 
-/// A registry with `app:plain`, whose one layer this is.
+/// A registry with `app:plain`, which has this one layer.
 fn with_layer(packed: &[u8], diff_id: &str, kind: &str) -> Behaviour {
     let mut config = config("amd64");
     config["rootfs"]["diff_ids"] = json!([diff_id]);
@@ -409,22 +411,24 @@ async fn an_image_does_not_choose_a_file_of_the_host() {
     let file = folder.path().join("disk.erofs");
     std::fs::write(&file, "of the host").unwrap();
     let absolute = folder.path().join("disk").to_str().unwrap().to_owned();
-    for diff_id in [absolute.clone(), format!("sha256:{absolute}"), "../../stray".into(), "./stray".into()] {
+    for diff_id in
+        [absolute.clone(), format!("sha256:{absolute}"), "../../outside".into(), "./outside".into()]
+    {
         let mut registry = Behaviour::default();
         let mut config = config("amd64");
         config["rootfs"]["diff_ids"] = json!([diff_id]);
         registry.image(&config, LAYER);
         let node = Node::with(registry).await;
         let images = node.root.path().join("images");
-        for stray in [node.root.path().join("stray.erofs"), images.join("rootfs/stray.erofs")] {
-            std::fs::write(stray, "of the host").unwrap();
+        for outside in [node.root.path().join("outside.erofs"), images.join("rootfs/outside.erofs")] {
+            std::fs::write(outside, "of the host").unwrap();
         }
         let error = node.pull("app:plain").await.unwrap_err();
         assert!(matches!(&error, Error::Refused { .. }), "{error}");
         assert!(error.to_string().contains("the image's configuration: diff id"), "{error}");
         assert!(node.store.list().unwrap().is_empty());
         node.store.remove(&format!("{}/app:plain", node.registry)).unwrap();
-        assert!(file.exists() && node.root.path().join("stray.erofs").exists());
+        assert!(file.exists() && node.root.path().join("outside.erofs").exists());
     }
 }
 
@@ -548,7 +552,7 @@ async fn nobody_at_the_address_is_told_so() {
     assert!(error.to_string().contains("fetch manifest"), "{error}");
 }
 
-/// An address at which nobody listens.
+/// An address on which nobody listens.
 async fn nowhere() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
 }
@@ -599,7 +603,8 @@ async fn a_host_does_only_what_it_may() {
     let file = |mirror: &str| {
         format!("server = 'http://{dead}'\n[host.'http://{live}']\ncapabilities = ['{mirror}']\n")
     };
-    // A tag means what the registry says: a mirror that may only be pulled from cannot tell.
+    // The registry decides the meaning of a tag: a mirror that may only serve content
+    // cannot.
     node.hosts("registry.example", &file("pull"));
     let error = node.store.pull("registry.example/app:1", Credentials::Anonymous).await.unwrap_err();
     assert!(error.to_string().contains("fetch manifest"), "{error}");
@@ -608,7 +613,7 @@ async fn a_host_does_only_what_it_may() {
     node.store.pull(&by_digest, Credentials::Anonymous).await.unwrap();
     node.hosts("other.example", &file("resolve"));
     let error = node.store.pull("other.example/app:plain", Credentials::Anonymous).await;
-    // The image is here already: its layers are not asked for.
+    // The image is here already: its layers are not requested.
     assert!(error.is_ok(), "{error:?}");
 }
 
@@ -655,7 +660,7 @@ async fn a_file_that_cannot_be_used_fails_the_pull_by_its_name() {
     node.assert_nothing_left().await;
 }
 
-/// Speaks TLS in front of `plain`, a connection at a time.
+/// Terminates TLS in front of `plain`, one connection at a time.
 fn tls_in_front_of(plain: SocketAddr, certificate: &str, key: &str) -> SocketAddr {
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -746,8 +751,8 @@ async fn a_certificate_counts_if_it_is_in_the_registrys_own_folder() {
     }
 }
 
-/// Answers every request with `head`, and then with a body that never ends,
-/// of which at most `most` bytes are taken.
+/// Answers every request with `head`, and then with an endless body, of which
+/// at most `most` bytes are sent.
 async fn endless(head: &'static str, most: u64) -> (SocketAddr, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -794,7 +799,7 @@ async fn an_answer_that_never_ends_is_given_up_after_a_while() {
         let name = format!("{registry}/app:1");
         let error = node.store.pull(&name, Credentials::Anonymous).await.unwrap_err().to_string();
         assert!(error.contains(word), "{head}: {error}");
-        // What the sockets hold comes on top.
+        // The sockets' buffers come on top.
         assert!(sent.load(Ordering::Relaxed) < 64 << 20, "{head}: {sent:?}");
         node.assert_nothing_left().await;
     }
@@ -840,10 +845,11 @@ fn on_the_internet<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'st
     std::thread::spawn(run).join().unwrap();
 }
 
-/// Of a block that is nobody's (RFC 5737).
+/// An address of a block that is reserved for documentation (RFC 5737).
 const PUBLIC: &str = "203.0.113.7";
 
-/// A server on loopback, as an administrator may have one, and how often it was asked.
+/// A server on loopback, as an administrator may run one, and the count of its
+/// requests.
 async fn secret_service() -> (SocketAddr, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -1,4 +1,4 @@
-//! The process that unpacks layers: its jail, and its work in there.
+//! The process that unpacks layers: its jail, and its work inside.
 
 #![allow(clippy::unwrap_used)]
 
@@ -30,7 +30,7 @@ fn start(folder: &Path, diff_ids: &[String]) -> Child {
 #[test]
 fn the_process_has_given_up_all_but_the_files_of_its_pull() {
     let folder = tempfile::tempdir().unwrap();
-    // A layer that nobody writes: the process waits for it.
+    // Nobody writes this layer: the process waits for it.
     nix::unistd::mkfifo(&folder.path().join("layer-0"), nix::sys::stat::Mode::S_IRUSR).unwrap();
     let mut child = start(folder.path(), &["sha256:00".to_owned()]);
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -45,7 +45,7 @@ fn the_process_has_given_up_all_but_the_files_of_its_pull() {
         let line = status.lines().find_map(|line| line.strip_prefix(&format!("{name}:")));
         line.unwrap().trim().to_owned()
     };
-    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, MKNOD, SETFCAP.
+    // These are CHOWN, DAC_OVERRIDE, FOWNER, FSETID, MKNOD, SETFCAP.
     for set in ["CapPrm", "CapEff", "CapBnd"] {
         assert_eq!(field(set), "000000008800001b", "{set}");
     }
@@ -86,7 +86,7 @@ fn files_of_any_owner_and_kind_are_made_in_the_jail() {
         header.set_cksum();
         tar.append(&header, body).unwrap();
     };
-    // Nobody but its owner may write into it, and in it is more.
+    // Only its owner may write into this folder, and more comes in it.
     add("closed", tar::EntryType::Directory, 0o700, b"");
     add("closed/tool", tar::EntryType::Regular, 0o6755, b"run");
     add("closed/null", tar::EntryType::Char, 0o666, b"");

@@ -19,9 +19,9 @@ use tonic::transport::{Channel, Endpoint};
 /// A runtime that serves CRI.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// Its name in the report.
+    /// The runtime's name in the report.
     pub name: String,
-    /// Its endpoint: `unix://` and the path of its socket.
+    /// The runtime's endpoint: `unix://` and the path of its socket.
     pub endpoint: String,
     /// The runtime handler of its pods.
     pub handler: String,

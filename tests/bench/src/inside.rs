@@ -149,7 +149,7 @@ fn answer(mut client: TcpStream) -> std::io::Result<()> {
         }
         None => return Err(std::io::ErrorKind::InvalidData.into()),
     }
-    // It closes first when it has what it wanted.
+    // The client closes first when it has what it wanted.
     client.read(&mut message).map(drop)
 }
 

@@ -1,5 +1,5 @@
-//! The unpacker as a program of its own: huskd runs the same code by starting itself. For
-//! tests, which are not huskd.
+//! The unpacker as a program of its own, for tests: huskd runs the same code by starting
+//! itself.
 
 fn main() -> std::process::ExitCode {
     husk_image::unpack::main()

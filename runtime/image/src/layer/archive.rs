@@ -1,10 +1,10 @@
 //! A tar stream (POSIX.1-2017 `pax`, with GNU's long names), read in bounded
 //! memory.
 //!
-//! The tar crate decodes the fields of a header. Walking the archive is done
-//! here, because that crate keeps long names and PAX records in memory however
-//! long they claim to be, and splits records at line ends, which the binary
-//! value of `security.capability` may well contain.
+//! The tar crate decodes the fields of a header. This module walks the archive
+//! itself, because that crate keeps long names and PAX records in memory
+//! however long they claim to be, and splits records at line ends, which the
+//! binary value of `security.capability` may well contain.
 
 use std::io::{self, Read};
 
@@ -12,35 +12,37 @@ use tar::{EntryType, Header};
 
 use super::sparse::{self, Part};
 
-/// Every header takes one block, and contents are filled up to whole ones.
+/// The size of a header, and the unit of which contents fill whole ones.
 const BLOCK: u64 = sparse::BLOCK as u64;
-/// Most bytes of long names and PAX records before one entry, as Go's
-/// `archive/tar` has it.
+/// Most bytes of long names and PAX records before one entry, as in Go's
+/// `archive/tar`.
 const MAX_EXTENSION: u64 = 1 << 20;
 /// Most such headers before one entry.
 const MAX_EXTENSIONS: u32 = 16;
 
-/// The archive.
+/// A tar archive that is being read.
 pub(super) struct Archive<R> {
     reader: R,
-    /// The rest of the present entry's contents, and of the filling after them.
+    /// The bytes left of the present entry's contents, with their padding.
     body: u64,
     filling: u64,
 }
 
-/// An entry. Its contents are what [`Archive::read`] gives until the next one.
+/// An entry. [`Archive::read`] reads its contents, until the next entry is
+/// read.
 pub(super) struct Entry {
     /// The header's fields.
     pub(super) header: Header,
-    /// The entry's name, as it is written.
+    /// The entry's name, as it is in the archive.
     pub(super) path: Vec<u8>,
     /// The target of a link.
     pub(super) link: Vec<u8>,
     /// PAX records, in order.
     pub(super) records: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Bytes of the file, holes included.
+    /// Bytes of the file, including holes.
     pub(super) size: u64,
-    /// The parts of a sparse file that the contents are, one after another.
+    /// The parts of a sparse file that are stored in the contents, one after
+    /// another.
     pub(super) parts: Option<Vec<Part>>,
 }
 
@@ -51,7 +53,8 @@ impl Entry {
     }
 }
 
-/// Before POSIX, a folder was a file with a slash.
+/// The kind of an entry. Before POSIX, a folder was a file whose name ends in a
+/// slash.
 fn kind(header: &Header, path: &[u8]) -> EntryType {
     match header.entry_type() {
         EntryType::Regular if path.ends_with(b"/") => EntryType::Directory,
@@ -60,11 +63,11 @@ fn kind(header: &Header, path: &[u8]) -> EntryType {
     }
 }
 
-/// Whether contents follow a header. Some tools give links, folders and devices a size,
-/// and no contents; every reader takes it so.
+/// Whether contents follow a header. Some tools give links, folders and devices a size
+/// but no contents, and every reader accepts that.
 fn has_contents(header: &Header, path: &[u8]) -> bool {
     match kind(header, path) {
-        // POSIX has no folder that is a file with a slash.
+        // In POSIX, a file whose name ends in a slash is no folder.
         EntryType::Directory => header.as_old().linkflag == [b'0'],
         EntryType::Link | EntryType::Symlink | EntryType::Char | EntryType::Block | EntryType::Fifo => false,
         _ => true,
@@ -76,7 +79,7 @@ impl<R: Read> Archive<R> {
         Self { reader, body: 0, filling: 0 }
     }
 
-    /// Reads the next entry, and passes over what was not read of the one before.
+    /// Reads the next entry, and skips the rest of the one before.
     pub(super) fn next(&mut self) -> io::Result<Option<Entry>> {
         let (mut long_path, mut long_link, mut records) = (None, None, Vec::new());
         let mut extensions = 0;
@@ -104,7 +107,7 @@ impl<R: Read> Archive<R> {
                 EntryType::GNULongName => long_path = Some(until_zero(text)),
                 EntryType::GNULongLink => long_link = Some(until_zero(text)),
                 EntryType::XHeader => parse_records(&text, &mut records)?,
-                // Comments, as `git archive` writes them.
+                // These are comments, as `git archive` writes them.
                 _ => {}
             }
         }
@@ -162,7 +165,7 @@ impl<R: Read> Archive<R> {
         self.filling = size.wrapping_neg() % BLOCK;
     }
 
-    /// Reads the next header; `None` where the archive ends.
+    /// Reads the next header; `None` at the end of the archive.
     fn header(&mut self) -> io::Result<Option<Header>> {
         let skipped = self.body.saturating_add(self.filling);
         if io::copy(&mut (&mut self.reader).take(skipped), &mut io::sink())? < skipped {
@@ -177,7 +180,7 @@ impl<R: Read> Archive<R> {
         let sum: u32 = block
             .iter()
             .enumerate()
-            // The sum's own field counts as blanks.
+            // The bytes of the checksum itself count as blanks.
             .map(|(index, byte)| if (148..156).contains(&index) { 32 } else { u32::from(*byte) })
             .sum();
         if header.cksum()? != sum {
@@ -210,7 +213,7 @@ impl<R: Read> Archive<R> {
 }
 
 impl<R: Read> Read for Archive<R> {
-    /// The present entry's contents.
+    /// Reads the contents of the present entry.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let length = (&mut self.reader).take(self.body).read(buffer)?;
         if length == 0 && self.body > 0 && !buffer.is_empty() {
@@ -221,7 +224,8 @@ impl<R: Read> Read for Archive<R> {
     }
 }
 
-/// PAX records: "LENGTH KEY=VALUE\n", where the length counts everything.
+/// Parses PAX records: "LENGTH KEY=VALUE\n", where the length counts all bytes
+/// of the record.
 fn parse_records(mut text: &[u8], records: &mut Vec<(Vec<u8>, Vec<u8>)>) -> io::Result<()> {
     let wrong = || invalid("a malformed PAX record");
     while !text.is_empty() {

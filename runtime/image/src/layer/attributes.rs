@@ -6,13 +6,13 @@ use super::super::tree::Attributes;
 use super::archive::Entry;
 use super::{Failure, damaged};
 
-/// Prefix of the PAX records that carry extended attributes.
+/// The prefix of the PAX records that carry extended attributes.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 /// Most attributes of one entry, and most bytes of a value (Linux allows no more).
 const MAX_XATTRS: usize = 256;
 const MAX_XATTR_VALUE: usize = 64 * 1024;
 
-/// Reads the header, and the PAX records that came before it.
+/// Reads the attributes in the header and in the PAX records before it.
 pub(super) fn read(entry: &Entry) -> Result<Attributes, Failure> {
     let header = &entry.header;
     let raw = header.as_old();
@@ -26,7 +26,7 @@ pub(super) fn read(entry: &Entry) -> Result<Attributes, Failure> {
     for (key, value) in &entry.records {
         let text = std::str::from_utf8(value).ok();
         match key.as_slice() {
-            // An empty value takes a record back (POSIX, `pax`).
+            // An empty value revokes a record (POSIX, `pax`).
             b"uid" if !value.is_empty() => attributes.uid = id(whole(text)?)?,
             b"gid" if !value.is_empty() => attributes.gid = id(whole(text)?)?,
             b"mtime" => attributes.mtime = text.and_then(time).unwrap_or(attributes.mtime),
@@ -41,7 +41,7 @@ pub(super) fn read(entry: &Entry) -> Result<Attributes, Failure> {
 }
 
 fn id(id: u64) -> Result<u32, Failure> {
-    // The last one means "leave as it is" to chown(2).
+    // For chown(2) the largest number means "leave as it is".
     match u32::try_from(id) {
         Ok(id) if id != u32::MAX => Ok(id),
         _ => Err(Failure::Refused(format!("owner {id} is not a user id"))),
@@ -64,7 +64,7 @@ fn time(text: &str) -> Option<(i64, i64)> {
     Some((seconds, digits.parse().ok()?))
 }
 
-/// Reads a number of a header; an empty field is zero, as every tar takes it.
+/// Parses a number of a header. An empty field is zero, as for every tar.
 fn number<T: Default>(parsed: io::Result<T>, field: &[u8]) -> Result<T, Failure> {
     match parsed {
         Err(_) if field.iter().all(|byte| matches!(byte, 0 | b' ')) => Ok(T::default()),
@@ -72,8 +72,8 @@ fn number<T: Default>(parsed: io::Result<T>, field: &[u8]) -> Result<T, Failure>
     }
 }
 
-/// Takes the attributes that mean something in a container. The overlay's own would change
-/// what the guest's overlay shows, so no layer may bring them.
+/// Takes the attributes that have a meaning in a container. Those of overlayfs would
+/// change the view of the guest's overlay, so no layer may bring them.
 fn xattr(name: &[u8], value: &[u8], xattrs: &mut Vec<(String, Vec<u8>)>) -> Result<(), Failure> {
     let refused = |what: &str| {
         let name = String::from_utf8_lossy(name.get(..255).unwrap_or(name));

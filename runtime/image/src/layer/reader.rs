@@ -1,12 +1,12 @@
-//! The unpacked bytes of a layer while they are read: hashed, counted, and cut off where no
-//! honest layer goes.
+//! The uncompressed bytes of a layer as they are read: hashed, counted, and cut off at the
+//! limit.
 
 use std::io::{self, Read};
 
 use husk_base::id::hex;
 use sha2::{Digest, Sha256};
 
-/// The source that an archive's reader reads from.
+/// A reader that hashes and counts.
 pub(super) struct Guarded<R> {
     inner: R,
     digest: Sha256,
@@ -14,7 +14,7 @@ pub(super) struct Guarded<R> {
     left: u64,
 }
 
-/// There are more bytes than an image may have: the layer is at fault.
+/// The layer has more bytes than an image may have.
 #[derive(Debug, thiserror::Error)]
 #[error("the layers unpack to more than they may")]
 pub(super) struct TooLarge;

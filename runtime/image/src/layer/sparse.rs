@@ -1,4 +1,4 @@
-//! Sparse files in archives: which parts of a file are stored, and where they go.
+//! Sparse files in archives: which parts of a file are stored, and at which offsets.
 //!
 //! GNU tar has four formats (its manual, "Storing Sparse Files"): the map of the parts is
 //! in the header and in blocks that follow it (old GNU), in PAX records (0.0 and 0.1), or
@@ -12,32 +12,34 @@ use super::archive::invalid;
 
 /// Bytes of a block.
 pub(super) const BLOCK: usize = 512;
-/// Most blocks that a map takes: 1 MiB, as Go's `archive/tar` has it.
+/// Most blocks of a map: 1 MiB, as in Go's `archive/tar`.
 const MAX_BLOCKS: usize = 2048;
 /// Most digits of a number in a map.
 const MAX_DIGITS: usize = 20;
 
-/// A part of a file that is stored.
+/// A part of a file that is stored in the archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Part {
-    /// Where in the file it begins.
+    /// The offset in the file.
     pub(super) offset: u64,
-    /// Bytes.
+    /// The number of bytes.
     pub(super) length: u64,
 }
 
-/// A sparse file, as PAX records describe it.
+/// A sparse file as PAX records describe it.
 #[derive(Debug, Default)]
 pub(super) struct Described {
-    /// The file's name; the archive has another, for those who do not know the format.
+    /// The file's real name; the entry has another one, for readers that do not know
+    /// the format.
     pub(super) name: Option<Vec<u8>>,
-    /// Bytes of the file with its holes.
+    /// Bytes of the file, including holes.
     pub(super) size: Option<u64>,
     /// The map, unless it is at the beginning of the contents.
     pub(super) parts: Option<Vec<Part>>,
 }
 
-/// The size and the map of an entry of kind `S`. `next` reads the block that follows.
+/// Reads the size and the map of an entry of kind `S`. `next` reads the block that
+/// follows.
 pub(super) fn old_gnu(
     header: &Header,
     mut next: impl FnMut() -> io::Result<[u8; BLOCK]>,
@@ -104,7 +106,8 @@ pub(super) fn described(records: &[(Vec<u8>, Vec<u8>)]) -> io::Result<Option<Des
     Ok(Some(file))
 }
 
-/// The map at the beginning of an entry's contents, which fills whole blocks.
+/// Reads the map at the beginning of an entry's contents, which fills whole
+/// blocks.
 pub(super) fn in_contents(contents: &mut impl Read) -> io::Result<Vec<Part>> {
     let (mut numbers, mut digits) = (Vec::new(), Vec::new());
     for _ in 0..MAX_BLOCKS {
@@ -120,7 +123,7 @@ pub(super) fn in_contents(contents: &mut impl Read) -> io::Result<Vec<Part>> {
             }
             numbers.push(number(&digits)?);
             digits.clear();
-            // The first number counts the pairs; what follows the last fills the block.
+            // The first number is the count of pairs; the rest of the block is padding.
             if let Some((count, rest)) = numbers.split_first()
                 && usize::try_from(*count).ok().and_then(|count| count.checked_mul(2)) == Some(rest.len())
             {
@@ -131,7 +134,8 @@ pub(super) fn in_contents(contents: &mut impl Read) -> io::Result<Vec<Part>> {
     Err(too_many())
 }
 
-/// Checks that the parts are in order and inside the file, and take what is stored.
+/// Checks that the parts are in order and inside the file, and have as many bytes
+/// as are stored.
 pub(super) fn check(size: u64, parts: &[Part], stored: u64) -> io::Result<()> {
     let (mut end, mut sum) = (0, 0u64);
     for part in parts {

@@ -10,7 +10,7 @@ use tar::{Builder, Header};
 use super::*;
 use husk_base::id::hex;
 
-/// A tar archive whose paths are whatever the test wants.
+/// A tar archive, whose paths may be anything.
 struct Archive(Builder<Vec<u8>>);
 
 impl Archive {
@@ -20,7 +20,7 @@ impl Archive {
 
     fn entry(mut self, kind: EntryType, path: &str, link: &str, body: &[u8]) -> Self {
         let mut header = Header::new_ustar();
-        // By hand, because the library refuses to write what it should.
+        // The library refuses to write such a path, so it is copied here.
         header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
         header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
         header.set_entry_type(kind);
@@ -76,7 +76,7 @@ impl Image {
                 out.write_all(bytes).unwrap();
                 out.finish().unwrap()
             }
-            // After a frame that is to be skipped, as some tools write.
+            // A skippable frame comes first, as some tools write.
             Packing::Zstd => {
                 [&b"\x50\x2a\x4d\x18\x02\0\0\0xx"[..], &zstd::encode_all(bytes, 1).unwrap()].concat()
             }

@@ -11,19 +11,19 @@ use crate::registry::{Credentials, Registry};
 use crate::{ImageConfig, MAX_PEM};
 use husk_base::{chain, text_file};
 
-/// A registry or a mirror, and what it is asked for.
+/// A registry or a mirror, and the requests that it may serve.
 pub(super) struct Source {
     pub registry: Registry,
-    /// The source may say what a tag leads to.
+    /// Whether the source may resolve tags.
     resolve: bool,
-    /// The source may hand out content by its digest.
+    /// Whether the source may serve content by its digest.
     pull: bool,
     /// A mirror's name, for messages.
     name: Option<String>,
 }
 
-/// The sources for `reference`, in the order in which they are asked; the last is the
-/// registry, or the server that stands for it.
+/// The sources for `reference`, in the order in which they are asked. The last one is
+/// the registry, or the server that replaces it.
 pub(super) fn sources(
     config: &ImageConfig,
     reference: &Reference,
@@ -33,7 +33,7 @@ pub(super) fn sources(
     let own = reference.resolve_registry();
     let mut sources = Vec::with_capacity(hosts.mirrors.len() + 1);
     for mirror in &hosts.mirrors {
-        // The registry's password is nothing to a mirror on another host.
+        // A mirror on another host must not get the registry's password.
         let same = mirror.address == own || mirror.address == reference.registry();
         let credentials = if same { credentials.clone() } else { Credentials::Anonymous };
         sources.push(Source::at(mirror, config, reference, credentials)?);
@@ -41,7 +41,7 @@ pub(super) fn sources(
     sources.push(match &hosts.server {
         Some(server) => Source::at(server, config, reference, credentials.clone())?,
         None => {
-            // Where there are certificates for it, it has one.
+            // If there are certificates for it, it uses TLS.
             let plain = hosts.registry.ca.is_empty() && plain(config, own);
             let client = client(config, &hosts.registry)?;
             let registry = Registry::new(
@@ -93,7 +93,7 @@ fn unusable(config: &ImageConfig, reference: &Reference, cause: String) -> Error
     Error::Hosts { path: config.hosts_dir.join(reference.registry()), cause }
 }
 
-/// How to make clients for a host.
+/// Returns a function that makes clients for a host.
 fn client(config: &ImageConfig, connection: &Connection) -> Result<impl Fn() -> ClientBuilder, Error> {
     let mut certificates = Vec::new();
     for path in &connection.ca {
@@ -118,12 +118,12 @@ fn client(config: &ImageConfig, connection: &Connection) -> Result<impl Fn() -> 
     })
 }
 
-/// Whether a host whose address does not say so is spoken to without TLS.
+/// Whether a host is asked without TLS if its address does not say.
 fn plain(config: &ImageConfig, registry: &str) -> bool {
     is_loopback(registry) || config.insecure_registries.iter().any(|insecure| insecure == registry)
 }
 
-/// A registry on this machine is spoken to without TLS.
+/// Whether the registry is on this machine; it is then asked without TLS.
 fn is_loopback(registry: &str) -> bool {
     let host = match registry.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
@@ -133,17 +133,17 @@ fn is_loopback(registry: &str) -> bool {
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// The kind of content that is asked for.
+/// The kind of content that is requested.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
     /// The manifest that a tag leads to.
     Tag,
-    /// Content that its digest names, so that it matters little who gives it.
+    /// Content that is named by its digest, so that any source will do.
     Content,
 }
 
-/// Asks one source after another, and all of them again while what went wrong
-/// may pass.
+/// Asks one source after another, and all of them again while their errors may
+/// be temporary.
 pub(super) struct Rounds<'a> {
     sources: Vec<&'a Source>,
     at: usize,
@@ -162,7 +162,7 @@ impl<'a> Rounds<'a> {
         Self { sources, at: 0, tries: 1, passing: false, failures: Vec::new() }
     }
 
-    /// The next source to ask; after a pause if all have failed.
+    /// The next source to ask, after a pause if all have failed.
     pub(super) async fn next(&mut self) -> Option<&'a Source> {
         if self.at == self.sources.len() && self.passing && self.tries < TRIES {
             pause(self.tries).await;
@@ -175,7 +175,8 @@ impl<'a> Rounds<'a> {
         Some(source)
     }
 
-    /// Notes that the source that `next` gave last has failed, and whether that may pass.
+    /// Notes that the last source of `next` has failed, and whether trying again may
+    /// help.
     pub(super) fn failed(&mut self, error: Error, passing: bool) {
         let name = self.sources.get(self.at.saturating_sub(1)).and_then(|source| source.name.as_deref());
         if let Some(mirror) = name {
@@ -185,7 +186,8 @@ impl<'a> Rounds<'a> {
         self.failures.push((name, error));
     }
 
-    /// The reason why no source had it: that of the last one, then those of the others.
+    /// The error when all sources have failed: that of the last source, then those of
+    /// the others.
     pub(super) fn error(mut self, nobody: impl FnOnce() -> Error) -> Error {
         let Some((name, mut error)) = self.failures.pop() else { return nobody() };
         if let Some(cause) = error.cause_mut() {

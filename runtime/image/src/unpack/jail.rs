@@ -1,10 +1,10 @@
-//! What the unpacker gives up before it reads the first byte of a layer.
+//! The unpacker's jail: before it reads the first byte of a layer, the process gives up
+//! everything that it does not need.
 //!
-//! It stays user 0, because layers hold files of any owner, but with the six capabilities
-//! that owners, modes, device nodes and file capabilities need, and no way to more. Its root
-//! is the folder of the pull, on a mount on which device nodes cannot be opened: it may
-//! make them, and cannot use them. There is no network in it, no `/proc`, and no system call
-//! but those on files.
+//! It stays user 0, because layers hold files of any owner, but keeps only the six
+//! capabilities that owners, modes, device nodes and file capabilities need. Its root is the
+//! folder of the pull, on a mount on which device nodes cannot be opened: it can make them,
+//! but not use them. It has no network, no `/proc`, and no system calls but those on files.
 
 use std::io;
 use std::path::Path;
@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-/// The capabilities that stay.
+/// The capabilities that the process keeps.
 const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -23,7 +23,8 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
 
-/// The system calls on files that stay. None of them renames, executes or connects.
+/// The system calls on files that remain. None of them renames, executes or
+/// connects.
 const FILES: &[i64] = &[
     libc::SYS_openat,
     libc::SYS_fstat,
@@ -47,12 +48,13 @@ const FILES: &[i64] = &[
     libc::SYS_fsetxattr,
 ];
 
-/// Most memory that the process may map: a decompressor's window, and the names of folders.
+/// Most bytes of memory that the process may map: a decompressor's window, and the names of
+/// folders.
 const MEMORY: u64 = 2 << 30;
-/// Most files that are open: a path has 256 folders.
+/// Most open files: a path has up to 256 folders.
 const OPEN_FILES: u64 = 1024;
 
-/// A step that failed.
+/// The step that failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     #[error("{0}")]
@@ -67,16 +69,16 @@ fn at<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
     move |error| Error::Kernel(step, error.into())
 }
 
-/// Locks the process into a folder, of which no file may grow beyond `largest` bytes.
-/// Before there is any other thread.
+/// Locks the process into a folder, in which no file may grow beyond `largest` bytes.
+/// Must be called before there is another thread.
 ///
 /// # Errors
 /// The step that failed; the process must end then.
 pub(super) fn enter(workspace: &Path, largest: u64) -> Result<(), Error> {
-    // By its program's name the process would be "exe".
+    // Otherwise the process would be named "exe", after its program.
     let _ = rustix::thread::set_name(c"husk-unpack");
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(at("end with huskd"))?;
-    // huskd itself is spared by the kernel when memory runs out; this process is not.
+    // The kernel spares huskd when memory runs out, but need not spare this process.
     let _ = std::fs::write("/proc/self/oom_score_adj", "0");
     for (resource, most) in [
         (Resource::Core, 0),
@@ -93,7 +95,7 @@ pub(super) fn enter(workspace: &Path, largest: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes the folder the root of all that the process sees.
+/// Makes the folder the root directory of the process.
 fn leave_the_host(workspace: &Path) -> Result<(), Error> {
     const NOTHING: Option<&str> = None;
     let namespaces = CloneFlags::CLONE_NEWNS
@@ -119,7 +121,7 @@ fn drop_capabilities() -> io::Result<()> {
     for number in 0..64 {
         let Some(capability) = CapabilitySet::from_bits(1 << number) else { continue };
         if !CAPABILITIES.contains(capability) {
-            // A kernel that does not have it yet says so.
+            // A kernel that does not know the capability says so.
             let _ = rustix::thread::remove_capability_from_bounding_set(capability);
         }
     }

@@ -1,10 +1,10 @@
-//! Layers are unpacked by a process of their own, which can do nothing else.
+//! Unpacks layers in a jailed process of its own.
 //!
-//! Whoever pushes an image chooses every byte that the decompressors and the tar reader
-//! see. So huskd starts itself under the name [`NAME`], and that process sees the folder of
-//! one pull and nothing else of the host, has no network, keeps the capabilities that
-//! owners and modes of files need, and can make few system calls (`jail`). It reads a
-//! request from its standard input and answers on its standard output.
+//! The author of an image chooses every byte that the decompressors and the tar reader see.
+//! So huskd starts itself under the name [`NAME`]. That process sees the folder of one pull
+//! and nothing else of the host, has no network, keeps the capabilities that owners and
+//! modes of files need, and can make few system calls (`jail`). It reads a request from its
+//! standard input and answers on its standard output.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ pub const NAME: &str = "husk-unpack";
 
 /// Most bytes of an answer that are read.
 const MAX_REPLY: u64 = 64 << 10;
-/// Most bytes of what the process says on its standard error.
+/// Most bytes that are read of the process's standard error.
 const MAX_WORDS: u64 = 4 << 10;
 /// The folder of a pull into which its layers are unpacked.
 const FILES: &str = "files";
@@ -37,19 +37,19 @@ struct Request {
     diff_ids: Vec<String>,
 }
 
-/// The end of the work.
+/// The result of unpacking.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Reply {
     Done {
-        /// There is a sparse file among the files.
+        /// Whether one of the files is sparse.
         holes: bool,
     },
     /// The layers are at fault.
     Refused(String),
-    /// The disk is.
+    /// The disk is at fault.
     Disk { stage: String, path: PathBuf, errno: Option<i32>, cause: String },
-    /// The process could not give up what it must.
+    /// The jail could not be entered.
     Jail(String),
 }
 
@@ -63,8 +63,8 @@ pub(super) fn files(workspace: &Path) -> PathBuf {
     workspace.join(FILES)
 }
 
-/// Unpacks the layers that are in the folder of a pull. Answers whether there is a sparse
-/// file among the files. When the future is dropped the process is killed.
+/// Unpacks the layers that are in the folder of a pull. Returns whether one of the files
+/// is sparse. Dropping the future kills the process.
 pub(super) async fn unpack(
     program: &Path,
     workspace: &Path,
@@ -90,14 +90,15 @@ pub(super) async fn unpack(
         return Err(broken("it has no standard streams".into()));
     };
     let write = async move {
-        // A process that ended before it has read all says why below.
+        // If the process has ended before it has read everything, the reason is
+        // below.
         let _ = stdin.write_all(&request).await;
     };
     let read = async move {
         let mut reply = Vec::new();
         let mut stdout = stdout.take(MAX_REPLY);
         stdout.read_to_end(&mut reply).await.map(|_| reply)
-        // Here the pipe is closed: a process that says more ends.
+        // The pipe is closed here: a process that writes more ends.
     };
     let mut words = Vec::new();
     let mut stderr = stderr.take(MAX_WORDS);
@@ -113,7 +114,7 @@ pub(super) async fn unpack(
         Ok(Reply::Disk { stage, path, errno, cause }) => {
             let source =
                 errno.map_or_else(|| std::io::Error::other(cause), std::io::Error::from_raw_os_error);
-            // The process sees the pull's folder as the root.
+            // The process sees the pull's folder as its root directory.
             let path = workspace.join(path.strip_prefix("/").unwrap_or(&path));
             Err(FileError { stage: known_stage(&stage), path, source }.into())
         }
@@ -126,7 +127,7 @@ pub(super) async fn unpack(
     }
 }
 
-/// The stage of an error, of those that the unpacker has.
+/// The stage of an error, if it is one of the unpacker's.
 fn known_stage(stage: &str) -> &'static str {
     const STAGES: [&str; 15] = [
         "open",
@@ -154,7 +155,8 @@ pub fn is_asked() -> bool {
     std::env::args_os().next().is_some_and(|name| name == NAME)
 }
 
-/// The process that unpacks: its argument is the folder of a pull.
+/// The main function of the process that unpacks. Its argument is the folder of
+/// a pull.
 #[must_use]
 pub fn main() -> ExitCode {
     let reply = serve();
@@ -193,8 +195,8 @@ fn serve() -> Reply {
     }
 }
 
-/// Unpacks the layers below `workspace`, and removes the file of each that is unpacked.
-/// Answers whether a file is sparse.
+/// Unpacks the layers below `workspace`, and removes the blob of each layer when it is
+/// unpacked. Returns whether a file is sparse.
 fn apply(workspace: &Path, request: &Request) -> Result<bool, Failure> {
     let folder = files(workspace);
     std::fs::create_dir(&folder).map_err(|error| Failure::Disk("make folder", folder.clone(), error))?;
@@ -214,14 +216,16 @@ mod tests {
 
     use super::*;
 
-    /// Unpacks with a shell script in the process's place, in a folder with a file `pid`.
+    /// Unpacks with a shell script in place of the process, in a folder with a file
+    /// `pid`.
     async fn with_script(folder: &Path, script: &str) -> Result<bool, Error> {
         let program = folder.join("script");
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
         loop {
             let done = unpack(&program, folder, &Limits::default(), Vec::new(), "x:1").await;
-            // Another test's thread has forked while the script was open here.
+            // A thread of another test has forked while the script was open
+            // here.
             if !done.as_ref().is_err_and(|error| error.to_string().contains("Text file busy")) {
                 return done;
             }

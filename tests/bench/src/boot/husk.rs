@@ -49,7 +49,7 @@ impl Husk {
     fn spawn(&self, listener: &OwnedFd, exit: &File) -> std::io::Result<std::process::Child> {
         let (listener, exit) = (listener.as_raw_fd(), exit.as_raw_fd());
         let mut command = quiet(&self.program);
-        // Who owns nothing.
+        // This user owns nothing.
         command.args(["--id", "bench", "--user", "1879048193"]);
         command.args(["--control-fd", &CONTROL_FD.to_string(), "--exit-fd", &EXIT_FD.to_string()]);
         // SAFETY: between fork and exec only fcntl and dup2 are called, which

@@ -118,7 +118,7 @@ fn large(path: &Path, mebibytes: u64) -> anyhow::Result<Large> {
     }
     file.sync_all().context("store a file")?;
     let write = mebibytes as f64 / started.elapsed().as_secs_f64();
-    // What is stored leaves the page cache at this word, unless there is nothing but the page cache to store it.
+    // Stored data leaves the page cache on this advice, unless it is stored in the page cache alone.
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context("forget a file")?;
     drop(file);
     // Most files that are read again are not of this moment, in which another change might have the same time.

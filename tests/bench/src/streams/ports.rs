@@ -63,7 +63,7 @@ async fn forward(crictl: &Path, endpoint: &str, sandbox: &str) -> anyhow::Result
         .with_context(|| format!("start {}", crictl.display()))?;
     let mut output = BufReader::new(child.stdout.take().context("it has no output")?).lines();
     let said = output.next_line().await.context("hear it")?.context("it ended early")?;
-    // It says a line for each connection, and must not be held up.
+    // crictl prints a line for each connection, and must not be blocked.
     tokio::spawn(async move { while let Ok(Some(_)) = output.next_line().await {} });
     let port = local_port(&said).with_context(|| format!("it said {said:?}"))?;
     Ok((child, port))

@@ -19,7 +19,7 @@ pub struct Streams(WebSocketStream<TcpStream>);
 
 /// A message from the server.
 pub enum Said {
-    /// That many bytes of output.
+    /// Output of that many bytes.
     Output(u64),
     /// The status with which the command ended; the last message.
     Ended(String),
