@@ -1,4 +1,5 @@
-"""critest and the ginkgo program that runs it in parallel, built from tests/support/tools and kept by their inputs."""
+"""Builds critest, and the ginkgo program that runs it in parallel, from tests/support/tools, and caches them by their
+inputs."""
 
 import hashlib
 import os
@@ -10,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent / "support" / "tools"
 CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache" / "husk")
 VERSION = "1.36.0"
-# Options by which its streams go another way than SPDY.
+# Options that select another transport of streams than SPDY.
 OVER_WEBSOCKET = ("-websocket-exec", "-websocket-attach", "-websocket-portforward")
 # One spec pulls by this digest. An image assembled from other parts cannot have it.
 DIGEST = b"9700f9a2f5bf2c45f2f605a0bd3bce7cf37420ec9d3ed50ac2758413308766bf"
@@ -28,7 +29,7 @@ def go(*arguments):
 
 
 def built(image_digest):
-    """Answers (critest, ginkgo); the spec that pulls by digest asks for `image_digest`, "sha256:…"."""
+    """Returns (critest, ginkgo); the spec that pulls by digest asks for `image_digest`, "sha256:…"."""
     wanted = image_digest.removeprefix("sha256:").encode()
     critest = CACHE / "bin" / f"critest-{key(wanted)}"
     ginkgo = CACHE / "bin" / f"ginkgo-{key()}"
@@ -36,7 +37,7 @@ def built(image_digest):
     if not critest.exists():
         print(f"building critest {VERSION}", file=sys.stderr)
         plain = critest.with_suffix(".plain")
-        # Its package is made of test files alone.
+        # The package consists of test files alone.
         version = f"-X sigs.k8s.io/cri-tools/pkg/version.Version={VERSION}"
         go("test", "-c", "-o", str(plain), "-ldflags", version, "sigs.k8s.io/cri-tools/cmd/critest")
         program = plain.read_bytes()

@@ -43,7 +43,7 @@ common = test_images()
 HOSTS = ("gcr.io", "registry.k8s.io", "k8s.gcr.io")
 E2E = "e2e-test-images"
 STAGING = "k8s-staging-cri-tools"
-# What the suite's own image has that a busybox of default settings lacks, or has otherwise.
+# Options of the suite's own image that a busybox with default settings lacks, or has otherwise.
 BUSYBOX = {
     "STATIC": "y",
     # An applet that the shell runs by itself cannot be hidden by a masked path.
@@ -69,10 +69,10 @@ def cache_key():
 
 
 def debian_source(work, package):
-    """Downloads a source package, whatever sources this machine's apt is told of; answers its upstream archive."""
+    """Downloads a source package, whichever sources this machine's apt has; returns its upstream archive."""
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', Path("/etc/os-release").read_text(), re.MULTILINE))
     codename = release["VERSION_CODENAME"]
-    # From wherever this machine's packages come.
+    # The same mirror that this machine's packages come from.
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", f"Codename: {codename}", "Created-By: Packages"],
         stdout=subprocess.PIPE, text=True, check=True,
@@ -92,7 +92,7 @@ def debian_source(work, package):
 
 
 def build_busybox(work):
-    """Answers the program, with every applet that `make defconfig` selects."""
+    """Returns the program, with every applet that `make defconfig` selects."""
     tree = work / "busybox-source"
     tree.mkdir()
     archive = debian_source(work, "busybox")
@@ -158,7 +158,7 @@ def file_layer(work, name, text):
 
 
 def server_layer(work, debian, name, wanted, finish):
-    """The named packages, of all that the first depends on."""
+    """The named packages among those that the first one depends on."""
     archives = debian.closure(wanted[0])
     root = common.new_tree(work, name)
     known = [re.compile(pattern) for pattern in wanted]
@@ -230,7 +230,7 @@ def build(work):
     libraries = [r"libc6", r"zlib1g", r"libssl3(t64)?", r"libcrypt1", r"libpcre.*", r"libexpat1", r"libuuid1"]
     base = debian.first_known(["nginx-light", "nginx"])
     nginx = server_layer(work, debian, "nginx", [base, r"nginx.*", *libraries], finish_nginx)
-    # What it starts is the configuration: with the file of a later layer it listens elsewhere.
+    # The file that it starts is the configuration: with the file of a later layer it listens elsewhere.
     settings = {**environment, "Entrypoint": ["/usr/sbin/nginx", "-e", "stderr"], "StopSignal": "SIGQUIT"}
     yield f"{E2E}/nginx", image_of([plain, nginx], settings), ["1.14-2"]
     listen = (HERE / "content/nginx.conf").read_text()
@@ -238,7 +238,7 @@ def build(work):
     yield f"{STAGING}/hostnet-nginx-amd64", image_of([plain, nginx, host], settings), ["latest"]
 
     step("httpd")
-    # A thread of its own that ends asks for libgcc-s1, and without it the whole process does.
+    # A thread that ends asks for libgcc-s1, and without it the whole process ends.
     libraries += [r"libapr.*", r"libpcre2-8-0", r"libgcc-s1"]
     httpd = server_layer(work, debian, "httpd", ["apache2-bin", *libraries], finish_httpd)
     settings = {**environment, "Entrypoint": ["/usr/sbin/httpd", "-f", "/etc/httpd.conf", "-D", "FOREGROUND"]}

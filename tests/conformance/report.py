@@ -1,10 +1,10 @@
-"""What a run of critest means: each spec's end and its reason, from ginkgo's JSON report."""
+"""Evaluates a run of critest: the result of each spec and its reason, from ginkgo's JSON report."""
 
 from dataclasses import dataclass
 
-# Ends of a spec that are no pass and no skip; ginkgo tells panics and time-outs apart.
+# Results of a spec other than passed and skipped; ginkgo distinguishes panics and time-outs.
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
-# Behind the name of a spec whose streams went that way.
+# The suffix of the name of a spec whose streams used the other transport.
 WEBSOCKET = " over WebSocket"
 
 
@@ -23,7 +23,7 @@ def first_lines(text, most=300):
 
 class Report:
     def __init__(self, reports):
-        """Of what ginkgo reported, and what is to be added to the names of the specs there."""
+        """Takes ginkgo's report, and a suffix for the names of its specs."""
         specs = (spec for suites, suffix in reports for spec in self.read(suites, suffix))
         self.specs = sorted(specs, key=lambda spec: spec.name)
 
@@ -32,7 +32,7 @@ class Report:
         for suite in suites:
             for spec in suite.get("SpecReports") or []:
                 if spec["LeafNodeType"] != "It":
-                    # What runs before all specs is no spec, until it fails: then nothing ran.
+                    # The set-up before all specs is no spec, unless it fails: then nothing ran.
                     if spec["State"] in (PASSED, SKIPPED):
                         continue
                 failure = spec.get("Failure") or {}

@@ -1,4 +1,4 @@
-"""What pytest does with these tests besides running them: the order of a plan, a share of it, and results on disk.
+"""Hooks of pytest for these tests: the order of a plan, a share of it for each process, and results on disk.
 
 `run` beside this file starts pytest twice, each on a node of its own. Both have all tests of the plan, and each takes
 one group of them after the other that the other has not taken.
@@ -13,7 +13,7 @@ import pods
 import pytest
 from ledger import FAILED, PASSED, SKIPPED, Ledger
 
-# Lines of huskd's log that come with a failure.
+# Lines of huskd's log that are printed with a failure.
 LOG_LINES = 25
 
 
@@ -38,18 +38,18 @@ def pytest_runtest_makereport(item, call):
 
 
 class Share:
-    """This process' part of a plan, with the results of its tests."""
+    """The share of a plan that this process runs, with the results of its tests."""
 
     def __init__(self, options):
         self.plan = json.loads(options.plan.read_text())
         self.claims, self.until = options.claims, options.until
         self.ledger = Ledger(options.results, f"pods-{os.getpid()}")
         self.started, self.failures, self.skipped = 0.0, [], None
-        # pytest's own report goes to a file; two processes share the terminal, a line at a time.
+        # pytest's own report goes to a file: two processes share the terminal, a line at a time.
         self.terminal = os.fdopen(os.dup(2), "w")
 
     def pytest_runtestloop(self, session):
-        """Runs group after group. After each, all is torn down: who knows which one comes next."""
+        """Runs group after group. Everything is torn down after each, because the next group is not known."""
         if session.testsfailed:
             raise session.Interrupted("tests could not be collected")
         by_id = {item.nodeid: item for item in session.items}
@@ -57,7 +57,7 @@ class Share:
             if self.in_time(group) and self.take(number):
                 items = [by_id[test] for test in group["tests"]]
                 for item, following in zip(items, [*items[1:], None]):
-                    # One last test takes the class down with it.
+                    # The last test of a group tears its class down.
                     last = following is None or not self.in_time(group)
                     item.config.hook.pytest_runtest_protocol(item=item, nextitem=None if last else following)
                     if last:

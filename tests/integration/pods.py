@@ -1,4 +1,4 @@
-"""What the tests share: a node, and words for pods and containers."""
+"""The base of the tests: a node, and helpers for pods and containers."""
 
 import atexit
 import functools
@@ -17,7 +17,8 @@ from node import Failed, Node, can_connect, wait_until
 
 @functools.cache
 def the_node():
-    """One for all tests of this process, as long as each leaves it empty: under emulation it takes half a minute to make."""
+    """The node of all tests of this process, as long as each leaves it empty: under emulation it takes half a minute
+    to set up."""
     node = Node(os.environ.get("HUSK_TEST_NODE", "test"))
     node.masquerade = False
     atexit.register(node.stop)
@@ -44,7 +45,7 @@ class PodTest(unittest.TestCase):
         self.places = [self.node.root / "run", self.node.state / "sandboxes", self.node.root / "leases"]
 
     def tearDown(self):
-        """Whatever a test did, its pods go, and with them everything they had."""
+        """Removes all pods, with everything that belongs to them, whatever the test did."""
         node = self.node
         for pod in node.cri.pods():
             node.cri.remove_pod(pod)
@@ -52,7 +53,7 @@ class PodTest(unittest.TestCase):
         self.assert_nothing_left()
 
     def assert_nothing_left(self):
-        """No machine, network namespace, record or control group of a pod."""
+        """Checks that there is no machine, network namespace, record or control group of a pod."""
         node = self.node
 
         def remains():
@@ -70,7 +71,7 @@ class PodTest(unittest.TestCase):
             time.sleep(0.2)
         self.assertEqual(left, [])
 
-    # --- Words ---------------------------------------------------------------------------------------
+    # --- Helpers -------------------------------------------------------------------------------------
 
     def pod(self, name=None, **settings):
         if name is None:
@@ -114,7 +115,7 @@ class PodTest(unittest.TestCase):
         return process
 
     def exec_fails(self, container, *command):
-        """What a command in a container printed that failed, as it must."""
+        """Runs a command in a container, which must fail; returns its output."""
         try:
             status, printed = self.node.cri.exec(container, *command)
         except Failed as failure:
@@ -123,7 +124,7 @@ class PodTest(unittest.TestCase):
         return printed
 
     def fails(self, *arguments):
-        """What crictl says when it fails, as it must."""
+        """Runs crictl, which must fail; returns its error message."""
         done = self.node.crictl(*arguments, check=False)
         self.assertNotEqual(done.returncode, 0, done.stdout)
         return done.stdout + done.stderr
@@ -170,17 +171,17 @@ class SharedPodTest(PodTest):
         cls().assert_nothing_left()
 
 
-# Users of a pod that are others on its node, and volumes that are mapped for them, as the kubelet asks for both.
+# User ids of a pod that differ from those of its node, and volumes that are mapped to them, as the kubelet requests.
 IDS = [{"host_id": 100000, "container_id": 0, "length": 65536}]
 USER_NAMESPACE = {"security_context": {"namespace_options": {"userns_options": {"mode": 0, "uids": IDS, "gids": IDS}}}}
 MAPPED = {"uidMappings": IDS, "gidMappings": IDS}
 
 
 class MappedVolumes:
-    """What a test of any handler can say of volumes whose ids are mapped."""
+    """Checks of volumes with mapped ids, for tests of any handler."""
 
     def check_mapped_volume(self, folder):
-        """Files of `folder` have their owners in the container, and without mappings strangers'."""
+        """Checks that files of `folder` have their owners in the container, and other ones without mappings."""
         folder.chmod(0o777)
         for name, owner in (("own", 0), ("users", 1234), ("beyond", 70000)):
             (folder / name).write_text(f"of {name}\n")

@@ -1,4 +1,4 @@
-"""AppArmor: profiles of the host by their names, and the runtime's own, under both handlers."""
+"""AppArmor: profiles of the host by name, and the runtime's default, under both handlers."""
 
 import os
 import subprocess
@@ -22,10 +22,10 @@ def by_name(name):
 
 
 class Words:
-    """What the tests are told in."""
+    """Helpers of these tests."""
 
     def load(self, *profiles):
-        """All in one load, as the parser's cache has them."""
+        """Loads profiles in one policy, as the parser caches them."""
         compile_them = ["apparmor_parser", "--skip-kernel-load", "--skip-cache", "--stdout"]
         done = subprocess.run(compile_them, input="".join(profiles).encode(), capture_output=True)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
@@ -43,7 +43,7 @@ class Words:
         return self.node.exec(container, *command)
 
     def label(self, container):
-        """Of its first process and of one that joins it."""
+        """Returns the labels of its first process and of an exec."""
         first, joined = self.does(container, "cat", "/proc/1/attr/current", "/proc/self/attr/current").splitlines()
         self.assertEqual(first, joined)
         return first
@@ -53,7 +53,7 @@ class Words:
 
 
 class Profiles(Words):
-    """What a client sees, wherever its containers are."""
+    """The behaviour that a client sees under both handlers."""
 
     def test_a_profile_of_the_host_confines_and_a_new_one_takes_its_place(self):
         self.load(profile(ONE, "/forbidden"), profile(TWO, "/forbidden"))
@@ -63,7 +63,7 @@ class Profiles(Words):
         self.does(first, "touch", "/allowed")
         self.assert_forbidden(first, "/forbidden")
 
-        # The other profile is still what came with the first load: it must not bring the old one back.
+        # The other profile is still that of the first policy: using it must not bring the old one back.
         self.load(profile(ONE, "/other"))
         second = self.secured(pod, sandbox, "second", apparmor_profile=f"localhost/{ONE}", **OWN_PROCESSES)
         third = self.secured(pod, sandbox, "third", apparmor_profile="localhost/none", **by_name(f"localhost/{TWO}"), **OWN_PROCESSES)
@@ -110,7 +110,7 @@ class OnTheHost(Profiles, HostTest):
 
 
 class WithoutAppArmor(Words, PodTest):
-    """A machine whose kernel has none."""
+    """A machine whose kernel has no AppArmor."""
 
     handler_settings = "template = false\nkernel_cmdline = 'apparmor=0'"
 
@@ -120,5 +120,5 @@ class WithoutAppArmor(Words, PodTest):
         for security in (by_name(ONE), {"apparmor": {"profile_type": DEFAULT}}):
             config = self.node.container_file("refused", "busybox", command=["true"], linux={"security_context": security})
             self.assertIn("the machine's kernel has no AppArmor", self.fails("create", pod, config, sandbox))
-        # Who asks for nothing runs without.
+        # A container that asks for no profile runs without one.
         self.secured(pod, sandbox, "plain")

@@ -1,4 +1,5 @@
-"""What goes wrong gets an error that names the stage, has the right code, comes in time, and leaves nothing."""
+"""Requests that must fail get an error that names the stage, has the right code, comes in time, and leaves nothing
+behind."""
 
 import socket
 import stat
@@ -56,7 +57,7 @@ class BadRequests(SharedPodTest):
 
 class BadSurroundings(PodTest):
     settings = "[images]\nstall_timeout_seconds = 3\n"
-    # Nobody but the test writes to the disk.
+    # Only the test writes to the disk.
     handler_settings = "template = false"
 
     def test_a_cni_plugin_that_fails_is_named_and_undone(self):
@@ -100,7 +101,7 @@ class BadSurroundings(PodTest):
             self.assertLess(time.monotonic() - started, 60)
 
     def test_a_full_disk_is_called_so(self):
-        # Of an image that is here nothing need be written.
+        # An image that is here already needs no writing.
         self.node.crictl("rmi", self.node.image("nginx"), check=False)
         room = os.statvfs(self.node.state)
         filler = self.node.state / "filler"

@@ -1,4 +1,4 @@
-"""Fields of the configurations that a client sends, where no other file of tests has them."""
+"""Fields of the configurations that a client sends, which no other file tests."""
 
 import pathlib
 
@@ -17,7 +17,8 @@ class Fields(PodTest):
         self.addCleanup(lambda: [group.rmdir() for group in (parent, parent.parent)])
         annotations = {"of.the/client": "kept", "io.husk/unknown": ""}
         overhead = {"memory_limit_in_bytes": 160 << 20, "cpu_shares": 100}
-        # Of the container that others hold a pod's namespaces with: the pod's own containers are not told by it.
+        # Settings of the container by which other runtimes hold a pod's namespaces (pause). They must not apply to the
+        # pod's own containers.
         context = {
             "run_as_user": {"value": 1000}, "run_as_group": {"value": 1000}, "supplemental_groups": [7],
             "supplemental_groups_policy": 1, "readonly_rootfs": True, "seccomp": {"profile_type": 2, "localhost_ref": "/no/such"},
@@ -29,7 +30,7 @@ class Fields(PodTest):
         [machine] = machines()
         group = pathlib.Path(f"/proc/{machine}/cgroup").read_text().strip()
         self.assertEqual(group, f"0::/husk-client/pod/husk-{pod[:13]}")
-        # What the client limits there, the machine has.
+        # The machine enforces the limits that the client sets.
         self.assertGreater(int((parent / "memory.current").read_text()), 1 << 20)
         said = self.node.crictl_json("inspectp", pod)
         self.assertEqual(said["status"]["annotations"], annotations)
@@ -51,7 +52,7 @@ class Fields(PodTest):
     def test_an_image_is_told_as_it_was_named(self):
         pod, sandbox = self.pod()
         [found] = self.node.crictl_json("images", self.node.image("busybox"))["images"]
-        # As the kubelet names it.
+        # The name is as the kubelet sends it.
         image = {
             "image": found["id"], "user_specified_image": "the-users:name",
             "runtime_handler": "kata-runtime", "annotations": {"of.the/client": "kept"},
@@ -70,7 +71,7 @@ class Fields(PodTest):
 
 
 class DeclaredVolumes:
-    """What an image declares as volumes, wherever its containers are."""
+    """Directories that an image declares as volumes, under both handlers."""
 
     def test_directories_that_an_image_declares_are_the_containers_own(self):
         self.node.crictl("pull", self.node.image("volumes"))
@@ -88,7 +89,7 @@ class DeclaredVolumes:
         seen = sh(first, "cd /srv && stat -c %a:%u:%g data data/deep/file new && cat data/deep/file")
         self.assertEqual(seen.split("\n"), ["1770:0:0", "4640:0:0", "755:0:0", "of the image"])
         sh(first, "cd /srv && echo mine > data/deep/file && touch data/made new/made && chown 33:44 new/made")
-        # On the disk itself, which databases want, and not what the client mounts.
+        # These are on the disk itself, not in the overlay, as databases need it; `mounted` is the client's.
         kinds = [line.split()[1:3] for line in sh(first, "cat /proc/mounts").split("\n") if " /srv/" in line]
         self.assertEqual(sorted(place for place, _ in kinds), ["/srv/data", "/srv/mounted", "/srv/new"])
         self.assertNotIn("overlay", [kind for _, kind in kinds])

@@ -1,4 +1,4 @@
-"""What pods and containers use, what they may use, and what happens to them: stats, metrics, updates, events."""
+"""Resource usage, limits and events of pods and containers: stats, metrics, updates."""
 
 from pods import PodTest, SharedPodTest, json, signal, subprocess, time, wait_until
 
@@ -6,7 +6,7 @@ LOOP = ["sh", "-c", "while :; do :; done"]
 
 
 class Cost(PodTest):
-    # All of its memory is its own: of a clone's, only what it has written.
+    # All memory of a booted machine counts; of a clone's, only the memory that it has written.
     handler_settings = "template = false"
 
     def test_a_pod_costs_what_its_machine_costs(self):
@@ -25,7 +25,7 @@ class Cost(PodTest):
         self.assertGreater(memory, 20 << 20)
         self.assertGreaterEqual(int(linux["process"]["processCount"]["value"]), 1)
         self.assertEqual(linux["network"]["defaultInterface"]["name"], "eth0")
-        # A second look tells how much is used at present.
+        # A second reading shows the present usage.
         time.sleep(2)
         linux = self.node.crictl_json("statsp", "--id", pod)["stats"][0]["linux"]
         for cpu in (linux["cpu"], linux["containers"][0]["cpu"]):
@@ -135,7 +135,7 @@ class Events(PodTest):
             self.assertEqual(end["containersStatuses"][0]["exitCode"], 4)
             self.assertEqual(end["podSandboxStatus"]["state"], "SANDBOX_READY")
             self.assertEqual(events(told)[5]["containersStatuses"], [])
-            # A daemon that is asked to end does, whoever listens.
+            # A daemon that is asked to end does so, even if clients still listen.
             self.node.daemon.send_signal(signal.SIGTERM)
             self.node.daemon.wait(20)
             listener.wait(20)

@@ -7,7 +7,7 @@ BUNDLE = """read state; bundle=${state#*'"bundle":"'}; bundle=${bundle%%'"'*}"""
 SCRIPT = f"""{BUNDLE}; echo "$WORD" > $bundle/rootfs/hooked"""
 STEP = f"""{BUNDLE}; echo $WORD >> $bundle/rootfs/steps"""
 KEEP = f"""{BUNDLE}; echo "$state" > $bundle/rootfs/state"""
-# After the container has gone there are the guest's console and the pod's volumes.
+# After the container has ended, there are the guest's console and the pod's volumes.
 LAST = """
 read state
 echo "hook poststop: $state" > /dev/console
@@ -41,7 +41,7 @@ class Hooks(PodTest):
     settings = hook("poststop", LAST_ON_HOST, handler="runc")
 
     def check_told(self, path, container):
-        """A `poststop` hook has told of this container, once."""
+        """Checks that a `poststop` hook has reported this container, once."""
         told = [json.loads(line) for line in path.read_text().splitlines()]
         self.assertEqual([(state["id"], state["status"]) for state in told], [(container, "stopped")])
 
@@ -51,7 +51,7 @@ class Hooks(PodTest):
         pod, container = self.running(mounts=[{"host_path": str(folder), "container_path": "/data"}])
         self.assertEqual(self.node.exec(container, "cat", "/hooked"), "before the start")
         self.assertEqual(self.node.exec(container, "cat", "/inside"), "inside")
-        # The kubelet stops a pod and removes its containers when they have no machine any more.
+        # The kubelet stops a pod, and then removes its containers, which have no machine any more.
         self.assertFalse((folder / "poststop").exists())
         self.node.crictl("stopp", pod)
         self.check_told(folder / "poststop", container)

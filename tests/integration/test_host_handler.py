@@ -1,4 +1,4 @@
-"""Pods of the handler `runc`: plain host containers, as a client sees them, and what is left of them."""
+"""Pods of the handler `runc`: plain host containers as a client sees them, and what they leave behind."""
 
 import pathlib
 
@@ -41,7 +41,7 @@ class HostTest(PodTest):
 
     def left(self):
         left = leftovers.difference(self.before, self.snapshot())
-        # Tests may have started the daemon again, and the kernel remembers connections.
+        # Tests may have restarted the daemon, and the kernel remembers connections.
         left["processes"] = [line for line in left["processes"] if "bin/huskd" not in line]
         return left
 
@@ -107,7 +107,7 @@ class Life(HostTest):
     def test_stats_and_limits_are_the_containers(self):
         limit = {"resources": {"memory_limit_in_bytes": 24 << 20}}
         pod, sandbox = self.pod()
-        # Of what the kernel cannot count, nothing is no limit.
+        # A limit of 0 on pages that the kernel cannot count is ignored.
         pages = {"resources": {"hugepage_limits": [{"page_size": "2MB", "limit": 0}, {"page_size": "3MB", "limit": 0}]}}
         busy = self.container(pod, sandbox, "busy", command=["sh", "-c", "while :; do :; done"], linux=pages)
         counted = "hugetlb" in pathlib.Path("/sys/fs/cgroup/cgroup.controllers").read_text()
@@ -219,7 +219,7 @@ class TheHostsOwn(HostTest):
         self.assertEqual(run("stat", "-c", "%u:%g", "/etc/passwd"), "0:0")
         run("sh", "-c", "echo mine > /file && chown 33:33 /file")
         self.assertEqual(run("stat", "-c", "%u:%g", "/file"), "33:33")
-        # What it sees of the host: neither its users nor its network.
+        # The container has neither users nor the network of the host.
         [process] = [pid for pid, _, _, command in leftovers.running() if command == "sleep 876543"]
         self.assertEqual(os.stat(f"/proc/{process}").st_uid, 200000)
         self.assertEqual(sorted(run("ls", "/sys/class/net").split()), ["eth0", "lo"])
@@ -242,7 +242,7 @@ class Volumes(MappedVolumes, HostTest):
         super().tearDown()
 
     def ext4(self):
-        """A directory on a file system that can be ID-mapped, as the node's tmpfs with an older kernel cannot."""
+        """A directory on a file system that can be ID-mapped. With an older kernel the node's tmpfs cannot."""
         disk, place = self.node.root / "disk", self.place
         place.mkdir(exist_ok=True)
         disk.unlink(missing_ok=True)
@@ -256,7 +256,7 @@ class Volumes(MappedVolumes, HostTest):
         return folder
 
     def mounts_of_the_pod(self):
-        """What its supervisor has mounted for its containers."""
+        """Returns the mounts that its supervisor has made for its containers."""
         [supervisor] = self.supervisors()
         with open(f"/proc/{supervisor}/mountinfo") as table:
             places = [line.split()[4] for line in table]
@@ -316,7 +316,7 @@ class Volumes(MappedVolumes, HostTest):
         self.assertIn("denied", self.exec_fails(container, "/all/bin/sh", "-c", "true"))
         run("touch", "/all/tmp/in-a-volume")
         self.assertEqual(os.listdir(folder), ["in-a-volume"])
-        # In use, whatever the daemon remembers.
+        # The image is in use, whatever the daemon remembers.
         self.kill_daemon()
         self.node.start_daemon()
         run("cmp", "/all/etc/nginx/nginx.conf", "/part/nginx.conf")
@@ -384,7 +384,7 @@ class Death(HostTest):
             runp.wait()
         self.node.start_daemon()
         for pod in self.node.cri.pods():
-            # It was ready just before the kill.
+            # The pod was ready just before the kill.
             self.node.cri.remove_pod(pod)
         wait_until(lambda: not self.supervisors(), 30, "wait for the supervisor to go")
 

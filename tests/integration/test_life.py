@@ -1,4 +1,4 @@
-"""The life of pods and containers, as a client sees it."""
+"""The life of pods and containers as a client sees it."""
 
 from pods import PodTest, can_connect, json, leases, machines, os, signal, subprocess, time, wait_until
 
@@ -30,7 +30,7 @@ class Life(PodTest):
         self.assertIn("timed out", self.fails("exec", "-s", "--timeout", "2", container, "sleep", "600"))
         self.assertLess(time.monotonic() - started, 60)
         self.assertIn("not found", self.fails("exec", "-s", container, "no-such-program"))
-        # What a caller does not wait for any more ends.
+        # A command ends when its caller stops waiting.
         runs = lambda: "sleep 601" in self.node.crictl("exec", "-s", container, "ps")
         caller = self.in_background("exec", "-s", container, "sleep", "601")
         wait_until(runs, 60, "wait for the command")
@@ -44,7 +44,7 @@ class Life(PodTest):
         time.sleep(1)
         self.node.crictl("stop", "--timeout", "60", polite)
         self.assertEqual(self.status(polite)["exitCode"], 5)
-        # Who has less patience does not wait for who has more.
+        # A caller with a short time limit does not wait for one with a longer limit.
         patient = self.in_background("stop", "--timeout", "500", deaf)
         time.sleep(2)
         self.assertIsNone(patient.poll())
@@ -61,7 +61,7 @@ class Life(PodTest):
         container = self.container(pod, sandbox, linux=security)
         right = lambda: abs(int(self.node.exec(container, "date", "+%s")) - time.time()) < 5
         self.assertTrue(right())
-        # For the machine this is as if the host's clock had been set.
+        # The machine sees this as if the host's clock had been set.
         self.node.exec(container, "date", "-s", "@1000000000")
         self.assertFalse(right())
         wait_until(right, 120, "wait for the right time")
@@ -138,7 +138,7 @@ class Life(PodTest):
         pod, sandbox = self.pod("port", port_mappings=ports)
         self.container(pod, sandbox, command=["sh", "-c", "while :; do nc -l -p 7000 -e echo hello; done"])
         wait_until(lambda: can_connect(("127.0.0.1", 17000)), 60, "wait for the host port")
-        # One is the host's at every address, the other at this one alone.
+        # One port is the host's at every address, the other at this one alone.
         bridge = self.node.crictl_json("inspectp", pod)["status"]["network"]["ip"].rsplit(".", 2)[0] + ".0.1"
         for address in ((bridge, 17000), ("127.0.0.1", 17001)):
             wait_until(lambda to=address: can_connect(to), 60, f"wait for {address}")
@@ -152,7 +152,7 @@ class Daemon(PodTest):
 
     def test_pods_live_on_when_the_daemon_dies(self):
         pod, sandbox = self.pod()
-        # The agent knows nothing of a container whose program is not there: the others are followed all the same.
+        # The agent does not know a container whose program is missing; the others are supervised all the same.
         for name in ("a", "b"):
             self.container(pod, sandbox, name, command=["/no/such/program"], start=False)
         container = self.container(pod, sandbox, command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
@@ -173,7 +173,7 @@ class Daemon(PodTest):
         pod, container = self.running(command=["sh", "-c", said])
         self.node.crictl("exec", "-s", container, "touch", "/go")
         self.kill_daemon()
-        # Longer than an agent waits for somebody to take the last output.
+        # This is longer than an agent waits for a client to take the last output.
         time.sleep(40)
         self.node.start_daemon()
         self.assertEqual(self.wait_exited(container)["exitCode"], 4)
@@ -187,7 +187,7 @@ class Daemon(PodTest):
         try:
             asking = [self.in_background("stats", "--id", container) for _ in range(30)]
             time.sleep(10)
-            # What nobody waits for any more arrives all the same, and at once.
+            # Output that no client waits for arrives all the same, and at once.
             for process in asking:
                 process.kill()
                 process.wait()
@@ -268,7 +268,7 @@ class Daemon(PodTest):
         self.assertIn("memory on the node ran out", status["message"])
 
     def record(self, pod):
-        """What is on disk of a pod."""
+        """Returns a pod's record on disk."""
         return json.loads((self.node.state / "sandboxes" / pod / "sandbox.json").read_text())
 
     def test_a_stop_is_finished_although_the_daemon_dies_in_the_middle(self):
@@ -276,7 +276,7 @@ class Daemon(PodTest):
         container = self.container(pod, sandbox, start=False)
         [machine] = machines()
         command = [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), "stopp", pod]
-        # A VMM that does not run does not end when it is asked to.
+        # A VMM that is stopped does not end when it is asked to.
         os.kill(machine, signal.SIGSTOP)
         try:
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as stopp:
@@ -290,7 +290,7 @@ class Daemon(PodTest):
         self.node.start_daemon()
         self.assertEqual(self.node.crictl("pods", "-q", "--state", "notready"), pod)
         self.assertEqual(self.status(container)["state"], "CONTAINER_EXITED")
-        # Nobody has asked for that again.
+        # Nobody has requested that again.
         wait_until(lambda: not machines(), 20, "wait for the machine to go")
         self.assertEqual(leases(self.node), [])
         self.assertFalse((self.node.state / "sandboxes" / pod / "scratch.ext4").exists())

@@ -9,7 +9,7 @@ from pods import PodTest, json, leases, time, wait_until
 
 SERVE = ["sh", "-c", "while :; do nc -l -p 700 -e echo hello; done"]
 
-# Chained behind others, as Multus' interfaces are: it makes one more, and leaves their result as it is.
+# A plugin that is chained behind others, as Multus is: it makes one more interface, and leaves their result as it is.
 SECOND = """#!/bin/sh
 config=$(cat)
 case $CNI_COMMAND in
@@ -49,7 +49,7 @@ class Network(PodTest):
         return self.node.exec(container, *command)
 
     def hears(self, address):
-        """What a server of the pod says to the host."""
+        """Returns the bytes that a server of the pod sends to the host."""
         try:
             with socket.create_connection((address, 700), timeout=5) as client:
                 return client.recv(100)
@@ -70,7 +70,7 @@ class Network(PodTest):
         hosts = self.says(container, "cat", "/etc/hosts")
         for address in ours:
             self.assertIn(f"{address}\tof-both", hosts)
-        # The other way, by the default route.
+        # Now in the other direction, by the default route.
         gateway = ours[1].split("::")[0] + "::1"
         with socket.create_server((gateway, 0), family=socket.AF_INET6) as server:
             threading.Thread(target=answer_one, args=(server, b"from the host"), daemon=True).start()
@@ -102,7 +102,7 @@ class Network(PodTest):
         [address] = self.addresses(pod)
         disciplines = subprocess.run(["tc", "qdisc", "show"], capture_output=True, text=True, check=True).stdout
         self.assertEqual(sorted(rate for rate in ("2Mbit", "4Mbit") if f"rate {rate}" in disciplines), ["2Mbit", "4Mbit"])
-        # There and back: what is beyond the burst of 2 Mbit takes its time.
+        # In both directions, traffic beyond the burst of 2 Mbit takes its time.
         data = b"x" * (1 << 20)
 
         def exchange():
@@ -130,7 +130,7 @@ class Network(PodTest):
         )
         self.assertEqual(self.says(container, "cat", "/etc/hostname"), "web-0")
         self.assertIn(f"{self.addresses(pod)[0]}\tweb-0", self.says(container, "cat", "/etc/hosts"))
-        # Nobody says anything, or asks for nothing: as on the host, but for servers that only the host reaches.
+        # If the client sets nothing, names are those of the host, except for servers that only the host can reach.
         pod, sandbox = self.pod(dns_config={})
         theirs = self.says(self.container(pod, sandbox), "cat", "/etc/resolv.conf").splitlines()
         with open("/etc/resolv.conf") as hosts:
@@ -142,7 +142,7 @@ class Network(PodTest):
 
 
 def receive(client, size):
-    """How many bytes come, up to `size`."""
+    """Returns how many bytes arrive, up to `size`."""
     received = 0
     while received < size and (piece := client.recv(65536)):
         received += len(piece)

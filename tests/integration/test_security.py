@@ -1,4 +1,4 @@
-"""Security contexts, namespaces and limits: what a container may do, and what is refused."""
+"""Security contexts, namespaces and limits: the powers of a container, and requests that are refused."""
 
 import pathlib
 
@@ -30,7 +30,7 @@ class Security(SharedPodTest):
         user = self.status(container)["user"]["linux"]
         self.assertEqual((user["uid"], user["gid"]), ("1001", "1002"))
         self.assertEqual(sorted(map(int, user["supplementalGroups"])), [7, 1002, 5000])
-        # Low ports and pings are everybody's: the network is the pod's own.
+        # Every user may bind low ports and send pings, because the network is the pod's own.
         self.assertEqual(self.does(container, "sh", "-c", "nc -l -p 80 -e echo hi & sleep 1; nc 127.0.0.1 80"), "hi")
         self.assertEqual(self.does(container, "cat", "/proc/sys/net/ipv4/ping_group_range").split(), ["0", "2147483647"])
         named = self.secured(pod, sandbox, "name", run_as_username="nobody")
@@ -60,7 +60,7 @@ class Security(SharedPodTest):
         free = self.secured(pod, sandbox, "free", privileged=True, seccomp=seccomp)
         self.does(free, "sh", "-c", "mkdir -p /mnt && mount -t tmpfs none /mnt && chmod 700 /mnt")
         self.assertGreater(bits(free, "CapEff"), 1 << 39)
-        # Everything of the machine: its devices and its control groups.
+        # A privileged container has the whole machine: its devices and its control groups.
         self.does(free, "sh", "-ec", "for device in fuse loop-control net/tun; do test -c /dev/$device; done")
         self.assertIn(free, self.does(free, "cat", "/proc/self/cgroup"))
 
@@ -94,7 +94,7 @@ class Security(SharedPodTest):
         self.does(container, "touch", "/x")
         sealed = self.secured(pod, sandbox, "sealed", readonly_rootfs=True)
         self.assertIn("Read-only", self.exec_fails(sealed, "touch", "/x"))
-        # Nothing is masked that nobody names.
+        # Only paths that the client names are masked.
         self.assertNotIn(" /proc/", self.does(sealed, "cat", "/proc/mounts"))
 
     def test_kernel_parameters_are_the_pods_own(self):
@@ -135,7 +135,7 @@ class Security(SharedPodTest):
     def test_users_of_a_user_namespace_are_others_in_the_machine(self):
         users = {"mode": POD, "uids": [{"host_id": 100000, "container_id": 0, "length": 65536}]}
         users["gids"] = users["uids"]
-        # With a user namespace comes a new IPC namespace, whose parameters are asked for too.
+        # A user namespace brings a new IPC namespace, whose parameters are set too.
         sysctls = {"kernel.shm_rmid_forced": "1", "kernel.shmmax": "123456", "fs.mqueue.msg_max": "100", "net.core.somaxconn": "77"}
         pod, sandbox = self.pod(linux={"sysctls": sysctls, "security_context": {"namespace_options": {"userns_options": users}}})
         container = self.secured(pod, sandbox, "mapped", namespace_options={"userns_options": users})

@@ -46,7 +46,7 @@ class StreamingTest(SharedPodTest):
         return self.node.exec(container, *command)
 
     def read_until(self, stream, text, seconds=60):
-        """What a process has printed, up to `text`."""
+        """Returns the output of a process, up to `text`."""
         seen, deadline = b"", time.monotonic() + seconds
         while text not in seen:
             left = deadline - time.monotonic()
@@ -70,7 +70,7 @@ class Exec(StreamingTest):
                 self.assertIn(b"exit code 7", failed.stderr)
                 missing = self.exec(container, "no-such-program", transport=transport)
                 self.assertIn(b"not found", missing.stderr)
-        # What a child says after the command has ended is output of the command.
+        # Output of a child after the command has ended belongs to the command.
         done = self.exec(container, "sh", "-c", "(sleep 4; echo late) & echo now")
         self.assertEqual((done.returncode, done.stdout), (0, b"now\nlate\n"), done.stderr)
 
@@ -80,7 +80,7 @@ class Exec(StreamingTest):
             with self.subTest(transport):
                 done = self.exec(container, "cat", transport=transport, stdin=b"typed\n")
                 self.assertEqual((done.returncode, done.stdout), (0, b"typed\n"))
-                # A command that does not read what it gets is no trouble either.
+                # A command that does not read its input is no problem either.
                 done = self.exec(container, "true", transport=transport, stdin=b"x" * 500_000)
                 self.assertEqual(done.returncode, 0, done.stderr)
 
@@ -104,7 +104,7 @@ class Exec(StreamingTest):
         time.sleep(10)
         self.assertLess(self.memory_of_daemon() - before, 16 << 20)
         outputs = [self.read_some(process, 2_400_000) for process in processes]
-        # A pause near the end, where the command has ended already, costs nothing either.
+        # A pause near the end, when the command has ended already, costs nothing either.
         time.sleep(12)
         for process, output in zip(processes, outputs):
             rest, errors = process.communicate(timeout=300)
@@ -114,7 +114,7 @@ class Exec(StreamingTest):
             self.assertNotEqual(process.returncode, 0)
 
     def read_some(self, process, size):
-        """At least so many bytes, without Python's buffer: `communicate` does not know it."""
+        """Reads at least so many bytes, without Python's buffer, which `communicate` does not know."""
         output, deadline = b"", time.monotonic() + 300
         while len(output) < size:
             left = deadline - time.monotonic()
@@ -195,7 +195,7 @@ class Exec(StreamingTest):
             time.sleep(6)
             client.kill()
             client.wait()
-        # Each goes on behind what failed, as its streams have ended.
+        # Each script continues after its failed command, because its streams have ended.
         wait_until(lambda: {"7001", "7002"} <= set(re.findall(r"sleep (700.)", self.says(container, "ps"))), 60,
                    "wait for the commands to notice")
 
@@ -293,7 +293,7 @@ class Attach(StreamingTest):
 
 class PortForward(StreamingTest):
     def forward(self, pod, port, transport):
-        """Starts crictl port-forward; answers with it and its local port."""
+        """Starts crictl port-forward; returns it with its local port."""
         forward = self.start("port-forward", "--transport", transport, pod, f":{port}", stdin=subprocess.DEVNULL)
         said = self.read_until(forward.stdout, b"->")
         return forward, int(re.search(rb"Forwarding from 127\.0\.0\.1:(\d+)", said)[1])

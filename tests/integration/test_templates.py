@@ -1,4 +1,4 @@
-"""Machines that are clones: what each has for itself, and what a template that is gone or damaged costs."""
+"""Machines that are clones: what is unique to each, and the effect of a missing or damaged template."""
 
 from pods import PodTest, named, time, wait_until
 
@@ -9,11 +9,11 @@ class Templates(PodTest):
         self.wait_for_templates(1)
 
     def wait_for_templates(self, count):
-        """Machines boot until there is one."""
+        """Waits for templates: until there is one, machines boot."""
         wait_until(lambda: len(self.states()) >= count, 120, "wait for a template")
 
     def pods_said(self):
-        """Whether each pod was a clone, in the order of their starts."""
+        """Returns whether each pod was a clone, in the order of their starts."""
         return ["cloned=true" in line for line in self.node.log_tail("huskd", 10_000) if "pod ready" in line]
 
     def states(self):
@@ -27,7 +27,7 @@ class Templates(PodTest):
             before = time.time()
             now = int(run("date", "+%s"))
             self.assertTrue(before - 3 <= now <= time.time() + 3, f"{now} at {before}")
-            # What the kernel made since, and the first numbers of its generator.
+            # An id that the kernel has made since, and the first numbers of its generator.
             seen += [run("cat", "/proc/sys/kernel/random/boot_id"), run("sh", "-c", "head -c 16 /dev/urandom | md5sum")]
         self.assertEqual(len(set(seen)), 4, seen)
         self.assertEqual(self.pods_said()[-2:], [True, True])
@@ -54,7 +54,7 @@ class Templates(PodTest):
         self.running()
         self.assertFalse(self.pods_said()[-1])
         self.assertIn("clone a machine; booting one instead", "\n".join(self.node.log_tail("huskd", 50)))
-        # It is made anew when it is wanted again.
+        # The template is made again when it is needed.
         self.pod()
         wait_until(lambda: saved() > before, 120, "wait for the template")
         self.pod()

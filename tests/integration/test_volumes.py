@@ -30,7 +30,7 @@ class Volumes(MappedVolumes, PodTest):
         return {"container_path": container_path, "host_path": str(host_path or self.folder), **settings}
 
     def tools(self):
-        """A mount with a program for the guest in it, which so runs from a volume."""
+        """A mount of a program for the guest, which so runs from a volume."""
         folder = self.node.state / "tools"
         if not folder.exists():
             folder.mkdir()
@@ -39,7 +39,7 @@ class Volumes(MappedVolumes, PodTest):
         return self.mount("/tools", folder, readonly=True)
 
     def write_configmap(self, version, keys, mode=0o644):
-        """As the kubelet writes it: a folder for each version, and one link that is renamed."""
+        """Writes files as the kubelet does: a folder for each version, and one link that is renamed."""
         (self.folder / f"..{version}").mkdir()
         for key in keys:
             (self.folder / f"..{version}" / key).write_text(f"{version}\n")
@@ -51,7 +51,7 @@ class Volumes(MappedVolumes, PodTest):
                 os.symlink(f"..data/{key}", self.folder / key)
 
     def mount_on_host(self, where, *what):
-        """A mount of the host's own, as the kubelet makes them for a pod; it goes after the pod."""
+        """Mounts a file system on the host, as the kubelet does for a pod; it is unmounted after the pod."""
         subprocess.run(["mount", *map(str, what), str(where)], check=True)
         self.addCleanup(subprocess.run, ["umount", str(where)], check=True)
         self.mounts_before = leftovers.mounts()
@@ -63,7 +63,7 @@ class Volumes(MappedVolumes, PodTest):
         pod, sandbox = self.pod()
         return pod, sandbox, self.container(pod, sandbox, mounts=list(mounts) or [self.mount()], **settings)
 
-    # --- What a file is ------------------------------------------------------------------------------
+    # --- Files ---------------------------------------------------------------------------------------
 
     def test_a_directory_is_the_same_on_both_sides(self):
         (self.folder / "from-host").write_text("of the host\n")
@@ -81,7 +81,7 @@ class Volumes(MappedVolumes, PodTest):
         self.sh(container, "cd /data && ln file twin && mv twin dir/twin && echo more >>dir/twin && rm file pipe")
         self.assertEqual(sorted(os.listdir(self.folder)), ["dir", "from-host"])
         self.assertEqual((self.folder / "dir/twin").read_text(), "hi\nmore\n")
-        # A link leads to what the container has there, not the host.
+        # A link leads to the container's file, not to the host's.
         self.assertIn("root:", self.sh(container, "head -n 1 /data/dir/link"))
         self.sh(container, "rm -r /data/dir")
         self.assertEqual(os.listdir(self.folder), ["from-host"])
@@ -149,7 +149,7 @@ class Volumes(MappedVolumes, PodTest):
         self.write_configmap("two", ["key"], 0o600)
         wait_until(lambda: self.sh(container, "cat /data/key") == "two", 30, "see the second version")
 
-    # --- What is mounted, and how --------------------------------------------------------------------
+    # --- Mounts --------------------------------------------------------------------------------------
 
     def test_a_single_file_and_a_directory_below_another(self):
         (self.folder / "hosts").write_text("10.0.0.1 elsewhere\n")
@@ -188,7 +188,7 @@ class Volumes(MappedVolumes, PodTest):
         )
         for path in ("/plain/file", "/plain/new", "/recursive/file", "/recursive/below/new"):
             self.assertIn("Read-only", self.exec_fails(container, "sh", "-c", f"echo x >{path}"), path)
-        # Mounts below are not meant, unless it is said.
+        # Mounts below are left out unless the client asks for them.
         self.sh(container, "echo x >/plain/below/new && echo y >/writable/file")
         self.assertEqual((self.folder / "below/new").read_text(), "x\n")
         self.assertEqual((self.folder / "file").read_text(), "y\n")
@@ -212,7 +212,7 @@ class Volumes(MappedVolumes, PodTest):
         _, _, container = self.with_volume()
         self.assertEqual([path for path in leftovers.mounts() if "/run/volumes/" in path], [])
         self.sh(container, "echo x >/data/below/file")
-        # As on a host without the pod: what was mounted can go, and the directory too.
+        # Mounts can be removed, as on a host without the pod, and the directory too.
         subprocess.run(["umount", str(below)], check=True)
         below.rmdir()
 
@@ -229,7 +229,7 @@ class Volumes(MappedVolumes, PodTest):
         self.assertIn("Read-only", self.exec_fails(container, "touch", "/part/new"))
         self.assertIn("denied", self.exec_fails(container, "/all/bin/sh", "-c", "true"))
         self.sh(container, "touch /all/tmp/in-a-volume")
-        # The disk is shared with a container of that image, and outlives neither.
+        # The disk is shared with a container of that image, and stays only while one of both needs it.
         other = self.container(pod, sandbox, name="other", image="nginx")
         self.node.cri.remove(container)
         self.sh(other, "test -f /etc/nginx/nginx.conf")
@@ -305,7 +305,7 @@ class Volumes(MappedVolumes, PodTest):
         shutil.rmtree(self.folder / "..one")
         wait_until(lambda: "..data" in self.sh(container, "cat /tmp/events"), 20, "an event of inotify")
         self.assertEqual(self.sh(container, "cat /data/key /data/second; ls -a /data").split(), ["two", "two", ".", "..", "..data", "..two", "key", "second"])
-        # A change while nobody watches is made up for.
+        # A change that happens while nobody watches is caught up with.
         self.kill_daemon()
         write("three", ["key"])
         self.node.start_daemon()
@@ -345,7 +345,7 @@ class Volumes(MappedVolumes, PodTest):
             self.node.cri.remove(container)
         subprocess.run(["umount", str(place)], check=True)
         self.mounts_before.discard(str(place))
-        # The device is free only when nobody holds a file of it any more.
+        # The device is free only when no process holds one of its files.
         wait_until(lambda: not os.path.exists(f"/sys/block/{os.path.basename(loop)}/loop"), 20, f"release {loop}")
 
     def test_volumes_survive_the_daemon(self):
@@ -378,7 +378,7 @@ class Volumes(MappedVolumes, PodTest):
     def test_what_faces_the_guest_has_what_it_needs_and_no_more(self):
         self.with_volume()
         for pid in named("husk-vmm") + named("husk-fs"):
-            # The first process of a namespace whose processes it cannot name others than.
+            # The first process of a namespace, in which it sees only its own processes.
             with open(f"/proc/{pid}/status") as status:
                 self.assertIn(f"NSpid:\t{pid}\t1\n", status.read())
             with open(f"/proc/{pid}/oom_score_adj") as score:
@@ -390,7 +390,7 @@ class Volumes(MappedVolumes, PodTest):
                 self.assertEqual(limits["Max open files"], "4096")
                 self.assertLessEqual(int(limits["Max file size"]), 10 << 30)
                 self.assertLess(int(limits["Max processes"]), 128)
-            # Whatever else it has open is no file of a folder of the host that could grow.
+            # The other descriptors must not be files in a folder of the host, which could grow.
             names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
             self.assertEqual([name for name in names if name.endswith((".log", ".json"))], [])
         for pid in named("husk-vmm"):
@@ -418,7 +418,7 @@ class SilentServers(PodTest):
     """Volumes on file systems of the host whose servers never answer."""
 
     def silent(self, name):
-        """The place of a FUSE file system with a server that reads no request."""
+        """Mounts a FUSE file system whose server reads no request; returns its path."""
         if not os.path.exists("/dev/fuse"):
             subprocess.run(["modprobe", "fuse"], check=True)
         where = self.node.state / name
@@ -430,7 +430,7 @@ class SilentServers(PodTest):
         if libc.mount(b"silent", bytes(where), b"fuse", 0, options):
             self.fail(f"mount a silent file system: {os.strerror(ctypes.get_errno())}")
         self.addCleanup(subprocess.run, ["umount", "--lazy", where], check=True)
-        # The kernel ends all requests under way when their server has gone.
+        # The kernel aborts all pending requests when their server has gone.
         self.addCleanup(os.close, server)
         return where
 

@@ -1,4 +1,5 @@
-"""What two runs of pjdfstest mean: each test's end on the host and in a container, beside the list of known misses."""
+"""Evaluates two runs of pjdfstest: the result of each test on the host and in a container, and the list of known
+misses."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ class Result:
 
 
 def results(printed):
-    """Each test's result, by name. Of one that ran twice the run counts in which it was not skipped."""
+    """Returns each test's result, by name. Of a test that ran twice, the run counts in which it was not skipped."""
     found, current = {}, None
     for line in printed.splitlines():
         if match := TEST.match(line):
@@ -28,20 +29,20 @@ def results(printed):
         elif line.startswith("\t") and current and not current.reason:
             current.reason = line.strip()
     totals = [int(total) for total in SUMMARY.findall(printed)]
-    # One that broke off says nothing of the tests that were to come.
+    # A suite that was interrupted says nothing about the rest of its tests.
     if len(totals) != 2 or max(totals) != len(found):
         raise Failed(f"the suite broke off after {len(found)} tests: {printed[-2000:]}")
     return found
 
 
 def listed(text):
-    """The reasons of known misses, by the tests' names: one a line, name first; `#` begins a comment."""
+    """Reads the reasons of known misses, by the names of tests: one a line, name first; `#` begins a comment."""
     lines = (line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#"))
     return {name: reason for name, reason in lines}
 
 
 class Comparison:
-    """Sorts the tests of a container by what the same ones did on the host, and by what is known of them."""
+    """Sorts the tests of a container by the results of the same tests on the host, and by the known misses."""
 
     def __init__(self, host, container, known):
         self.known = known

@@ -1,4 +1,5 @@
-"""Which tests `make test` runs: always a few of each kind, those that recent changes touch, and a part of the others.
+"""Chooses the tests of `make test`: always a few of each kind, those that recent changes touch, and a part of the
+others.
 
 The part is another one each day, so that in DAYS days every test runs. What touches what is decided by words in the
 paths of changed files (TOUCHES), so it holds wherever a folder is moved to.
@@ -17,7 +18,7 @@ INTEGRATION = REPO / "tests/integration"
 CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache" / "husk")
 # The last commit whose tests all passed in CI on this machine.
 SEEN = CACHE / "ci-seen"
-# Without one, so many commits count as new.
+# Without such a commit, so many recent commits count as new.
 RECENT = 20
 DAYS = 4
 
@@ -47,7 +48,7 @@ TOUCHES = {
 
 
 def pytest():
-    """The command that is pytest, with what the tests need."""
+    """Returns the command that is pytest, from the environment with the test's packages."""
     python = CACHE / "python/test/bin/python"
     if not python.exists():
         sys.exit(f"{python} is missing: run `tests/support/deps test`")
@@ -55,7 +56,7 @@ def pytest():
 
 
 def collect():
-    """The names of all tests of pods, in the order of their files."""
+    """Returns the names of all tests of pods, in the order of their files."""
     listed = subprocess.run([*pytest(), "--collect-only", "-q"], cwd=INTEGRATION, capture_output=True, text=True)
     if listed.returncode:
         sys.exit(f"pytest cannot collect the tests:\n{listed.stdout}{listed.stderr}")
@@ -71,7 +72,7 @@ def file_of(test):
 
 
 def groups_of(tests, always):
-    """Tests of one class are one group: they share a daemon's configuration."""
+    """Groups tests by class, because the tests of a class share a daemon's configuration."""
     groups = {}
     for test in tests:
         groups.setdefault(class_of(test), []).append(test)
@@ -87,7 +88,8 @@ def git(*words):
 
 
 def changed_files():
-    """What changed since the last commit that CI has seen, or in the last commits, and what is not committed yet."""
+    """Returns the files that changed since the last commit that CI has seen, or in the last commits, and uncommitted
+    ones."""
     bases = [SEEN.read_text().strip()] if SEEN.exists() else []
     for base in [*bases, f"HEAD~{RECENT}"]:
         if git("merge-base", "--is-ancestor", base, "HEAD") is not None:
@@ -97,7 +99,7 @@ def changed_files():
 
 
 def touched(paths):
-    """The files of tests/integration, and the other suites, that changes of these files touch."""
+    """Returns the files of tests/integration, and the other suites, that changes of these files touch."""
     found = set()
     for path in paths:
         if path.endswith(".md") or path.startswith("docs/"):
@@ -137,7 +139,7 @@ def is_of_today(position, day):
 
 
 def plan(tests, touched_suites, day):
-    """Groups in the order in which they are to run, and the tests that are left for another day."""
+    """Returns groups in the order in which they run, and the tests that are left for another day."""
     first = {}
     for test in tests:
         first.setdefault(class_of(test), test)
@@ -147,7 +149,7 @@ def plan(tests, touched_suites, day):
     rest = [test for test in others if file_of(test) not in touched_suites]
     of_today = [test for position, test in enumerate(rest) if is_of_today(position, day)]
     later = [test for test in rest if test not in of_today]
-    # Where time runs out it is not always the same ones that miss it.
+    # If time runs out, other tests miss it each day.
     groups = groups_of(of_changes, False)
     begin = day % len(groups) if groups else 0
     groups = groups[begin:] + groups[:begin]

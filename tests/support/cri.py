@@ -1,4 +1,4 @@
-"""Speaks CRI with a daemon: one connection for many calls, where crictl is a process for each.
+"""Talks CRI to a daemon over one connection, where crictl is a process for each call.
 
 Python's classes for the messages are made from proto/cri/v1/api.proto when they are first wanted, and kept in the cache.
 """
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Tests start processes all the time, and none of those speaks gRPC.
+# Tests start processes all the time, and none of those uses gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc  # noqa: E402
@@ -23,9 +23,9 @@ from node import Failed  # noqa: E402
 SUPPORT = Path(__file__).resolve().parent
 PROTO = SUPPORT.parent.parent / "proto/cri/v1/api.proto"
 CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache" / "husk")
-# Most time for a call: software emulation is slow.
+# The time limit of a call: software emulation is slow.
 SECONDS = 240
-# Most time for a daemon to listen, which is started again now and then.
+# The time limit for a daemon to listen; tests restart it now and then.
 CONNECT_SECONDS = 20
 
 
@@ -51,10 +51,10 @@ import api_pb2_grpc  # noqa: E402
 
 
 class Refused(Failed):
-    """A call that the daemon answered with an error, in the words that crictl has for it."""
+    """A call that the daemon answered with an error, formatted as crictl does."""
 
     def __init__(self, error):
-        # As Go writes it: NotFound, not NOT_FOUND.
+        # The code is written as in Go: NotFound, not NOT_FOUND.
         code = "".join(word.capitalize() for word in error.code().name.split("_"))
         super().__init__(f"code = {code} desc = {error.details()}")
         self.code = code
@@ -63,9 +63,9 @@ class Refused(Failed):
 class Cri:
     def __init__(self, socket):
         self.socket = socket
-        # Without a name, this library sends the socket's path as the authority, which no URI may have (RFC 3986 §3.2).
+        # Without an authority, this library sends the socket's path, which no URI may have (RFC 3986 §3.2).
         options = [("grpc.default_authority", "localhost")]
-        # A daemon that is started again is found at once.
+        # A daemon that was restarted is found at once.
         options += [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
         self.channel = grpc.insecure_channel(f"unix:{socket}", options=[*options, ("grpc.enable_http_proxy", 0)])
         self.stub = api_pb2_grpc.RuntimeServiceStub(self.channel)
@@ -85,7 +85,7 @@ class Cri:
     # --- Pods ------------------------------------------------------------------------------------------
 
     def run_pod(self, config, handler):
-        """Of the file with its configuration; answers its id."""
+        """Runs a pod from the file with its configuration; returns its id."""
         config = message(config, api_pb2.PodSandboxConfig())
         return self.call("RunPodSandbox", config=config, runtime_handler=handler).pod_sandbox_id
 
@@ -103,7 +103,7 @@ class Cri:
     # --- Containers ------------------------------------------------------------------------------------
 
     def create(self, pod, config, sandbox):
-        """Of the files with its configuration and its pod's; answers its id."""
+        """Creates a container from the files with its configuration and its pod's; returns its id."""
         config, sandbox = message(config, api_pb2.ContainerConfig()), message(sandbox, api_pb2.PodSandboxConfig())
         return self.call("CreateContainer", pod_sandbox_id=pod, config=config, sandbox_config=sandbox).container_id
 
@@ -111,7 +111,7 @@ class Cri:
         self.call("StartContainer", container_id=container)
 
     def remove(self, container):
-        """Whether it runs or not."""
+        """Removes a container, whether it runs or not."""
         self.call("StopContainer", container_id=container, timeout=0)
         self.call("RemoveContainer", container_id=container)
 
@@ -119,18 +119,18 @@ class Cri:
         return [container.id for container in self.call("ListContainers").containers]
 
     def status(self, container):
-        """Its status as crictl prints it: JSON, with names in camel case."""
+        """Returns a container's status as crictl prints it: JSON, with names in camel case."""
         status = self.call("ContainerStatus", container_id=container).status
         return json_format.MessageToDict(status, always_print_fields_with_no_presence=True)
 
     def exec(self, container, *command):
-        """The exit code of a command and what it printed: standard output, then standard error."""
+        """Runs a command; returns its exit code and output: standard output, then standard error."""
         done = self.call("ExecSync", container_id=container, cmd=[str(word) for word in command], timeout=0)
         return done.exit_code, (done.stdout + done.stderr).decode(errors="replace").rstrip("\n")
 
 
 def message(file, empty):
-    """The message in a file that crictl reads too: there, a variable's value is text, which is base64 in a field of bytes."""
+    """Reads the message in a file for crictl. There a variable's value is text; JSON of a bytes field would be base64."""
     fields = json.loads(Path(file).read_text())
     for variable in fields.get("envs", []):
         variable["value"] = base64.b64encode(variable["value"].encode()).decode()

@@ -1,4 +1,5 @@
-"""The results of tests, on disk as soon as there are any: whoever begins again in another machine goes on from them.
+"""The results of tests, on disk as soon as there are any, so that a run which begins again in another machine continues
+from them.
 
 A directory of files, one for each process that runs tests, with a line of JSON for each test that begins or ends.
 """
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 BEGUN = "begun"
-# A test in which so many machines were lost is not begun again.
+# A test in which so many machines were lost is not run again.
 MOST_MACHINES_LOST = 2
 
 
@@ -40,7 +41,7 @@ class Result:
 
 
 def results(directory):
-    """The result of each test that has one. A test that was lost with its machine has none, and so is begun again;
+    """Returns the result of each test that has one. A test that was lost with its machine has none, and so runs again;
     the second time it has failed."""
     found, begun = {}, {}
     for path in sorted(directory.glob("*.jsonl")):

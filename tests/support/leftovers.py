@@ -1,23 +1,24 @@
-"""What a pod could leave behind on a node: taken before and after, the two must be the same."""
+"""Things that a pod could leave behind on a node: snapshots before and after it must be equal."""
 
 import os
 import re
 import subprocess
 from pathlib import Path
 
-# What is set up once for all pods and stays, by the design of those who do it: the bridge plugin's bridge,
-# host-local's lock and notebook, portmap's three chains and the tables they are in, the place of named netns.
+# Things that are set up once for all pods and stay, by the design of their programs: the bridge plugin's bridge,
+# host-local's lock and notebook, portmap's three chains and the tables they are in, the directory of named network
+# namespaces.
 BRIDGE_OF_ALL = re.compile(r"^husk-\w+$")
 LEASE_FILES = re.compile(r"/leases/\w+(/lock|/last_reserved_ip\.\d+)?$")
 STANDING_RULES = re.compile(r"^:[A-Z]+ ACCEPT|^:CNI-HOSTPORT-\w+ |-j CNI-HOSTPORT-|^-A CNI-HOSTPORT-(MASQ|SETMARK) ")
 STANDING_MOUNTS = {"/run/netns"}
-# A machine that is to become a template belongs to no pod, and goes by itself. Templates are for the pods to come.
+# A machine that is to become a template belongs to no pod, and ends by itself. Templates are for later pods.
 TEMPLATE = re.compile(r"husk-vmm --id template-")
 TEMPLATE_FILES = re.compile(r"/templates(/|$)")
 
 
 def running():
-    """Of every process: its id, its parent's, its name, and its command line, which is empty once it has ended."""
+    """Returns all processes: id, parent's id, name, and command line, which is empty once the process has ended."""
     for place in Path("/proc").iterdir():
         if not place.name.isdigit():
             continue
@@ -32,14 +33,14 @@ def running():
 def processes():
     found = set()
     for process, parent, _, command in running():
-        # Threads of the kernel come and go as it pleases.
+        # Threads of the kernel come and go at any time.
         if command and parent != 2 and process != os.getpid() and not TEMPLATE.search(command):
             found.add(f"{process} {command[:100]}")
     return found
 
 
 def named(name):
-    """The processes of that name, those that nobody has waited for among them."""
+    """Returns the processes of that name, including zombies."""
     return [process for process, _, own, _ in running() if own == name]
 
 
@@ -53,7 +54,7 @@ def network_devices():
 
 
 def network_namespaces():
-    """Those that some process is in, and those that something holds by a mount."""
+    """Returns the network namespaces that have a process, and those that a mount keeps."""
     found = set()
     for place in Path("/proc").glob("[0-9]*/ns/net"):
         try:
@@ -72,7 +73,7 @@ def mounts():
 
 
 def block_devices(below):
-    """Loop devices with a file behind them that is in one of these directories, and device-mapper's."""
+    """Returns loop devices with a file in one of these directories behind them, and device-mapper's."""
     found = {str(place.parent) for place in Path("/sys/block").glob("dm-*/dm")}
     for file in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
@@ -88,7 +89,7 @@ def cgroups():
 
 
 def rules():
-    """iptables' rules and chains, both families and flavours alike."""
+    """Returns iptables' rules and chains, of both families and backends."""
     found = set()
     for program in ("iptables-save", "ip6tables-save"):
         try:
@@ -121,7 +122,7 @@ KINDS = {
 
 
 def snapshot(places, disks_below=("",)):
-    """Everything of every kind; `places` are the directories whose files count."""
+    """Returns everything of every kind; `places` are the directories whose files count."""
     taken = {kind: look() for kind, look in KINDS.items()}
     taken["block devices"] = block_devices(disks_below)
     taken["files"] = files(places)
@@ -129,5 +130,5 @@ def snapshot(places, disks_below=("",)):
 
 
 def difference(before, after):
-    """What is there now and was not: {kind: [names]}, every kind present."""
+    """Returns the things that are there now and were not before: {kind: [names]}, with every kind present."""
     return {kind: sorted(after[kind] - before[kind]) for kind in before}

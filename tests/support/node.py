@@ -20,11 +20,11 @@ CNI_PLUGINS = ("bridge", "host-local", "portmap", "loopback", "firewall", "tunin
 
 
 class Failed(Exception):
-    """A step of the node's set-up, or a command on it, did not work."""
+    """A step of the node's set-up, or a command on it, failed."""
 
 
 def wait_until(ready, seconds, what, process=None):
-    """Calls `ready` until it answers something true."""
+    """Calls `ready` until it returns something true."""
     deadline = time.monotonic() + seconds
     while not (answer := ready()):
         if process and process.poll() is not None:
@@ -52,7 +52,7 @@ def free_port():
 
 
 class Node:
-    """`endpoint` drives another CRI runtime, that is already running, in Husk's place."""
+    """A node; `endpoint` is the socket of another, running CRI runtime to drive in Husk's place."""
 
     def __init__(self, name, endpoint=None, handler="kata-runtime"):
         self.in_vm = os.environ.get("HUSK_IN_KVM_HOST") == "vm"
@@ -63,10 +63,10 @@ class Node:
         self.endpoint = endpoint or f"unix://{self.root}/husk.sock"
         self.own_daemon = endpoint is None
         self.crictl_program = shutil.which("crictl")
-        # Added to the daemon's configuration file, TOML.
+        # Text to add to the daemon's configuration file, TOML.
         self.extra_configuration = ""
         self.handler_settings = ""
-        # Whether pods can speak to what is beyond the node: iptables takes its time.
+        # Whether pods can talk to servers beyond the node: iptables takes its time.
         self.masquerade = True
         self.processes = []
         self.daemon = None
@@ -86,10 +86,10 @@ class Node:
         self.write_crictl_configuration()
 
     def make_state(self):
-        """The directory of what Husk keeps."""
+        """Makes the directory of Husk's state."""
         self.state.mkdir(mode=0o711, exist_ok=not self.own_daemon)
         if self.in_vm:
-            # The root file system of a KVM host VM is slow to run programs from, and an overlay. Two nodes, one of
+            # The root file system of a KVM host VM is an overlay, and slow to run programs from. Two nodes, one of
             # them full, have to fit into its memory.
             subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711,size=3G", "husk-node", self.state], check=True)
 
@@ -98,7 +98,7 @@ class Node:
         shutil.rmtree(self.state, ignore_errors=True)
 
     def stage(self):
-        """Puts what is run often on fast storage; answers the prefix that huskd is installed under."""
+        """Puts programs that run often on fast storage; returns the prefix that huskd is installed under."""
         built = Path(os.environ.get("HUSK_PREFIX", REPO / "target" / "dist"))
         if self.own_daemon and not (built / "bin" / "huskd").exists():
             raise Failed(f"{built} has no huskd: run `make build`")
@@ -161,7 +161,7 @@ class Node:
         (self.cni / "10-husk.conflist").write_text(json.dumps(configuration, indent=2))
 
     def configure(self, extra, handler):
-        """Has the daemon run with these settings; what it keeps stays."""
+        """Makes the daemon run with these settings; its state stays."""
         if (extra, handler) == (self.extra_configuration, self.handler_settings) and self.daemon.poll() is None:
             return
         self.extra_configuration, self.handler_settings = extra, handler
@@ -186,14 +186,15 @@ class Node:
         wait_until(lambda: can_connect(f"{self.root}/husk.sock"), 60, "start huskd", self.daemon)
 
     def write_crictl_configuration(self):
-        """The example's, with this node's socket, and time enough for an emulated machine."""
+        """Writes crictl's configuration: the example's, with this node's socket, and more time for an emulated
+        machine."""
         text = (EXAMPLES / "crictl.yaml").read_text().replace("unix:///run/husk/husk.sock", self.endpoint)
         (self.root / "crictl.yaml").write_text(text.replace("timeout: 60", "timeout: 240"))
 
     # --- Driving it ---------------------------------------------------------------------------------
 
     def crictl(self, *arguments, check=True):
-        """What crictl printed, without the last newline; `check=False` answers the whole result."""
+        """Runs crictl; returns its output without the last newline, or with `check=False` the whole result."""
         command = [self.crictl_program, "--config", str(self.root / "crictl.yaml"), *map(str, arguments)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
         if not check:
@@ -204,13 +205,13 @@ class Node:
 
     @functools.cached_property
     def cri(self):
-        """Husk's CRI without crictl, in the Python that tests run in."""
+        """Connects to Husk's CRI socket without crictl, in the Python that tests run in."""
         from cri import Cri
 
         return Cri(f"{self.root}/husk.sock")
 
     def exec(self, container, *command):
-        """What a command in a container printed, without the last newline."""
+        """Runs a command in a container; returns its output without the last newline."""
         status, printed = self.cri.exec(container, *command)
         if status != 0:
             raise Failed(f"{' '.join(map(str, command))}: exit code {status}: {printed}")
@@ -220,7 +221,7 @@ class Node:
         return json.loads(self.crictl(verb, "-o", "json", *arguments))
 
     def sandbox_file(self, name, **settings):
-        """Writes a PodSandboxConfig for `crictl runp`; answers its path."""
+        """Writes a PodSandboxConfig for `crictl runp`; returns its path."""
         logs = self.root / "logs" / name
         logs.mkdir(parents=True, exist_ok=True)
         config = {
@@ -234,7 +235,7 @@ class Node:
         return self.write_json(f"sandbox-{name}.json", config)
 
     def container_file(self, name, image, **settings):
-        """Writes a ContainerConfig for `crictl create`; answers its path."""
+        """Writes a ContainerConfig for `crictl create`; returns its path."""
         config = {
             "metadata": {"name": name, "attempt": 0},
             "image": {"image": self.image(image)},

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The test of `words`: each rule finds what it is for, and lets pass what looks like it."""
+"""The test of `words`: each rule finds the texts that it is for, and no similar ones."""
 
 import unittest
 from importlib.machinery import SourceFileLoader
@@ -13,7 +13,7 @@ LOADER.exec_module(words)
 
 class Words(unittest.TestCase):
     def lines(self, find, text):
-        """The lines of a text with a problem."""
+        """Returns the lines of a text that have a problem."""
         return sorted(line for line, _ in words.problems(text, find(text)))
 
     def test_rust_comments_that_begin_badly(self):

@@ -26,7 +26,7 @@ def to_json(value):
 
 @dataclass
 class Blob:
-    """Some bytes that a registry keeps, and what they are."""
+    """A blob of a registry, with its media type."""
 
     media_type: str
     data: bytes
