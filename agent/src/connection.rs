@@ -183,7 +183,7 @@ async fn accept(listener: UnixListener, grpc: PortSender, streams: PortSender) {
                 });
             }
             Err(error) => {
-                tracing::warn!("accept a connection: {error}");
+                tracing::warn!(%error, "failed to accept a connection");
                 sleep(Duration::from_millis(100)).await;
             }
         }

@@ -285,13 +285,13 @@ impl Drop for Bundle {
             mounts::detach(&self.rootfs());
             mounts::detach(&self.mapped_image());
             if let Err(error) = self.mapped.remove() {
-                tracing::warn!("unmount volumes in {}: {error}", self.mapped.folder().display());
+                tracing::warn!(path = %self.mapped.folder().display(), %error, "failed to unmount volumes");
             }
             self.volumes.iter().filter_map(|volume| volume.mapped.as_deref()).for_each(mounts::detach);
             (0..self.directories.len()).for_each(|number| mounts::detach(&self.directory(number)));
             for tree in [&self.path, &self.layer] {
                 if let Err(error) = layer::remove(tree) {
-                    tracing::warn!("remove {}: {error}", tree.display());
+                    tracing::warn!(path = %tree.display(), %error, "failed to remove files of a container");
                 }
             }
         }

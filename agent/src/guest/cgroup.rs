@@ -117,7 +117,7 @@ impl Cgroup {
         match fs::write(self.0.join("cgroup.kill"), "1") {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => tracing::warn!("kill the processes of {}: {error}", self.0.display()),
+            Err(error) => tracing::warn!(cgroup = %self.0.display(), %error, "failed to kill processes"),
         }
     }
 

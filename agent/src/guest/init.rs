@@ -64,7 +64,7 @@ pub fn prepare() -> Result<(), Error> {
     cgroup::delegate_controllers().map_err(Error::Cgroups)?;
 
     if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
-        tracing::warn!("write {OOM_SCORE_ADJ} to oom_score_adj: {error}");
+        tracing::warn!(%error, "failed to set the agent's oom_score_adj");
     }
     limits::raise();
     Ok(())

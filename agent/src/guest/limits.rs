@@ -68,13 +68,13 @@ const KERNEL: &[(&str, &str)] = &[
 pub fn raise() {
     for (resource, soft, hard) in PROCESS {
         if let Err(error) = raise_own(*resource, *soft, *hard) {
-            tracing::warn!("raise {resource:?}: {error}");
+            tracing::warn!(?resource, %error, "failed to raise a limit");
         }
     }
     for (path, value) in KERNEL {
         let path = Path::new("/proc/sys").join(path);
         if let Err(error) = raise_to(&path, value) {
-            tracing::warn!("write {value} to {}: {error}", path.display());
+            tracing::warn!(path = %path.display(), value, %error, "failed to raise a kernel parameter");
         }
     }
 }

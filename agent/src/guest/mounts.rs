@@ -85,6 +85,6 @@ pub fn detach(path: &Path) {
     if let Err(cause) = nix::mount::umount2(path, flags)
         && !matches!(cause, Errno::EINVAL | Errno::ENOENT)
     {
-        tracing::warn!("unmount {}: {cause}", path.display());
+        tracing::warn!(path = %path.display(), error = %cause, "failed to unmount");
     }
 }

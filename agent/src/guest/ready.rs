@@ -16,8 +16,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(1);
 pub async fn announce() {
     match tokio::time::timeout(READY_TIMEOUT, send()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!("nobody waits for the ready line: {error}"),
-        Err(_) => tracing::debug!("the ready line was not taken in time"),
+        Ok(Err(error)) => tracing::debug!(%error, "failed to report the agent as ready"),
+        Err(_) => tracing::debug!("timed out reporting the agent as ready"),
     }
 }
 

@@ -73,7 +73,9 @@ impl Disk {
             match tokio::task::spawn_blocking(move || trim(&mounted)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return,
-                Ok(Err(error)) => tracing::warn!("trim {}: {error}", self.mounted.display()),
+                Ok(Err(error)) => {
+                    tracing::warn!(path = %self.mounted.display(), %error, "failed to trim a file system")
+                }
                 Err(_) => return,
             }
         }

@@ -48,7 +48,7 @@ impl SharedDir {
             let dropped =
                 in_background(|| mounts::mount("none", SHARED, "none", MsFlags::MS_REMOUNT, "")).await;
             if let Err(error) = dropped {
-                tracing::warn!("forget unused files of volumes: {error}");
+                tracing::warn!(%error, "failed to forget unused files of volumes");
             }
         }
     }

@@ -119,7 +119,7 @@ pub fn next_ended() -> Option<Ended> {
             Ok(None) | Err(rustix::io::Errno::CHILD) => return None,
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
-                tracing::error!("wait: {error}");
+                tracing::error!(%error, "failed to wait for child processes");
                 return None;
             }
         }

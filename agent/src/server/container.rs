@@ -71,7 +71,7 @@ pub async fn create(
         Ok(created) => created,
         Err(error) => {
             if let Err(left) = bundle.remove().await {
-                tracing::warn!("undo the creation of container {id}: {left}");
+                tracing::warn!(container = %id, error = %left, "failed to undo the creation of a container");
             }
             return match error {
                 NotCreated::ByRunc(words) => {
@@ -137,7 +137,7 @@ async fn create_in(
     if adopted.is_err()
         && let Err(left) = agent.runc.delete(id, bundle.path()).await
     {
-        tracing::warn!("undo runc create of container {id}: {left}");
+        tracing::warn!(container = %id, error = %left, "failed to undo runc create");
     }
     adopted.map(|(process, cgroup)| (process, cgroup, identity))
 }

@@ -226,15 +226,15 @@ pub async fn shutdown(agent: Arc<Agent>) -> Result<ShutdownResponse, Error> {
     match timeout(SHUTDOWN_DEADLINE, futures::future::join_all(removals)).await {
         Ok(removed) => {
             for error in removed.into_iter().filter_map(Result::err) {
-                tracing::warn!("shut down: {error}");
+                tracing::warn!(%error, "failed to remove a container at the shut-down");
             }
         }
-        Err(_) => tracing::warn!("shut down: containers did not end in {} s", SHUTDOWN_DEADLINE.as_secs()),
+        Err(_) => tracing::warn!(limit_s = SHUTDOWN_DEADLINE.as_secs(), "containers did not end in time"),
     }
     if agent.mode.host().is_none()
         && let Err(error) = mounts::unmount(Path::new(SCRATCH))
     {
-        tracing::warn!("shut down: {error}");
+        tracing::warn!(%error, "failed to unmount the sandbox disk");
     }
     agent.power_off.notify_one();
     Ok(ShutdownResponse {})

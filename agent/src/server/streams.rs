@@ -43,7 +43,7 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
             }
             None => return,
             Some(Err(error)) => {
-                tracing::warn!("accept a stream: {error}");
+                tracing::warn!(%error, "failed to accept a stream");
                 sleep(Duration::from_millis(100)).await;
             }
         }

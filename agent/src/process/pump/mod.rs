@@ -128,7 +128,7 @@ where
                 }
             }
             Err(error) => {
-                tracing::warn!("read a process's output: {error}");
+                tracing::warn!(%error, "failed to read a process's output");
                 break;
             }
         }
@@ -195,10 +195,10 @@ where
             },
             () = after_exit(exited.clone(), progress, patience.unwrap_or_default()), if patience.is_some() => {
                 if owner.has_one_client() {
-                    tracing::warn!("nobody takes the output of a command that has ended: it is lost");
+                    tracing::warn!("dropped the last output of a command, which no client has taken");
                     return false;
                 }
-                tracing::info!("nobody takes the last output of a container: it is kept");
+                tracing::info!("kept the last output of a container, which no client has taken");
                 kept.send_replace(true);
             }
         }
