@@ -122,7 +122,7 @@ impl MutEventSubscriber for ControlServer {
 
     fn init(&mut self, ops: &mut EventOps) {
         if ops.add(Events::new(&self.listener, EventSet::IN)).is_err() {
-            say(format_args!("husk-vmm: the control socket cannot be watched"));
+            say(format_args!("husk-vmm: failed to watch the control socket"));
         }
     }
 }

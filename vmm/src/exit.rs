@@ -96,7 +96,7 @@ impl Record {
         exit.detail.truncate(exit.detail.floor_char_boundary(MAX_DETAIL));
         match serde_json::to_vec(&exit) {
             Ok(text) => self.write_bytes(&text),
-            Err(error) => say(format_args!("husk-vmm: record the machine's end: {error}")),
+            Err(error) => say(format_args!("husk-vmm: failed to write the exit record: {error}")),
         }
     }
 

@@ -122,7 +122,7 @@ fn drop_unread(table: &mut Table<'_>) -> Result<(), Error> {
     for row in table.iter().map_err(failed)? {
         let (id, value) = row.map_err(failed)?;
         if let Err(error) = serde_json::from_slice::<ImageRecord>(value.value()) {
-            tracing::warn!(id = id.value(), %error, "dropped an image record that does not read");
+            tracing::warn!(id = id.value(), %error, "dropped an image record that cannot be read");
             dropped.push(id.value().to_owned());
         }
     }

@@ -71,7 +71,7 @@ impl<F: Fn() -> Result<(), Errno>> Drop for Back<F> {
         // A thread that stays another user would make the next file as that
         // user: no server is better than a wrong one.
         if (self.0)().is_err() {
-            say(format_args!("husk-fs: cannot become root again"));
+            say(format_args!("husk-fs: failed to become root again"));
             std::process::abort();
         }
     }

@@ -180,7 +180,7 @@ impl<'a> Rounds<'a> {
     pub(super) fn failed(&mut self, error: Error, passing: bool) {
         let name = self.sources.get(self.at.saturating_sub(1)).and_then(|source| source.name.as_deref());
         if let Some(mirror) = name {
-            tracing::debug!(mirror, %error, "image source");
+            tracing::debug!(mirror, %error, "failed to pull from an image source");
         }
         self.passing |= passing;
         self.failures.push((name, error));

@@ -166,7 +166,7 @@ pub fn timer() -> io::Result<TimerFd> {
 pub fn set(timer: &TimerFd, wait: Duration) {
     let end = Expiration::OneShot(TimeSpec::from_duration(wait));
     if let Err(error) = timer.set(end, TimerSetTimeFlags::empty()) {
-        say(format_args!("husk-vmm: set the timer of a rate limit: {error}"));
+        say(format_args!("husk-vmm: failed to set the timer of a rate limit: {error}"));
     }
 }
 

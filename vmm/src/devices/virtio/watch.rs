@@ -118,20 +118,20 @@ impl QueueWatch {
 /// misses its events, which is logged.
 pub fn add(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.add(events) {
-        say(format_args!("husk-vmm: watch descriptor {}: {error:?}", events.fd()));
+        say(format_args!("husk-vmm: failed to watch descriptor {}: {error:?}", events.fd()));
     }
 }
 
 /// Changes the events that a descriptor is watched for.
 pub fn modify(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.modify(events) {
-        say(format_args!("husk-vmm: change the watch of descriptor {}: {error:?}", events.fd()));
+        say(format_args!("husk-vmm: failed to change the watch of descriptor {}: {error:?}", events.fd()));
     }
 }
 
 /// Removes a descriptor, before it is closed.
 pub fn remove(ops: &mut EventOps, events: Events) {
     if let Err(error) = ops.remove(events) {
-        say(format_args!("husk-vmm: stop watching descriptor {}: {error:?}", events.fd()));
+        say(format_args!("husk-vmm: failed to stop watching descriptor {}: {error:?}", events.fd()));
     }
 }

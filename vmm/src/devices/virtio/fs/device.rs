@@ -203,7 +203,7 @@ impl Fs {
             }
         }
         if matches!(end, Received::Gone) {
-            say(format_args!("husk-vmm: the file server has gone; the guest's volumes answer with EIO"));
+            say(format_args!("husk-vmm: the file server has ended; the guest's volumes answer with EIO"));
             if let Server::Serving(socket) = std::mem::replace(&mut self.server, Server::Gone) {
                 self.lost = Some(socket);
             }

@@ -30,7 +30,9 @@ pub fn start(device: &Arc<Mutex<Fs>>) -> io::Result<()> {
                 Ok(_) => {}
                 Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {}
                 Err(error) => {
-                    say(format_args!("husk-vmm: wait for events of the file system device: {error:?}"));
+                    say(format_args!(
+                        "husk-vmm: failed to wait for events of the file system device: {error:?}"
+                    ));
                     return;
                 }
             }

@@ -29,7 +29,7 @@ impl MutEventSubscriber for Rng {
         if !self.serve() {
             let next_period = Expiration::OneShot(TimeSpec::from_duration(PERIOD));
             if let Err(error) = self.timer.set(next_period, TimerSetTimeFlags::empty()) {
-                say(format_args!("husk-vmm: set the timer of the rng device: {error}"));
+                say(format_args!("husk-vmm: failed to set the timer of the rng device: {error}"));
             }
         }
     }

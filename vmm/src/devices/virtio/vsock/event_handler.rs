@@ -62,7 +62,7 @@ impl Vsock {
         };
         match result {
             Ok(()) => self.timer_is_set = wanted,
-            Err(error) => say(format_args!("husk-vmm: set the timer of the vsock device: {error}")),
+            Err(error) => say(format_args!("husk-vmm: failed to set the timer of the vsock device: {error}")),
         }
     }
 }
