@@ -4,9 +4,9 @@
 //!
 //! 1. The driver's notification wakes one of the [`pool`]'s threads.
 //! 2. The thread takes a descriptor chain off the queue under the [`device`]'s
-//!   lock, and makes a [`request`] of it.
+//!    lock, and makes a [`request`] of it.
 //! 3. Without the lock, the [`disk`] moves data between its file and guest
-//!   memory.
+//!    memory.
 //! 4. The thread takes the lock again to return the chain.
 //!
 //! So a slow file holds up a thread of the pool, and neither the event loop nor
