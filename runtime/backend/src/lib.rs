@@ -18,11 +18,13 @@ mod image_disks;
 mod place;
 mod start;
 mod start_vm;
+mod vm_size;
 mod volumes;
 
 pub use image_disks::{Claim, HeldDisks, ImageDisks};
 pub use place::Place;
 pub use start::{Services, StartPlan, Started, Times, start};
+pub use vm_size::VmSize;
 pub use volumes::FileServer;
 
 /// A pod that runs.

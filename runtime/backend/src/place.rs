@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use husk_base::id::{ContainerId, SandboxId};
 use husk_base::{cgroup, dirs};
-use husk_config::{Handler, Kind};
+use husk_config::{Handler, HostHandler, Kind};
 use husk_oci::apparmor::{self, Confinement};
 use husk_oci::{HostPod, choose_cpus};
 use husk_proto::cri;
@@ -168,8 +168,8 @@ impl Place {
         if self.kind == Kind::Vm {
             return Ok(apparmor::in_machine(&kernel, config, others)?);
         }
-        let policy = handler.map(|handler| handler.apparmor_policy.clone());
-        let policy = policy.unwrap_or_else(|| Handler::default().apparmor_policy);
+        let policy = handler.and_then(Handler::host).map(|handler| handler.apparmor_policy.clone());
+        let policy = policy.unwrap_or_else(|| HostHandler::default().apparmor_policy);
         Ok(apparmor::on_host(&kernel, config, &policy)?)
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use husk_config::{Handler, Kind};
+use husk_config::{Handler, HostHandler};
 use husk_hostpod::launch;
 use husk_network::{Dns, Network, PodRef, resolv_conf};
 use husk_proto::agent::{self, CreateSandboxRequest};
@@ -37,10 +37,6 @@ pub struct StartPlan<'a> {
     pub config: &'a cri::PodSandboxConfig,
     /// The pod as its network knows it.
     pub network: PodRef<'a>,
-    /// vCPUs of a VM.
-    pub vcpus: u8,
-    /// Memory of a VM, MiB.
-    pub memory_mib: u32,
     /// The file of a VM's writable disk; made here.
     pub scratch: PathBuf,
     /// The folder of a host pod's writable layers; made here.
@@ -86,13 +82,17 @@ pub struct Times {
 /// With the step in it. Whatever was started is left to [`Place::destroy`], and the
 /// network to its own `detach`.
 pub async fn start(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Started, Error> {
-    match plan.place.kind {
-        Kind::Vm => start_vm::start(services, plan).await,
-        Kind::Host => start_host(services, plan).await,
+    match plan.handler {
+        Handler::Vm(handler) => start_vm::start(services, plan, handler).await,
+        Handler::Host(handler) => start_host(services, plan, handler).await,
     }
 }
 
-async fn start_host(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Started, Error> {
+async fn start_host(
+    services: Services<'_>,
+    plan: &StartPlan<'_>,
+    handler: &HostHandler,
+) -> Result<Started, Error> {
     let StartPlan { place, config, .. } = plan;
     let started = Instant::now();
     let cgroup = place.cgroup.clone().ok_or(husk_hostpod::Error::NoCgroups)?;
@@ -107,7 +107,7 @@ async fn start_host(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Star
     let users = husk_oci::user_namespace(config)?;
     let launching = Instant::now();
     let supervisor = launch::Plan {
-        handler: plan.handler,
+        handler,
         run_dir: place.run_dir.clone(),
         layers: plan.layers.clone(),
         cgroup,

@@ -3,26 +3,32 @@
 use std::io;
 use std::time::Instant;
 
+use husk_config::VmHandler;
 use husk_network::{Attachment, GuestInterface, Route};
 use husk_proto::agent::{self, CreateSandboxRequest};
 use husk_vm::launch::{self, MAIN_MAC, Nic};
 use tokio::sync::oneshot;
 
 use crate::start::{Services, StartPlan, Started, Times, guest_dns, or_hosts};
-use crate::{Backend, Error, ImageDisks, RunningPod};
+use crate::{Backend, Error, ImageDisks, RunningPod, VmSize};
 
 /// Fresh bytes for the guest's random number generator.
 const SEED: usize = 64;
 
-pub(crate) async fn start(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Started, Error> {
-    let StartPlan { place, handler, config, .. } = plan;
+pub(crate) async fn start(
+    services: Services<'_>,
+    plan: &StartPlan<'_>,
+    handler: &VmHandler,
+) -> Result<Started, Error> {
+    let StartPlan { place, config, .. } = plan;
+    let VmSize { vcpus, memory_mib } = VmSize::of(config, handler);
     let started = Instant::now();
     let entropy = seed(husk_base::random::fill)?;
     let vm = |nics| launch::Plan {
         id: &place.id,
         handler,
-        vcpus: plan.vcpus,
-        memory_mib: plan.memory_mib,
+        vcpus,
+        memory_mib,
         run_dir: place.run_dir.clone(),
         scratch: plan.scratch.clone(),
         nics,

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use husk_vmm_api::RateLimit;
 use serde_json::Value;
 
+use super::handler::installed;
 use super::*;
 
-/// Defaults by key; the keys of a handler and of a hook are under `[handlers.NAME]` and so on.
+/// Defaults by key, by the heading under which the page has them.
 type Tables = BTreeMap<String, BTreeMap<String, String>>;
 
 fn document(name: &str) -> String {
@@ -44,29 +46,40 @@ fn table_of(value: &impl Serialize) -> BTreeMap<String, String> {
     value.as_object().unwrap().iter().map(|(key, value)| (snake_case(key), toml_of(value))).collect()
 }
 
+/// The keys that handlers of both kinds have, and those of each kind alone.
+fn handlers_in_code() -> [(&'static str, BTreeMap<String, String>); 3] {
+    let (mut vm, mut host) = (table_of(&VmHandler::default()), table_of(&HostHandler::default()));
+    let mut both: BTreeMap<_, _> = vm.extract_if(.., |key, _| host.contains_key(key)).collect();
+    let of_host: BTreeMap<_, _> = host.extract_if(.., |key, _| both.contains_key(key)).collect();
+    assert_eq!(both, of_host, "a key that both have has one default");
+    // These two choose the handler, and are not kept in it.
+    for (key, default) in [("kind", "\"vm\""), ("enabled", "true")] {
+        assert_eq!(both.insert(key.into(), default.into()), None);
+    }
+    [("[handlers.NAME]", both), ("Kind vm", vm), ("Kind host", host)]
+}
+
 fn in_code() -> Tables {
     let config = Config::default();
     let mut top = table_of(&config);
     for table in ["network", "images", "streaming", "cdi", "handlers"] {
         assert!(top.remove(table).is_some(), "{table}");
     }
-    let handler = Handler { kind: Some(Kind::default()), ..Handler::default() };
     let hook = Hook { path: "/hook".into(), args: Vec::new(), env: Vec::new(), timeout_seconds: None };
     let mut hook = table_of(&hook);
     hook.insert("path".into(), "required".into());
-    [
+    let others = [
         ("Top level", top),
         ("[network]", table_of(&config.network)),
         ("[images]", table_of(&config.images)),
         ("[streaming]", table_of(&config.streaming)),
         ("[cdi]", table_of(&config.cdi)),
-        ("[handlers.NAME]", table_of(&handler)),
-        ("[handlers.NAME.limits]", table_of(&handler.limits)),
+        ("[handlers.NAME.limits]", table_of(&Limits::default())),
         ("[handlers.NAME.limits.DEVICE]", table_of(&RateLimit::default())),
         ("[[handlers.NAME.hooks.STAGE]]", hook),
-    ]
-    .map(|(name, keys)| (name.to_owned(), keys))
-    .into()
+    ];
+    let tables = others.into_iter().chain(handlers_in_code());
+    tables.map(|(name, keys)| (name.to_owned(), keys)).collect()
 }
 
 /// The rows of the page's tables, by the headings above them.
@@ -74,8 +87,8 @@ fn in_reference() -> Tables {
     let mut tables = Tables::new();
     let mut heading = String::new();
     for line in document("config-reference.md").lines() {
-        if let Some(text) = line.strip_prefix("## ") {
-            heading = text.trim_matches('`').to_owned();
+        if let Some(text) = line.strip_prefix("## ").or_else(|| line.strip_prefix("### ")) {
+            heading = text.replace('`', "");
         }
         let cells: Vec<_> = line.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
         if let ["", key, default, meaning, ..] = cells[..]
@@ -106,8 +119,7 @@ fn the_commented_values_of_the_installed_file_are_the_defaults() {
         (line.starts_with('[') && !line.starts_with("[["))
             || line.split_once(" = ").is_some_and(|(key, _)| is_key(key))
     });
-    let mut config: Config = toml::from_str(&settings.collect::<Vec<_>>().join("\n")).unwrap();
-    config.complete();
+    let config = read::config(&settings.collect::<Vec<_>>().join("\n")).unwrap();
     let of = |config: &Config| serde_json::to_value(config).unwrap();
     assert_eq!(of(&config), of(&Config::default()), "docs/config.toml, then the code");
     for key in in_code().values().flat_map(BTreeMap::keys) {

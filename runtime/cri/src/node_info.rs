@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use husk_config::Kind;
+use husk_config::Handler;
 use husk_pods::Node;
 use husk_proto::cri::{
     CgroupDriver, LinuxRuntimeConfiguration, RuntimeCondition, RuntimeConfigResponse, RuntimeFeatures,
@@ -66,13 +66,14 @@ fn runtime_problem(node: &Node) -> Option<String> {
     let (_, handler) = node.config.handler("")?;
     let missing =
         |path: &PathBuf| (!path.exists()).then(|| format!("{} is missing: run `husk check`", path.display()));
-    if handler.kind() == Kind::Host {
-        return missing(&handler.agent);
-    }
+    let vm = match handler {
+        Handler::Vm(vm) => vm,
+        Handler::Host(host) => return missing(&host.agent),
+    };
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Some(format!("/dev/kvm: {error}: run `husk check`"));
     }
-    [&handler.vmm, &handler.file_server, &handler.kernel, &handler.rootfs].into_iter().find_map(missing)
+    [&vm.vmm, &vm.file_server, &vm.kernel, &vm.rootfs].into_iter().find_map(missing)
 }
 
 /// The configuration as it counts, with the names that clients of other

@@ -10,7 +10,7 @@ use std::time::Duration;
 use husk_agent_client::Agent;
 use husk_base::cgroup;
 use husk_base::dirs;
-use husk_config::Handler;
+use husk_config::HostHandler;
 use husk_spawn::Detached;
 
 use super::{
@@ -20,8 +20,8 @@ use super::{
 /// What a host pod is made of.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    /// Its kind.
-    pub handler: &'a Handler,
+    /// The handler that its client chose.
+    pub handler: &'a HostHandler,
     /// Where its socket, bundles and mounts go; made here.
     pub run_dir: PathBuf,
     /// Where the writable layers of its containers go; made here.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
-use husk_config::{Config, Kind};
+use husk_config::{Config, Handler};
 use husk_image::unpack;
 use husk_pods::{Node, ops};
 use tokio::signal::unix::{SignalKind, signal};
@@ -60,7 +60,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let node = Arc::new(Node::open(config)?);
     ops::recover(&node).await.context("recover what an earlier huskd left")?;
     // The first pod shall not wait for what every pod needs.
-    let handlers = || node.config.handlers.values().filter(|one| one.kind() == Kind::Vm && one.enabled);
+    let handlers = || node.config.handlers.values().filter_map(Handler::vm);
     for handler in handlers() {
         if let Err(error) = node.disks.prepared(handler.disk_mib).await {
             tracing::warn!(%error, "pods will fail until this is mended");

@@ -6,16 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use husk_agent_client::Agent;
-use husk_backend::{Backend, ImageDisks, RunningPod};
+use husk_backend::{Backend, ImageDisks, RunningPod, VmSize};
 use husk_base::id::{ContainerId, SandboxId};
 use husk_config::{Config, DEFAULT_HANDLER, HOST_HANDLER, Kind, Network, Streaming};
 use husk_proto::cri;
 use husk_vm::{Control, Process, Vmm};
 
 use crate::Node;
-use crate::model::{
-    BootTimes, Container, ContainerRecord, Events, Phase, Sandbox, SandboxRecord, Size, State,
-};
+use crate::model::{BootTimes, Container, ContainerRecord, Events, Phase, Sandbox, SandboxRecord, State};
 
 /// A node without a network or a VM.
 #[must_use]
@@ -57,7 +55,7 @@ fn record(id: SandboxId, kind: Kind, phase: Phase) -> SandboxRecord {
 /// The record of a pod that is ready.
 #[must_use]
 pub fn sandbox_record(id: &str) -> SandboxRecord {
-    let size = Some(Size { vcpus: 1, memory_mib: 256 });
+    let size = Some(VmSize { vcpus: 1, memory_mib: 256 });
     SandboxRecord { size, ..record(id.into(), Kind::Vm, Phase::Ready) }
 }
 

@@ -11,7 +11,7 @@ use husk_agent_client::Agent;
 use husk_base::cgroup;
 use husk_base::dirs;
 use husk_base::id::SandboxId;
-use husk_config::Handler;
+use husk_config::VmHandler;
 use husk_spawn::{Detached, Limit, Spawned};
 use husk_vmm_api::{DiskConfig, HostPort, NetConfig, TemplateConfig, VmConfig, VsockConfig};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -56,8 +56,8 @@ const LOG: &str = "vmm.log";
 pub struct Plan<'a> {
     /// Whose it is.
     pub id: &'a SandboxId,
-    /// Its kind.
-    pub handler: &'a Handler,
+    /// The handler that its client chose.
+    pub handler: &'a VmHandler,
     /// vCPUs.
     pub vcpus: u8,
     /// Guest memory, MiB.

@@ -31,7 +31,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use husk_base::id::{SandboxId, hex};
 use husk_base::lock;
-use husk_config::Handler;
+use husk_config::VmHandler;
 use husk_proto::agent::ContainerStatsRequest;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
@@ -150,7 +150,7 @@ impl Templates {
 
     /// Makes the template of machines as a handler's pods have them that ask
     /// for nothing.
-    pub async fn prepare(&self, handler: &Handler) {
+    pub async fn prepare(&self, handler: &VmHandler) {
         let Some(key) = TemplateKey::new(handler, handler.vcpus, handler.memory_mib) else { return };
         if self.open(&key).is_none() {
             self.make(key).await;
@@ -244,14 +244,14 @@ impl Templates {
 #[derive(Clone, Debug)]
 struct TemplateKey {
     name: String,
-    handler: Handler,
+    handler: VmHandler,
     vcpus: u8,
     memory_mib: u32,
 }
 
 impl TemplateKey {
     /// `None` for a handler without templates.
-    fn new(handler: &Handler, vcpus: u8, memory_mib: u32) -> Option<Self> {
+    fn new(handler: &VmHandler, vcpus: u8, memory_mib: u32) -> Option<Self> {
         if !handler.template {
             return None;
         }
@@ -270,7 +270,7 @@ impl TemplateKey {
             });
             hash.update(format!("{} {identity:?}\n", file.display()));
         }
-        let Handler { disk_mib, image_slots, kernel_cmdline, .. } = handler;
+        let VmHandler { disk_mib, image_slots, kernel_cmdline, .. } = handler;
         hash.update(format!("{vcpus} {memory_mib} {disk_mib} {image_slots} {kernel_cmdline}"));
         let digest = hex(&hash.finalize()[..8]);
         Some(Self { name: format!("{}-{digest}", host_boot()), handler: handler.clone(), vcpus, memory_mib })
@@ -405,13 +405,13 @@ fn remove(folder: &Path) {
 mod tests {
     use super::*;
 
-    fn handler(folder: &Path) -> Handler {
+    fn handler(folder: &Path) -> VmHandler {
         for name in ["vmm", "kernel", "rootfs"] {
             fs::write(folder.join(name), name).unwrap();
         }
         let place = |name| folder.join(name);
         let (vmm, kernel, rootfs) = (place("vmm"), place("kernel"), place("rootfs"));
-        Handler { vmm, kernel, rootfs, template: true, ..Handler::default() }
+        VmHandler { vmm, kernel, rootfs, template: true, ..VmHandler::default() }
     }
 
     fn templates(folder: &Path) -> Templates {
@@ -424,13 +424,14 @@ mod tests {
     fn a_shape_is_all_that_a_clone_shares() {
         let folder = tempfile::tempdir().unwrap();
         let handler = handler(folder.path());
-        let name = |handler: &Handler, vcpus, memory| TemplateKey::new(handler, vcpus, memory).unwrap().name;
+        let name =
+            |handler: &VmHandler, vcpus, memory| TemplateKey::new(handler, vcpus, memory).unwrap().name;
         let one = name(&handler, 1, 256);
         assert_eq!(one, name(&handler, 1, 256));
         let mut all = HashSet::from([one, name(&handler, 2, 256), name(&handler, 1, 512)]);
-        all.insert(name(&Handler { disk_mib: 99, ..handler.clone() }, 1, 256));
-        all.insert(name(&Handler { image_slots: 2, ..handler.clone() }, 1, 256));
-        all.insert(name(&Handler { kernel_cmdline: "x".into(), ..handler.clone() }, 1, 256));
+        all.insert(name(&VmHandler { disk_mib: 99, ..handler.clone() }, 1, 256));
+        all.insert(name(&VmHandler { image_slots: 2, ..handler.clone() }, 1, 256));
+        all.insert(name(&VmHandler { kernel_cmdline: "x".into(), ..handler.clone() }, 1, 256));
         fs::write(&handler.kernel, "another one").unwrap();
         all.insert(name(&handler, 1, 256));
         assert_eq!(all.len(), 7);
@@ -484,7 +485,7 @@ mod tests {
     #[test]
     fn a_handler_without_templates_has_none() {
         let folder = tempfile::tempdir().unwrap();
-        let handler = Handler { template: false, ..handler(folder.path()) };
+        let handler = VmHandler { template: false, ..handler(folder.path()) };
         assert!(TemplateKey::new(&handler, 1, 256).is_none());
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use husk_config::{Config, Kind};
+use husk_config::{Config, Handler};
 
 use super::report::{Finding, Report};
 
@@ -21,17 +21,20 @@ pub fn check(report: &mut Report, config: &Config) {
         report.add(name, program(name, package, without));
     }
     for (name, handler) in &config.handlers {
-        if handler.kind() == Kind::Host {
-            // Pods in machines do without these.
-            let wanted = |found| if *name == config.default_handler { found } else { optional(found) };
-            report.add(format!("{name}: agent"), wanted(file(&handler.agent, "make install")));
-            report.add(format!("{name}: runc"), wanted(runc(&handler.runc)));
-            continue;
+        match handler {
+            Handler::Vm(vm) => {
+                report.add(format!("{name}: vmm"), file(&vm.vmm, "make install"));
+                report.add(format!("{name}: file server"), file(&vm.file_server, "make install"));
+                report.add(format!("{name}: kernel"), file(&vm.kernel, "make guest-image install"));
+                report.add(format!("{name}: rootfs"), file(&vm.rootfs, "make guest-image install"));
+            }
+            Handler::Host(host) => {
+                // Pods in VMs do without these.
+                let wanted = |found| if *name == config.default_handler { found } else { optional(found) };
+                report.add(format!("{name}: agent"), wanted(file(&host.agent, "make install")));
+                report.add(format!("{name}: runc"), wanted(runc(&host.runc)));
+            }
         }
-        report.add(format!("{name}: vmm"), file(&handler.vmm, "make install"));
-        report.add(format!("{name}: file server"), file(&handler.file_server, "make install"));
-        report.add(format!("{name}: kernel"), file(&handler.kernel, "make guest-image install"));
-        report.add(format!("{name}: rootfs"), file(&handler.rootfs, "make guest-image install"));
     }
 }
 

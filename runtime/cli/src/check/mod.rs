@@ -33,7 +33,7 @@ pub async fn run(arguments: &Arguments, path: &Path, config: Result<Config, Erro
             Err(error) => {
                 report.add(
                     "configuration",
-                    Finding::missing(error.to_string(), format!("edit {}", path.display())),
+                    Finding::missing(husk_base::chain(&error), format!("edit {}", path.display())),
                 );
                 Config::default()
             }

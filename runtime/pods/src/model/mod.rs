@@ -19,4 +19,4 @@ pub use container_record::{ContainerRecord, Exit, State};
 pub use events::{Event, EventKind, EventStream, Events, Lagged};
 pub use registry::{LookupError, NameTaken, Registry};
 pub use sandbox::{Sandbox, Version, Versions};
-pub use sandbox_record::{BootTimes, Phase, SandboxRecord, Size};
+pub use sandbox_record::{BootTimes, Phase, SandboxRecord};

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use husk_backend::VmSize;
 use husk_base::id::SandboxId;
 use husk_config::Kind;
 use husk_proto::cri;
@@ -38,7 +39,7 @@ pub struct SandboxRecord {
     pub oom_kills: u64,
     /// The size that its VM was made with.
     #[serde(default)]
-    pub size: Option<Size>,
+    pub size: Option<VmSize>,
     /// How many slots for images its machine was made with.
     #[serde(default)]
     pub image_slots: Option<u8>,
@@ -46,15 +47,6 @@ pub struct SandboxRecord {
     pub boot: BootTimes,
     /// The reason for which it is not ready, if something went wrong.
     pub problem: String,
-}
-
-/// The size of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Size {
-    /// vCPUs.
-    pub vcpus: u8,
-    /// Guest memory, MiB.
-    pub memory_mib: u32,
 }
 
 /// How far a sandbox is.

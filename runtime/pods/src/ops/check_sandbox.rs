@@ -45,7 +45,7 @@ fn check_namespaces(config: &cri::PodSandboxConfig, node: &Node, kind: Kind) -> 
 
 /// The handler that runs what a virtual machine cannot.
 fn instead(node: &Node) -> String {
-    match node.config.handlers.iter().find(|(_, handler)| handler.kind() == Kind::Host) {
+    match node.config.handlers.iter().find(|(_, handler)| handler.host().is_some()) {
         Some((name, _)) => format!("run it with the runtime handler `{name}`"),
         None => "no handler of kind `host` is enabled in the configuration".into(),
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use husk_backend::{Claim, Place};
 use husk_base::id::ContainerId;
 use husk_base::now;
+use husk_config::Handler;
 use husk_image::Image;
 use husk_oci::{self as oci, cdi};
 use husk_proto::{agent, cri};
@@ -55,7 +56,7 @@ impl ContainerPlan {
         let place = sandbox.place(&node.config.run_dir);
         let host = place.host_pod()?;
         let handler = node.config.handler(&sandbox.record().handler).map(|(_, handler)| handler);
-        let mut hooks = handler.map(|handler| handler.hooks.clone()).unwrap_or_default();
+        let mut hooks = handler.map(|handler| handler.hooks().clone()).unwrap_or_default();
         let others: Vec<_> =
             sandbox.containers().iter().map(|container| container.record().config.clone()).collect();
         let confinement = place.confinement(&config, &others, handler)?;
@@ -65,7 +66,7 @@ impl ContainerPlan {
         // On the host its mounts are as they are.
         let mounts = if host.is_some() { Vec::new() } else { config.mounts.clone() };
         let volumes_in_use = sandbox.volumes();
-        let trusted = handler.map(|handler| handler.trusted_volumes.clone()).unwrap_or_default();
+        let trusted = handler.and_then(Handler::vm).map(|vm| vm.trusted_volumes.clone()).unwrap_or_default();
         let in_use = volumes_in_use.clone();
         let prepare = move || husk_volumes::prepare(&mounts, &in_use, &trusted);
         let prepared = sandbox.lane.run("prepare volumes", prepare).await??;

@@ -104,7 +104,8 @@ async fn mount_volumes(
         synced_volumes::send(running, &one.volume).await?;
     }
     let record = sandbox.record().clone();
-    let program = node.config.handler(&record.handler).map(|(_, handler)| handler.file_server.as_path());
+    let handler = node.config.handler(&record.handler).and_then(|(_, handler)| handler.vm());
+    let program = handler.map(|handler| handler.file_server.as_path());
     let users = husk_oci::user_namespace(&record.config)?;
     let server = FileServer { handler: &record.handler, users, program };
     Ok(plan.place.mount_volumes(running, server, &plan.volumes, &plan.volumes_in_use).await?)

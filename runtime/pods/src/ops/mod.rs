@@ -23,7 +23,6 @@ mod ready;
 mod recover;
 mod remove_container;
 mod run_sandbox;
-mod sandbox_size;
 mod signals;
 mod start_container;
 mod stop_container;

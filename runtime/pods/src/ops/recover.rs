@@ -245,11 +245,12 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<RunningPod, backen
 /// Connects to a pod, once.
 async fn try_to_reach(node: &Node, sandbox: &Sandbox, place: &Place) -> Result<RunningPod, backend::Error> {
     let record = sandbox.record().clone();
-    // Pods of a handler that the configuration has no more live on.
-    let handler =
-        node.config.handler(&record.handler).map_or_else(Handler::default, |(_, found)| found.clone());
-    let image_slots = record.image_slots.unwrap_or(handler.image_slots);
-    let limit = Duration::from_secs(handler.agent_timeout_seconds);
+    // Pods live on when the configuration has no such handler any more, or one of the other kind.
+    let default = Handler::default_of(record.kind);
+    let found = node.config.handler(&record.handler).map(|(_, handler)| handler);
+    let handler = found.filter(|handler| handler.kind() == record.kind).unwrap_or(&default);
+    let image_slots = record.image_slots.or(handler.vm().map(|vm| vm.image_slots)).unwrap_or_default();
+    let limit = handler.agent_timeout();
     let containers = sandbox.containers();
     let used = containers.iter().flat_map(|container| {
         let disks: Vec<_> = container.record().disks().collect();

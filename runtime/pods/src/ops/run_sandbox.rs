@@ -4,14 +4,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use husk_backend::StartPlan;
+use husk_backend::{StartPlan, VmSize};
 use husk_base::id::SandboxId;
 use husk_base::{cgroup, now};
-use husk_config::{Handler, Kind};
+use husk_config::Handler;
 use husk_network::{PodRef, PortMapping, Protocol};
 use husk_proto::cri;
 
-use super::sandbox_size::size;
 use super::{check_sandbox, lifecycle};
 use crate::model::registry::Reservation;
 use crate::model::{BootTimes, EventKind, Phase, Sandbox, SandboxRecord, names};
@@ -62,7 +61,7 @@ fn new_record(
     config: cri::PodSandboxConfig,
 ) -> SandboxRecord {
     let parent = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
-    let is_vm = handler.kind() == Kind::Vm;
+    let vm = handler.vm();
     SandboxRecord {
         id: id.clone(),
         handler: handler_name.to_owned(),
@@ -74,8 +73,8 @@ fn new_record(
         vmm_pid: 0,
         cgroup: cgroup::path(parent, id),
         oom_kills: 0,
-        size: is_vm.then(|| size(&config, handler)),
-        image_slots: is_vm.then_some(handler.image_slots),
+        size: vm.map(|vm| VmSize::of(&config, vm)),
+        image_slots: vm.map(|vm| vm.image_slots),
         boot: BootTimes::default(),
         problem: String::new(),
         config,
@@ -100,7 +99,6 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
     let begun = Instant::now();
     let record = sandbox.record().clone();
     let config = &record.config;
-    let size = size(config, handler);
     // In the host's network there is nothing to map.
     let mappings = if husk_oci::host_network(config) { Vec::new() } else { port_mappings(config)? };
     let plan = StartPlan {
@@ -108,8 +106,6 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         handler,
         config,
         network: pod_ref(&record, &mappings, handler)?,
-        vcpus: size.vcpus,
-        memory_mib: size.memory_mib,
         scratch: sandbox.scratch(),
         layers: sandbox.layers(),
     };
@@ -175,7 +171,8 @@ fn pod_ref<'a>(
         .map(|pod| (pod.name.as_str(), pod.namespace.as_str(), pod.uid.as_str()))
         .unwrap_or_default();
     let bandwidth = check_sandbox::bandwidth(&record.config)?;
-    let (sandbox_id, filtered) = (record.id.as_str(), handler.network_filter);
+    let sandbox_id = record.id.as_str();
+    let filtered = handler.vm().is_some_and(|vm| vm.network_filter);
     Ok(PodRef { sandbox_id, namespace, name, uid, port_mappings, bandwidth, filtered })
 }
 

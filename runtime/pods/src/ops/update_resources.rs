@@ -5,12 +5,13 @@
 
 use std::sync::Arc;
 
+use husk_backend::VmSize;
 use husk_proto::agent::UpdateContainerRequest;
 use husk_proto::cri::LinuxContainerResources;
 
 use super::ready::ready_pod;
-use super::{oom_score, pin_cpus, sandbox_size};
-use crate::model::{Container, Sandbox, Size, State};
+use super::{oom_score, pin_cpus};
+use crate::model::{Container, Sandbox, State};
 use crate::{Error, Node};
 
 /// Changes the limits of a container.
@@ -122,7 +123,11 @@ const fn swap_limit(old: &LinuxContainerResources, memory: i64) -> i64 {
 
 /// A limit that is larger than the machine limits nothing, and a new container
 /// may have it. Who changes one to that wants more than there is.
-fn check_size(old: &LinuxContainerResources, new: &LinuxContainerResources, size: Size) -> Result<(), Error> {
+fn check_size(
+    old: &LinuxContainerResources,
+    new: &LinuxContainerResources,
+    size: VmSize,
+) -> Result<(), Error> {
     /// The kernel's, where none is named; microseconds.
     const PERIOD: u64 = 100_000;
     let cpus = |limit: &LinuxContainerResources| {
@@ -168,10 +173,10 @@ pub async fn update_sandbox(
             *kept = Some(merge(&kept.take().unwrap_or_default(), asked));
         }
     }
-    if let Some((_, handler)) = node.config.handler(&record.handler)
+    if let Some(handler) = node.config.handler(&record.handler).and_then(|(_, handler)| handler.vm())
         && let Some(size) = record.size
     {
-        let wanted = sandbox_size::size(&config, handler);
+        let wanted = VmSize::of(&config, handler);
         if wanted.vcpus > size.vcpus || wanted.memory_mib > size.memory_mib {
             return Err(Error::FailedPrecondition(format!(
                 "update pod resources: they need a machine of {} vCPUs and {} MiB, this one has {} and {} and cannot \
@@ -252,7 +257,7 @@ mod tests {
     #[test]
     fn what_changes_must_fit_into_the_machine() {
         const MIB: i64 = 1 << 20;
-        let size = Size { vcpus: 2, memory_mib: 512 };
+        let size = VmSize { vcpus: 2, memory_mib: 512 };
         let limits = |memory: i64, cpu_quota, cpu_period| LinuxContainerResources {
             memory_limit_in_bytes: memory * MIB,
             cpu_quota,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use husk_agent_client::fake::Fake;
+use husk_config::Handler;
 
 use super::*;
 
@@ -13,7 +14,10 @@ const LONGER: Duration = Duration::from_secs(4);
 fn hasty_node(folder: &Path) -> Arc<Node> {
     let mut config = crate::test_util::config(folder);
     for handler in config.handlers.values_mut() {
-        handler.agent_timeout_seconds = 1;
+        match handler {
+            Handler::Vm(vm) => vm.agent_timeout_seconds = 1,
+            Handler::Host(host) => host.agent_timeout_seconds = 1,
+        }
     }
     Arc::new(Node::open(config).unwrap())
 }
