@@ -1,35 +1,36 @@
-//! The process of one `husk-vmm`. Its pidfd alone says whether the machine
+//! The process of one `husk-vmm`. The process' pidfd alone says whether the VM
 //! lives: a request on the control socket can fail for many other reasons (too
 //! many clients, no more descriptors, an answer that only a newer huskd
 //! understands).
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use husk_vmm_api::{Request, socket};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{Control, Error};
 
-/// The stage of errors that come while the process is looked for.
+/// The stage of errors while the process is looked for.
 const FIND: &str = "find the VMM's process";
 
-/// A process that is known by a descriptor of its own, so that it is never taken
-/// for another one that has got its number.
+/// A process that is known by a pidfd, so that it is never mistaken for another one that has
+/// got its number.
 #[derive(Clone, Debug)]
 pub struct Process(Arc<AsyncFd<OwnedFd>>);
 
 impl Process {
-    /// The process `pid`, which the caller knows to be the one that it means: it
+    /// The process `pid`. The caller must know that the number is still this process', because it
     /// is a child that was not waited for yet.
     ///
     /// # Errors
-    /// There is no such process, or there are no more descriptors.
+    /// There is no such process, or this one cannot have more descriptors.
     pub fn open(pid: u32) -> io::Result<Self> {
         Self::watch(pidfd(pid)?)
     }
@@ -38,7 +39,7 @@ impl Process {
     /// have started.
     ///
     /// # Errors
-    /// When it does not answer: that says nothing of whether it lives.
+    /// The VMM does not answer. Whether it lives is unknown then.
     pub async fn of(control: &Control) -> Result<Self, Error> {
         let control = control.clone();
         let found = tokio::task::spawn_blocking(move || find(&control)).await;
@@ -49,7 +50,7 @@ impl Process {
     /// The process of this pidfd.
     ///
     /// # Errors
-    /// There are no more descriptors.
+    /// The descriptor cannot be watched.
     pub fn watch(pidfd: OwnedFd) -> io::Result<Self> {
         // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
@@ -60,7 +61,7 @@ impl Process {
     pub async fn ended(&self) {
         match self.0.readable().await {
             Ok(mut guard) => guard.retain_ready(),
-            // The runtime shuts down, and this task with it.
+            // The async runtime shuts down, and ends this task.
             Err(_) => std::future::pending().await,
         }
     }
@@ -78,23 +79,20 @@ fn failed(cause: impl std::fmt::Display) -> Error {
 }
 
 fn pidfd(pid: u32) -> io::Result<OwnedFd> {
-    let pid = libc::pid_t::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: pidfd_open takes two numbers and touches no memory.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = Errno::result(fd)?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let pid = pid.try_into().ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
+/// Finds the process that answers on a control socket.
+///
 /// The credentials of the connection itself (`SO_PEERCRED`, `SO_PEERPIDFD`) are
 /// of no use here: they are those of the process that called listen(2), an
-/// earlier huskd. The kernel's word on who sent a packet is (unix(7),
+/// earlier huskd. Those that come with a packet are its sender's (unix(7),
 /// `SCM_CREDENTIALS`).
 ///
-/// A number that was told could belong to another process by the time that it is
-/// opened. So the VMM is asked once more: it is alive and has this number after
-/// that, as it had before, so the descriptor between the two is its own.
+/// The number could belong to another process by the time that it is
+/// opened. So the VMM is asked once more: it lives and has this number after
+/// that, as it had before, so the descriptor that was opened in between is its own.
 fn find(control: &Control) -> Result<OwnedFd, Error> {
     let socket = control.connect(FIND, super::CONTROL_TIMEOUT)?;
     let socket = socket.ok_or_else(|| failed("the VMM has ended"))?;
@@ -107,18 +105,18 @@ fn find(control: &Control) -> Result<OwnedFd, Error> {
     }
 }
 
-/// The process that answers a request, whatever it answers.
+/// The id of the process that answers a request, whatever the answer is.
 fn who_answers(socket: &OwnedFd) -> Result<u32, Error> {
     let refused = |errno| match errno {
-        Errno::EAGAIN => failed("it does not answer"),
-        Errno::EPIPE | Errno::ECONNRESET => failed("it hung up"),
+        Errno::EAGAIN => failed("the VMM does not answer"),
+        Errno::EPIPE | Errno::ECONNRESET => failed("the VMM hung up"),
         errno => failed(errno),
     };
     socket::send(socket.as_fd(), &Request::Info, &[]).map_err(|error| match error {
         socket::Error::Socket(errno) => refused(errno),
         error => failed(error),
     })?;
-    // The rest of a longer packet is thrown away.
+    // The kernel drops the rest of a longer packet.
     let mut packet = [0u8; 64];
     let mut control = nix::cmsg_space!(UnixCredentials);
     let mut parts = [IoSliceMut::new(&mut packet)];
@@ -130,7 +128,7 @@ fn who_answers(socket: &OwnedFd) -> Result<u32, Error> {
         }
     };
     if answer.bytes == 0 {
-        return Err(failed("it hung up"));
+        return Err(failed("the VMM hung up"));
     }
     let mut messages = answer.cmsgs().map_err(failed)?;
     let pid = messages.find_map(|message| match message {
@@ -142,6 +140,7 @@ fn who_answers(socket: &OwnedFd) -> Result<u32, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::FromRawFd;
     use std::process::{Child, Command, Stdio};
     use std::time::Duration;
 
@@ -155,8 +154,8 @@ mod tests {
     /// before it answers one.
     const STAND_IN: &str = "HUSK_TEST_STAND_IN_FOR_VMM";
 
-    /// No test by itself: the others start this program again with it alone, and
-    /// a listening socket as its standard input.
+    /// This is no test by itself: the others start this program again with this alone, and
+    /// with a listening socket as its standard input.
     #[test]
     fn stand_in_for_a_vmm() {
         let Ok(turned_away) = std::env::var(STAND_IN) else { return };
@@ -169,13 +168,13 @@ mod tests {
                 continue;
             }
             while let Ok(Some(_)) = socket::receive::<serde_json::Value>(client.as_fd()) {
-                // As a VMM would answer that has learned a new one.
+                // A later VMM could answer so.
                 socket::send(client.as_fd(), &serde_json::json!({ "of_the_future": 1 }), &[]).unwrap();
             }
         }
     }
 
-    /// Ends with the test, however that ends.
+    /// A process that ends with its test, however that ends.
     struct Running(Child);
 
     impl Drop for Running {
@@ -216,7 +215,7 @@ mod tests {
         let path = folder.path().join("vmm.sock");
         let mut child = stand_in(listener(&path), 1);
         let control = Control::new(path);
-        // One that hangs up is not known, and may live.
+        // A VMM that hangs up is not known, and may live.
         let unknown = Process::of(&control).await.unwrap_err();
         assert!(unknown.to_string().contains("hung up"), "{unknown}");
         let process = Process::of(&control).await.unwrap();
