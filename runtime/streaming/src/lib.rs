@@ -1,4 +1,4 @@
-//! Exec, attach and port-forward: a server of their own, apart from CRI's.
+//! The server of exec, attach and port-forward, apart from CRI's.
 //!
 //! An RPC [`offer`](Streaming::offer)s a [`Session`] and gets a URL, which is its
 //! answer to the client. The first client that brings that URL within a minute
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex};
 pub mod fuzzing;
 mod negotiate;
 mod peer;
-pub mod pipe;
+mod pipe;
 mod ports;
 pub mod pump;
 mod remote_command;
@@ -40,6 +40,7 @@ mod tunnel;
 mod waiting;
 mod websocket;
 
+pub use pipe::{Gone, Incoming, Outgoing};
 pub use resize::{Size, Sizes};
 pub use session::{Client, Connect, Run, Session, StreamOptions};
 pub use status::ExitStatus;
@@ -47,7 +48,7 @@ pub use tokens::Error as TokenError;
 
 use husk_base::lock;
 
-/// The server, and the sessions that wait for their clients.
+/// The server, with the sessions that wait for their clients.
 #[derive(Debug)]
 pub struct Streaming {
     listener: Mutex<Option<TcpListener>>,
@@ -59,7 +60,7 @@ impl Streaming {
     /// Listens. Connections are served from [`serve`](Self::serve) on.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's error.
     pub fn listen(address: SocketAddr) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
@@ -70,7 +71,7 @@ impl Streaming {
     /// The URL at which a client finds a session.
     ///
     /// # Errors
-    /// When too many wait already.
+    /// Too many sessions wait already.
     pub fn offer(&self, session: Session) -> Result<String, TokenError> {
         let path = session.path();
         Ok(format!("http://{}/{path}/{}", self.address, self.tokens.give(session)?))
@@ -79,7 +80,7 @@ impl Streaming {
     /// Serves for ever.
     ///
     /// # Errors
-    /// When it serves already.
+    /// The server serves already.
     pub async fn serve(self: Arc<Self>) -> std::io::Result<()> {
         let listener = lock(&self.listener).take().ok_or(std::io::ErrorKind::AddrInUse)?;
         server::serve(tokio::net::TcpListener::from_std(listener)?, self.tokens.clone()).await;

@@ -29,11 +29,11 @@ pub struct Protocol {
     pub name: &'static str,
     /// The language of the error stream.
     pub language: Language,
-    /// There is a stream for the terminal's size.
+    /// Whether there is a stream for the terminal's size.
     pub resizes: bool,
-    /// The client can close its half of a WebSocket's channel.
+    /// Whether the client can close its half of a WebSocket's channel.
     pub closes: bool,
-    /// A WebSocket's messages are text.
+    /// Whether a WebSocket's messages are text.
     pub base64: bool,
 }
 
@@ -41,10 +41,10 @@ const fn protocol(name: &'static str, language: Language, resizes: bool) -> Prot
     Protocol { name, language, resizes, closes: false, base64: false }
 }
 
-/// Spoken over SPDY to clients that name none.
+/// The protocol over SPDY with clients that name none.
 pub const OLDEST: Protocol = protocol("channel.k8s.io", Language::Text, false);
 
-/// Spoken over SPDY, the best first.
+/// The protocols over SPDY, the best first.
 pub const SPDY_PROTOCOLS: [Protocol; 4] = [
     protocol("v4.channel.k8s.io", Language::Status, true),
     protocol("v3.channel.k8s.io", Language::Text, true),
@@ -52,7 +52,7 @@ pub const SPDY_PROTOCOLS: [Protocol; 4] = [
     OLDEST,
 ];
 
-/// Spoken over WebSocket, the best first. There is a channel for the terminal's size in all of them.
+/// The protocols over WebSocket, the best first. There is a channel for the terminal's size in all of them.
 pub const WEBSOCKET_PROTOCOLS: [Protocol; 5] = [
     Protocol { closes: true, ..protocol("v5.channel.k8s.io", Language::Status, true) },
     protocol("v4.channel.k8s.io", Language::Status, true),
@@ -61,13 +61,13 @@ pub const WEBSOCKET_PROTOCOLS: [Protocol; 5] = [
     Protocol { base64: true, ..protocol("base64.channel.k8s.io", Language::Text, true) },
 ];
 
-/// Spoken over WebSocket to clients that name none.
+/// The protocol over WebSocket with clients that name none.
 pub const OLDEST_WEBSOCKET: Protocol = protocol("channel.k8s.io", Language::Text, true);
 
 /// The transport of the streams.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Carrier {
-    /// SPDY/3.1.
+    /// The protocol SPDY/3.1.
     Spdy,
     /// A WebSocket.
     WebSocket {
@@ -76,7 +76,7 @@ pub enum Carrier {
     },
 }
 
-/// Reads which carrier the client wants.
+/// The carrier that the client asks for.
 ///
 /// # Errors
 /// The reason, for the client.

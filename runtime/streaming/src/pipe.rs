@@ -3,9 +3,9 @@
 //! Every transport has a task that reads its connection and one that writes it.
 //! A stream's incoming bytes wait in a queue of [`INCOMING`] pieces; while that
 //! is full, nothing more is read from the connection. Outgoing pieces of all
-//! streams wait in one queue of [`OUTGOING`]; while that is full, whoever has
-//! more waits. Resets of streams that were dropped cannot wait, because nobody is
-//! left to do it: they are [`PendingResets`].
+//! streams wait in one queue of [`OUTGOING`]; while that is full, their senders
+//! wait. Resets of streams that were dropped cannot wait, because no task is
+//! left for it: they are [`PendingResets`].
 
 use std::sync::{Arc, Mutex};
 
@@ -14,13 +14,13 @@ use tokio::sync::{Notify, mpsc};
 
 use husk_base::lock;
 
-/// Longest piece, bytes.
+/// The longest piece, bytes.
 pub const PIECE: usize = 32 * 1024;
 
-/// Pieces of each stream that wait for the session.
+/// How many pieces of each stream wait for the session.
 pub const INCOMING: usize = 4;
 
-/// Pieces that wait for the connection, of all its streams.
+/// How many pieces of all streams wait for the connection.
 pub const OUTGOING: usize = 8;
 
 /// The client has gone, or does not want this stream any more.
@@ -41,15 +41,15 @@ pub enum Command {
     Finish(u32),
     /// A stream ends in both directions.
     Reset(u32),
-    /// Something of the transport's own.
+    /// A frame of the transport's own.
     Control(Bytes),
-    /// Everything has been said: tell the client so.
+    /// The session has ended; the client is told so.
     Close,
 }
 
-/// Streams whose reset the client is to be told of as soon as the connection takes
-/// something, however full its queue is. There are never more than the connection
-/// has streams: each is reset once.
+/// Streams whose reset is sent as soon as the connection takes
+/// bytes, however full its queue is. There are never more than the connection
+/// has streams, because each is reset once.
 #[derive(Debug, Default)]
 pub struct PendingResets {
     resets: Mutex<Vec<u32>>,
@@ -67,7 +67,7 @@ impl PendingResets {
         self.changed.notify_one();
     }
 
-    /// Returns once the task that writes was woken, also if it was so before.
+    /// Returns once the task that writes was woken, also if that was before the call.
     pub async fn notified(&self) {
         self.changed.notified().await;
     }
@@ -79,7 +79,7 @@ impl PendingResets {
     }
 }
 
-/// A stream to the client. Reset when it is dropped unfinished.
+/// A stream to the client. It is reset when it is dropped unfinished.
 #[derive(Debug)]
 pub struct Outgoing {
     id: u32,
@@ -91,11 +91,11 @@ pub struct Outgoing {
 impl Outgoing {
     /// The stream `id` of the connection that `commands` leads to.
     #[must_use]
-    pub const fn new(id: u32, commands: mpsc::Sender<Command>, pending: Arc<PendingResets>) -> Self {
+    pub(crate) const fn new(id: u32, commands: mpsc::Sender<Command>, pending: Arc<PendingResets>) -> Self {
         Self { id, commands, pending, open: true }
     }
 
-    /// Sends bytes, at most [`PIECE`], once there is room for them.
+    /// Sends bytes, at most 32 KiB, once there is room for them.
     ///
     /// # Errors
     /// [`Gone`].
@@ -103,7 +103,7 @@ impl Outgoing {
         self.commands.send(Command::Data(self.id, bytes)).await.map_err(|_| Gone)
     }
 
-    /// Says that nothing more comes.
+    /// Ends the stream.
     ///
     /// # Errors
     /// [`Gone`].
@@ -118,7 +118,7 @@ impl Drop for Outgoing {
         if self.open
             && let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(Command::Reset(self.id))
         {
-            // It then overtakes what is queued; clients drop bytes of a stream
+            // This reset overtakes the queued bytes; clients drop bytes of a stream
             // that was reset.
             self.pending.reset(self.id);
         }

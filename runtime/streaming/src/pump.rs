@@ -12,8 +12,8 @@ use super::pipe::{Incoming, Outgoing, PIECE};
 /// stream that is silent holds no buffer.
 ///
 /// # Errors
-/// The socket's.
-pub async fn read(from: &UnixStream) -> io::Result<BytesMut> {
+/// The socket's error.
+pub(crate) async fn read(from: &UnixStream) -> io::Result<BytesMut> {
     loop {
         from.readable().await?;
         let mut piece = BytesMut::with_capacity(PIECE);
@@ -25,11 +25,10 @@ pub async fn read(from: &UnixStream) -> io::Result<BytesMut> {
     }
 }
 
-/// Copies from the guest to the client, to the end; without a client that wants it, to
-/// nowhere.
+/// Copies from the guest to the client, to the end. Without a client the bytes are dropped.
 ///
 /// # Errors
-/// The guest's. A client that has gone is none.
+/// The error of the guest's socket. A client that has gone is no error.
 pub async fn output(from: UnixStream, to: Option<Outgoing>) -> io::Result<()> {
     let mut to = to;
     loop {

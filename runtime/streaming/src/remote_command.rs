@@ -37,7 +37,7 @@ pub async fn serve(mut connection: Connection, options: StreamOptions, protocol:
     };
     let said = tokio::select! {
         said = said => said,
-        // What the client opens beyond those streams, it gets back.
+        // Streams that the client opens beyond those are reset.
         () = async { while connection.accept().await.is_some() {} std::future::pending().await } => return,
     };
     if said.is_ok() {

@@ -15,7 +15,7 @@ pub struct Size {
     /// Characters of a line.
     #[serde(rename = "Width")]
     pub columns: u16,
-    /// Lines.
+    /// Number of lines.
     #[serde(rename = "Height")]
     pub rows: u16,
 }

@@ -78,7 +78,7 @@ async fn connection(socket: TcpStream, tokens: Arc<Tokens<Session>>, place: Plac
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(socket), service)
         .with_upgrades();
-    // It ends with the answer, also with one that switches to a session.
+    // The place is released with the answer, also with one that switches to a session.
     tokio::select! {
         served = tokio::time::timeout(REQUEST_DEADLINE, served) => match served {
             Ok(Ok(())) => {}

@@ -1,4 +1,4 @@
-//! The server as a client on the network meets it.
+//! Tests of the server from a client's side of the network.
 
 #![allow(clippy::indexing_slicing)]
 
@@ -23,7 +23,7 @@ fn serving() -> Arc<Streaming> {
     streaming
 }
 
-/// Repeats its input, and says how it ended.
+/// A session that repeats its input, and ends so.
 fn repeat(ending: ExitStatus) -> Run {
     Box::new(|client| {
         async {
@@ -162,7 +162,7 @@ async fn wrong_tokens_and_requests_are_refused() {
     let url = offer();
     refused(&url[..url.len() - 1], SPDY, "404", "not known").await;
     refused(&url.replace("exec", "attach"), SPDY, "404", "not known").await;
-    // That was its one time.
+    // The URL works once.
     refused(&url, SPDY, "404", "used already").await;
     refused(&offer(), "", "400", "upgrade").await;
     let other = format!("{SPDY}X-Stream-Protocol-Version: v9.channel.k8s.io\r\n");
@@ -199,7 +199,7 @@ async fn silent_connections_do_not_keep_a_client_with_a_token_out() {
     // Sooner than the silent ones are given up for their silence.
     let exec = spdy_exec(&streaming, "", ExitStatus::Success);
     timeout(SOON / 2, exec).await.expect("the session was kept out");
-    // It was let in because the oldest were closed, and no others.
+    // The client was let in because the oldest connections were closed, and no others.
     let mut end = [0];
     let oldest = timeout(SOON / 2, silent[0].read(&mut end)).await.expect("the oldest is still open");
     assert_eq!(oldest.unwrap(), 0);

@@ -10,8 +10,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use husk_agent_client::Agent;
 use husk_proto::agent::stream::{Kind, StreamHeader};
-use husk_streaming::pipe::{Incoming, Outgoing};
-use husk_streaming::{Client, ExitStatus, Session, StreamOptions};
+use husk_streaming::{Client, ExitStatus, Incoming, Outgoing, Session, StreamOptions};
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
 

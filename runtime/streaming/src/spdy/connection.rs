@@ -126,7 +126,7 @@ impl Connection {
 
 #[derive(Debug, Default)]
 struct Table {
-    /// Those that are open in at least one direction.
+    /// Streams that are open in at least one direction.
     streams: Mutex<HashMap<u32, Entry>>,
     /// Bytes of the session's window that have not been given back.
     window: Mutex<u32>,
@@ -134,12 +134,12 @@ struct Table {
 
 #[derive(Debug)]
 struct Entry {
-    /// `None` once the client has said its last byte.
+    /// The queue to the session; `None` once the client has sent its last byte.
     incoming: Option<mpsc::Sender<Bytes>>,
-    /// Our last byte has been said.
+    /// Whether our last byte was sent.
     finished: bool,
     reset: CancellationToken,
-    /// Bytes of its window that have not been given back.
+    /// Bytes of the stream's window that have not been given back.
     window: u32,
 }
 
@@ -313,7 +313,7 @@ impl Reading {
             Entry { incoming: (!fin).then_some(queue), finished: false, reset: reset.clone(), window: 0 };
         lock(&self.table.streams).insert(stream, entry);
         let outgoing = Outgoing::new(stream, self.commands.clone(), self.pending.clone());
-        // Nobody may be interested in streams any more.
+        // The session may accept no more streams.
         let _ = self.opened.send(Stream { id: stream, headers, incoming, outgoing, reset }).await;
         Ok(true)
     }

@@ -31,7 +31,7 @@ pub struct TestClient<S> {
     early: VecDeque<Heard>,
 }
 
-/// What a client hears.
+/// The frames that a client receives.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Heard {
     Data(u32, Vec<u8>, bool),
@@ -384,7 +384,7 @@ async fn a_client_that_has_gone_is_not_waited_for() {
     let (mut client, mut session) = session();
     client.open(&[("streamtype", "stdout")]).await;
     let stream = session.accept().await.unwrap();
-    // It says no more and reads nothing, but does not close either.
+    // The client sends no more and reads nothing, but does not close either.
     let (mut reader, mut writer) = tokio::io::split(client.io);
     writer.shutdown().await.unwrap();
     assert!(session.accept().await.is_none());

@@ -54,7 +54,7 @@ where
     socket
 }
 
-/// What each channel says until the server closes.
+/// The messages of each channel until the server closes.
 async fn hear_all(socket: &mut WebSocketStream<DuplexStream>) -> [Vec<u8>; 4] {
     let mut channels: [Vec<u8>; 4] = Default::default();
     loop {
