@@ -1,5 +1,5 @@
-//! What the subcommands share: huskd as a CRI client sees it, and pods by
-//! whatever a person calls them.
+//! Shared by the subcommands: a CRI client of huskd, pods by the names that a person has for
+//! them, and their VMs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
-/// For each request.
+/// The time limit of a request.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection to huskd.
@@ -24,7 +24,7 @@ pub type Client = RuntimeServiceClient<Channel>;
 /// Connects to huskd.
 pub async fn connect(socket: &Path) -> anyhow::Result<Client> {
     let path = socket.to_owned();
-    // The address is never looked at: the connector knows where to go.
+    // The address is not used: the connector has the socket's path.
     let channel = Endpoint::from_static("http://localhost")
         .timeout(TIMEOUT)
         .connect_with_connector(tower::service_fn(move |_| {
@@ -38,8 +38,8 @@ pub async fn connect(socket: &Path) -> anyhow::Result<Client> {
     }
 }
 
-/// The first cause, which is the system's own word: what is wrapped around it
-/// only says that there was one.
+/// The first cause, which is the kernel's error. The errors around it only say that there was
+/// one.
 fn cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
@@ -55,24 +55,24 @@ pub async fn pods(client: &mut Client) -> anyhow::Result<Vec<cri::PodSandbox>> {
     Ok(answer.into_inner().items)
 }
 
-/// One pod's status, with what only huskd's own clients understand.
+/// One pod's status, with the verbose part.
 pub async fn status(client: &mut Client, id: &str) -> anyhow::Result<cri::PodSandboxStatusResponse> {
     let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
     Ok(client.pod_sandbox_status(request).await.map_err(said)?.into_inner())
 }
 
-/// Why huskd cannot reach the machine of a pod, if it lives and does not answer.
+/// The reason for which huskd cannot reach a pod that lives and does not answer.
 pub fn unreached(status: &cri::PodSandboxStatusResponse) -> Option<String> {
     let info: serde_json::Value = serde_json::from_str(status.info.get("info")?).ok()?;
     Some(info.get("unreached")?.as_str()?.to_owned())
 }
 
-/// Turns a refusal into what huskd says about it.
+/// Turns a refusal into an error with huskd's message.
 pub fn said(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("huskd: {}", status.message())
 }
 
-/// The pod that a person means: a beginning of its id, its name, or its
+/// The pod that a person means by the beginning of its id, its name, or its
 /// namespace and name.
 pub fn find<'a>(pods: &'a [cri::PodSandbox], wanted: &str) -> anyhow::Result<&'a cri::PodSandbox> {
     let is_wanted = |pod: &&cri::PodSandbox| {
@@ -89,12 +89,21 @@ pub fn find<'a>(pods: &'a [cri::PodSandbox], wanted: &str) -> anyhow::Result<&'a
     }
 }
 
-/// The id of the pod that a person means. A machine lives on without huskd, and
-/// that is when one wants to look at it: then it has to be the id.
-pub async fn find_id(config: &Config, wanted: &str) -> anyhow::Result<String> {
+/// The id of the pod that a person means. VMs live on without huskd, and
+/// that is when a person wants to see them: then only the id works.
+async fn find_id(config: &Config, wanted: &str) -> anyhow::Result<String> {
     match connect(&config.socket).await {
         Ok(mut huskd) => Ok(find(&pods(&mut huskd).await?, wanted)?.id.clone()),
         Err(_) => Ok(wanted.to_owned()),
+    }
+}
+
+/// The control socket of the VM of a pod that a person means, and the pod's id.
+pub async fn vm(config: &Config, wanted: &str) -> anyhow::Result<(String, Control)> {
+    let id = find_id(config, wanted).await?;
+    match control(config, &id) {
+        Some(control) => Ok((id, control)),
+        None => bail!("pod {id} has no VM: its containers are the host's"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `husk console`: what the guest's kernel and agent last said.
+//! `husk console`: the last lines of the guest's kernel and agent.
 
 use std::io::{IsTerminal, Write};
 
@@ -15,15 +15,12 @@ pub struct Arguments {
     pod: String,
 }
 
-/// Prints it: as it is into a pipe or a file, and on a terminal so that the guest
-/// cannot command it.
+/// Prints the console: as it is into a pipe or a file, and on a terminal so that the guest
+/// cannot command the terminal.
 pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
-    let id = client::find_id(config, &arguments.pod).await?;
-    let Some(control) = client::control(config, &id) else {
-        bail!("pod {id} has no console: its containers are the host's");
-    };
+    let (id, control) = client::vm(config, &arguments.pod).await?;
     if let Err(error) = control.info().await {
-        bail!("the machine of pod {id} does not run: {error}");
+        bail!("the VM of pod {id} does not run: {error}");
     }
     let text = control.console().await;
     let mut output = std::io::stdout();
@@ -32,8 +29,8 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     Ok(output.flush()?)
 }
 
-/// A text with its control characters written out. A terminal takes those for
-/// commands: to overwrite what it has shown, to retitle its window, or to type
+/// A text with its control characters escaped. A terminal takes those for
+/// commands: to overwrite its lines, to retitle its window, or to type
 /// an answer into the shell. Characters that turn the direction of writing can
 /// disguise a text, too.
 fn visible(text: &str) -> String {

@@ -13,7 +13,7 @@ pub struct Arguments {
     pod: String,
 }
 
-/// Prints a line for each thing.
+/// Prints a line for each property.
 pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     let mut client = client::connect(&config.socket).await?;
     let all = client::pods(&mut client).await?;

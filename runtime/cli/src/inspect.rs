@@ -1,4 +1,4 @@
-//! `husk inspect`: what a machine is at, for a guest that hangs.
+//! `husk inspect`: the state of a VM, for a guest that hangs.
 
 use anyhow::bail;
 use husk_config::Config;
@@ -13,15 +13,12 @@ pub struct Arguments {
     pod: String,
 }
 
-/// Prints it.
+/// Prints the state.
 pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
-    let id = client::find_id(config, &arguments.pod).await?;
-    let Some(control) = client::control(config, &id) else {
-        bail!("pod {id} has no machine: its containers are the host's");
-    };
+    let (id, control) = client::vm(config, &arguments.pod).await?;
     match control.inspect().await {
         Ok(inspection) => println!("{}", serde_json::to_string_pretty(&inspection)?),
-        Err(error) => bail!("the machine of pod {id} does not run: {error}"),
+        Err(error) => bail!("the VM of pod {id} does not run: {error}"),
     }
     Ok(())
 }

@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start")?;
-    // Without a usable configuration there is still much to check.
+    // `husk check` works without a usable configuration.
     let config = Config::load(&arguments.config);
     runtime.block_on(async {
         match &arguments.command {

@@ -48,7 +48,7 @@ fn row(pod: &cri::PodSandbox, unreached: bool) -> [String; 6] {
     ]
 }
 
-/// A state in a word.
+/// The name of a state.
 pub fn state(state: cri::PodSandboxState) -> &'static str {
     match state {
         cri::PodSandboxState::SandboxReady => "ready",
@@ -56,7 +56,7 @@ pub fn state(state: cri::PodSandboxState) -> &'static str {
     }
 }
 
-/// How long ago a time in nanoseconds since 1970 was, in its largest unit.
+/// The time since `created_at`, nanoseconds since 1970, in its largest unit.
 pub fn age(created_at: i64) -> String {
     let created =
         SystemTime::UNIX_EPOCH + Duration::from_nanos(u64::try_from(created_at).unwrap_or_default());
@@ -69,7 +69,7 @@ pub fn age(created_at: i64) -> String {
     }
 }
 
-/// Columns as wide as what is in them.
+/// A table whose columns are as wide as their widest cell.
 pub fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let head = head.map(str::to_owned);
     let mut text = String::new();

@@ -1,11 +1,11 @@
-//! `husk version`: ours, and that of the huskd that runs.
+//! `husk version`: the versions of husk and of the huskd that runs.
 
 use husk_config::Config;
 use husk_proto::cri;
 
 use super::client;
 
-/// Prints both.
+/// Prints both versions.
 pub async fn run(config: &Config) {
     println!("husk   {}", env!("CARGO_PKG_VERSION"));
     let huskd = async {

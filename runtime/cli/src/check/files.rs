@@ -7,15 +7,15 @@ use husk_config::{Config, Handler};
 
 use super::report::{Finding, Report};
 
-/// Programs, the Debian package that has each, and what happens without it;
-/// nothing is said about those without which no pod runs.
+/// Programs, the Debian package of each, and the consequence of its absence;
+/// empty for programs without which no pod runs.
 const PROGRAMS: [(&str, &str, &str); 3] = [
     ("mkfs.erofs", "erofs-utils", ""),
     ("mke2fs", "e2fsprogs", ""),
     ("iptables", "iptables", "CNI plugins cannot masquerade or map ports"),
 ];
 
-/// Looks for them.
+/// Looks for programs and images.
 pub fn check(report: &mut Report, config: &Config) {
     for (name, package, without) in PROGRAMS {
         report.add(name, program(name, package, without));
@@ -38,7 +38,7 @@ pub fn check(report: &mut Report, config: &Config) {
     }
 }
 
-/// A program on the `PATH`, or where root has them when the path is a user's.
+/// A program on the `PATH`, or in root's directories when the path is a user's.
 fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<_> = std::env::split_paths(&path).collect();
@@ -56,7 +56,7 @@ fn program(name: &str, package: &str, without: &str) -> Finding {
 
 fn optional(found: Finding) -> Finding {
     match found {
-        Finding::Missing(what, mend) => Finding::Note(format!("{what}: no pods of this handler"), mend),
+        Finding::Missing(what, fix) => Finding::Note(format!("{what}: no pods of this handler"), fix),
         other => other,
     }
 }
@@ -79,17 +79,17 @@ fn runc(path: &Path) -> Finding {
     }
 }
 
-/// The first releases, each of its line, from which a container does not get out by
-/// what it mounts (CVE-2025-31133, CVE-2025-52565, CVE-2025-52881).
+/// The first release of each line from which a container does not get out by
+/// its mounts (CVE-2025-31133, CVE-2025-52565, CVE-2025-52881).
 const FIXED_RUNC: [[u32; 3]; 3] = [[1, 2, 8], [1, 3, 3], [1, 4, 0]];
 
-/// Judges what `runc --version` says.
+/// Judges the output of `runc --version`.
 fn runc_version(path: &Path, said: &str) -> Finding {
-    const MEND: &str = "install runc 1.2.8, 1.3.3, 1.4.0 or a later one of these lines";
+    const FIX: &str = "install runc 1.2.8, 1.3.3, 1.4.0 or a later one of these lines";
     let path = path.display();
     let Some(version) = said.lines().find_map(|line| line.strip_prefix("runc version ")).map(str::trim)
     else {
-        return Finding::missing(format!("{path} does not say which version of runc it is"), MEND);
+        return Finding::missing(format!("{path} does not say which version of runc it is"), FIX);
     };
     let end = version.find(|byte: char| byte != '.' && !byte.is_ascii_digit()).unwrap_or(version.len());
     let (numbers, rest) = version.split_at(end);
@@ -103,16 +103,16 @@ fn runc_version(path: &Path, said: &str) -> Finding {
     }
     let what = format!("{path} is version {version}, from which containers can get out (CVE-2025-31133)");
     if rest.starts_with('+') || rest.starts_with('~') {
-        return Finding::note(format!("{what} unless the distribution has patched it"), MEND);
+        return Finding::note(format!("{what} unless the distribution has patched it"), FIX);
     }
-    Finding::missing(what, MEND)
+    Finding::missing(what, FIX)
 }
 
-fn file(path: &Path, mend: &str) -> Finding {
+fn file(path: &Path, fix: &str) -> Finding {
     match std::fs::metadata(path) {
         Ok(found) if found.is_file() && found.len() > 0 => Finding::Ok(path.display().to_string()),
-        Ok(_) => Finding::missing(format!("{} is empty or no file", path.display()), mend),
-        Err(error) => Finding::missing(format!("{}: {error}", path.display()), mend),
+        Ok(_) => Finding::missing(format!("{} is empty or no file", path.display()), fix),
+        Err(error) => Finding::missing(format!("{}: {error}", path.display()), fix),
     }
 }
 
@@ -123,8 +123,8 @@ mod tests {
     #[test]
     fn programs_are_found_or_their_package_is_named() {
         assert!(matches!(program("sh", "dash", ""), Finding::Ok(_)));
-        let Finding::Missing(_, mend) = program("no-such-program", "some-package", "") else { panic!() };
-        assert_eq!(mend, "apt install some-package");
+        let Finding::Missing(_, fix) = program("no-such-program", "some-package", "") else { panic!() };
+        assert_eq!(fix, "apt install some-package");
         assert!(matches!(program("no-such-program", "p", "no colours"), Finding::Note(..)));
     }
 

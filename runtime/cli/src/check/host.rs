@@ -1,5 +1,4 @@
-//! What the machine itself must have: privileges, the kernel's network parts,
-//! CNI, cgroups.
+//! Requirements of the host: privileges, the kernel's network parts, CNI, cgroups.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use husk_proto::cri;
 use super::report::{Finding, Report};
 use crate::client;
 
-/// Looks at everything but KVM and files.
+/// Checks all of them.
 pub async fn check(report: &mut Report, config: &Config) {
     report.add("root", root());
     report.add("tap and tc", redirection().await);
@@ -41,7 +40,7 @@ fn root() -> Finding {
     }
 }
 
-/// In a namespace that nobody else sees.
+/// Tries redirection in a network namespace that no other process is in.
 async fn redirection() -> Finding {
     match network::probe().await {
         Ok(()) => Finding::Ok("the kernel makes taps, and redirects and filters their traffic".into()),
@@ -63,12 +62,12 @@ fn cni(config: &Config) -> Finding {
         Ok(()) => Finding::Ok(format!("{}, and its plugins", config.network.conf_dir.display())),
         Err(reason) => {
             let plugins = config.network.bin_dirs.iter().any(|dir| dir.join("bridge").exists());
-            let mend = if plugins {
+            let fix = if plugins {
                 "put a CNI configuration there; docs/guides/network.md has one to start from"
             } else {
                 "apt install containernetworking-plugins"
             };
-            Finding::missing(reason.to_string(), mend)
+            Finding::missing(reason.to_string(), fix)
         }
     }
 }

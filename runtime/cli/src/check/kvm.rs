@@ -1,8 +1,8 @@
-//! Whether KVM can run a guest's kernel.
+//! Checks whether KVM can run a guest's kernel.
 //!
 //! A KVM without hardware behind it opens, answers and creates machines like
-//! any other, but executes every instruction of a guest's kernel in software,
-//! some hundred times slower and not all of them. So a tiny machine is made
+//! any other, but executes the instructions of a guest's kernel in software,
+//! some hundred times slower, and not all of them. So a tiny machine is made
 //! and timed: it runs a loop in ring 0 of 64-bit mode, the way a kernel runs.
 
 use std::fmt;
@@ -19,7 +19,7 @@ use super::report::Finding;
 /// when it is busy, and an emulating KVM about two millions.
 const ENOUGH: f64 = 10e6;
 
-/// For everything that the tiny machine does.
+/// The time limit of the tiny machine.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Rounds of the loop, and instructions of one round.
@@ -33,7 +33,7 @@ const LOOP_AT: usize = 0x4000;
 const SAMPLE_AT: usize = 0x5000;
 const DATA: usize = 0x8000;
 
-/// What `husk-vmm` cannot do without.
+/// The capabilities that `husk-vmm` needs.
 const NEEDED: [(Cap, &str); 8] = [
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "in-kernel interrupt controllers"),
@@ -62,8 +62,8 @@ pub fn check() -> Finding {
             ELSEWHERE,
         ),
         Err(problem) => {
-            let mend = problem.mend();
-            Finding::missing(problem.to_string(), mend)
+            let fix = problem.fix();
+            Finding::missing(problem.to_string(), fix)
         }
     }
 }
@@ -95,7 +95,7 @@ impl fmt::Display for Problem {
 }
 
 impl Problem {
-    fn mend(&self) -> &'static str {
+    fn fix(&self) -> &'static str {
         match self {
             Self::Open(error) if error.errno() == libc::EACCES => "run as root, or: usermod -aG kvm $USER",
             Self::Open(error) if error.errno() == libc::ENOENT => {

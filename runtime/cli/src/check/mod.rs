@@ -1,4 +1,4 @@
-//! `husk check`: can pods run on this machine, and if not, what is missing.
+//! `husk check`: says whether pods can run on this machine, and if not, what is missing.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -20,7 +20,7 @@ pub struct Arguments {
     kvm: bool,
 }
 
-/// Exit code 0 when pods can run here, 1 when they cannot.
+/// Prints the report. The exit code is 0 if pods can run here, 1 if they cannot.
 pub async fn run(arguments: &Arguments, path: &Path, config: Result<Config, Error>) -> ExitCode {
     let mut report = Report::default();
     report.add("kvm", kvm::check());

@@ -1,34 +1,34 @@
-//! What was found, and how it is told.
+//! The report of `husk check`.
 
 use std::fmt;
 
-/// What was found about one thing.
+/// The state of one requirement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Finding {
-    /// It is there.
+    /// The requirement is met.
     Ok(String),
-    /// It is not, and pods can do without it.
-    Note(String, Mend),
-    /// It is not, and no pod can run.
-    Missing(String, Mend),
+    /// The requirement is not met, and pods can run without it.
+    Note(String, Fix),
+    /// The requirement is not met, and no pod can run.
+    Missing(String, Fix),
 }
 
-/// The command, or the deed, that mends it.
-pub type Mend = String;
+/// The command, or the step, that fixes it.
+pub type Fix = String;
 
 impl Finding {
-    /// Pods need it.
-    pub fn missing(what: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self::Missing(what.into(), mend.into())
+    /// A requirement without which no pod can run is not met.
+    pub fn missing(what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Missing(what.into(), fix.into())
     }
 
-    /// Pods do not need it.
-    pub fn note(what: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self::Note(what.into(), mend.into())
+    /// A requirement that pods can do without is not met.
+    pub fn note(what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Note(what.into(), fix.into())
     }
 }
 
-/// Everything that was found, in the order in which it is told.
+/// All findings, in the order in which they are printed.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     lines: Vec<(String, Finding)>,
@@ -40,7 +40,7 @@ impl Report {
         self.lines.push((name.into(), finding));
     }
 
-    /// True when nothing is missing.
+    /// Whether pods can run here.
     #[must_use]
     pub fn can_run(&self) -> bool {
         !self.lines.iter().any(|(_, finding)| matches!(finding, Finding::Missing(..)))
@@ -51,14 +51,14 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.lines.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
         for (name, finding) in &self.lines {
-            let (state, text, mend) = match finding {
+            let (state, text, fix) = match finding {
                 Finding::Ok(text) => ("ok", text, None),
-                Finding::Note(text, mend) => ("note", text, Some(mend)),
-                Finding::Missing(text, mend) => ("missing", text, Some(mend)),
+                Finding::Note(text, fix) => ("note", text, Some(fix)),
+                Finding::Missing(text, fix) => ("missing", text, Some(fix)),
             };
             writeln!(f, "{state:<7}  {name:<width$}  {text}")?;
-            if let Some(mend) = mend {
-                writeln!(f, "{:<7}  {:<width$}  -> {mend}", "", "")?;
+            if let Some(fix) = fix {
+                writeln!(f, "{:<7}  {:<width$}  -> {fix}", "", "")?;
             }
         }
         Ok(())
