@@ -1,33 +1,33 @@
-//! What an agent answers is the word of a guest: it may be as long as it likes.
-//! No more of it than this is kept or passed on.
+//! Limits of an agent's answers. A guest may make them as long as it likes, so that no more
+//! than this is kept or passed on.
 
 use husk_proto::agent::*;
 use tonic::Status;
 
-/// Largest answer that is read. The longest true one, the figures of a full
-/// pod, has half of it.
+/// The largest answer that is read, bytes. The longest true one, the usage of a full
+/// pod, has half of that.
 pub(super) const MAX_ANSWER: usize = 1 << 20;
 
-/// Most bytes of a text for people, such as an error.
+/// The longest text for people, such as an error, bytes.
 const MAX_TEXT: usize = 4096;
 
-/// Most bytes of a name.
+/// The longest name, bytes.
 const MAX_NAME: usize = 256;
 
-/// Most supplementary groups that are told of a container's user. Its process
+/// The most supplementary groups in a container's status. The process
 /// has all of them, up to the kernel's 65,536.
 const MAX_GROUPS: usize = 1024;
 
-/// Most containers that figures are taken from: as many as an agent has.
+/// The most containers whose usage is read: an agent has no more.
 const MAX_CONTAINERS: usize = 1024;
 
-/// Most network interfaces that figures are taken from.
+/// The most network interfaces whose counters are read.
 const MAX_INTERFACES: usize = 256;
 
-/// An answer that can be cut down to what is taken from it. Numbers need
-/// nothing.
+/// An answer whose texts and lists can be cut to their limits. Numbers need
+/// no limit.
 pub trait Bounded {
-    /// Leaves out what is too much.
+    /// Cuts texts and lists that are too long.
     fn bound(&mut self) {}
 }
 
@@ -77,14 +77,14 @@ impl Bounded for ContainerStatsResponse {
     }
 }
 
-/// An error as it is passed on.
+/// An agent's error, cut to the limits.
 pub(super) fn status(status: &Status) -> Status {
     let mut message = status.message().to_owned();
     cut(&mut message, MAX_TEXT);
     Status::new(status.code(), message)
 }
 
-/// Cuts at a character's end, and says so.
+/// Cuts a text at a character's end, and marks that.
 fn cut(text: &mut String, most: usize) {
     const CUT: &str = "…";
     if text.len() > most {

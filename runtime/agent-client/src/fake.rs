@@ -1,4 +1,4 @@
-//! An agent for tests: it does as it is told, and notes what is asked of it.
+//! An agent for tests, which answers as it is configured and notes the requests.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,14 +19,14 @@ use tonic::{Code, Request, Response, Status};
 
 use super::{Agent, read_line};
 
-/// What the agent does.
+/// The agent's behaviour.
 #[derive(Debug, Default)]
 pub struct Fake {
-    /// How long a command takes to start.
+    /// The time that a command takes to start.
     pub start_takes: Duration,
-    /// What every command says.
+    /// The standard output of every command.
     pub stdout: Vec<u8>,
-    /// What every command complains of.
+    /// The standard error of every command.
     pub stderr: Vec<u8>,
     /// Commands end when they are killed, and not before.
     pub endless: bool,
@@ -34,11 +34,11 @@ pub struct Fake {
     pub without_streams: bool,
     /// The answer to CreateContainer.
     pub created: CreateContainerResponse,
-    /// What StartContainer and RemoveContainer answer first, one after the other.
+    /// The first answers to StartContainer and RemoveContainer, one after the other.
     pub refusals: Mutex<Vec<Code>>,
     /// The answer to ContainerStats.
     pub stats: Mutex<ContainerStatsResponse>,
-    /// What its clock shows, standing still.
+    /// The time that the agent's clock shows, which stands still.
     pub clock: Mutex<i64>,
     /// The signals that were sent, each with the process it was for.
     pub signals: Mutex<Vec<(String, u32)>>,
@@ -46,27 +46,27 @@ pub struct Fake {
     pub killed: watch::Sender<bool>,
     /// Every change breaks all connections.
     pub broken: watch::Sender<()>,
-    /// What is said to those who ask again for standard output.
+    /// The answer to another request for standard output.
     pub more: Option<Vec<u8>>,
-    /// How often it was asked for, if there is more.
+    /// How often standard output was asked for, if there is more.
     pub asked: AtomicUsize,
     /// Some output was not taken when the command had ended.
     pub output_kept: bool,
-    /// How commands end.
+    /// The exit code of commands.
     pub exit_code: i32,
-    /// The release that it is of; none for one before releases were told.
+    /// The agent's release; none for one from before `Hello`.
     pub release: Option<String>,
 }
 
 impl Fake {
-    /// Serves below `folder`; answers with the connection to it.
+    /// Serves below `folder`; answers with a client that is connected.
     pub async fn serve(self: &Arc<Self>, folder: &Path, timeout: Duration) -> Agent {
         let path = folder.join("vsock");
         self.serve_on(UnixListener::bind(&path).unwrap());
         Agent::connect(path, timeout).await.unwrap()
     }
 
-    /// Serves whoever connects to `listener`.
+    /// Serves every client that connects to `listener`.
     pub fn serve_on(self: &Arc<Self>, listener: UnixListener) {
         let (calls, incoming) = mpsc::channel(8);
         let service = AgentServer::new(Endpoint(self.clone()));
@@ -78,7 +78,7 @@ impl Fake {
         let fake = self.clone();
         tokio::spawn(async move {
             while let Ok((mut socket, _)) = listener.accept().await {
-                // Who has waited for long may have gone.
+                // A client that has waited for long may have given up.
                 let Ok(port) = read_line(&mut socket).await else { continue };
                 if socket.write_all(b"OK 1\n").await.is_err() {
                     continue;
@@ -141,7 +141,7 @@ impl Fake {
                 _ => &self.stdout,
             },
         };
-        // Who reads it may go.
+        // The reader may hang up.
         let _ = socket.write_all(said).await;
         self.command_ends().await;
     }
@@ -199,7 +199,7 @@ impl Service for Endpoint {
     }
 
     async fn exec_process(&self, _: Request<ExecProcessRequest>) -> Answer<ExecProcessResponse> {
-        // To its end, whoever waits for it, as the agent does.
+        // As with the agent, the start goes on although its caller gives up.
         let started = tokio::spawn(tokio::time::sleep(self.0.start_takes));
         started.await.unwrap();
         done()

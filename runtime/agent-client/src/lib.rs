@@ -25,33 +25,33 @@ mod wait;
 
 pub use bounds::Bounded;
 
-/// Most time until the guest has accepted a connection.
+/// The longest time until the guest has accepted a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How soon a guest that refused, or was too slow to answer, is asked again.
+/// The pause before a guest that refused, or was too slow to answer, is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
-/// Streams of one connection that may have been given up and not yet answered: a
-/// guest that stands still for minutes answers nothing, and its pod is asked for
-/// its figures all the same.
+/// How many streams of one connection may have been given up and not yet answered: a
+/// guest that stands still for minutes answers nothing, and its pod's usage is asked for
+/// all the same.
 const MAX_GIVEN_UP: usize = 1024;
 
-/// Late answers to such streams before the connection is broken off.
+/// How many late answers to such streams are taken before the connection is closed.
 const MAX_LATE_ANSWERS: usize = 16 * 1024;
 
 /// A connection to one agent.
 #[derive(Clone, Debug)]
 pub struct Agent {
     client: AgentClient<Channel>,
-    /// A connection of its own for those who wait for processes, made when the
-    /// first one does: calls that are given up cannot break it.
+    /// A connection for waits for processes alone, made for the first one:
+    /// calls that are given up cannot break it.
     waits: AgentClient<Channel>,
     vsock: PathBuf,
     timeout: Duration,
     silent: Option<Silent>,
 }
 
-/// What is done when the agent has not answered in time.
+/// Called when the agent has not answered in time.
 #[derive(Clone)]
 struct Silent(Arc<dyn Fn() -> BoxFuture<'static, ()> + Send + Sync>);
 
@@ -62,17 +62,17 @@ impl fmt::Debug for Silent {
 }
 
 impl Agent {
-    /// Connects through the unix socket of the machine's vsock device.
+    /// Connects through the unix socket of the VM's vsock device.
     ///
     /// # Errors
-    /// In words.
+    /// The reason, in words.
     pub async fn connect(vsock: PathBuf, timeout: Duration) -> Result<Self, String> {
         let path = vsock.clone();
         let connector = tower::service_fn(move |_| {
             let path = path.clone();
             async move { connect_patiently(&path, GRPC_PORT).await.map(TokioIo::new) }
         });
-        // The name is for the protocol's sake; the connector knows where to go.
+        // HTTP needs a name; the connector has the address.
         let endpoint = Endpoint::from_static("http://agent")
             .connect_timeout(timeout)
             .http2_max_concurrent_reset_streams(MAX_GIVEN_UP)
@@ -85,7 +85,7 @@ impl Agent {
     }
 
     /// Has `look` called, and waited for, when the agent does not answer a call
-    /// in time: the moment to see what its VM is at, before anybody ends it.
+    /// in time: then the VM can be inspected, before its client ends it.
     #[must_use]
     pub fn when_silent<F>(mut self, look: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
@@ -95,11 +95,11 @@ impl Agent {
         self
     }
 
-    /// For calls that end by themselves: each gets the handler's time limit,
-    /// and no answer is longer than it may be.
+    /// Calls an RPC that ends by itself, with the handler's time limit, and cuts the answer to
+    /// its limits.
     ///
     /// # Errors
-    /// The agent's, or `DeadlineExceeded`.
+    /// The agent's error, or `DeadlineExceeded`.
     pub async fn call<T: Bounded>(
         &self,
         stage: &'static str,
@@ -122,11 +122,11 @@ impl Agent {
         }
     }
 
-    /// Which agent it is: its version of the protocol, and its release. An agent of
+    /// The agent's version of the protocol, and its release. An agent of
     /// a release before there were versions has 0, and an empty name.
     ///
     /// # Errors
-    /// As [`Self::call`].
+    /// The same as those of [`Self::call`].
     pub async fn hello(&self) -> Result<(u32, String), Error> {
         let hello = async |mut agent: AgentClient<Channel>| agent.hello(HelloRequest {}).await;
         match self.call("ask which agent it is", hello).await {
@@ -136,7 +136,7 @@ impl Agent {
         }
     }
 
-    /// For calls with a time limit of their own.
+    /// The client for calls that have a time limit of their own.
     #[must_use]
     pub fn unlimited(&self) -> AgentClient<Channel> {
         self.client.clone()
@@ -145,7 +145,7 @@ impl Agent {
     /// Opens one of a process's standard streams.
     ///
     /// # Errors
-    /// When the agent refuses, or does not answer in time.
+    /// The agent refuses, or does not answer in time.
     pub async fn open_stream(&self, header: &stream::StreamHeader) -> io::Result<UnixStream> {
         self.send_header(header).await?.map_err(|reason| {
             io::Error::other(format!("open {:?} of the process: agent says `{reason}`", header.kind))
@@ -155,7 +155,7 @@ impl Agent {
     /// Opens a connection to a port of the pod.
     ///
     /// # Errors
-    /// When nobody listens there, or the agent does not answer in time.
+    /// No program listens there, or the agent does not answer in time.
     pub async fn open_port(&self, port: u16) -> io::Result<UnixStream> {
         self.send_header(&stream::PortHeader(port)).await?.map_err(io::Error::other)
     }
@@ -181,11 +181,11 @@ impl Agent {
 #[derive(Debug, thiserror::Error)]
 #[error("{stage}: {}", status.message())]
 pub struct Error {
-    /// What was asked of it.
+    /// The request.
     pub stage: &'static str,
-    /// Its answer.
+    /// The agent's answer.
     pub status: Box<tonic::Status>,
-    /// There was no answer: the connection failed.
+    /// Whether there was no answer, because the connection failed.
     pub lost: bool,
 }
 
@@ -193,18 +193,18 @@ impl Error {
     /// The agent's answer to `stage`, as far as it is passed on.
     #[must_use]
     pub fn of(stage: &'static str, status: &tonic::Status) -> Self {
-        // Only what failed on this side has a cause.
+        // Only an error of this side has a source.
         let lost = std::error::Error::source(status).is_some();
         Self { stage, status: Box::new(bounds::status(status)), lost }
     }
 }
 
-/// As [`connect_port`], for a port that the agent is known to listen on: a
+/// Does the same as [`connect_port`], for a port that the agent is known to listen on: a
 /// guest that is slow to answer is asked again, for as long as the caller waits.
 async fn connect_patiently(vsock: &Path, port: u32) -> io::Result<UnixStream> {
     loop {
         match connect_port(vsock, port).await {
-            // The operating system's own refusal is that of a VMM that has gone.
+            // The host's kernel refuses when the VMM has ended.
             Err(error)
                 if error.kind() == io::ErrorKind::ConnectionRefused && error.raw_os_error().is_none() =>
             {
@@ -219,7 +219,7 @@ async fn connect_patiently(vsock: &Path, port: u32) -> io::Result<UnixStream> {
 /// Opens a connection to a port of the guest.
 ///
 /// # Errors
-/// When nobody listens there.
+/// No program listens there.
 pub async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStream> {
     let mut socket = UnixStream::connect(vsock).await?;
     socket.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
@@ -231,7 +231,7 @@ pub async fn connect_port(vsock: &Path, port: u32) -> io::Result<UnixStream> {
     }
 }
 
-/// One short line, byte by byte: what follows it belongs to the stream.
+/// Reads a short line, byte by byte, because the bytes after it belong to the stream.
 async fn read_line(socket: &mut UnixStream) -> io::Result<String> {
     let mut line = Vec::new();
     while line.len() < stream::MAX_HEADER {
@@ -342,7 +342,7 @@ mod tests {
         let path = folder.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let vmm = tokio::spawn(async move {
-            // As the VMM does for a guest that lets its time pass.
+            // The VMM does so for a guest that does not answer in time.
             let (mut refused, _) = listener.accept().await.unwrap();
             assert_eq!(read_line(&mut refused).await.unwrap(), "CONNECT 7");
             drop(refused);
@@ -352,7 +352,7 @@ mod tests {
         });
         connect_patiently(&path, 7).await.unwrap();
         vmm.await.unwrap();
-        // Nobody listens any more, but the file is there.
+        // Nothing listens any more, but the file is there.
         let gone = tokio::time::timeout(Duration::from_secs(10), connect_patiently(&path, 7)).await.unwrap();
         assert_eq!(gone.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }

@@ -1,6 +1,6 @@
 //! Waits for the end of processes. Such a call may take as long as the pod lives,
-//! and its answer is not to be had twice: it is asked again whenever its
-//! connection breaks, for as long as somebody listens at the other end.
+//! and the agent gives the answer once: it is asked again whenever the
+//! connection breaks, for as long as something listens at the other end.
 
 use std::io;
 use std::time::Duration;
@@ -12,11 +12,11 @@ use tonic::{Code, Status};
 
 use super::{Agent, Error};
 
-/// How soon a wait that broke off is asked for again, and then twice as long each
-/// time.
+/// The first pause before a wait that broke off is asked for again; each later one is twice as
+/// long.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
-/// How long that becomes.
+/// The longest pause.
 const AT_THE_LATEST: Duration = Duration::from_secs(30);
 
 /// The stage of errors.
@@ -27,7 +27,7 @@ impl Agent {
     /// first one.
     ///
     /// # Errors
-    /// The agent's word that it cannot tell, or that the agent has gone.
+    /// The agent does not know the process, or has ended.
     pub async fn wait_process(
         &self,
         container_id: &str,
@@ -54,7 +54,7 @@ impl Agent {
         }
     }
 
-    /// Whether nobody listens any more where the agent is to be found.
+    /// Whether nothing listens any more at the agent's socket.
     async fn has_gone(&self) -> bool {
         let gone = |error: io::Error| {
             matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)

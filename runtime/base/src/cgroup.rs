@@ -1,5 +1,5 @@
-//! The control group of a pod: what it costs the host, in one place. In it are
-//! the pod's VMM, or the groups of its supervisor and its host containers.
+//! The control group of a pod, in which the kernel counts what the pod uses of its host. It
+//! holds the pod's VMM, or the groups of its supervisor and its host containers.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use crate::id::SandboxId;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Where a sandbox's control group goes: under the parent that the client
+/// The path of a sandbox's control group: under the parent that the client
 /// names, else under `/husk`. `None` where the host has no cgroup v2.
 #[must_use]
 pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
@@ -27,19 +27,19 @@ pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
     Some(root.join(below).join(format!("husk-{}", id.short())))
 }
 
-/// Makes it, and has the kernel count what is used in it.
+/// Makes a group, and has the kernel count what is used in it.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's error.
 pub fn make(path: &Path) -> io::Result<()> {
     std::fs::create_dir_all(path)?;
     count(path);
     Ok(())
 }
 
-/// Has the controllers that tell what a pod uses, or that its containers have
-/// limits of, turned on from the root down to it, as far as the host allows:
-/// where one is missing, its figures are, and the pod runs all the same.
+/// Turns on the controllers that count what a pod uses, or limit its containers, from the root
+/// down to the group, as far as the host allows. Where a controller is missing, its counters
+/// are, and the pod runs all the same.
 fn count(path: &Path) {
     let parents: Vec<_> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(ROOT)).collect();
     for parent in parents.into_iter().rev() {
@@ -49,27 +49,27 @@ fn count(path: &Path) {
     }
 }
 
-/// What a VMM has used of its host, in nanoseconds and bytes.
+/// The usage of a group, in nanoseconds and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Processor time of all its threads, the guest's included.
+    /// CPU time of all threads, the guest's included.
     pub cpu_nanos: u64,
-    /// `None` where the host does not count it.
+    /// The memory; `None` where the host does not count it.
     pub memory: Option<Memory>,
 }
 
-/// The memory part of it.
+/// The memory that a group uses, bytes, and its page faults.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// All of it.
+    /// All memory of the group.
     pub current: u64,
-    /// What of it the kernel takes back first.
+    /// The part that the kernel takes back first.
     pub inactive_file: u64,
-    /// Not backed by a file: the guest's memory, for the most part.
+    /// The part that no file backs: mostly the guest's memory.
     pub anonymous: u64,
-    /// Page faults.
+    /// All page faults.
     pub page_faults: u64,
-    /// Those that had to wait for a disk.
+    /// Page faults that had to wait for a disk.
     pub major_page_faults: u64,
 }
 
@@ -97,8 +97,8 @@ fn keyed(text: &str, key: &str) -> u64 {
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
-/// How many of its processes the kernel has killed for want of memory, be it
-/// the group's own or that of one above it.
+/// How many of the group's processes the kernel has killed for want of memory, the
+/// group's own or that of a group above it.
 #[must_use]
 pub fn oom_kills(path: &Path) -> u64 {
     keyed(&std::fs::read_to_string(path.join("memory.events")).unwrap_or_default(), "oom_kill")
@@ -125,16 +125,16 @@ pub fn set_list(path: &Path, file: &str, list: &str) -> io::Result<()> {
 }
 
 /// Gives every process of the group at `path` this OOM score (`oom_score_adj` of
-/// proc(5)): a VMM and a file server. One that has ended is passed over.
+/// proc(5)): a VMM and a file server. A process that has ended is passed over.
 ///
 /// # Errors
-/// The kernel's, for a score that huskd may not lower to.
+/// The kernel's error, for a score that huskd may not lower to.
 pub fn set_oom_score(path: &Path, score: i64) -> io::Result<()> {
     let processes = std::fs::read_to_string(path.join("cgroup.procs"))?;
     for process in processes.split_whitespace() {
         match std::fs::write(format!("/proc/{process}/oom_score_adj"), score.to_string()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // It ended after the file was opened.
+            // The process ended after the file was opened.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
             result => result?,
         }
@@ -142,7 +142,7 @@ pub fn set_oom_score(path: &Path, score: i64) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the groups below first; their files are no obstacle.
+/// Removes a group, after the groups below it. The kernel's files in it are no obstacle.
 fn remove_tree(path: &Path) -> io::Result<()> {
     let mut groups = vec![path.to_owned()];
     let mut at = 0;
@@ -161,12 +161,12 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Kills every process in it and in the groups below: the way to end a VMM that
-/// does not listen any more, without a process id that may have become
-/// another's. Without the group there is nothing to kill.
+/// Kills every process in a group and in the groups below. So a VMM that does not listen any
+/// more can be ended without a process id, which may have become another's. Succeeds without
+/// the group.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's error.
 pub fn kill(path: &Path) -> io::Result<()> {
     match std::fs::write(path.join("cgroup.kill"), "1") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -174,19 +174,19 @@ pub fn kill(path: &Path) -> io::Result<()> {
     }
 }
 
-/// True while there are processes in it or in the groups below.
+/// Whether there are processes in a group or in the groups below.
 #[must_use]
 pub fn is_populated(path: &Path) -> bool {
     let events = std::fs::read_to_string(path.join("cgroup.events")).unwrap_or_default();
     events.lines().any(|line| line == "populated 1")
 }
 
-/// Removes it, with the groups that its containers had below, once it is empty,
-/// which takes the kernel a moment after the last process has gone. Succeeds
-/// when there is none.
+/// Removes a group, with the groups of containers below, once it is empty,
+/// which takes the kernel a moment after the last process has ended. Succeeds
+/// without the group.
 ///
 /// # Errors
-/// The kernel's, `EBUSY` when a process stays in it.
+/// The kernel's error, `EBUSY` when a process stays in the group.
 pub async fn remove(path: &Path) -> io::Result<()> {
     let mut tries = 0;
     loop {
@@ -200,7 +200,7 @@ pub async fn remove(path: &Path) -> io::Result<()> {
             }
         }
     }
-    // The folder that all such groups share goes with the last of them; while
+    // The parent that all such groups share is removed with the last of them; while
     // there are others this fails, as it should.
     if let Some(parent) = path.parent()
         && parent == Path::new(ROOT).join("husk")
@@ -231,7 +231,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut processes =
             [0, 1].map(|_| std::process::Command::new("/bin/sleep").arg("60").spawn().unwrap());
-        // One has ended meanwhile.
+        // The last process has ended meanwhile.
         let listed = format!("{}\n4194399\n{}\n", processes[0].id(), processes[1].id());
         std::fs::write(folder.path().join("cgroup.procs"), listed).unwrap();
         let set = set_oom_score(folder.path(), 321);

@@ -1,5 +1,5 @@
-//! The error of a file that could not be read, written or removed, and what is to be
-//! found in a chain of errors.
+//! The error of a file that could not be read, written or removed, and searches in a chain
+//! of errors.
 
 use std::error::Error;
 use std::io;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[error("{stage}: {}", path.display())]
 pub struct FileError {
-    /// The step, "make folder".
+    /// The step, for example "make folder".
     pub stage: &'static str,
     /// The file or folder.
     pub path: PathBuf,
@@ -21,14 +21,13 @@ pub struct FileError {
 }
 
 impl FileError {
-    /// For `map_err`: `File::open(path).map_err(FileError::at("open", path))`.
+    /// Makes the error of a step, for `map_err`: `File::open(path).map_err(FileError::at("open", path))`.
     pub fn at(stage: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self { stage, path: path.to_owned(), source }
     }
 }
 
-/// An error with its causes, as a person shall read it. What an error repeats of its
-/// cause is not said twice.
+/// An error with its causes, for a person. A cause whose text the error repeats is left out.
 #[must_use]
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();

@@ -30,7 +30,7 @@ pub fn write_json<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
         .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_data()))
         .and_then(|()| std::fs::rename(&new, path));
     if written.is_err() {
-        // Half a record helps nobody, and takes room that a full disk has not.
+        // Half a record is of no use, and takes room that a full disk does not have.
         let _ = std::fs::remove_file(&new);
     }
     written

@@ -21,25 +21,25 @@ pub const VERSION: u32 = 1;
 /// A record cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// It cannot be read now.
+    /// The file cannot be read now.
     #[error("{0}")]
     File(#[from] io::Error),
-    /// It is of a later release.
+    /// The record is of a later version.
     #[error("it is of version {0}, and this huskd knows versions up to {VERSION}: a later release wrote it")]
     Newer(u64),
-    /// It says something else than a record does.
+    /// The file has something else than a record.
     #[error("{0}")]
     Damaged(String),
 }
 
-/// What a record says that this huskd knows nothing of.
+/// The fields of a record that this huskd does not know.
 #[derive(Clone, Debug, Default)]
 pub struct Unknown(Option<Value>);
 
 /// Reads a record.
 ///
 /// # Errors
-/// [`ReadError`]: whatever it is, the record is left as it is.
+/// [`ReadError`]. The record stays as it is in any case.
 pub fn read<T: Serialize + DeserializeOwned>(path: &Path) -> Result<(T, Unknown), ReadError> {
     let damaged = |error: serde_json::Error| ReadError::Damaged(error.to_string());
     let value: Value = serde_json::from_slice(&std::fs::read(path)?).map_err(damaged)?;
@@ -52,16 +52,16 @@ pub fn read<T: Serialize + DeserializeOwned>(path: &Path) -> Result<(T, Unknown)
     Ok((record, Unknown(missing(&value, &known))))
 }
 
-/// How much a write has to withstand.
+/// How much a written record has to withstand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
     /// A power cut leaves the new record or the old one.
     Whole,
-    /// A power cut leaves the new record: somebody has been promised what it says.
+    /// A power cut leaves the new record, because its content was promised to a client.
     Acknowledged,
 }
 
-/// Replaces a record as a whole, with what `unknown` has beside it.
+/// Replaces a record as a whole, with the fields of `unknown` added.
 ///
 /// # Errors
 /// The file system's; the old record is then unchanged.
@@ -87,10 +87,10 @@ pub fn write<T: Serialize>(
     Ok(())
 }
 
-/// Keeps a copy of a record that cannot be used, for whoever mends it.
+/// Keeps a copy of a record that cannot be used, for the person who repairs it.
 ///
 /// # Errors
-/// The file system's.
+/// The file system's error.
 pub fn keep_bad(path: &Path) -> io::Result<PathBuf> {
     let mut copy = path.as_os_str().to_owned();
     copy.push(".bad");
@@ -101,9 +101,9 @@ pub fn keep_bad(path: &Path) -> io::Result<PathBuf> {
     Ok(copy)
 }
 
-/// What can be told from a record that does not read: everything, if it is JSON
-/// all the same; else at least the first value with the name `wanted`, if that is
-/// whole. `None` when it tells nothing.
+/// Reads as much as possible of a record that does not read: all of it, if it is JSON
+/// all the same; else the first value with the name `wanted`, if that is
+/// whole. `None` if there is no such value.
 #[must_use]
 pub fn salvage(path: &Path, wanted: &str) -> Option<Salvaged> {
     let text = std::fs::read(path).ok()?;
@@ -116,7 +116,7 @@ pub fn salvage(path: &Path, wanted: &str) -> Option<Salvaged> {
     Some(Salvaged::Part(first.ok()?))
 }
 
-/// See [`salvage`].
+/// The result of [`salvage`].
 #[derive(Debug, PartialEq)]
 pub enum Salvaged {
     /// The whole record.
@@ -132,7 +132,7 @@ struct Versioned<'a, T> {
     record: &'a T,
 }
 
-/// What of `read` is not in `known`: objects are compared by their names, lists
+/// The part of `read` that is not in `known`: objects are compared by name, lists
 /// of the same length by place.
 fn missing(read: &Value, known: &Value) -> Option<Value> {
     match (read, known) {
@@ -156,7 +156,7 @@ fn missing(read: &Value, known: &Value) -> Option<Value> {
     }
 }
 
-/// Undoes [`missing`], wherever what it was missing from is still there.
+/// Adds the result of [`missing`] to `known` again, wherever its place still exists.
 fn put_back(known: &mut Value, unknown: &Value) {
     match (known, unknown) {
         (Value::Object(known), Value::Object(unknown)) => {

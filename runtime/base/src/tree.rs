@@ -41,7 +41,7 @@ fn move_up(root: &Path, path: &Path, moved: &mut u64) -> io::Result<PathBuf> {
         let up = root.join(format!(".removed-{moved}"));
         match fs::rename(path, &up) {
             Ok(()) => return Ok(up),
-            // A name of the container's own, or of an earlier try.
+            // A container or an earlier try has used the name.
             Err(error)
                 if matches!(
                     error.kind(),
@@ -64,7 +64,7 @@ mod tests {
     fn a_tree_deeper_than_a_path_can_name_goes() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("layer");
-        // Built bottom up, because a path to its end would be too long.
+        // The tree is built bottom up, because a path to its end would be too long.
         let mut inner = folder.path().join("seed");
         fs::create_dir(&inner).unwrap();
         fs::write(inner.join("file"), "x").unwrap();

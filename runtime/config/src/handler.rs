@@ -35,7 +35,7 @@ impl Kind {
 
 /// A runtime handler that is enabled.
 ///
-/// Its table in the file is flat: `read` chooses the variant by `kind`, or by the handler's
+/// The handler's table in the file is flat: `read` chooses the variant by `kind`, or by the handler's
 /// name, and refuses keys of the other one.
 #[expect(clippy::large_enum_variant, reason = "a node has a few handlers")]
 #[derive(Clone, Debug, Serialize)]

@@ -17,38 +17,38 @@ use super::{
     Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path, supervisor_group,
 };
 
-/// What a host pod is made of.
+/// A host pod that is to be started.
 #[derive(Debug)]
 pub struct Plan<'a> {
     /// The handler that its client chose.
     pub handler: &'a HostHandler,
-    /// Where its socket, bundles and mounts go; made here.
+    /// The directory for the pod's socket, bundles and mounts; made here.
     pub run_dir: PathBuf,
-    /// Where the writable layers of its containers go; made here.
+    /// The directory for the writable layers of containers; made here.
     pub layers: PathBuf,
-    /// Its control group; made here.
+    /// The pod's control group; made here.
     pub cgroup: PathBuf,
-    /// Its network namespace; none for the host's.
+    /// The pod's network namespace; `None` for the host's.
     pub netns: Option<PathBuf>,
-    /// IPC is its own.
+    /// Whether the pod has an IPC namespace of its own.
     pub own_ipc: bool,
-    /// The host's group for the group 0 of its user namespace, if it has one.
+    /// The host's group for the group 0 of the pod's user namespace, if it has one.
     pub group: Option<u32>,
 }
 
-/// Starts the supervisor, and returns when it can be talked to, with its
-/// process id.
+/// Starts the supervisor, and returns when it answers, with its process id.
 ///
 /// # Errors
-/// With the stage in it; whatever was started is left to [`super::destroy`].
+/// The step that failed. The processes and files that were made are left to
+/// [`super::destroy`].
 pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> {
     let run_dir = &plan.run_dir;
-    // The bundles hold what containers are told in secret.
+    // The bundles hold the containers' environment, which may be secret.
     for path in [run_dir, &plan.layers] {
         dirs::make(path, dirs::ROOT_ONLY).map_err(file("make folder", path))?;
     }
     if let Some(group) = plan.group {
-        // Its containers find their way to their own files, by name.
+        // Users of the namespace pass through the directory to their own files, by name.
         chown(run_dir, None, Some(group))
             .and_then(|()| fs::set_permissions(run_dir, fs::Permissions::from_mode(0o710)))
             .map_err(file("open to the pod's users", run_dir))?;
@@ -64,7 +64,7 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> 
     let log = log_path(run_dir);
     let log = File::create(&log).map_err(file("make log", &log))?;
 
-    // The supervisor alone listens then: once it has gone, nobody does.
+    // From here on only the supervisor holds the socket: once it has ended, nothing listens.
     let pid = spawn(plan, &own_group, socket, log).map_err(file("start supervisor", &plan.handler.agent))?;
     let timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let failed = |cause| Error::Supervisor { cause, log: last_lines(run_dir) };
@@ -73,9 +73,9 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> 
     Ok((supervisor, agent, pid))
 }
 
-/// Starts it in a control group of its own, so that it can be ended with its pod
-/// from its first instruction on. It keeps huskd's limits: its containers get
-/// theirs from them.
+/// Starts the supervisor in a control group of its own, so that it can be ended with its pod
+/// from its first instruction on. It keeps huskd's resource limits, which its containers
+/// inherit.
 fn spawn(plan: &Plan<'_>, group: &Path, socket: UnixListener, log: File) -> io::Result<u32> {
     let mut program = Detached::new(&plan.handler.agent)?
         .arguments(["--host", "--directory"])?

@@ -1,14 +1,14 @@
 //! Pods of plain host containers: the only code that starts `husk-agent` on the
 //! host.
 //!
-//! Such a pod has no machine. Its supervisor, one `husk-agent` process, has
+//! Such a pod has no VM. Its supervisor, one `husk-agent` process, has
 //! entered the pod's namespaces and runs its containers with the host's runc.
-//! It outlives huskd as a VMM does, and everything of the pod is in one control
-//! group: to end the pod is to kill that.
+//! The supervisor outlives huskd as a VMM does. All processes of the pod are in one control
+//! group, and the pod is ended by killing that group.
 //!
-//! What the supervisor mounts is in its own mount namespace, below the pod's
-//! run directory; that is a mount of its own, so that nothing mounted below it
-//! appears on the host. Seen from here the directory holds plain files.
+//! The supervisor's mounts are in its own mount namespace, below the pod's
+//! run directory. That directory is a mount of its own, so that no mount below it
+//! appears on the host. On the host the directory holds plain files.
 
 #![forbid(unsafe_code)]
 
@@ -27,10 +27,10 @@ use tokio::time::{Instant, sleep};
 
 pub mod launch;
 
-/// Most time that processes take to go once they are killed.
+/// The longest time that processes may take to end once they are killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Most lines of a supervisor's log that an error quotes.
+/// How many lines of a supervisor's log an error quotes at most.
 const LAST_LINES: usize = 8;
 
 /// Something went wrong with the supervisor of a host pod.
@@ -39,11 +39,11 @@ pub enum Error {
     /// A file or directory of the pod.
     #[error("host pod: {stage}: {path}: {cause}")]
     File {
-        /// What was being done.
+        /// The step that failed.
         stage: &'static str,
-        /// To which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why it failed.
+        /// The kernel's reason.
         cause: io::Error,
     },
     /// The host has no cgroup v2.
@@ -55,12 +55,12 @@ pub enum Error {
     /// The supervisor does not answer.
     #[error("host pod: start supervisor: {cause}{}", quoted(log))]
     Supervisor {
-        /// What the connection said.
+        /// The error of the connection.
         cause: String,
-        /// The last of the supervisor's log.
+        /// The end of the supervisor's log.
         log: String,
     },
-    /// Processes that SIGKILL does not end.
+    /// SIGKILL does not end the processes of a control group.
     #[error("host pod: processes of {0} do not end within {limit} s of SIGKILL", limit = KILL_TIMEOUT.as_secs())]
     Alive(PathBuf),
 }
@@ -74,8 +74,7 @@ fn quoted(log: &str) -> String {
     if log.is_empty() { String::new() } else { format!(": {log}") }
 }
 
-/// The process that runs a host pod, as one can tell from outside whether it
-/// lives.
+/// The supervisor of a host pod, known by its socket and its control group.
 #[derive(Clone, Debug)]
 pub struct Supervisor {
     run_dir: PathBuf,
@@ -83,14 +82,14 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Returns when it has ended, with the last that it said. Its containers
-    /// cannot be waited for by anybody then, so they end as well.
+    /// Returns when the supervisor has ended, with the end of its log. Its containers are
+    /// killed then, because no process could wait for them.
     pub async fn wait(&self) -> String {
         let socket = socket_path(&self.run_dir);
         loop {
             match UnixStream::connect(&socket).await {
                 Err(error) if is_gone(&error, &self.cgroup) => break,
-                // Its backlog may be full: that is no end.
+                // The socket's backlog may be full, which is no end.
                 Err(_) => {}
                 Ok(probe) => {
                     drop(probe);
@@ -103,14 +102,14 @@ impl Supervisor {
             sleep(Duration::from_millis(500)).await;
         }
         if let Err(error) = cgroup::kill(&self.cgroup) {
-            tracing::warn!(cgroup = %self.cgroup.display(), %error, "end what a supervisor left behind");
+            tracing::warn!(cgroup = %self.cgroup.display(), %error, "failed to end the processes that a supervisor left behind");
         }
         format!("the pod's supervisor (husk-agent) ended{}", quoted(&last_lines(&self.run_dir)))
     }
 }
 
-/// Whether an error at a supervisor's socket says that it has gone. One whose socket
-/// somebody has removed lives for as long as there is a process in its group.
+/// Whether an error at a supervisor's socket means that it has ended. A supervisor whose socket
+/// was removed lives for as long as there is a process in its group.
 fn is_gone(error: &io::Error, cgroup: &Path) -> bool {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => true,
@@ -124,8 +123,7 @@ fn supervisor_group(cgroup: &Path) -> PathBuf {
     cgroup.join("supervisor")
 }
 
-/// Whether there is a supervisor that `run_dir` belongs to. One that is slow to
-/// answer lives.
+/// Whether the supervisor of `run_dir` lives. One that is slow to answer does.
 pub async fn lives(run_dir: &Path) -> bool {
     let cgroup = std::fs::read_link(cgroup_link(run_dir)).unwrap_or_default();
     !UnixStream::connect(socket_path(run_dir)).await.is_err_and(|error| is_gone(&error, &cgroup))
@@ -139,8 +137,8 @@ fn log_path(run_dir: &Path) -> PathBuf {
     run_dir.join("agent.log")
 }
 
-/// A link to the pod's control group, by which the pod can be ended even when
-/// no record speaks of it.
+/// The link to the pod's control group, by which the pod can be ended even without
+/// a record.
 fn cgroup_link(run_dir: &Path) -> PathBuf {
     run_dir.join("cgroup")
 }
@@ -161,7 +159,7 @@ fn last_lines(run_dir: &Path) -> String {
 /// Takes over a pod that runs already, after a restart of huskd.
 ///
 /// # Errors
-/// When its supervisor does not answer: the pod is then to be ended.
+/// The supervisor does not answer.
 pub async fn reattach(
     run_dir: &Path,
     cgroup: &Path,
@@ -177,7 +175,7 @@ pub async fn reattach(
 /// there is nothing.
 ///
 /// # Errors
-/// When a process does not go, or the directory cannot be removed.
+/// A process does not end, or the directory cannot be removed.
 pub async fn destroy(run_dir: &Path, cgroup: Option<&Path>) -> Result<(), Error> {
     let link = cgroup_link(run_dir);
     let linked = std::fs::read_link(&link).ok();
@@ -196,14 +194,14 @@ pub async fn destroy(run_dir: &Path, cgroup: Option<&Path>) -> Result<(), Error>
     remove_tree(run_dir).map_err(file("remove", run_dir))
 }
 
-/// Makes the directory a mount of its own, from which no mount gets out.
+/// Makes the directory a mount of its own, from which no mount propagates.
 fn make_mount(run_dir: &Path) -> io::Result<()> {
     mount(Some(run_dir), run_dir, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     mount(None::<&str>, run_dir, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?;
     Ok(())
 }
 
-/// Undoes that, however often it was done.
+/// Undoes [`make_mount`], however often it was called.
 fn give_up_mount(run_dir: &Path) -> io::Result<()> {
     loop {
         match umount2(run_dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {

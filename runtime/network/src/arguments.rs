@@ -10,7 +10,7 @@ use super::pod::{PodRef, Protocol};
 /// segments, 64 KiB, that interfaces hand over in one piece. In bits.
 const BURST_PART: u64 = 10;
 const LEAST_BURST: u64 = 8 * 256 * 1024;
-/// Plugins count it in 32 bits.
+/// The largest burst, which plugins count in 32 bits.
 const MOST_BURST: u64 = u32::MAX as u64;
 
 /// Bits per second that make sense, as Kubernetes has them.
@@ -19,7 +19,7 @@ const RATES: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 /// `CNI_ARGS` as Kubernetes' plugins know them.
 ///
 /// # Errors
-/// Words for a name that cannot be handed on.
+/// The name that cannot be handed on, in words.
 pub(super) fn args(pod: &PodRef<'_>) -> Result<String, String> {
     let mut args = "IgnoreUnknown=1".to_owned();
     for (key, value) in [
@@ -92,7 +92,7 @@ pub(super) fn missing<'a>(wanted: &'a Map<String, Value>, plugins: &[Map<String,
 /// Bits per second from one of Kubernetes' quantities: "10M", "1.5Gi".
 ///
 /// # Errors
-/// Words for one that is none, or makes no sense as a rate.
+/// The reason in words: the text is no quantity, or no rate that makes sense.
 pub fn rate(text: &str) -> Result<u64, String> {
     quantity(text)
         .filter(|rate| RATES.contains(rate))

@@ -1,4 +1,4 @@
-//! A pod that is connected.
+//! The result of connecting a pod: its addresses, interfaces, routes and name service.
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -22,31 +22,31 @@ pub struct Attachment {
 /// A network interface of the guest.
 #[derive(Debug)]
 pub struct GuestInterface {
-    /// "eth0".
+    /// The name, for example "eth0".
     pub name: String,
     /// The MAC that the network knows it by.
     pub mac: [u8; 6],
     /// The largest packet, bytes, without the Ethernet header.
     pub mtu: u16,
-    /// "10.88.0.5/16".
+    /// Addresses with their prefix, for example "10.88.0.5/16".
     pub addresses: Vec<String>,
-    /// Non-blocking, with `IFF_VNET_HDR`. The tap goes with its last descriptor.
-    /// `None` for the one that was handed out early.
+    /// The tap, non-blocking and with `IFF_VNET_HDR`, which the kernel removes with its last
+    /// descriptor. `None` for the tap that was handed out early.
     pub tap: Option<OwnedFd>,
 }
 
 /// A route of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// "0.0.0.0/0".
+    /// The destination with its prefix, for example "0.0.0.0/0".
     pub destination: String,
-    /// `None` for a route on the link.
+    /// The gateway; `None` for a route on the link.
     pub gateway: Option<IpAddr>,
     /// Name of the guest's interface.
     pub interface: String,
 }
 
-/// Name service.
+/// Configuration of name service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dns {
     /// Addresses of servers.

@@ -38,7 +38,7 @@ pub enum Error {
     /// A step of huskd's own.
     #[error("{step}")]
     Kernel {
-        /// "make the tap of eth0".
+        /// The step, for example "make the tap of eth0".
         step: String,
         /// The kernel's reason.
         source: io::Error,
@@ -101,7 +101,7 @@ struct HostRoute {
 }
 
 /// Makes the tap of the main interface, in the calling thread's namespace,
-/// before there is that interface.
+/// before the plugins make that interface.
 ///
 /// # Errors
 /// [`Error::Kernel`].
@@ -120,7 +120,7 @@ fn tap_name(place: usize) -> String {
 /// sender are dropped.
 ///
 /// # Errors
-/// The taps are gone then; the filters go with the namespace.
+/// The kernel's reason. The taps are closed then; the filters end with the namespace.
 pub async fn join(netlink: &rtnetlink::Handle, main: &Main, filtered: bool) -> Result<Guest, Error> {
     let links = links(netlink, &main.name).await?;
     let addresses = addresses(netlink).await?;
@@ -153,7 +153,7 @@ async fn links(netlink: &rtnetlink::Handle, main: &str) -> Result<Vec<Link>, Err
     let found: Vec<LinkMessage> =
         netlink.link().get().execute().try_collect().await.map_err(failed("list interfaces"))?;
     let mut links: Vec<Link> = found.iter().filter_map(usable).collect();
-    // The main one first; `false` sorts before `true`.
+    // The main interface comes first; `false` sorts before `true`.
     links.sort_by_key(|link| (link.name != main, link.index));
     if links.first().is_none_or(|link| link.name != main) {
         return Err(Error::NoInterface(main.to_owned()));
@@ -164,7 +164,7 @@ async fn links(netlink: &rtnetlink::Handle, main: &str) -> Result<Vec<Link>, Err
     Ok(links)
 }
 
-/// Ethernet and up: that leaves out `lo` and the devices that some modules put
+/// A link that is Ethernet and up: that leaves out `lo` and the devices that some modules put
 /// into every new namespace (`gretap0`, `erspan0`).
 fn usable(message: &LinkMessage) -> Option<Link> {
     let header = &message.header;
@@ -190,7 +190,7 @@ async fn addresses(netlink: &rtnetlink::Handle) -> Result<Vec<(u32, IpNet)>, Err
         netlink.address().get().execute().try_collect().await.map_err(failed("list addresses"))?;
     let mut addresses = Vec::new();
     for message in found {
-        // IFA_LOCAL is the interface's own where IFA_ADDRESS is its peer's.
+        // Where IFA_ADDRESS is the peer's address, IFA_LOCAL is the interface's own.
         let (mut local, mut address) = (None, None);
         for attribute in &message.attributes {
             match attribute {
@@ -264,7 +264,7 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-/// An address as the guest is to configure it. Adding one with a prefix makes
+/// An address in the form in which the guest is to configure it. Adding one with a prefix makes
 /// the kernel route the whole prefix to the link; where a plugin has removed
 /// that route (ptp does, to send all traffic to its gateway), the guest gets
 /// the address alone so that its kernel makes none.
@@ -278,9 +278,10 @@ fn guest_address(own: IpNet, link: u32, routes: &[HostRoute]) -> IpNet {
     if connected { own } else { own.addr().into() }
 }
 
-/// Routes as the guest is to add them: those on the link come first, because
+/// The routes in the order in which the guest is to add them: those on the link come first, because
 /// the others' gateways must be reachable, and a gateway that is "onlink" gets
-/// a route of its own. What the kernel made by itself the guest's will, too.
+/// a route of its own. Routes that the kernel made by itself are left out: the guest's kernel
+/// makes them too.
 fn guest_routes(links: &[Link], routes: Vec<HostRoute>) -> Vec<Route> {
     let mut wanted: Vec<HostRoute> = Vec::new();
     for route in routes.into_iter().filter(|route| !route.kernel) {
@@ -321,7 +322,7 @@ async fn join_one(
     };
     quieten(tap_name).map_err(io_failed("switch off IPv6 on the tap"))?;
     let tap = tc::index_of(netlink, tap_name).await.map_err(failed(step("find the tap")))?;
-    // Before the tap is up, so that no frame of the guest passes by the filter.
+    // The filter comes before the tap is up, so that no frame of the guest passes it by.
     match program {
         Some(program) => tc::redirect_accepted(netlink, tap, link.index, program).await,
         None => tc::redirect(netlink, tap, link.index).await,
@@ -358,9 +359,9 @@ pub async fn probe(netlink: &rtnetlink::Handle) -> Result<(), Error> {
 /// The namespace's kernel must not send its own neighbour discovery and
 /// multicast reports into the guest.
 fn quieten(interface: &str) -> io::Result<()> {
-    // Under /proc/sys/net is the namespace of the thread that asks.
+    // /proc/sys/net shows the namespace of the calling thread.
     match std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1") {
-        // A kernel without IPv6.
+        // The kernel has no IPv6.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         written => written,
     }

@@ -6,10 +6,10 @@
 //!                        ─◀── tc filter  ────
 //! ```
 //!
-//! [`Network::attach`] writes down what it is about to do ([`record`]), makes
+//! [`Network::attach`] records what it is about to do ([`record`]), makes
 //! the namespace ([`netns`]), has the CNI plugins connect it ([`cni`],
 //! [`plugin`]), and joins what they made to taps ([`guest`], [`tap`]).
-//! [`Network::detach`] works from what was written down alone: after a crash,
+//! [`Network::detach`] works from the record alone: after a crash,
 //! a reboot, or a change of `/etc/cni/net.d` it disconnects the pod with the
 //! configuration that had connected it.
 

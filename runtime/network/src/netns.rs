@@ -161,7 +161,7 @@ fn prepare_directory() -> io::Result<()> {
     let share =
         || mount(None::<&str>, DIRECTORY, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>);
     match share() {
-        // It is not a mount point yet.
+        // The directory is not a mount point yet.
         Err(Errno::EINVAL) => {
             mount(
                 Some(DIRECTORY),

@@ -103,16 +103,16 @@ impl std::fmt::Display for Verb {
     }
 }
 
-/// The pod that a call is about, as the environment tells it.
+/// The pod that a call is about, as the environment names it.
 #[derive(Clone, Copy, Debug)]
 pub struct Target<'a> {
-    /// `CNI_CONTAINERID`.
+    /// The sandbox's id, `CNI_CONTAINERID`.
     pub sandbox_id: &'a str,
-    /// `CNI_NETNS`; `None` when it no longer exists.
+    /// The file of the netns, `CNI_NETNS`; `None` when it no longer exists.
     pub netns: Option<&'a Path>,
-    /// `CNI_IFNAME`.
+    /// The interface's name, `CNI_IFNAME`.
     pub interface: &'a str,
-    /// `CNI_ARGS`.
+    /// The pod's names for plugins, `CNI_ARGS`.
     pub args: &'a str,
 }
 

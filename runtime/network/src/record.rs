@@ -28,9 +28,9 @@ pub struct Intent {
     pub sandbox_id: String,
     /// The file that pins the sandbox's netns.
     pub netns: PathBuf,
-    /// `CNI_IFNAME`.
+    /// The interface's name, `CNI_IFNAME`.
     pub interface: String,
-    /// `CNI_ARGS`.
+    /// The pod's names for plugins, `CNI_ARGS`.
     pub args: String,
     /// Capability arguments: name of the capability to its value.
     pub capabilities: Map<String, Value>,

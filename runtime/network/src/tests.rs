@@ -67,7 +67,7 @@ impl Host {
         self.dir.path().join(name)
     }
 
-    /// As a daemon finds it after a start.
+    /// The host's network as a daemon has it after its start.
     fn network(&self) -> Network {
         Network::new(NetworkConfig {
             conf_dir: self.path("net.d"),
@@ -196,7 +196,7 @@ impl FakeGuest {
     }
 }
 
-/// What arrives at the host from its pods.
+/// A socket that receives the frames that arrive at the host from its pods.
 struct Sniffer(OwnedFd);
 
 impl Sniffer {
@@ -246,7 +246,7 @@ fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
         network.ready().unwrap();
         let attachment = attach(&network, &pod("abcdef0123456789", &[])).await.unwrap();
 
-        // What the machine needs does not count as a change.
+        // The changes that a VM needs do not count as a broken connection.
         network.check("abcdef0123456789").await.unwrap();
 
         assert_eq!(attachment.netns, Path::new("/run/netns/husk-abcdef0123456"));
@@ -264,13 +264,13 @@ fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
             "{in_pod:?}"
         );
 
-        // Out to the bridge, and its answer back in.
+        // A frame goes out to the bridge, and the answer comes back in.
         let mut guest = FakeGuest::new(&attachment);
         guest.arp(1, [0xff; 6], [0; 6], Ipv4Addr::new(10, 77, 0, 1));
         let reply = guest.receive(|frame| frame[12..14] == [8, 6] && frame[21] == 2);
         assert_eq!(reply[..6], guest.mac);
 
-        // From the host to the guest; nobody but the guest answers its ARP.
+        // A datagram goes from the host to the guest, which alone answers its ARP.
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.send_to(b"hello", "10.77.0.2:7").unwrap();
         let datagram = guest.receive(|frame| frame[12..14] == [8, 0] && frame.ends_with(b"hello"));
@@ -412,7 +412,7 @@ fn a_pod_is_disconnected_with_the_configuration_that_connected_it() {
         let attachment = attach(&host.network(), &pod("aa", &[])).await.unwrap();
         assert_eq!(host.leases().len(), 2);
         drop(attachment);
-        // Another daemon, after the configuration has gone.
+        // Another daemon disconnects the pod after its configuration was removed.
         fs::remove_file(host.path("net.d/10-test.conflist")).unwrap();
         let network = host.network();
         assert!(network.ready().unwrap_err().to_string().contains("no CNI configuration"));
@@ -495,7 +495,7 @@ fn noting(host: &Host, name: &str, fails: &str) {
     );
 }
 
-/// What such plugins were called for, and with what, since the last time.
+/// The calls of such plugins since the last time, each with its configuration.
 fn notes(host: &Host) -> Vec<(String, Value)> {
     let text = fs::read_to_string(host.path("notes")).unwrap_or_default();
     let _ = fs::remove_file(host.path("notes"));
@@ -545,7 +545,7 @@ fn plugins_are_asked_how_the_network_is_and_what_no_pod_has() {
         let valid = json!([{"containerID": "aa", "ifname": "eth0"}]);
         assert!(made.iter().all(|(_, config)| config["cni.dev/valid-attachments"] == valid), "{made:?}");
 
-        // What the configuration forbids, and what older plugins do not know.
+        // The configuration can forbid a command, and older plugins do not have it.
         list("1.1.0", json!({"disableGC": true}));
         network.collect_garbage().await;
         list("1.0.0", json!({}));

@@ -1,7 +1,7 @@
 //! The directories that an image declares as volumes (OCI image-spec,
-//! `config.md`, `Volumes`). Each is one of the container's own, unless its
-//! client mounts something there: it can be written where the root filesystem
-//! cannot, and is no overlay, which databases are slow on.
+//! `config.md`, `Volumes`). Each becomes a directory of the container's own, unless its
+//! client mounts something there. The directory can be written where the root file system
+//! cannot, and is no overlay, on which databases are slow.
 
 use std::path::{Path, PathBuf};
 
@@ -11,10 +11,10 @@ use oci_spec::image::Config as ImageConfig;
 
 use super::Error;
 
-/// Most of them in one image.
+/// How many volumes one image may declare.
 const MAX: usize = 128;
 
-/// Their places in the container, in the order of their names.
+/// The declared paths in the container, in the order of their names.
 pub(super) fn wanted(image: &ImageConfig, asked: &[cri::Mount]) -> Result<Vec<PathBuf>, Error> {
     let declared = image.volumes().as_deref().unwrap_or_default();
     if declared.len() > MAX {

@@ -1,6 +1,6 @@
-//! Devices of a container: those that every Linux machine has by the same
-//! name and number, so that the pod's own stands for the host's. Any other
-//! device is a piece of hardware, which the machine does not have.
+//! Devices of a container in a VM: those that every Linux system has by the same
+//! name and number, so that the guest's own stands for the host's. Any other
+//! device is a piece of hardware, which the VM does not have.
 
 use husk_proto::cri;
 use oci_spec::runtime::{
@@ -9,7 +9,7 @@ use oci_spec::runtime::{
 
 use super::Error;
 
-/// Path, major and minor number (Linux `Documentation/admin-guide/devices.txt`).
+/// The path, major and minor number of each (Linux `Documentation/admin-guide/devices.txt`).
 const DEVICES: [(&str, i64, i64); 9] = [
     ("/dev/null", 1, 3),
     ("/dev/zero", 1, 5),
@@ -22,7 +22,7 @@ const DEVICES: [(&str, i64, i64); 9] = [
     ("/dev/fuse", 10, 229),
 ];
 
-/// The devices as runc makes them, with the rules that let them be used.
+/// The devices for runc to make, with the rules that let the container use them.
 pub(super) fn asked(asked: &[cri::Device]) -> Result<(Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>), Error> {
     let (mut devices, mut rules) = (Vec::new(), Vec::new());
     for wanted in asked {
@@ -40,7 +40,7 @@ fn node(device: &cri::Device) -> Result<LinuxDevice, Error> {
     Ok(node.file_mode(0o666_u32).uid(0_u32).gid(0_u32).build()?)
 }
 
-/// The rule that lets the container use a device as far as is asked.
+/// The rule that lets the container use a device with the permissions that are asked for.
 pub(super) fn rule(device: &LinuxDevice, asked: &cri::Device) -> Result<LinuxDeviceCgroup, Error> {
     let access = &asked.permissions;
     if access.is_empty() || !access.chars().all(|letter| "rwm".contains(letter)) {

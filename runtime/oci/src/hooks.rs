@@ -1,11 +1,9 @@
 //! Hooks of the OCI runtime-spec (`config.md`, "POSIX-platform Hooks") that a
 //! handler's configuration adds to every container. runc runs them where the
-//! container is: on the host as they are, in a guest after their programs have
-//! travelled there with the pod.
+//! container is: on the host, or in a guest, to which huskd copies their programs with the pod.
 //!
-//! The guest has no libraries and no shell: a program is linked statically, or
-//! brings what it needs. A `start_container` hook runs inside the container,
-//! whose image has its program.
+//! The guest has no libraries and no shell, so a program must be linked statically. A
+//! `start_container` hook runs inside the container, whose image has the program.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,8 +13,8 @@ use husk_config::{Hook, Hooks};
 use husk_proto::agent::{GuestFile, paths};
 use oci_spec::runtime::{Hook as OciHook, HookBuilder, Hooks as OciHooks, HooksBuilder};
 
-/// Most bytes of all programs together: they are in the guest's memory, and
-/// travel in one message.
+/// The most bytes of all programs together: they are in the guest's memory, and
+/// are sent in one message.
 const MAX_BYTES: u64 = 6 << 20;
 
 /// The guest cannot have the programs of its hooks.
@@ -25,9 +23,9 @@ pub enum Error {
     /// A program cannot be read.
     #[error("read hook: {path}: {cause}")]
     Read {
-        /// Its file.
+        /// The program's file.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The kernel's reason.
         cause: std::io::Error,
     },
     /// All programs together do not fit into a message.
@@ -35,10 +33,10 @@ pub enum Error {
     TooLarge,
 }
 
-/// The programs that the guest is to have.
+/// The programs of hooks, for the guest.
 ///
 /// # Errors
-/// One that cannot be read, or all of them together too large.
+/// A program cannot be read, or all of them together are too large.
 pub fn programs(hooks: &Hooks) -> Result<Vec<GuestFile>, Error> {
     let mut left = MAX_BYTES;
     let mut files = Vec::new();
@@ -53,10 +51,11 @@ pub fn programs(hooks: &Hooks) -> Result<Vec<GuestFile>, Error> {
     Ok(files)
 }
 
-/// The hooks as runc is told them, in a guest or on the host; `None` for none.
+/// The hooks in the form of the OCI configuration, for a guest or for the host; `None` if there
+/// are none.
 ///
 /// # Errors
-/// A value that the OCI configuration refuses.
+/// The OCI configuration refuses a value.
 pub(super) fn of_container(hooks: &Hooks, on_host: bool) -> Result<Option<OciHooks>, super::Error> {
     if *hooks == Hooks::default() {
         return Ok(None);
@@ -91,7 +90,7 @@ fn build(hook: &Hook, path: PathBuf) -> Result<OciHook, super::Error> {
     Ok(builder.build()?)
 }
 
-/// Programs of the host, each once, in the order of the configuration.
+/// The hooks' programs on the host, each once, in the order of the configuration.
 fn distinct(hooks: &Hooks) -> Vec<&Path> {
     let all =
         [&hooks.prestart, &hooks.create_runtime, &hooks.create_container, &hooks.poststart, &hooks.poststop];
@@ -104,7 +103,8 @@ fn distinct(hooks: &Hooks) -> Vec<&Path> {
     paths
 }
 
-/// Its name in the guest: two programs of the host may have the same.
+/// A program's file name in the guest, with a number, because two programs of the host may have
+/// the same name.
 fn guest_name(hooks: &Hooks, path: &Path) -> String {
     let number = distinct(hooks).iter().position(|other| *other == path).unwrap_or_default();
     let name = path.file_name().unwrap_or_default().to_string_lossy();

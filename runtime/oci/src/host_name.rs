@@ -1,14 +1,14 @@
-//! What a pod is called inside: one rule for its `/etc/hostname`, its UTS
+//! The host name of a pod: one rule for its `/etc/hostname`, its UTS
 //! namespace, and its containers' variable `HOSTNAME`.
 
 use husk_proto::cri;
 
 use super::host_namespaces::host_network;
 
-/// Most bytes of a pod's name that become a host name, as the kubelet cuts it.
+/// The most bytes of a pod's name that become a host name; the kubelet cuts it so too.
 const LONGEST: usize = 63;
 
-/// As asked; else the node's for a pod of the host handler in the host's
+/// The host name that the client asks for; else the node's for a host pod in the host's
 /// network; else the pod's own name.
 #[must_use]
 pub fn host_name(sandbox: &cri::PodSandboxConfig, on_host: bool) -> String {

@@ -1,4 +1,4 @@
-//! Namespaces of the host that a pod asks for.
+//! Namespaces of the host for which a pod asks.
 
 use husk_proto::cri::{self, NamespaceMode};
 
@@ -8,13 +8,13 @@ pub fn host_network(sandbox: &cri::PodSandboxConfig) -> bool {
     namespace_options(sandbox).is_some_and(|options| options.network == NamespaceMode::Node as i32)
 }
 
-/// Whether they share the host's IPC.
+/// Whether the containers of a pod share the host's IPC.
 #[must_use]
 pub fn host_ipc(sandbox: &cri::PodSandboxConfig) -> bool {
     namespace_options(sandbox).is_some_and(|options| options.ipc == NamespaceMode::Node as i32)
 }
 
-/// Whether they see the host's processes.
+/// Whether the containers of a pod see the host's processes.
 pub(crate) fn host_pid(sandbox: &cri::PodSandboxConfig) -> bool {
     namespace_options(sandbox).is_some_and(|options| options.pid == NamespaceMode::Node as i32)
 }

@@ -1,10 +1,10 @@
-//! The OCI runtime configuration of a container, made of what the client asked
-//! for and what its image says (OCI runtime-spec, `config.md`). Beside it what a
-//! request names and the host has: devices ([`cdi`]) and profiles ([`apparmor`]).
+//! The OCI runtime configuration of a container, made from its client's request
+//! and its image's configuration (OCI runtime-spec, `config.md`); and the parts of the host that a
+//! request names: devices ([`cdi`]) and profiles ([`apparmor`]).
 //!
-//! Nothing here knows a running pod: input in, configuration out.
+//! No code here knows a running pod: it makes a configuration of its input alone.
 //!
-//! Every path in it is a path in the guest. Two things are left to the agent,
+//! Every path in a configuration is a path in the guest. Two values are left to the agent,
 //! because only the guest may look into a container's files: `root.path`, and
 //! the numeric ids of a user that is given by name.
 
@@ -64,22 +64,22 @@ pub struct Input<'a> {
     pub id: &'a ContainerId,
     /// The configuration that the client asked for.
     pub config: &'a cri::ContainerConfig,
-    /// The pod that it asked for before.
+    /// The client's configuration of the pod.
     pub sandbox: &'a cri::PodSandboxConfig,
     /// The image's configuration.
     pub image: &'a ImageConfig,
-    /// The host's files that it shall have.
+    /// The host's files that are mounted in it.
     pub volumes: &'a [Volume],
-    /// The images that are volumes of it.
+    /// The images that are mounted in it.
     pub image_volumes: &'a [ImageVolume],
-    /// Hooks that its handler's configuration adds.
+    /// The hooks of the handler.
     pub hooks: &'a Hooks,
-    /// Process id in the guest of the container whose pid namespace is to be
-    /// shared, when the client names one.
+    /// The process id, in the guest, of the container whose pid namespace is to be
+    /// shared, if the client names one.
     pub target_pid: Option<u32>,
-    /// The name of its AppArmor profile, which the kernel that it runs under will have.
+    /// The name of the AppArmor profile. The kernel under which the container runs will have it.
     pub apparmor: Option<&'a str>,
-    /// Where things are, for a container on the host.
+    /// The paths of the pod, for a container on the host.
     pub host: Option<&'a HostPod>,
 }
 
@@ -103,7 +103,7 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Error> {
         .linux(linux(input, &security, mapped)?);
     let mut spec = spec.build()?;
     spec.set_hooks(hooks::of_container(input.hooks, input.host.is_some())?);
-    // The machine has the pod's host name already, and the builder a default.
+    // The guest has the pod's host name already. The builder would set a default.
     spec.set_hostname(None);
     if let Some(pod) = input.host {
         host::adapt(&mut spec, pod, input)?;
@@ -117,14 +117,14 @@ fn security(config: &cri::ContainerConfig) -> cri::LinuxContainerSecurityContext
     config.linux.as_ref().and_then(|linux| linux.security_context.clone()).unwrap_or_default()
 }
 
-/// Whether the container may do everything in its machine, or on the host.
+/// Whether the container may do everything in its VM, or on the host.
 #[must_use]
 pub fn privileged(config: &cri::ContainerConfig) -> bool {
     let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     security.is_some_and(|security| security.privileged)
 }
 
-/// Refuses requests that would otherwise be dropped in silence.
+/// Refuses requests that would otherwise be ignored.
 fn refuse_unsupported(input: &Input<'_>) -> Result<(), Error> {
     let (config, on_host) = (input.config, input.host.is_some());
     if config.windows.is_some() {
@@ -136,10 +136,10 @@ fn refuse_unsupported(input: &Input<'_>) -> Result<(), Error> {
     shareable(&namespaces, on_host)
 }
 
-/// SELinux labels mean something to a kernel that knows them only.
+/// Refuses SELinux labels, which the guest's kernel does not know.
 ///
 /// # Errors
-/// When there are any.
+/// There are labels.
 pub fn selinux(options: Option<&cri::SeLinuxOption>) -> Result<(), Error> {
     match options {
         Some(label) if *label != cri::SeLinuxOption::default() => {
@@ -149,11 +149,10 @@ pub fn selinux(options: Option<&cri::SeLinuxOption>) -> Result<(), Error> {
     }
 }
 
-/// Namespaces that a pod in a virtual machine, or a container of it, can have;
-/// on the host, the host's as well.
+/// Checks the namespaces of a pod or a container. A host pod can have those of the host as well.
 ///
 /// # Errors
-/// With the one that it cannot.
+/// The namespace that the pod cannot have.
 pub fn shareable(options: &cri::NamespaceOption, on_host: bool) -> Result<(), Error> {
     let all = [("network", options.network), ("pid", options.pid), ("ipc", options.ipc)];
     for (what, mode) in all {
@@ -181,8 +180,8 @@ pub fn shareable(options: &cri::NamespaceOption, on_host: bool) -> Result<(), Er
     Ok(())
 }
 
-/// The pod's and the container's names travel with the container, as other
-/// runtimes have them.
+/// The request's annotations, with the names of the pod and the container as other
+/// runtimes add them.
 fn annotations(input: &Input<'_>) -> HashMap<String, String> {
     let name =
         |metadata: Option<&cri::ContainerMetadata>| metadata.map(|m| m.name.clone()).unwrap_or_default();
@@ -205,7 +204,7 @@ fn linux(
     security: &cri::LinuxContainerSecurityContext,
     mapped: bool,
 ) -> Result<Linux, Error> {
-    // The host's own devices are for [`host::adapt`].
+    // Devices of the host are added by [`host::adapt`].
     let devices = if input.host.is_some() { &[][..] } else { &input.config.devices };
     let (devices, rules) = devices::asked(devices)?;
     let mut linux = LinuxBuilder::default()
@@ -214,7 +213,7 @@ fn linux(
         .resources(resources::build(input.config, rules, security.privileged)?)
         .devices(devices);
     if !security.privileged {
-        // As the client says: the kubelet sends the usual paths, and none for `procMount: Unmasked`.
+        // The kubelet sends the usual paths, and none for `procMount: Unmasked`.
         linux =
             linux.masked_paths(security.masked_paths.clone()).readonly_paths(security.readonly_paths.clone());
         if let Some(profile) = seccomp::build(security)? {
@@ -226,8 +225,8 @@ fn linux(
     Ok(linux.build()?)
 }
 
-/// The machine is the pod: network, IPC and host name are the machine's own,
-/// so a container shares them by having no namespace of its own for them.
+/// The container's namespaces. The guest is the pod: network, IPC and host name are the guest's
+/// own, so a container shares them by having no namespace for them.
 fn namespaces(
     input: &Input<'_>,
     security: &cri::LinuxContainerSecurityContext,
@@ -243,7 +242,7 @@ fn namespaces(
         {
             None
         }
-        // The agent makes it for the first container that needs it.
+        // The agent makes the namespace for the first container that needs it.
         Ok(NamespaceMode::Pod) => Some(pid.path(paths::PID_NAMESPACE)),
         Ok(NamespaceMode::Target) => {
             let target = input.target_pid.ok_or_else(|| {
@@ -257,7 +256,7 @@ fn namespaces(
     };
     let mut namespaces = vec![own(LinuxNamespaceType::Mount)?];
     if !security.privileged {
-        // A privileged container sees all groups, as with other runtimes.
+        // A privileged container sees all control groups, as with other runtimes.
         namespaces.push(own(LinuxNamespaceType::Cgroup)?);
     }
     if let Some(pid) = pid {
@@ -276,8 +275,8 @@ fn namespaces(
     Ok(namespaces)
 }
 
-/// Whether the pod has one pid namespace for all its containers. It is CRI's
-/// default; the kubelet asks for one each.
+/// Whether the pod has one pid namespace for all its containers. This is CRI's
+/// default; the kubelet asks for one namespace for each container.
 #[must_use]
 pub fn shares_pid_namespace(sandbox: &cri::PodSandboxConfig) -> bool {
     sandbox

@@ -1,4 +1,4 @@
-//! The filesystems that every container has, and its volumes.
+//! The file systems that every container has, and its volumes.
 
 use std::path::Path;
 
@@ -8,18 +8,18 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::{Error, Input, declared};
 
-/// What all containers of a pod share, also in a directory of the client's.
+/// The paths that all containers of a pod share, also below a mount of the client's.
 const OF_THE_POD: [&str; 4] = ["/dev/shm", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
-/// `mapped` says that the container is in a user namespace. The machine's
-/// network does not belong to that, so `/sys`, which shows it, can only be
-/// shown, not mounted anew (sysfs(5), user_namespaces(7)).
+/// The mounts of a container. `mapped` says that the container is in a user namespace. The
+/// guest's network does not belong to that, so `/sys`, which shows the network, can only be
+/// bound, not mounted anew (sysfs(5), user_namespaces(7)).
 pub(super) fn build(
     input: &Input<'_>,
     security: &cri::LinuxContainerSecurityContext,
     mapped: bool,
 ) -> Result<Vec<Mount>, Error> {
-    // A privileged container may write the kernel's files: its own machine's.
+    // A privileged container may write the files of its guest's kernel.
     let access = if security.privileged { "rw" } else { "ro" };
     let files = if security.readonly_rootfs { "ro" } else { "rw" };
     let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {
@@ -61,7 +61,7 @@ pub(super) fn build(
     ];
     let mut added = Vec::with_capacity(input.volumes.len() + input.image_volumes.len());
     for place in declared::wanted(input.image, &input.config.mounts)? {
-        // What every container has at a place is what belongs there.
+        // The mounts of every container come before the image's declared volumes.
         if mounts.iter().all(|own| *own.destination() != place) {
             let options = ["rbind", "rprivate", "rw"];
             added.push(mount(&place.to_string_lossy(), "bind", OWN_DIRECTORY, &options)?);
@@ -78,7 +78,7 @@ pub(super) fn build(
     }
     for image in input.image_volumes {
         let target = image.container_path.to_string_lossy();
-        // The agent knows the source. As Kubernetes says: nothing in it can be executed.
+        // The agent adds the source. As in Kubernetes, no file of an image volume can be executed.
         let options = ["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
         added.push(mount(&target, "bind", "image", &options)?);
     }
@@ -86,8 +86,8 @@ pub(super) fn build(
 }
 
 /// The mounts that every container has, with those that are `added` for its
-/// client. One in the place of one of ours is what the client wants there, and
-/// a `/dev` of the client's has all that is below it.
+/// client. A mount of the client's replaces one of ours at the same path, and
+/// a `/dev` of the client's all of ours below it.
 pub(super) fn merge(mut own: Vec<Mount>, mut added: Vec<Mount>) -> Vec<Mount> {
     let is_added = |place: &Path| added.iter().any(|mount| mount.destination() == place);
     let dev = Path::new("/dev");
@@ -96,13 +96,13 @@ pub(super) fn merge(mut own: Vec<Mount>, mut added: Vec<Mount>) -> Vec<Mount> {
     let of_the_pod = |mount: &Mount| OF_THE_POD.iter().any(|place| mount.destination() == Path::new(place));
     added.extend(own.extract_if(.., |mount| of_the_pod(mount)));
     own.retain(|mount| !(has_dev && mount.destination().starts_with(dev)));
-    // What lies below another comes after it; the client's order, else.
+    // A mount below another comes after it; otherwise the client's order holds.
     added.sort_by_key(|mount| mount.destination().components().count());
     own.extend(added);
     own
 }
 
-/// The agent makes the mount's source.
+/// Whether the agent makes the mount's source.
 pub(super) fn is_own_directory(mount: &Mount) -> bool {
     mount.source().as_deref() == Some(Path::new(OWN_DIRECTORY))
 }

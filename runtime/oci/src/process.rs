@@ -1,4 +1,4 @@
-//! What runs in a container, as whom, and with which powers.
+//! The process of a container: its program, user and capabilities.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -11,13 +11,14 @@ use oci_spec::runtime::{
 
 use super::{Error, Input, host_name};
 
-/// Most bytes of one argument or variable with its final zero (execve(2)).
+/// The longest argument or variable with its final zero, bytes (execve(2)).
 const MAX_ARG_STRLEN: usize = 128 << 10;
-/// Most bytes of all of them: a quarter of the stack's usual limit, 8 MiB (execve(2)).
+/// The most bytes of all arguments and variables: a quarter of the stack's usual limit, 8 MiB
+/// (execve(2)).
 const ARG_MAX: usize = 2 << 20;
 
-/// What a container may do unless it is told otherwise: what containers have
-/// come to expect since Docker chose it.
+/// The capabilities of a container whose client asks for none: those that Docker chose, and
+/// containers have come to expect.
 const DEFAULT_CAPABILITIES: &[Capability] = &[
     Capability::Chown,
     Capability::DacOverride,
@@ -35,7 +36,7 @@ const DEFAULT_CAPABILITIES: &[Capability] = &[
     Capability::AuditWrite,
 ];
 
-/// Linux 6.12's capabilities, of which a privileged container has all.
+/// All capabilities of Linux 6.12, which a privileged container has.
 fn all_capabilities() -> impl Iterator<Item = Capability> {
     use Capability as C;
     [
@@ -125,14 +126,14 @@ pub(super) fn build(
     Ok(process.build()?)
 }
 
-/// `command` replaces the image's entrypoint and its arguments, `args` the
-/// arguments alone.
+/// The arguments of the process. `command` replaces the image's entrypoint and its arguments,
+/// `args` the arguments alone.
 fn args(input: &Input<'_>) -> Result<Vec<String>, Error> {
     let image = |part: &Option<Vec<String>>| part.clone().unwrap_or_default();
     let (mut args, rest) = if input.config.command.is_empty() {
         let rest =
             if input.config.args.is_empty() { image(input.image.cmd()) } else { input.config.args.clone() };
-        // Builders write an entrypoint that was taken back as one empty word.
+        // Builders write an entrypoint that was removed as one empty word.
         let entrypoint = image(input.image.entrypoint());
         (if entrypoint == [""] { Vec::new() } else { entrypoint }, rest)
     } else {
@@ -145,8 +146,8 @@ fn args(input: &Input<'_>) -> Result<Vec<String>, Error> {
     }
 }
 
-/// The image's variables, then the client's over them. An entry of the image without
-/// `=` sets nothing, and unsets an earlier variable of that name.
+/// The image's variables, replaced by the client's of the same name. An entry of the image
+/// without `=` unsets an earlier variable of that name.
 fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
     let mut env = Variables::default();
     env.set("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
@@ -165,10 +166,10 @@ fn env(input: &Input<'_>) -> Result<Vec<String>, Error> {
     Ok(env.entries.into_iter().flatten().collect())
 }
 
-/// Variables in the order in which their names came first.
+/// Variables in the order in which their names were first set.
 #[derive(Default)]
 struct Variables {
-    /// `NAME=value`, or nothing where one was unset.
+    /// The variables as `NAME=value`; `None` for one that was unset.
     entries: Vec<Option<String>>,
     places: HashMap<String, usize>,
 }
@@ -194,8 +195,8 @@ impl Variables {
     }
 }
 
-/// Refuses what execve(2) would: the kernel's own error would come from runc, and name
-/// neither the limit nor what passes it.
+/// Refuses arguments and variables that execve(2) would refuse: the kernel's own error would
+/// come from runc, and name neither the limit nor the text that exceeds it.
 fn fits_exec(args: &[String], env: &[String]) -> Result<(), Error> {
     for text in args.iter().chain(env) {
         if text.len() >= MAX_ARG_STRLEN {
@@ -230,7 +231,7 @@ fn cwd(input: &Input<'_>) -> String {
     }
 }
 
-/// Those that a container may have.
+/// The capabilities that a container has.
 pub(super) fn capabilities(security: &cri::LinuxContainerSecurityContext) -> Result<Capabilities, Error> {
     if security.privileged {
         return Ok(all_capabilities().collect());
@@ -268,18 +269,17 @@ fn named(names: &[String]) -> impl Iterator<Item = &str> {
     names.iter().map(String::as_str).filter(|name| !name.eq_ignore_ascii_case("ALL"))
 }
 
-/// By its name, with or without `CAP_`.
+/// The capability of this name, with or without `CAP_`.
 fn capability(name: &str) -> Result<Capability, Error> {
     let upper = name.to_ascii_uppercase();
     let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
     bare.parse().map_err(|_| Error::Invalid(format!("unknown capability `{name}`")))
 }
 
-/// Who the process runs as: what the client asked for, else what the image
-/// says.
+/// The user that the process runs as: the client's choice, else the image's.
 ///
 /// # Errors
-/// A group without a user, or an id that is not one.
+/// A group without a user, or an id that is out of range.
 pub fn user(input: &Input<'_>) -> Result<agent::User, Error> {
     let security = super::security(input.config);
     let id = |id: i64, what: &str| {

@@ -1,4 +1,4 @@
-//! What a container may use of its machine.
+//! Resource limits of a container.
 
 use std::collections::HashMap;
 
@@ -23,10 +23,10 @@ pub(super) fn build(
     Ok(limits)
 }
 
-/// The limits alone, as they can also be changed later.
+/// The limits that can also be changed later.
 ///
 /// # Errors
-/// A number out of its range.
+/// A number is out of its range.
 pub fn limits(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Error> {
     let mut cpu = LinuxCpuBuilder::default();
     if asked.cpu_shares > 0 {
@@ -38,7 +38,7 @@ pub fn limits(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Er
     if asked.cpu_period > 0 {
         cpu = cpu.period(unsigned(asked.cpu_period, "cpu_period")?);
     }
-    // `cpuset_cpus` and `cpuset_mems` are of the host: the pod's control group has them.
+    // `cpuset_cpus` and `cpuset_mems` name CPUs of the host: the pod's control group gets them.
     let mut memory = LinuxMemoryBuilder::default();
     if asked.memory_limit_in_bytes > 0 {
         memory = memory.limit(asked.memory_limit_in_bytes);
@@ -56,10 +56,11 @@ pub fn limits(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Er
     Ok(resources.build()?)
 }
 
-/// The place in the order in which the kernel kills, when one is asked for.
+/// The OOM score that is asked for, which orders the processes that the kernel kills for
+/// memory.
 ///
 /// # Errors
-/// One out of the kernel's range.
+/// The score is out of the kernel's range.
 pub fn oom_score_adj(asked: &cri::LinuxContainerResources) -> Result<Option<i32>, Error> {
     let score = i32::try_from(asked.oom_score_adj).ok().filter(|score| (-1000..=1000).contains(score));
     match score {

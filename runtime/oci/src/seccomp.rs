@@ -1,6 +1,6 @@
-//! Seccomp profiles: a file of the host's, or `RuntimeDefault`: the calls that
-//! programs make, and none that could change the machine as a whole, reach into
-//! the kernel's rarely used parts, or escape a container. Some of those come
+//! Seccomp profiles: a file of the host's, or `RuntimeDefault`. The latter allows the calls that
+//! programs make, and none that could change the system as a whole, reach into
+//! the kernel's rarely used parts, or escape a container. Some of those are allowed
 //! with the capability that governs them.
 
 use std::path::Path;
@@ -25,11 +25,11 @@ const ENOSYS: u32 = 38;
 /// `AF_VSOCK` of `socket(2)`: it reaches the host, past the pod's network.
 const AF_VSOCK: u64 = 40;
 
-/// What `personality(2)` may ask for: Linux as it is, its 32-bit machine, each
-/// with an old kernel's version, and which one there is.
+/// The values that `personality(2)` may have: Linux, its 32-bit personality, each also
+/// with an old kernel's version, and the query of the present one.
 const PERSONALITIES: [u64; 5] = [0, 0x8, 0x0002_0000, 0x0002_0008, 0xffff_ffff];
 
-/// Largest profile that is read from a file, bytes.
+/// The largest profile that is read from a file, bytes.
 const MAX_PROFILE: u64 = 1 << 20;
 
 /// The profile that the client asked for; `None` for none.
@@ -47,8 +47,8 @@ enum Asked<'a> {
     File(&'a Path),
 }
 
-/// No profile at all is none; the old field's words are those of Kubernetes'
-/// annotations.
+/// The profile that a request asks for. A request without a profile asks for none; the deprecated
+/// field has the values of Kubernetes' annotations.
 fn asked(security: &cri::LinuxContainerSecurityContext) -> Result<Asked<'_>, Error> {
     #[allow(deprecated)]
     let old = security.seccomp_profile_path.as_str();
@@ -74,13 +74,13 @@ fn asked(security: &cri::LinuxContainerSecurityContext) -> Result<Asked<'_>, Err
     }
 }
 
-/// A file in the form of the OCI runtime-spec, `linux.seccomp`.
+/// Reads a profile in the form of the OCI runtime-spec, `linux.seccomp`.
 fn from_file(path: &Path) -> Result<LinuxSeccomp, Error> {
     let wrong = |what: String| Error::Invalid(format!("seccomp profile {}: {what}", path.display()));
     let text = text_file::read(path, MAX_PROFILE).map_err(|error| wrong(error.to_string()))?;
     let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
     let rules = value.get("syscalls").and_then(serde_json::Value::as_array).into_iter().flatten();
-    // Docker's own format makes rules depend on these; without them it would
+    // Rules of Docker's own format depend on these keys; without them the rules would
     // mean something else.
     for rule in rules.chain([&value]) {
         if let Some(key) = ["includes", "excludes", "archMap"].into_iter().find(|key| {
@@ -96,7 +96,7 @@ fn from_file(path: &Path) -> Result<LinuxSeccomp, Error> {
     serde_json::from_value(value).map_err(|error| wrong(error.to_string()))
 }
 
-/// `capabilities` are all that the container's processes can get.
+/// The profile `RuntimeDefault`. `capabilities` are all that the container's processes can get.
 fn default_profile(capabilities: &Capabilities) -> Result<LinuxSeccomp, Error> {
     let has = |name: &str| name.parse().is_ok_and(|one: Capability| capabilities.contains(&one));
     let mut rules = vec![allow(calls::allowed(has), None)?];
@@ -106,12 +106,12 @@ fn default_profile(capabilities: &Capabilities) -> Result<LinuxSeccomp, Error> {
     }
     if !has("SYS_ADMIN") {
         rules.push(allow_if("clone", LinuxSeccompOperator::ScmpCmpMaskedEq, CLONE_NEW, Some(0))?);
-        // Its flags are behind a pointer, out of a filter's sight; libraries
-        // fall back to clone when it does not exist.
+        // The flags of clone3 are behind a pointer, which a filter cannot read; libraries
+        // fall back to clone when clone3 does not exist.
         let missing = LinuxSyscallBuilder::default().names(vec!["clone3".to_owned()]);
         rules.push(missing.action(LinuxSeccompAction::ScmpActErrno).errno_ret(ENOSYS).build()?);
     }
-    // Everything else fails with EPERM.
+    // All other calls fail with EPERM.
     let profile = LinuxSeccompBuilder::default()
         .default_action(LinuxSeccompAction::ScmpActErrno)
         .architectures(vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32])
@@ -129,7 +129,7 @@ fn allow(calls: Vec<String>, argument: Option<LinuxSeccompArg>) -> Result<LinuxS
     .build()?)
 }
 
-/// Allows a call whose first argument compares so. With a second value, the
+/// A rule that allows a call if its first argument compares so. With a second value, the
 /// first one is a mask.
 fn allow_if(
     call: &str,
@@ -231,7 +231,7 @@ mod tests {
     fn the_default_allows_what_it_names_and_looks_at_arguments() {
         let profile = |capability: &str| profile_of(&[capability], &[], &[]);
         assert_eq!(profile("NET_ADMIN").default_action(), LinuxSeccompAction::ScmpActErrno);
-        // What is done with a call, and how its first argument must compare.
+        // The action for a call, and the comparison of its first argument.
         let rules = |capability: &str, call: &str| {
             let rules = profile(capability).syscalls().clone().unwrap();
             let rules = rules.into_iter().filter(|rule| rule.names().iter().any(|name| name == call));

@@ -17,7 +17,7 @@ fn image() -> ImageConfig {
         .unwrap()
 }
 
-/// What `make` makes of a container that has nothing but these.
+/// The result of `make` for a container that has only these.
 fn of<T>(config: &cri::ContainerConfig, image: &ImageConfig, make: impl FnOnce(&Input<'_>) -> T) -> T {
     let metadata = cri::PodSandboxMetadata { name: "the-pod".into(), ..Default::default() };
     let sandbox = cri::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
@@ -219,7 +219,7 @@ fn a_user_comes_from_the_client_or_else_the_image() {
 }
 
 proptest! {
-    /// Whatever the client sends, the answer is a configuration or an error.
+    /// The answer to any numbers is a configuration or an error.
     #[test]
     fn any_numbers_give_a_configuration_or_an_error(
         shares in any::<i64>(), quota in any::<i64>(), period in any::<i64>(), memory in any::<i64>(),
@@ -236,8 +236,8 @@ proptest! {
         let _ = built(&cri::ContainerConfig { linux: Some(linux), ..Default::default() });
     }
 
-    /// Whatever a client writes into a security context, the answer is an
-    /// error or a configuration that keeps what must hold for every container.
+    /// The answer to any security context is an error, or a configuration that keeps the rules
+    /// of every container.
     #[test]
     fn any_security_context_stays_in_the_machine(
         privileged in any::<bool>(), modes in prop::array::uniform3(-1..5i32), userns in prop::option::of((-1..5i32, 0..3usize)),

@@ -1,5 +1,6 @@
-//! User namespaces: the containers of a pod may have users that are others in
-//! its machine. One for all containers of a pod, decided with the pod.
+//! User namespaces: the users of a pod's containers may be others in
+//! its guest, or on the host. All containers of a pod have the same namespace, which is decided
+//! with the pod.
 
 use husk_proto::{agent, cri};
 use husk_volumes as volumes;
@@ -9,7 +10,7 @@ use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Spec};
 
 use super::Error;
 
-/// What a pod asks for; `None` when its users are the machine's.
+/// The user namespace that a pod asks for; `None` if it asks for none.
 ///
 /// # Errors
 /// A namespace that a pod cannot have.
@@ -19,7 +20,7 @@ pub fn of_pod(config: &cri::PodSandboxConfig) -> Result<Option<agent::UserNamesp
     options.and_then(|options| options.userns_options.as_ref()).map_or(Ok(None), convert)
 }
 
-/// Checks that a container asks for its pod's, or for nothing.
+/// Checks that a container asks for its pod's namespace, or for none.
 pub(super) fn of_container(
     asked: Option<&cri::UserNamespace>,
     pod: Option<&agent::UserNamespace>,
@@ -31,11 +32,11 @@ pub(super) fn of_container(
     Err(Error::Invalid("`userns_options` of a container must be those of its pod".into()))
 }
 
-/// Writes down which volumes a container is to see with the ids of its pod's
-/// user namespace. The agent mounts them so; images it always does.
+/// Marks the volumes that a container is to see with the ids of its pod's
+/// user namespace. The agent mounts these so, and images always.
 ///
 /// # Errors
-/// Mappings that are not the pod's: no other can be.
+/// Mappings that are not the pod's.
 pub(super) fn map_volumes(
     spec: &mut Spec,
     asked: &[cri::Mount],
@@ -76,7 +77,7 @@ fn same(asked: &[cri::IdMapping], pods: &[agent::IdMapping]) -> bool {
     asked.eq(pods.iter().map(|range| (range.container_id, range.host_id, range.length)))
 }
 
-/// As the OCI configuration has them.
+/// The mappings in the form of the OCI configuration.
 pub(super) fn mappings(ranges: &[agent::IdMapping]) -> Result<Vec<LinuxIdMapping>, OciSpecError> {
     let range = |range: &agent::IdMapping| {
         let mapping = LinuxIdMappingBuilder::default().container_id(range.container_id);

@@ -29,7 +29,7 @@ pub type Limit = (libc::__rlimit_resource_t, u64);
 /// A process that was started.
 #[derive(Debug)]
 pub struct Spawned {
-    /// Its number here, which may become another's once it has ended.
+    /// The process id here, which may become another's once the process has ended.
     pub pid: u32,
     /// The process itself.
     pub pidfd: OwnedFd,
@@ -165,12 +165,12 @@ fn text(text: &OsStr) -> io::Result<CString> {
     Ok(CString::new(text.as_bytes())?)
 }
 
-/// What the new process does before it runs its program. It shares its maker's
-/// memory, in which everything that it needs was put before.
+/// The steps of the new process before it runs its program. It shares its maker's
+/// memory, which has all that these steps need.
 struct Start<'a> {
     program: *const c_char,
     argv: *const *const c_char,
-    /// What shall be the descriptors 0, 1, 2, ...; replaced by copies.
+    /// The descriptors that become 0, 1, 2, ...; replaced by copies.
     descriptors: Vec<RawFd>,
     group: RawFd,
     limits: &'a [Limit],

@@ -7,10 +7,10 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-/// What the thread waits for, once there is one.
+/// The processes that the thread waits for, once there is one.
 static PROCESSES: Mutex<Option<Epoll>> = Mutex::new(None);
 
-/// Most processes that end at a time.
+/// How many ended processes are taken at a time.
 const BATCH: usize = 32;
 
 /// Has a child of this process waited for.
@@ -28,7 +28,7 @@ pub fn add(pidfd: OwnedFd) -> io::Result<()> {
     if let Some(epoll) = processes.as_ref() {
         let number = pidfd.as_raw_fd();
         epoll.add(pidfd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, number as u64))?;
-        // The thread closes it.
+        // The thread closes the descriptor.
         let _ = pidfd.into_raw_fd();
     }
     Ok(())

@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 
-/// What a shell writes to its standard error that runs `script`, started as
-/// `with` says.
+/// The standard error of a shell that runs `script`, started with the options of `with`.
 fn told(script: &str, with: impl FnOnce(Detached) -> Detached) -> (Spawned, String) {
     let mut log = tempfile::tempfile().unwrap();
     let shell = Detached::new(Path::new("/bin/sh")).unwrap().arguments(["-c", script]).unwrap();
@@ -18,7 +17,7 @@ fn told(script: &str, with: impl FnOnce(Detached) -> Detached) -> (Spawned, Stri
     (spawned, text)
 }
 
-/// A process has gone, and is no zombie.
+/// Waits until a process has ended, and is no zombie.
 fn wait_gone(pid: u32) {
     let start = Instant::now();
     while Path::new(&format!("/proc/{pid}")).exists() {

@@ -14,14 +14,14 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::{CONTROL_TIMEOUT, Error, Info, Request, Response};
 
-/// Most time that writing a machine down may take.
+/// The longest time that saving a VM may take.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a VMM that has hung up is left alone before it is asked again.
+/// The pause before a VMM that has hung up is asked again.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
 
-/// Where one VMM listens. Each request has a connection of its own, so a VMM
-/// that hangs holds up nobody else, and nothing is kept open between requests.
+/// The socket on which one VMM listens. Each request has a connection of its own, so a VMM
+/// that hangs holds up no other request, and nothing is kept open between requests.
 #[derive(Clone, Debug)]
 pub struct Control {
     path: PathBuf,
@@ -34,18 +34,18 @@ impl Control {
         Self { path }
     }
 
-    /// Boots the machine; `fds` are what the configuration names.
+    /// Boots the VM; `fds` are the descriptors that the configuration names by their place.
     ///
     /// # Errors
-    /// What the VMM says.
+    /// The VMM's reason.
     pub async fn boot(&self, config: husk_vmm_api::VmConfig, fds: Vec<OwnedFd>) -> Result<(), Error> {
         self.done("boot", Request::Boot(Box::new(config)), fds).await
     }
 
-    /// Saves the machine into two new files, and ends it.
+    /// Saves the VM into two new files, and ends it.
     ///
     /// # Errors
-    /// What the VMM says; the machine is gone then as well.
+    /// The VMM's reason; the VM has ended then as well.
     pub async fn save(&self, state: File, memory: File) -> Result<(), Error> {
         let request = Request::Save { state: 0, memory: 1 };
         match self.ask("save", request, vec![state.into(), memory.into()], SAVE_TIMEOUT).await? {
@@ -57,7 +57,7 @@ impl Control {
     /// Puts a disk into a slot.
     ///
     /// # Errors
-    /// What the VMM says.
+    /// The VMM's reason.
     pub async fn attach_disk(&self, slot: String, file: OwnedFd) -> Result<(), Error> {
         self.done("attach disk", Request::AttachDisk { slot, file: 0, read_only: true }, vec![file]).await
     }
@@ -65,7 +65,7 @@ impl Control {
     /// Empties a slot.
     ///
     /// # Errors
-    /// What the VMM says.
+    /// The VMM's reason.
     pub async fn detach_disk(&self, slot: String) -> Result<(), Error> {
         self.done("detach disk", Request::DetachDisk { slot }, Vec::new()).await
     }
@@ -73,15 +73,15 @@ impl Control {
     /// Gives the file system device its server, by the VMM's end of a socket.
     ///
     /// # Errors
-    /// What the VMM says.
+    /// The VMM's reason.
     pub async fn attach_fs(&self, socket: OwnedFd) -> Result<(), Error> {
         self.done("attach file server", Request::AttachFs { server: 0 }, vec![socket]).await
     }
 
-    /// How the machine is.
+    /// The VM's memory, connections and versions, as its VMM reports them.
     ///
     /// # Errors
-    /// When the VMM does not answer.
+    /// The VMM does not answer.
     pub async fn info(&self) -> Result<Info, Error> {
         match self.ask("info", Request::Info, Vec::new(), CONTROL_TIMEOUT).await? {
             Some(Response::Info(info)) => Ok(info),
@@ -89,7 +89,7 @@ impl Control {
         }
     }
 
-    /// The last of the guest's console; empty when it cannot be had.
+    /// The end of the guest's console; empty when the VMM does not answer.
     pub async fn console(&self) -> String {
         match self.ask("console", Request::Console, Vec::new(), Duration::from_secs(2)).await {
             Ok(Some(Response::Console { text })) => text,
@@ -97,17 +97,17 @@ impl Control {
         }
     }
 
-    /// Whether anybody listens. A VMM that is slow to answer does.
+    /// Whether a VMM listens, however slowly it answers.
     pub async fn listens(&self) -> bool {
         let control = self.clone();
         let connected = blocking(move || control.connect("look for the VMM", CONTROL_TIMEOUT)).await;
         !matches!(connected, Ok(None))
     }
 
-    /// What processors and devices are at.
+    /// The state of the vCPUs and devices.
     ///
     /// # Errors
-    /// When the VMM does not answer.
+    /// The VMM does not answer.
     pub async fn inspect(&self) -> Result<Inspection, Error> {
         match self.ask("inspect", Request::Inspect, Vec::new(), CONTROL_TIMEOUT).await? {
             Some(Response::Inspection(inspection)) => Ok(inspection),
@@ -115,30 +115,30 @@ impl Control {
         }
     }
 
-    /// Writes what processors and devices are at to huskd's log: for a guest
-    /// that does not answer, before anybody ends it.
+    /// Logs the state of the vCPUs and devices: for a guest that does not answer,
+    /// before its client ends it.
     pub async fn log_inspection(&self) {
         match self.inspect().await.map(|inspection| serde_json::to_string(&inspection)) {
             Ok(Ok(machine)) => {
                 tracing::warn!(vmm = %self.path.display(), machine, "the guest does not answer")
             }
-            Ok(Err(error)) => tracing::warn!(%error, "write down what the machine is at"),
+            Ok(Err(error)) => tracing::warn!(%error, "failed to inspect a VM whose guest does not answer"),
             Err(error) => tracing::warn!(%error, "the guest does not answer, nor does its VMM"),
         }
     }
 
-    /// Ends the machine, and returns when nobody listens any more. One that has
+    /// Ends the VM, and returns when its VMM listens no more. A VM that has
     /// ended already is no error.
     ///
     /// # Errors
-    /// When the VMM is there and does not end in time.
+    /// The VMM is there and does not end in time.
     pub async fn kill(&self) -> Result<(), Error> {
         let control = self.clone();
         blocking(move || {
             let stage = "kill";
             let deadline = Instant::now() + CONTROL_TIMEOUT;
             let mut pause = Duration::ZERO;
-            // A VMM with too many clients hangs up too, but goes on to listen.
+            // A VMM with too many clients hangs up too, but still listens.
             while let Some(socket) = control.connect(stage, CONTROL_TIMEOUT)? {
                 ask_to_end(&socket).map_err(|error| failed(stage, &error))?;
                 if Instant::now() > deadline {
@@ -183,13 +183,13 @@ impl Control {
         })
         .await?;
         Ok(answer.map(|answer| match answer.message {
-            // The VMM does not know by which number it is known here.
+            // The VMM has a process namespace of its own, and does not know its number in ours.
             Response::Info(info) => Response::Info(Info { pid: answer.pid.unwrap_or(info.pid), ..info }),
             other => other,
         }))
     }
 
-    /// `None` when nobody listens.
+    /// Connects to the VMM; `None` when none listens.
     pub(super) fn connect(&self, stage: &'static str, limit: Duration) -> Result<Option<OwnedFd>, Error> {
         let run = || -> nix::Result<OwnedFd> {
             let socket = new_socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;

@@ -1,8 +1,8 @@
 //! Starts `husk-fs`, which serves a pod's volumes, and tells the VMM of it.
 //!
-//! A pod has one from its first volume on, until its machine ends: the server
+//! A pod has a file server from its first volume on, until its VM ends: the server
 //! ends with the socket between the two. Like the VMM it outlives huskd, which
-//! finds it again by what is written down of it.
+//! finds it again by its record.
 
 use std::fs::File;
 use std::io;
@@ -22,39 +22,42 @@ use super::{Control, Error};
 /// Bytes that may be on their way in one direction.
 const SOCKET_BUFFER: usize = 1 << 20;
 
-/// Most seconds until it is ready.
+/// The longest time until a file server is ready, seconds.
 const START_SECONDS: i64 = 30;
 
-/// What it may have at most. Its files are the volumes', of any size and number:
-/// it raises the limit of open ones itself, and has as many threads as requests.
+/// The resource limits of a file server. Files of volumes have any size and number: the
+/// server raises the limit of open files itself, and has as many threads as requests.
 const LIMITS: [Limit; 3] = [(libc::RLIMIT_NPROC, 64), (libc::RLIMIT_MEMLOCK, 0), (libc::RLIMIT_CORE, 0)];
 
-/// Which process it is, in the machine's folder.
+/// The name of the record in the VM's run directory, which says which process the file
+/// server is.
 const RECORD: &str = "fs.process";
 
-/// What a file server is made of.
+/// A file server that is to be started.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    /// Whose it is.
+    /// The pod.
     pub id: &'a SandboxId,
     /// The `husk-fs` program.
     pub program: &'a Path,
-    /// The directory it serves.
+    /// The directory that is served.
     pub root: &'a Path,
-    /// Where its log goes.
+    /// The VM's run directory, for the log and the record.
     pub run_dir: &'a Path,
     /// The pod's control group.
     pub cgroup: Option<PathBuf>,
-    /// How the names of volumes begin in which the guest may leave anything.
+    /// The prefix of the names of volumes that are trusted: the guest may leave any kind of
+    /// file in them.
     pub trusted: &'a str,
-    /// The pod's user namespace: its ids are the only ones that files may have.
+    /// The pod's user namespace, whose ids are the only ones that files may have; `None` for
+    /// any ids.
     pub users: Option<UserNamespace>,
 }
 
-/// Sees to it that the machine has a file server.
+/// Starts the VM's file server unless it has one.
 ///
 /// # Errors
-/// With the stage in it.
+/// The step that failed, with its reason.
 pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
     const STAGE: &str = "start file server";
     let problem = |cause: &str| Error::Control { stage: STAGE, cause: cause.into() };
@@ -82,11 +85,11 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
     control.attach_fs(socket).await
 }
 
-/// The mount namespace of a machine's file server; `None` when there is none,
-/// or it has gone, and the namespace with it.
+/// The mount namespace of a VM's file server; `None` when there is no server,
+/// or it has ended, and the namespace with it.
 ///
 /// # Errors
-/// The file system's.
+/// The file system's error.
 pub fn namespace(run_dir: &Path) -> Result<Option<OwnedFd>, Error> {
     let record = run_dir.join(RECORD);
     let recorded = match std::fs::read_to_string(&record) {
@@ -97,15 +100,15 @@ pub fn namespace(run_dir: &Path) -> Result<Option<OwnedFd>, Error> {
     };
     let Some(process) = Process::parse(&recorded) else { return Ok(None) };
     let Ok(namespace) = File::open(format!("/proc/{}/ns/mnt", process.pid)) else { return Ok(None) };
-    // Whatever else has the process id by now began later.
+    // Another process that has the id by now began later.
     Ok((Process::of(process.pid) == Some(process)).then(|| namespace.into()))
 }
 
-/// Starts it; answers the VMM's end of the socket.
+/// Starts the file server; answers the VMM's end of the socket.
 fn start(plan: &Plan<'_>, log: &Path) -> io::Result<(OwnedFd, Process)> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     for socket in [&ours, &theirs] {
-        // Without the privilege, as much as anybody may have.
+        // Without the privilege the buffer is as large as any process may have it.
         if setsockopt(socket, sockopt::SndBufForce, &SOCKET_BUFFER).is_err() {
             setsockopt(socket, sockopt::SndBuf, &SOCKET_BUFFER)?;
         }
@@ -129,8 +132,8 @@ fn start(plan: &Plan<'_>, log: &Path) -> io::Result<(OwnedFd, Process)> {
     Ok((ours, process))
 }
 
-/// Which ids the files of a pod with a user namespace may have: the container's own
-/// in volumes that are mapped, the host's for them in others.
+/// Options for the ids that files may have in a pod with a user namespace: the container's
+/// own ids in volumes that are mapped, and the host's ids for them in others.
 fn id_options(users: Option<&UserNamespace>) -> Vec<(&'static str, String)> {
     let Some(users) = users else { return Vec::new() };
     let uids = users.uids.iter().map(|range| ("--uids", range));
@@ -142,7 +145,7 @@ fn id_options(users: Option<&UserNamespace>) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-/// A process: its id, and when it began (clock ticks since the host's boot).
+/// A process: its id and its start time (clock ticks since the host's boot).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
     pid: u32,
@@ -152,7 +155,7 @@ struct Process {
 impl Process {
     fn of(pid: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name, field 2, may have anything in it; the beginning is field 22.
+        // The name, field 2, may have any bytes in it; the start time is field 22.
         let (_, fields) = stat.rsplit_once(')')?;
         let began = fields.split_whitespace().nth(19)?.parse().ok()?;
         Some(Self { pid, began })
@@ -170,8 +173,8 @@ impl std::fmt::Display for Process {
     }
 }
 
-/// Waits for its first word. Without one it ends by itself, because the socket
-/// is closed here.
+/// Waits until the file server says that it is ready. A server that does not ends by itself,
+/// because the socket is closed here.
 fn wait_ready(socket: OwnedFd, log: &Path) -> io::Result<OwnedFd> {
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(START_SECONDS))?;
     let mut word = [0; 16];

@@ -1,4 +1,4 @@
-//! Starts a machine: its VMM process, the boot, the first word of its agent.
+//! Starts a VM: the VMM's process, the boot, the connection to the agent.
 
 use std::fs::File;
 use std::io;
@@ -27,82 +27,83 @@ use super::{
 /// Serial number of the disk with the containers' writable layers.
 pub const SCRATCH_SERIAL: &str = "scratch";
 
-/// Context id of every guest: each has a vsock device of its own, so they need
+/// Context id of every guest: each VM has a vsock device of its own, so the ids need
 /// not differ.
 const GUEST_CID: u32 = 3;
 
-/// A network interface of a machine.
+/// A network interface of a VM.
 #[derive(Debug)]
 pub struct Nic {
-    /// Where its packets go.
+    /// The host's end of the interface.
     pub tap: OwnedFd,
-    /// Hardware address that its driver finds.
+    /// Hardware address that the guest's driver finds.
     pub mac: [u8; 6],
 }
 
-/// Hardware address of a machine's main interface until the agent gives it the
+/// Hardware address of a VM's main interface until the agent gives it the
 /// pod's own: locally administered, and never on a wire.
 pub const MAIN_MAC: [u8; 6] = [0x02, 0x48, 0x75, 0x73, 0x6b, 0x00];
 
-/// The largest packet that a network interface takes, bytes: the agent sets
-/// what the pod's network takes.
+/// The largest packet that the device takes, bytes. The agent sets the MTU of the pod's
+/// network.
 const MAX_MTU: u16 = 65_521;
 
-/// What the VMM says of itself, in the machine's folder.
+/// The VMM's log, in the VM's run directory.
 const LOG: &str = "vmm.log";
 
-/// What a machine is made of.
+/// A VM that is to be started.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    /// Whose it is.
+    /// The pod.
     pub id: &'a SandboxId,
     /// The handler that its client chose.
     pub handler: &'a VmHandler,
-    /// vCPUs.
+    /// Number of vCPUs.
     pub vcpus: u8,
     /// Guest memory, MiB.
     pub memory_mib: u32,
-    /// Where its sockets go; made here.
+    /// The directory for the VM's sockets; made here.
     pub run_dir: PathBuf,
-    /// The file of its writable disk.
+    /// The file of the sandbox disk.
     pub scratch: PathBuf,
-    /// Its network interfaces.
+    /// The network interfaces, the pod's main one first.
     pub nics: Vec<Nic>,
     /// The control group of the VMM.
     pub cgroup: Option<PathBuf>,
 }
 
-/// A machine that came up.
+/// A VM whose agent answers.
 #[derive(Debug)]
 pub struct Launched {
-    /// Its VMM.
+    /// The VMM.
     pub vmm: Vmm,
-    /// The agent in it.
+    /// The agent in the guest.
     pub agent: Agent,
-    /// Process id of its VMM.
+    /// Process id of the VMM.
     pub vmm_pid: u32,
-    /// It is a clone of a template.
+    /// Whether the VM is a clone of a template.
     pub cloned: bool,
-    /// From the start of the process to the first entry into the guest.
+    /// The time from the start of the VMM's process to the first entry into the guest.
     pub start: Duration,
-    /// From there to the agent's first word; a clone's agent has spoken before.
+    /// The time from there until the agent was ready; none for a clone, whose agent is ready
+    /// already.
     pub kernel: Duration,
-    /// From there to an open connection.
+    /// The time from there to an open connection.
     pub connect: Duration,
 }
 
-/// Starts a machine, from a template if there is one, and returns when its
-/// agent can be talked to.
+/// Starts a VM, from a template if there is one, and returns when its agent answers.
 ///
 /// # Errors
-/// With the stage in it; whatever was started is left to [`super::destroy`].
+/// The step that failed. The processes and files that were made are left to
+/// [`super::destroy`].
 pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launched, Error> {
     let started = Instant::now();
     let file = |stage, path: &Path| {
         let path = path.to_owned();
         move |cause: io::Error| Error::File { stage, path, cause }
     };
-    // The VMM has no use for paths: all that is in it is passed on open.
+    // The VMM cannot open paths: all files are passed to it open.
     dirs::make(&plan.run_dir, dirs::ROOT_ONLY).map_err(file("make folder for sockets", &plan.run_dir))?;
     let control_path = control_path(&plan.run_dir);
     let vsock_path = vsock_path(&plan.run_dir);
@@ -119,7 +120,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     if let Some(cgroup) = &plan.cgroup {
         cgroup::make(cgroup).map_err(file("make control group", cgroup))?;
     }
-    // The VMM alone listens then: once it has gone, nobody does.
+    // From here on only the VMM holds its socket: once it has ended, nothing listens.
     let started_vmm = |cause| Error::File { stage: "start VMM", path: plan.handler.vmm.clone(), cause };
     let Spawned { pid, pidfd } = spawn(plan, user, control, exit, log).map_err(started_vmm)?;
     let process = Process::watch(pidfd).map_err(started_vmm)?;
@@ -153,14 +154,14 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     })
 }
 
-/// A machine may end, or hang, at any time while it comes up.
+/// Watches for the VM's end, which may come, as a hang may, at any time of the start.
 struct Ends<'a> {
     vmm: &'a Vmm,
 }
 
 impl Ends<'_> {
-    /// Waits for a step of the machine's coming up, and says it if the machine
-    /// ends before, or is still not there when the time is up.
+    /// Waits for a step of the start. It is an error if the VM ends before, or if the step
+    /// takes longer than `limit`.
     async fn before<T>(
         &self,
         limit: Duration,
@@ -184,15 +185,15 @@ impl Ends<'_> {
     }
 }
 
-/// Where the agent's first word comes out, and the VMM's end of it.
+/// The connection on which the agent says that it is ready: our end and the VMM's.
 fn ready_pair() -> io::Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
     Ok((UnixStream::from_std(ours)?, theirs.into()))
 }
 
-/// The first word comes on a connection of the agent's own making. One that
-/// ends before is no answer: the machine's end, or the time limit, says why.
+/// Returns when the agent says that it is ready, on the connection that it makes. If that
+/// connection ends before, this waits on: the VM's end, or the time limit, has the reason.
 async fn agent_ready(mut connection: UnixStream) -> io::Result<()> {
     let mut word = [0u8; 5];
     match connection.read_exact(&mut word).await {
@@ -202,10 +203,10 @@ async fn agent_ready(mut connection: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Listens on a socket as a VMM does for its requests.
+/// Makes a socket that listens as a VMM's control socket does.
 ///
 /// # Errors
-/// The file system's.
+/// The file system's error.
 pub fn listen_seqpacket(path: &Path) -> io::Result<OwnedFd> {
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
@@ -213,15 +214,15 @@ pub fn listen_seqpacket(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// What the VMM may have at most. It opens nothing by itself once it faces its
-/// guest, and its user is nobody else's.
+/// The VMM's resource limits. It opens no files by itself once it faces its
+/// guest, and no other process has its user.
 fn limits(plan: &Plan<'_>) -> io::Result<[Limit; 5]> {
-    /// Connections of the vsock device, and some for each disk.
+    /// Enough for the connections of the vsock device, and for the disks.
     const OPEN_FILES: u64 = 4096;
-    /// Two event loops, four threads for all disks, and KVM's own.
+    /// Enough for two event loops, four threads for all disks, and KVM's own threads.
     const OTHER_THREADS: u64 = 24;
     let threads = u64::from(plan.vcpus) + OTHER_THREADS;
-    // It writes to its disk, or to the memory file of a template.
+    // The VMM writes to the sandbox disk, or to the memory file of a template.
     let disk = std::fs::metadata(&plan.scratch)?.len();
     let memory = u64::from(plan.memory_mib) << 20;
     Ok([
@@ -289,7 +290,7 @@ fn machine_config(
         });
     }
     let listener = pass(vsock.into());
-    // A clone's agent has spoken before.
+    // The agent of a clone is ready already.
     let host_port = match template {
         None => Some(HostPort { port: husk_proto::agent::READY_PORT, socket: pass(ready) }),
         Some(_) => None,

@@ -26,13 +26,13 @@ pub use sandbox_disks::{Error as DiskError, SandboxDisks};
 /// The name of the VMM's program, as the kernel has it.
 const PROGRAM: &str = "husk-vmm";
 
-/// Most time that the VMM may take for one request.
+/// The longest time that the VMM may take for one request.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The VMM of a machine that runs.
+/// The VMM of a VM that runs.
 #[derive(Clone, Debug)]
 pub struct Vmm {
-    /// Where it takes requests.
+    /// The socket on which it takes requests.
     pub control: Control,
     process: Process,
     run_dir: PathBuf,
@@ -45,7 +45,7 @@ impl Vmm {
         Self { control, process, run_dir: run_dir.into() }
     }
 
-    /// Returns when its process has ended: with the record of the machine's end,
+    /// Returns when the VMM's process has ended: with the record of the VM's end,
     /// or without when the VMM was itself killed.
     pub async fn ended(&self) -> Option<Exit> {
         self.process.ended().await;
@@ -53,54 +53,54 @@ impl Vmm {
     }
 }
 
-/// Something went wrong with a machine.
+/// Something went wrong with a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file that the machine is made of.
+    /// A file that the VM is made of.
     #[error("{stage}: {path}: {cause}")]
     File {
-        /// What was being done.
+        /// The step that failed.
         stage: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The kernel's reason.
         cause: std::io::Error,
     },
     /// The VMM refused or failed at a request.
     #[error("VMM: {stage}: {message}")]
     Vmm {
-        /// What the VMM was doing.
+        /// The step at which the VMM failed.
         stage: String,
-        /// What went wrong there.
+        /// The VMM's reason.
         message: String,
     },
     /// The VMM cannot be reached.
     #[error("VMM: {stage}: {cause}")]
     Control {
-        /// What was being asked.
+        /// The request.
         stage: &'static str,
-        /// Why it failed.
+        /// The reason for which there was no answer.
         cause: String,
     },
-    /// The machine ended before its agent spoke.
+    /// The VM ended before its agent was ready.
     #[error("guest boot: the machine ended ({reason:?}{}{detail}){}", if detail.is_empty() { "" } else { ": " }, console_tail(console))]
     Ended {
-        /// How.
+        /// The way in which it ended.
         reason: husk_vmm_api::ExitReason,
-        /// In words.
+        /// The VMM's explanation; may be empty.
         detail: String,
-        /// The guest's last words.
+        /// The end of the guest's console.
         console: String,
     },
-    /// The agent did not speak in time.
+    /// The agent was not ready in time.
     #[error("guest boot: timed out waiting for the agent after {seconds} s{}", console_tail(console))]
     Silent {
-        /// How long was waited.
+        /// The time limit, seconds.
         seconds: u64,
-        /// The guest's last words.
+        /// The end of the guest's console.
         console: String,
     },
-    /// The agent spoke, but cannot be talked to.
+    /// The agent was ready, but does not answer.
     #[error("connect to agent: {0}")]
     Agent(String),
     /// All image disks are in use.
@@ -120,25 +120,25 @@ fn console_tail(console: &str) -> String {
     }
 }
 
-/// The control socket in it.
+/// The control socket in a VM's run directory.
 fn control_path(run_dir: &Path) -> PathBuf {
     run_dir.join("vmm.sock")
 }
 
-/// The vsock device's socket in it.
+/// The vsock device's socket in a VM's run directory.
 fn vsock_path(run_dir: &Path) -> PathBuf {
     run_dir.join("vsock.sock")
 }
 
-/// The VMM's exit record in it.
+/// The VMM's exit record in a VM's run directory.
 fn exit_path(run_dir: &Path) -> PathBuf {
     run_dir.join("exit.json")
 }
 
-/// Takes over a machine that runs already, after a restart of huskd.
+/// Takes over a VM that runs already, after a restart of huskd.
 ///
 /// # Errors
-/// When its VMM or its agent does not answer. Whether it lives is another
+/// Its VMM or its agent does not answer. Whether the VM lives is another
 /// question, see [`lives`].
 pub async fn reattach(run_dir: &Path, agent_timeout: Duration) -> Result<(Vmm, Agent), Error> {
     let control = Control::new(control_path(run_dir));
@@ -148,7 +148,7 @@ pub async fn reattach(run_dir: &Path, agent_timeout: Duration) -> Result<(Vmm, A
     Ok((Vmm::new(control, process, run_dir), agent))
 }
 
-/// The agent of a VM that is looked at when the agent does not answer.
+/// Has huskd log the state of the VM when its agent does not answer.
 fn inspected_when_silent(agent: Agent, control: &Control) -> Agent {
     let control = control.clone();
     agent.when_silent(move || {
@@ -175,7 +175,7 @@ pub fn has_socket(run_dir: &Path) -> bool {
 }
 
 /// Whether a VMM is among the processes of a control group, by the name of its
-/// program. Nothing is done to a process for that.
+/// program. The answer is never a reason to signal a process.
 #[must_use]
 pub fn is_in_group(cgroup: &Path) -> bool {
     let processes = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
@@ -185,9 +185,8 @@ pub fn is_in_group(cgroup: &Path) -> bool {
     })
 }
 
-/// What is said of a VMM that had no time for an exit record, if the kernel has
-/// killed it for want of memory: since the pod's start, when its control group
-/// had counted `before` such kills.
+/// The problem of a VMM that left no exit record, if the kernel has killed it for want of
+/// memory since the pod's start, when its control group had counted `before` such kills.
 #[must_use]
 pub fn out_of_memory(cgroup: Option<&Path>, before: u64) -> Option<String> {
     let cgroup = cgroup.filter(|cgroup| cgroup::oom_kills(cgroup) > before)?;
@@ -198,11 +197,11 @@ pub fn out_of_memory(cgroup: Option<&Path>, before: u64) -> Option<String> {
     ))
 }
 
-/// Ends whatever VMM still listens in `run_dir`, and removes the folder.
+/// Ends the VMM that still listens in `run_dir`, and removes the folder.
 /// Succeeds when there is nothing.
 ///
 /// # Errors
-/// When a VMM is there and does not go, or the folder cannot be removed.
+/// A VMM is there and does not end, or the folder cannot be removed.
 pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
     let path = control_path(run_dir);
     if path.exists() {
@@ -224,8 +223,8 @@ pub fn exit_record(run_dir: &Path) -> Option<Exit> {
     serde_json::from_str(&words::read(file).ok()?).ok()
 }
 
-/// A file of `run_dir` that a process which faces a guest writes to, see
-/// [`words`]. It maps it, for which it has to be readable as well.
+/// Makes a file of `run_dir` that a process which faces a guest writes to, see
+/// [`words`]. The process maps the file, which therefore has to be readable as well.
 fn record_file(path: &Path) -> std::io::Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)

@@ -1,8 +1,8 @@
-//! The sandbox disk: one sparse file per pod, with an ext4 filesystem for the
+//! The sandbox disk: one sparse file per pod, with an ext4 file system for the
 //! writable layers of its containers.
 //!
-//! The filesystem is made once and copied, holes and all: a copy writes a few
-//! hundred KiB. It has no journal, because nothing on it outlives its machine.
+//! The file system is made once for each size and copied, holes and all: a copy writes a few
+//! hundred KiB. There is no journal, because nothing on the disk outlives its VM.
 
 use std::fs::File;
 use std::io;
@@ -14,32 +14,32 @@ use std::time::Duration;
 use husk_base::dirs;
 use tokio::process::Command;
 
-/// Most time that making the filesystem may take.
+/// The longest time that making the file system may take.
 const MKFS_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// One inode for so much of the disk, as mke2fs(8) has it for most disks: trees of
+/// Bytes of the disk for each inode, as mke2fs(8) has it for most disks: trees of
 /// small files (`node_modules`, a package manager's cache) must not run out of
-/// inodes long before the disk is full. Inodes that nobody uses take no space.
+/// inodes long before the disk is full. Unused inodes take no space.
 const BYTES_PER_INODE: &str = "16384";
 
-/// Where the prepared filesystems are.
+/// The prepared file systems, one for each size.
 #[derive(Debug)]
 pub struct SandboxDisks {
     directory: PathBuf,
     making: tokio::sync::Mutex<()>,
 }
 
-/// There is no sandbox disk.
+/// A sandbox disk cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file of it.
+    /// A file of the disk.
     #[error("sandbox disk: {stage} {path}: {cause}")]
     File {
-        /// What was being done.
+        /// The step that failed.
         stage: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The kernel's reason.
         cause: io::Error,
     },
     /// `mke2fs` failed.
@@ -48,7 +48,7 @@ pub enum Error {
 }
 
 impl SandboxDisks {
-    /// Keeps prepared filesystems in `directory`.
+    /// Keeps prepared file systems in `directory`.
     #[must_use]
     pub fn new(directory: PathBuf) -> Self {
         Self { directory, making: tokio::sync::Mutex::default() }
@@ -57,7 +57,7 @@ impl SandboxDisks {
     /// Makes a disk of `mib` MiB at `path`.
     ///
     /// # Errors
-    /// With nothing left at `path`.
+    /// The step that failed; nothing is left at `path`.
     pub async fn create(&self, path: &Path, mib: u64) -> Result<(), Error> {
         let prepared = self.prepared(mib).await?;
         let to = path.to_owned();
@@ -73,10 +73,10 @@ impl SandboxDisks {
         })
     }
 
-    /// The prepared filesystem of that size, made if it is not there.
+    /// The prepared file system of `mib` MiB, made if it is not there.
     ///
     /// # Errors
-    /// With nothing left behind.
+    /// The step that failed; nothing is left behind.
     pub async fn prepared(&self, mib: u64) -> Result<PathBuf, Error> {
         let path = self.directory.join(format!("{mib}-{BYTES_PER_INODE}.ext4"));
         let _making = self.making.lock().await;
@@ -93,8 +93,8 @@ impl SandboxDisks {
         let mut mkfs = Command::new("mke2fs");
         mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", BYTES_PER_INODE])
             .args(["-O", "^has_journal,^resize_inode"])
-            // The file is full of holes, which read as zeros: nothing need be
-            // zeroed now, nor by the guest later.
+            // The new file is one hole, which reads as zeros: neither mke2fs nor the guest
+            // has to write zeros.
             .args(["-E", "assume_storage_prezeroed=1,nodiscard,root_owner=0:0"])
             .arg(&new)
             .kill_on_drop(true);
@@ -111,7 +111,7 @@ impl SandboxDisks {
     }
 }
 
-/// Copies what the file holds, and leaves its holes holes.
+/// Copies a file's data, and leaves its holes as holes.
 fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = dirs::private_file(to)?;

@@ -1,21 +1,21 @@
-//! Templates: a machine that has booted until its agent waits, saved once for
-//! its key, so that the machines of pods begin there.
+//! Templates: a VM that has booted until its agent waits, saved once for
+//! its key, so that the VMs of pods begin there.
 //!
 //! ```text
-//! <state>/templates/<boot>-<key>/state    processors and devices
+//! <state>/templates/<boot>-<key>/state    vCPUs and devices
 //! <state>/templates/<boot>-<key>/memory   guest memory, mapped privately by all clones
 //! ```
 //!
-//! `boot` is that of the host: a template does not outlive the kernel under
+//! `boot` names the boot of the host: a template does not outlive the kernel under
 //! which it was made. `key` is a hash of all that must be the same: kernel,
-//! root file system and VMM, processors, memory, disks. The template is saved
+//! root file system and VMM, vCPUs, memory, disks. The VM is saved
 //! before it is a pod; a clone gets its clock, its random numbers, its addresses
-//! and its name from the agent's `CreateSandbox`, as a machine that booted does.
+//! and its name from the agent's `CreateSandbox`, as a VM that booted does.
 //!
-//! No pod waits for one. That of the machines which most pods have is made when
-//! huskd starts; any other when a key is asked for the second time, after the
-//! pod that asked has its machine. What has none yet boots, as does what cannot
-//! have one, because it has several network interfaces or cannot be saved.
+//! No pod waits for a template. Those of the sizes that pods without limits have are made when
+//! huskd starts; any other when its key is asked for the second time, after the
+//! pod that asked has its VM. A VM boots while its key has no template, and always if it
+//! cannot have one, because it has several network interfaces or cannot be saved.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -39,11 +39,11 @@ use tokio::sync::Semaphore;
 use super::launch::{self, Launched, MAIN_MAC, Nic, Plan};
 use super::{Control, Error, SandboxDisks};
 
-/// Most templates on disk; the one that was made first goes.
+/// How many templates are kept on disk; the oldest are removed.
 const MAX: usize = 8;
-/// Most keys that are remembered to have been asked for.
+/// How many keys are remembered to have been asked for.
 const MAX_SEEN: usize = 256;
-/// Most time until the guest has heard that huskd has hung up.
+/// The longest time until the guest has closed the connections that huskd has closed.
 const HANG_UP: Duration = Duration::from_secs(5);
 
 /// Makes a tap that is connected to nothing, for the network interface of a VM
@@ -52,7 +52,7 @@ const HANG_UP: Duration = Duration::from_secs(5);
 pub struct MakeTap(Arc<dyn Fn() -> BoxFuture<'static, io::Result<OwnedFd>> + Send + Sync>);
 
 impl MakeTap {
-    /// With `make`, which is called for each template.
+    /// Wraps `make`, which is called for each template.
     pub fn new<F>(make: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = io::Result<OwnedFd>> + Send + 'static,
@@ -74,40 +74,40 @@ impl fmt::Debug for MakeTap {
 /// The templates of a node.
 #[derive(Debug)]
 pub struct Templates {
-    /// Where they are.
+    /// The directory of the templates.
     dir: PathBuf,
-    /// Where the sockets of machines are that shall become one.
+    /// The run directories of VMs that shall become templates.
     run_dir: PathBuf,
     disks: Arc<SandboxDisks>,
     make_tap: MakeTap,
     known: Mutex<Known>,
-    /// Held while one is made: one at a time.
+    /// Held while a template is made: one at a time.
     making: Semaphore,
 }
 
-/// What was found out about keys.
+/// The keys that were asked for.
 #[derive(Debug, Default)]
 struct Known {
-    /// Asked for once.
+    /// Keys that were asked for at least once.
     seen: HashSet<String>,
-    /// None can be saved.
+    /// Keys whose VMs cannot be saved.
     unsupported: HashSet<String>,
 }
 
-/// The open files of one.
+/// The open files of a template.
 #[derive(Debug)]
 pub struct Template {
-    /// Processors and devices.
+    /// The state of vCPUs and devices.
     pub state: File,
-    /// Guest memory.
+    /// The guest memory.
     pub memory: File,
 }
 
-/// Why there is no template.
+/// The reason for which no template was made.
 enum Failure {
-    /// The machine did not come up, as the pod's own would not.
+    /// The VM did not start. A pod's own would not either.
     Boot(Error),
-    /// It cannot be saved.
+    /// The VM cannot be saved.
     Save(Error),
 }
 
@@ -125,8 +125,8 @@ impl Templates {
         }
     }
 
-    /// Removes what an earlier huskd was in the midst of making, and what an
-    /// earlier boot of the host has left.
+    /// Removes templates that an earlier huskd had not finished, and those of an
+    /// earlier boot of the host.
     pub async fn recover(&self) {
         self.end_making().await;
         let this_boot = host_boot();
@@ -138,18 +138,17 @@ impl Templates {
         }
     }
 
-    /// Ends machines that shall become a template: huskd is about to go, or has
-    /// just come.
+    /// Ends VMs that shall become templates: huskd is about to end, or has
+    /// just started.
     pub async fn end_making(&self) {
         for folder in entries(&self.run_dir) {
             if let Err(error) = super::destroy(&folder).await {
-                tracing::warn!(path = %folder.display(), %error, "end the machine of a template");
+                tracing::warn!(path = %folder.display(), %error, "failed to end the VM of a template");
             }
         }
     }
 
-    /// Makes the template of machines as a handler's pods have them that ask
-    /// for nothing.
+    /// Makes the template for pods of the handler that have no limits, unless there is one.
     pub async fn prepare(&self, handler: &VmHandler) {
         let Some(key) = TemplateKey::new(handler, handler.vcpus, handler.memory_mib) else { return };
         if self.open(&key).is_none() {
@@ -157,12 +156,12 @@ impl Templates {
         }
     }
 
-    /// Starts a machine: as a clone if it can be one.
+    /// Starts a VM, as a clone if there is a template of its key.
     ///
     /// # Errors
-    /// As [`launch::launch`].
+    /// As for [`launch::launch`].
     pub async fn launch(self: &Arc<Self>, plan: &Plan<'_>) -> Result<Launched, Error> {
-        // One interface is what a template has.
+        // A template has one network interface.
         let key = || TemplateKey::new(plan.handler, plan.vcpus, plan.memory_mib);
         let Some(key) = (plan.nics.len() == 1).then(key).flatten() else {
             return launch::launch(plan, None).await;
@@ -171,7 +170,7 @@ impl Templates {
             match launch::launch(plan, Some(template)).await {
                 Ok(launched) => return Ok(launched),
                 Err(error) => {
-                    tracing::warn!(sandbox = %plan.id, %error, "clone a machine; booting one instead");
+                    tracing::warn!(sandbox = %plan.id, %error, "failed to clone a VM; booting one instead");
                     remove(&self.dir.join(&key.name));
                     super::destroy(&plan.run_dir).await?;
                 }
@@ -185,21 +184,21 @@ impl Templates {
         Ok(launched)
     }
 
-    /// Whether a key that has no template should get one: it is not the first
-    /// time that it is asked for, and nothing speaks against it.
+    /// Whether a key that has no template should get one: it was asked for before, and its VM
+    /// can be saved as far as is known.
     fn is_wanted(&self, key: &TemplateKey) -> bool {
         let mut known = lock(&self.known);
         if known.unsupported.contains(&key.name) {
             return false;
         }
-        // Sizes may come and go without an end.
+        // Pods may have ever other sizes.
         if known.seen.len() >= MAX_SEEN {
             known.seen.clear();
         }
         !known.seen.insert(key.name.clone())
     }
 
-    /// Makes the template of a key, unless one is being made: it will be asked
+    /// Makes the template of a key, unless another is being made: the key will be asked
     /// for again.
     async fn make(&self, key: TemplateKey) {
         let Ok(_one_at_a_time) = self.making.try_acquire() else { return };
@@ -209,10 +208,10 @@ impl Templates {
         match make(&key, &self.place(&key), &self.disks, &self.make_tap).await {
             Ok(()) => self.evict(),
             Err(Failure::Boot(error)) => {
-                tracing::warn!(template = key.name, %error, "a machine that should become a template did not come up");
+                tracing::warn!(template = key.name, %error, "failed to start the VM of a template; trying again when it is wanted");
             }
             Err(Failure::Save(error)) => {
-                tracing::warn!(template = key.name, %error, "no template; machines will boot");
+                tracing::warn!(template = key.name, %error, "failed to save a template; VMs of this size will boot");
                 lock(&self.known).unsupported.insert(key.name);
             }
         }
@@ -229,7 +228,8 @@ impl Templates {
         Place { folder: self.dir.join(&key.name), run_dir: self.run_dir.join(&key.name) }
     }
 
-    /// Clones keep what they have mapped, so a template can go at any time.
+    /// Removes the oldest templates. Clones keep the memory that they have mapped, so a
+    /// template can be removed at any time.
     fn evict(&self) {
         let made = |folder: &PathBuf| fs::metadata(folder).and_then(|metadata| metadata.modified()).ok();
         let mut all = entries(&self.dir);
@@ -240,7 +240,7 @@ impl Templates {
     }
 }
 
-/// What must be the same in a machine and its template.
+/// All that must be the same in a VM and its template.
 #[derive(Clone, Debug)]
 struct TemplateKey {
     name: String,
@@ -250,7 +250,7 @@ struct TemplateKey {
 }
 
 impl TemplateKey {
-    /// `None` for a handler without templates.
+    /// The key of a handler's VMs of this size; `None` for a handler without templates.
     fn new(handler: &VmHandler, vcpus: u8, memory_mib: u32) -> Option<Self> {
         if !handler.template {
             return None;
@@ -258,7 +258,7 @@ impl TemplateKey {
         let mut hash = Sha256::new();
         hash.update(env!("CARGO_PKG_VERSION"));
         for file in [&handler.vmm, &handler.kernel, &handler.rootfs] {
-            // A file that is not there has no template either.
+            // A file that is not there makes a key all the same: no VM starts without it.
             let identity = fs::metadata(file).map_or([0; 5], |file| {
                 [
                     file.dev(),
@@ -277,19 +277,19 @@ impl TemplateKey {
     }
 }
 
-/// Names this boot of the host.
+/// A name for this boot of the host.
 fn host_boot() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.chars().take(8).collect()
 }
 
-/// Where a template is made.
+/// The directories in which a template is made.
 struct Place {
     folder: PathBuf,
     run_dir: PathBuf,
 }
 
-/// Boots a machine and saves it. Nothing stays but the template, all at once.
+/// Boots a VM and saves it. The template appears as a whole, and nothing else stays.
 async fn make(
     key: &TemplateKey,
     place: &Place,
@@ -302,10 +302,10 @@ async fn make(
     super::destroy(&place.run_dir).await.map_err(Failure::Boot)?;
     let made = make_in(key, place, &work, disks, make_tap).await;
     if let Err(error) = super::destroy(&place.run_dir).await {
-        tracing::warn!(template = key.name, %error, "end the machine of a template");
+        tracing::warn!(template = key.name, %error, "failed to end the VM of a template");
     }
     let made = made.and_then(|()| {
-        // What is there was not whole, or it would have been opened.
+        // A template that is there could not be opened, so it is damaged.
         remove(&place.folder);
         fs::rename(&work, &place.folder).map_err(|cause| Failure::Save(file("publish", &place.folder, cause)))
     });
@@ -348,7 +348,7 @@ async fn make_in(
         cgroup: None,
     };
     let Launched { vmm, agent, .. } = launch::launch(&plan, None).await.map_err(Failure::Boot)?;
-    // Any answer will do: it shows that the agent has set itself up.
+    // Any answer shows that the agent has set itself up.
     let asked = agent
         .call("try the agent", async |mut agent| {
             agent.container_stats(ContainerStatsRequest::default()).await
@@ -371,12 +371,12 @@ async fn make_in(
     fs::remove_file(&disk).map_err(failed(&disk)).map_err(Failure::Save)
 }
 
-/// Waits until the guest has no connection open: it could not go on with it.
+/// Waits until the guest has no connection open, because a clone could not go on with it.
 async fn hang_up(control: &Control) -> Result<(), Error> {
     let begun = Instant::now();
     while control.info().await?.connections > 0 {
         if begun.elapsed() > HANG_UP {
-            return Err(Error::Agent("it does not close its connections".into()));
+            return Err(Error::Agent("the guest does not close its connections".into()));
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -395,7 +395,7 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
 fn remove(folder: &Path) {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %folder.display(), %error, "remove a template");
+            tracing::warn!(path = %folder.display(), %error, "failed to remove a template");
         }
         _ => {}
     }
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shape_is_all_that_a_clone_shares() {
+    fn a_key_is_all_that_a_clone_shares() {
         let folder = tempfile::tempdir().unwrap();
         let handler = handler(folder.path());
         let name =
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shape_is_wanted_when_it_is_asked_for_again() {
+    fn a_template_is_wanted_when_its_key_is_asked_for_again() {
         let folder = tempfile::tempdir().unwrap();
         let templates = templates(folder.path());
         let handler = handler(folder.path());

@@ -1,10 +1,10 @@
-//! The users that VMMs run as: one for each VMM, who owns nothing, and whom no
-//! other VMM shares while it lives.
+//! The users that VMMs run as: each VMM has its own, which owns nothing, and which no
+//! other VMM has while it lives.
 //!
-//! A claim is a file named by the user, beside the machines' folders, which says
-//! whose it is; the machine's own folder says which user it has. Both last as
-//! long as the VMM may: over a restart of huskd, and not over one of the host.
-//! A claim without its machine's folder holds no more.
+//! A claim is a file named after the user, beside the run directories of VMs. It names the
+//! directory of the VM that has the user, and a file in that directory names the user. Both last
+//! as long as the VMM may: over a restart of huskd, and not over one of the host.
+//! A claim is void without the VM's directory.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -13,29 +13,29 @@ use std::sync::Mutex;
 
 use husk_base::{dirs, lock};
 
-/// The first of them. systemd gives users up to 0x6fff_ffff away, and husk
-/// itself once gave from 0x7000_0000 on, by a hash.
+/// The first user. systemd gives away users up to 0x6fff_ffff, and earlier releases of Husk
+/// took users from 0x7000_0000 on, by a hash.
 const FIRST: u32 = 0x7100_0000;
 
-/// How many there are.
+/// The number of users.
 const COUNT: u32 = 1 << 24;
 
-/// Which user a machine has, in its folder.
+/// The name of the file in a VM's run directory that names its user.
 const RECORD: &str = "user";
 
-/// One claim at a time: others of this process would take the same stale one.
+/// Held while a user is claimed: others of this process would take the same stale claim.
 static CLAIMING: Mutex<()> = Mutex::new(());
 
-/// A user for the VMM of the machine in `run_dir`, which is there.
+/// Claims a user for the VMM of the VM whose directory is `run_dir`, which must exist.
 ///
 /// # Errors
-/// The file system's.
+/// The file system's error.
 pub fn claim(run_dir: &Path) -> io::Result<u32> {
     let claims = claims(run_dir);
     dirs::make(&claims, dirs::ROOT_ONLY)?;
     let _one = lock(&CLAIMING);
     let owner = run_dir.as_os_str().as_encoded_bytes();
-    // Where a search begins does not matter, but that it is short does.
+    // Searches that begin at different users are short.
     let start = owner.iter().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add((*byte).into()));
     for step in 0..COUNT {
         let user = FIRST + start.wrapping_add(step) % COUNT;
@@ -59,8 +59,8 @@ pub fn claim(run_dir: &Path) -> io::Result<u32> {
     Err(io::Error::other("every user is taken"))
 }
 
-/// Gives the user of a machine back whose VMM has ended, before its folder goes.
-/// A claim that stays is no harm.
+/// Releases the user of a VM whose VMM has ended, before its directory is removed.
+/// A claim that stays does no harm.
 pub fn release(run_dir: &Path) {
     let Ok(user) = fs::read_to_string(run_dir.join(RECORD)) else { return };
     let Ok(user) = user.trim().parse::<u32>() else { return };
@@ -71,7 +71,7 @@ pub fn release(run_dir: &Path) {
     }
 }
 
-/// Whether nobody has it any more, or the machine itself had it before.
+/// Whether a claim is void, or is this VM's own.
 fn is_stale(claim: &Path, run_dir: &Path) -> io::Result<bool> {
     let owner = owner(claim)?;
     Ok(owner == run_dir || !owner.try_exists()?)
@@ -82,7 +82,7 @@ fn owner(claim: &Path) -> io::Result<PathBuf> {
     Ok(std::ffi::OsString::from_vec(fs::read(claim)?).into())
 }
 
-/// All machines' folders lie in folders of one folder.
+/// The directory of the claims. The VMs' directories are two levels below its parent.
 fn claims(run_dir: &Path) -> PathBuf {
     let base = run_dir.parent().and_then(Path::parent).unwrap_or(run_dir);
     base.join("users")
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn no_two_machines_share_a_user_while_they_live() {
         let base = tempfile::tempdir().unwrap();
-        // These names have one hash, as the sums of their letters are made.
+        // These names have the same hash.
         let names = [("sandboxes", "Aa"), ("sandboxes", "BB"), ("templates", "Aa")];
         let machines = names.map(|(kind, name)| machine(base.path(), kind, name));
         let users: Vec<u32> = machines.iter().map(|machine| claim(machine).unwrap()).collect();
@@ -119,16 +119,16 @@ mod tests {
             (machine(base.path(), "sandboxes", "Aa"), machine(base.path(), "sandboxes", "BB"));
         let user = claim(&first).unwrap();
         assert_ne!(claim(&second).unwrap(), user);
-        // Asked for twice, it is the same.
+        // A second claim answers the same user.
         assert_eq!(claim(&first).unwrap(), user);
         release(&second);
         release(&first);
         assert_eq!(fs::read_dir(base.path().join("users")).unwrap().count(), 0);
-        // A huskd that died had no time to give anything back.
+        // A huskd that died has released nothing.
         assert_eq!(claim(&first).unwrap(), user);
         fs::remove_dir_all(&first).unwrap();
         assert_eq!(claim(&second).unwrap(), user);
-        // Nobody gives back what another has.
+        // A VM does not release the user of another.
         let third = machine(base.path(), "sandboxes", "Aa");
         fs::write(third.join(RECORD), user.to_string()).unwrap();
         release(&third);

@@ -1,9 +1,9 @@
 //! Images as volumes: their files in a container, read-only.
 //!
-//! In the machine such an image is a disk like that of a container's own, and
+//! In a VM such an image is a disk like that of a container's own image, and is
 //! shared with all containers that are made from it; on the host the pod's
-//! supervisor mounts its file, once for all of them. The agent finds the part
-//! of it that is wanted, so that no link in it leads out of it.
+//! supervisor mounts the image's file, once for all containers. The agent looks up the part
+//! of the image that is wanted, so that no link in the image leads out of it.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -16,20 +16,20 @@ use serde::{Deserialize, Serialize};
 pub struct Error {
     /// The place in the container.
     path: String,
-    /// Why it cannot be there.
+    /// The reason for which it cannot be there.
     problem: String,
 }
 
-/// One of a container, as it is recorded.
+/// An image volume of a container, as it is recorded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageVolume {
     /// Serial number of the block device that holds the image in the guest.
     pub slot: String,
     /// The file behind that device.
     pub rootfs: PathBuf,
-    /// Where it is in the container.
+    /// The absolute path in the container.
     pub container_path: PathBuf,
-    /// The directory or file of it that is wanted; empty for all.
+    /// The directory or file of the image that is wanted; empty for the whole image.
     pub sub_path: String,
 }
 
@@ -40,10 +40,10 @@ pub fn is_image(mount: &cri::Mount) -> bool {
 }
 
 /// The images that a container wants mounted. `rootfs` answers an image's file;
-/// nothing has a slot yet.
+/// the slots are still empty.
 ///
 /// # Errors
-/// The first mount that cannot be.
+/// The first mount that the container cannot have.
 pub fn wanted<E: From<Error>>(
     mounts: &[cri::Mount],
     rootfs: impl Fn(&cri::ImageSpec) -> Result<PathBuf, E>,

@@ -2,13 +2,13 @@
 //!
 //! Each pod has one directory on the host ([`SharedDir`]) that its file server
 //! serves to its VM. A volume is mounted below it under a name of its own, and
-//! the container's OCI configuration mounts that name of the guest's side of it.
+//! the container's OCI configuration mounts that name from the guest's side of the directory.
 //! Two containers with the same volume use the same mount. A volume that changes
 //! under its containers is copied into the guest instead, see [`synced`].
 //!
 //! A volume is in its container's record before it is mounted, and one that no
-//! record of the pod names any more is unmounted. Nothing here ever removes a
-//! directory with what is in it: below are other people's files.
+//! record of the pod names any more is unmounted. No code here ever removes a
+//! directory with its content, which can be the files of others.
 
 pub mod image;
 mod read;

@@ -1,9 +1,8 @@
 //! Reads a volume whole, as it was at one moment.
 //!
-//! Names lead nowhere else. A pod that may write to the same directory through
-//! another of its mounts could put a link in the place of a file while that is
-//! read; so each file is held before it is looked at, and is read as what it
-//! was then.
+//! No name leads out of the volume. A pod that may write to the same directory through
+//! another of its mounts could replace a file by a link while it is
+//! read; so each file is opened before its type is checked, and that open file is read.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -20,41 +19,41 @@ use sha2::{Digest, Sha256};
 /// The link that is renamed (Kubernetes `pkg/volume/util/atomic_writer.go`).
 const DATA: &str = "..data";
 
-/// Most bytes of all files and links together; a ConfigMap and a Secret have at
+/// The most bytes of all files and links together; a ConfigMap and a Secret have at
 /// most 1 MiB, a projected volume a few of them.
 pub const MAX_BYTES: u64 = 3 << 20;
 
-/// Most files, links and directories.
+/// The most files, links and directories.
 pub const MAX_ENTRIES: usize = 2000;
 
-/// Directories that may be in each other: keys of a projected volume are paths.
+/// The most directories in each other: keys of a projected volume are paths.
 const MAX_DEPTH: usize = 32;
 
 /// How often reading is tried while the kubelet writes.
 const TRIES: u32 = 5;
 
-/// Time between two tries.
+/// The pause between two tries.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Whether a directory is such a volume, and small.
+/// Whether a directory is a volume that the kubelet replaces, and small enough to be copied.
 pub fn is_synced(root: BorrowedFd<'_>) -> bool {
     data_link(root).is_ok() && whole(root, What::Sizes).is_ok_and(|entries| entries.is_some())
 }
 
-/// All that is in a volume, by name; `None` if it is too much.
+/// All files, links and directories of a volume, by name; `None` if they are too many.
 ///
 /// # Errors
-/// The file system's, and when it never stands still.
+/// The file system's error, or a volume that changes during every try.
 pub fn read(root: BorrowedFd<'_>) -> io::Result<Option<Vec<VolumeEntry>>> {
     whole(root, What::Content)
 }
 
-/// What tells one state of a volume from another.
+/// A hash that differs for different states of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Version([u8; 32]);
 
 impl Version {
-    /// The one of what was read.
+    /// The version of a state.
     pub fn of(entries: &[VolumeEntry]) -> Self {
         let mut hash = Sha256::new();
         let mut add = |bytes: &[u8]| {
@@ -70,14 +69,14 @@ impl Version {
     }
 }
 
-/// What is wanted of the files.
+/// Whether the files' bytes are wanted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
     Sizes,
     Content,
 }
 
-/// What was seen when a volume was read once.
+/// The result of reading a volume once.
 enum Seen {
     Whole(Vec<VolumeEntry>),
     TooMuch,
@@ -90,7 +89,7 @@ fn whole(root: BorrowedFd<'_>, what: What) -> io::Result<Option<Vec<VolumeEntry>
             Ok(Seen::Whole(entries)) => return Ok(Some(entries)),
             Ok(Seen::TooMuch) => return Ok(None),
             Ok(Seen::Changing) => {}
-            // The kubelet has just removed what it replaced.
+            // The kubelet has just removed the state that it replaced.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
@@ -101,10 +100,11 @@ fn whole(root: BorrowedFd<'_>, what: What) -> io::Result<Option<Vec<VolumeEntry>
     )))
 }
 
-/// A directory is read name by name, so what was seen may never have been there
-/// together. The kubelet completes a new state before it renames the link, and
-/// removes the old one after that: what the link leads to is complete if it
-/// leads there before and after.
+/// Reads a volume once.
+///
+/// A directory is read name by name, so the names may never have been there at the same
+/// time. The kubelet completes a new state before it renames the link, and
+/// removes the old one after that: the state is complete if the link leads to it before and after.
 fn once(root: BorrowedFd<'_>, what: What) -> io::Result<Seen> {
     let before = data_link(root)?;
     let mut found = Found { entries: Vec::new(), bytes: 0, what };
@@ -134,7 +134,7 @@ struct Found {
 }
 
 impl Found {
-    /// False if it gets too much.
+    /// Reads a directory and those below it; false if the limits are exceeded.
     fn directory(&mut self, directory: BorrowedFd<'_>, inside: &Path, depth: usize) -> io::Result<bool> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         for entry in Dir::new(rustix::fs::openat(directory, c".", flags, Mode::empty())?)? {
@@ -143,7 +143,7 @@ impl Found {
             if matches!(name.to_bytes(), b"." | b"..") {
                 continue;
             }
-            // The agent speaks UTF-8; a ConfigMap's keys are far from more.
+            // The agent takes UTF-8, and keys of ConfigMaps are ASCII.
             let path = inside.join(OsStr::from_bytes(name.to_bytes()));
             let Some(path_text) = path.to_str().filter(|_| self.entries.len() < MAX_ENTRIES) else {
                 return Ok(false);
@@ -175,7 +175,7 @@ impl Found {
         Ok(true)
     }
 
-    /// `None` if it gets too much.
+    /// Reads a file; `None` if the limits are exceeded.
     fn file(&mut self, held: &OwnedFd, stat: &Stat) -> io::Result<Option<Vec<u8>>> {
         let room = MAX_BYTES.saturating_sub(self.bytes);
         if u64::try_from(stat.st_size).is_ok_and(|size| size > room) {
@@ -186,7 +186,7 @@ impl Found {
             return Ok(Some(Vec::new()));
         }
         let mut content = Vec::new();
-        // The very file that is held, and it may grow while it is read.
+        // This opens the very file that is held. It may grow while it is read.
         let file = File::open(format!("/proc/self/fd/{}", held.as_raw_fd()))?;
         file.take(room + 1).read_to_end(&mut content)?;
         Ok(self.count(content))
@@ -208,7 +208,7 @@ mod tests {
 
     use super::*;
 
-    /// A ConfigMap as the kubelet writes it, again and again.
+    /// A ConfigMap that is replaced as the kubelet does it.
     struct Volume(TempDir);
 
     impl Volume {
@@ -298,7 +298,7 @@ mod tests {
         fs::rename(volume.path("..one"), volume.path("elsewhere")).unwrap();
         assert!(!volume.is_synced());
         assert!(volume.read().unwrap_err().to_string().contains("..data"));
-        // Nor is a state that lies elsewhere.
+        // A state outside the volume is not read either.
         fs::remove_file(volume.path(DATA)).unwrap();
         symlink(volume.path("elsewhere"), volume.path(DATA)).unwrap();
         assert!(!volume.is_synced());

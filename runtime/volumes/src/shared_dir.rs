@@ -1,11 +1,11 @@
 //! The directory that a pod's file server serves, and the mounts in it.
 //!
-//! A volume is a mount of its own, made away from the tree, set as it shall be
-//! and only then put in its place. So it is never writable for a moment, takes
-//! mounts from the host or does not, and gives none back. Its place is in the
+//! A volume is a mount of its own, which is made outside of the tree, given its attributes,
+//! and only then put in its place. So a read-only volume is not writable for a moment. The mount
+//! receives mounts from the host or not, as asked, and passes none back. The place is in the
 //! file server's mount namespace alone: on the host there is an empty file or
-//! directory of its name, nothing of the volume is held there, and nothing can
-//! be left when the server has gone.
+//! directory of that name, nothing of the volume is busy there, and nothing can
+//! be left when the server has ended.
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -20,8 +20,8 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::volume::{Error, Prepared, Volume};
 
-/// Where all of them are, below the run directory. Not beside a machine's
-/// sockets, whose folder is removed with all that is in it.
+/// The directory of all shared directories, below huskd's run directory. They are not beside a
+/// VM's sockets, whose directory is removed with all files in it.
 const FOLDER: &str = "volumes";
 
 /// One pod's directory.
@@ -43,7 +43,7 @@ impl SharedDir {
         entries.map(|entry| Self { path: entry.path() })
     }
 
-    /// Where it is.
+    /// The directory's path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -52,16 +52,16 @@ impl SharedDir {
     /// Makes the directory, if it is not there yet.
     ///
     /// # Errors
-    /// With what could not be done.
+    /// The step that failed.
     pub fn open(&self) -> Result<(), Error> {
         std::fs::create_dir_all(&self.path).map_err(self.failed("make directory", &self.path))
     }
 
-    /// Mounts volumes under their names in the file server's namespace, those
-    /// that are not in use yet.
+    /// Mounts the volumes that are not in use yet, under their names, in the file server's
+    /// namespace.
     ///
     /// # Errors
-    /// With what could not be done.
+    /// The step that failed.
     pub fn bind(
         &self,
         namespace: BorrowedFd<'_>,
@@ -71,7 +71,7 @@ impl SharedDir {
         let mut names: HashSet<&str> = in_use.iter().map(|volume| volume.name.as_str()).collect();
         for prepared in volumes {
             if !prepared.volume.synced && names.insert(&prepared.volume.name) {
-                // Whatever has the name belongs to nobody.
+                // No container uses a mount that has the name already.
                 self.release(Some(namespace), &prepared.volume.name)?;
                 self.bind_one(namespace, prepared)?;
             }
@@ -105,18 +105,18 @@ impl SharedDir {
         inside(namespace, || put(&tree, &place(name))).map_err(failed("mount"))
     }
 
-    /// Takes a volume's mount away; without a namespace there is none. Succeeds
-    /// when there is nothing.
+    /// Unmounts a volume and removes its mount point. Without a namespace there is no mount.
+    /// Succeeds when there is nothing.
     ///
     /// # Errors
-    /// With what could not be done.
+    /// The step that failed.
     pub fn release(&self, namespace: Option<BorrowedFd<'_>>, name: &str) -> Result<(), Error> {
         let point = self.path.join(name);
         if let Some(namespace) = namespace {
             inside(namespace, || unmount(&place(name))).map_err(self.failed("unmount", &point))?;
         }
-        // This is the mount point that was made above: an empty file or
-        // directory, and only that is removed.
+        // The mount point that `bind` made is an empty file or
+        // directory, and only such a one is removed.
         let removed = match std::fs::symlink_metadata(&point) {
             Ok(metadata) if metadata.is_dir() => std::fs::remove_dir(&point),
             Ok(metadata) if metadata.len() == 0 => std::fs::remove_file(&point),
@@ -131,11 +131,11 @@ impl SharedDir {
         }
     }
 
-    /// Removes the directory of a pod whose file server has gone. Succeeds when
+    /// Removes the directory of a pod whose file server has ended. Succeeds when
     /// there is none.
     ///
     /// # Errors
-    /// With what could not be done.
+    /// The step that failed.
     pub fn close(&self) -> Result<(), Error> {
         let entries = match std::fs::read_dir(&self.path) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -145,7 +145,7 @@ impl SharedDir {
             self.release(None, &entry.file_name().to_string_lossy())?;
         }
         std::fs::remove_dir(&self.path).map_err(self.failed("remove directory", &self.path))?;
-        // The folder of all goes with the last.
+        // The directory of all is removed with the last one.
         if let Some(folder) = self.path.parent() {
             let _ = std::fs::remove_dir(folder);
         }
@@ -158,19 +158,19 @@ impl SharedDir {
     }
 }
 
-/// A descriptor that names a file and does nothing else.
+/// Opens a descriptor that names a file, and cannot read or write it.
 pub(crate) fn open_path(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(CWD, path, flags, Permissions::empty())?)
 }
 
-/// The mount through which a file was opened.
+/// The id of the mount through which a file was opened.
 pub(crate) fn mount_id(file: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id)
 }
 
-/// A copy of the mount that a file is in, with the file as its root and the
-/// mounts below it, in no tree yet.
+/// A copy of the mount that a file is in, and of the mounts below the file, with the file as
+/// the root. The copy is in no tree yet.
 fn clone_tree(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -179,15 +179,15 @@ fn clone_tree(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(rustix::mount::open_tree(file, c"", flags)?)
 }
 
-/// Where a volume is for its file server, whose root is the directory.
+/// The path of a volume for its file server, whose root is the shared directory.
 fn place(name: &str) -> PathBuf {
     Path::new("/").join(name)
 }
 
-/// Does something in another mount namespace, on a thread that ends with it.
+/// Runs `work` in another mount namespace, on a thread that ends with it.
 fn inside(namespace: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
     let enter = move || {
-        // A thread has the root of the process until it asks for one of its own.
+        // A thread shares the root of the process until it unshares it.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
         nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNS)?;
         work()
@@ -207,7 +207,7 @@ fn unmount(path: &Path) -> io::Result<()> {
     use rustix::io::Errno;
     loop {
         match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-            // There may be one below another.
+            // Another mount may be below this one.
             Ok(()) => {}
             Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
             Err(errno) => return Err(errno.into()),
@@ -215,7 +215,7 @@ fn unmount(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What mount_setattr(2) changes.
+/// The attributes that mount_setattr(2) changes (`struct mount_attr`).
 #[derive(Clone, Copy, Default)]
 struct Attributes {
     set: u64,

@@ -3,13 +3,13 @@
 //!
 //! The kubelet replaces their content at once by renaming the link `..data`,
 //! and programs wait for that with inotify. An event on the host is none in the
-//! guest, whose kernel sees only what itself does. So such a volume is copied
-//! into the guest, and copied again when it changes, with the same rename; the
-//! agent does that part. They are small, and what is not is served as any other
+//! guest, whose kernel sees only its own changes. So such a volume is copied
+//! into the guest, and copied again when it changes; the agent does the same rename there. These
+//! volumes are small, and one that is not is served as any other
 //! volume is.
 //!
-//! A change that nobody was told of, or that could not be copied, is found
-//! nevertheless: every follower looks again now and then.
+//! A change without an event, or one that could not be copied, is found
+//! nevertheless: every follower looks again at intervals.
 
 use std::fmt::Display;
 use std::io;
@@ -25,28 +25,28 @@ use crate::read::{self, MAX_BYTES, MAX_ENTRIES, Version};
 use crate::volume::Source;
 use crate::watch::{Watch, Watcher};
 
-/// How long after a change to look: several come together. Whoever writes all
-/// the time is looked at no more often than this.
+/// The pause between a change and the copy, because several changes come together. A volume
+/// that changes all the time is copied no more often than this.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// How soon a copy that failed is tried again; each time twice as long.
+/// The first pause before a failed copy is tried again; each later one is twice as long.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 
-/// How often to look though nobody has told of a change, and the longest that a
-/// failed copy waits.
+/// The pause between two looks without an event, and the longest pause before a
+/// failed copy is tried again.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
-/// The state of a volume that the guest has, as far as that is known. Containers
-/// of a pod with the same volume share it: what one has copied no other copies
-/// again, and none puts an older state in the place of a newer one.
+/// The state of a volume that the guest has, as far as huskd knows. Containers
+/// of a pod with the same volume share this: no state is copied twice, and none replaces a
+/// newer one.
 #[derive(Clone, Debug, Default)]
 pub struct Copied(Arc<tokio::sync::Mutex<Option<Version>>>);
 
 impl Copied {
-    /// Reads the volume, and writes it into the guest if that has another state.
+    /// Reads the volume, and writes it into the guest if the guest has another state.
     ///
     /// # Errors
-    /// As `read` and `write` give them.
+    /// The errors of `read` and `write`.
     pub async fn bring<E>(
         &self,
         read: impl Future<Output = Result<Vec<VolumeEntry>, E>>,
@@ -56,7 +56,7 @@ impl Copied {
         let entries = read.await?;
         let version = Version::of(&entries);
         if *copied != Some(version) {
-            // Nobody knows what the guest has until it has answered.
+            // The guest's state is unknown until it has answered.
             *copied = None;
             write(entries).await?;
             *copied = Some(version);
@@ -65,10 +65,10 @@ impl Copied {
     }
 }
 
-/// A synced volume could not be read.
+/// A synced volume cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Unread {
-    /// The volume has grown; the container keeps what it has.
+    /// The volume is too large by now; the container keeps the last state.
     #[error(
         "{path}: it has more than {MAX_BYTES} bytes or {MAX_ENTRIES} files by now, which cannot be copied: make it \
          smaller, or restart the pod, which is then served its files"
@@ -77,7 +77,7 @@ pub enum Unread {
         /// The directory.
         path: PathBuf,
     },
-    /// The file system refused.
+    /// The file system's error.
     #[error("{path}: {cause}")]
     File {
         /// The directory.
@@ -87,10 +87,10 @@ pub enum Unread {
     },
 }
 
-/// Reads a volume whole, on a thread for that.
+/// Reads a volume whole, on a thread where reading may block.
 ///
 /// # Errors
-/// With the directory that cannot be read, or is too large by now.
+/// The directory cannot be read, or is too large by now.
 pub async fn read(source: &Source) -> Result<Vec<VolumeEntry>, Unread> {
     let held = source.clone();
     let entries = tokio::task::spawn_blocking(move || read::read(open(&held)?.as_fd()))
@@ -104,7 +104,7 @@ pub async fn read(source: &Source) -> Result<Vec<VolumeEntry>, Unread> {
     }
 }
 
-/// The directory that the container was made with.
+/// Opens the directory that the container was made with.
 fn open(source: &Source) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::open(&source.path, flags, Mode::empty())?;
@@ -115,8 +115,8 @@ fn open(source: &Source) -> io::Result<OwnedFd> {
     Ok(root)
 }
 
-/// Calls `update` at once, whenever the directory changes, and now and then
-/// besides; soon again after it has failed. Never returns.
+/// Calls `update` at once, whenever the directory changes, and at intervals;
+/// after a failure it calls again soon. Never returns.
 pub async fn keep_up<F, E>(source: &Path, update: impl Fn() -> F)
 where
     F: Future<Output = Result<(), E>>,
@@ -127,8 +127,8 @@ where
     let mut unwatched = false;
     let mut watch: io::Result<Watch>;
     loop {
-        // Anew each time, because the directory may have gone and come; and
-        // before it is looked at, so that no change falls between.
+        // The watch is made anew each time, because the directory may have been replaced; and
+        // before the directory is read, so that no change is missed between the two.
         watch = Watcher::shared().and_then(|watcher| watcher.watch(source));
         if let Err(error) = &watch
             && !std::mem::replace(&mut unwatched, true)
@@ -165,7 +165,7 @@ where
     }
 }
 
-/// How long to wait after so many failures in a row.
+/// The pause after so many failures in a row.
 fn pause_after(failures: u32) -> Duration {
     let doubled = 2_u32.saturating_pow(failures.saturating_sub(1));
     FIRST_RETRY.saturating_mul(doubled).min(LOOK_AGAIN)
@@ -201,7 +201,7 @@ mod tests {
         bring(&copied, "one", Ok(())).await.unwrap();
         bring(&of_another_container, "one", Ok(())).await.unwrap();
         bring(&of_another_container, "two", Err("the machine is slow")).await.unwrap_err();
-        // Perhaps it has been written nevertheless, perhaps not.
+        // After a failure the guest may have the state or not.
         bring(&copied, "one", Ok(())).await.unwrap();
         bring(&copied, "one", Ok(())).await.unwrap();
         bring(&of_another_container, "two", Ok(())).await.unwrap();

@@ -1,4 +1,4 @@
-//! A container's volumes: what the client asks for, looked at and held open.
+//! A container's volumes: the client's mounts are checked, and their files held open.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -20,27 +20,27 @@ pub enum Error {
     /// The request makes no sense.
     #[error("mount of `{path}`: {problem}")]
     Invalid {
-        /// Where it should be in the container.
+        /// The path in the container.
         path: String,
-        /// What is wrong.
+        /// The reason.
         problem: String,
     },
-    /// It makes sense, and a pod in a virtual machine cannot have it.
+    /// The request makes sense, but a pod in a VM cannot have such a volume.
     #[error("mount of `{path}`: {problem}")]
     Unsupported {
-        /// Where it should be in the container.
+        /// The path in the container.
         path: String,
-        /// What, and what to do instead.
+        /// The part of the request, and what to do instead.
         problem: String,
     },
     /// A file or mount of the host.
     #[error("volume: {stage} {path}: {cause}")]
     File {
-        /// What was being done.
+        /// The step that failed.
         stage: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The kernel's reason.
         cause: std::io::Error,
     },
 }
@@ -48,54 +48,55 @@ pub enum Error {
 /// A volume of a container, as it is recorded.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Volume {
-    /// Its name in the shared directory.
+    /// The volume's name in the shared directory.
     pub name: String,
-    /// Which file or directory of the host it is.
+    /// The file or directory of the host.
     pub source: Source,
-    /// How it is mounted on the host.
+    /// The way in which it is mounted on the host.
     pub mode: Mode,
-    /// Where it is in the container.
+    /// The path in the container.
     pub container_path: PathBuf,
-    /// It is copied into the guest, see [`synced`], and not mounted on the host.
+    /// Whether the volume is copied into the guest, see [`synced`], and not mounted on the host.
     #[serde(default, rename = "live")]
     pub synced: bool,
-    /// Then: what the guest has of it. Not recorded: a new huskd copies it anew.
+    /// The state that the guest has of a synced volume. It is not recorded: a new huskd copies
+    /// the volume anew.
     #[serde(skip)]
     pub copied: synced::Copied,
-    /// It is mounted read-only in the container too. Not so when the host has
-    /// mounts below it that may be written: to the guest all is one.
+    /// Whether the volume is read-only in the container's mounts too. It is not if the host has
+    /// mounts below it that may be written, because the guest sees one mount for all of them.
     pub read_only_inside: bool,
-    /// What else the client wants of the mount in the container.
+    /// Other options of the mount in the container.
     #[serde(default)]
     pub options: Vec<String>,
 }
 
-/// Which file or directory: its path, and what was found there.
+/// A file or directory of the host: the path, and the file that was found there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
-    /// Without links.
+    /// The path without links.
     pub path: PathBuf,
     pub(crate) device: u64,
     pub(crate) inode: u64,
     mount: u64,
 }
 
-/// How a volume is mounted on the host: the guest can do no more than this.
+/// The way in which a volume is mounted on the host, which bounds what the guest can do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mode {
-    /// Nothing can be written, other than to mounts below.
+    /// Whether the mount is read-only. Mounts below it are not affected.
     pub read_only: bool,
-    /// Nor to those.
+    /// Whether mounts below it are read-only too.
     pub recursive: bool,
-    /// What the host mounts below later appears in the container.
+    /// Whether later mounts of the host below the volume appear in the container.
     pub follow: bool,
 }
 
-/// A volume with its file held open, so that what is mounted is what was
-/// looked at.
+/// A volume whose file is held open, so that the file that was checked is the one that is
+/// mounted.
 #[derive(Debug)]
 pub struct Prepared {
-    /// What goes into the record.
+    /// The volume as it is recorded.
     pub volume: Volume,
     file: OwnedFd,
 }
@@ -106,12 +107,12 @@ impl Prepared {
     }
 }
 
-/// Looks at what a container wants mounted of the host, and makes directories that are not
-/// there. `in_use` are the volumes that the pod's containers have; those below
-/// `trusted` get names that tell the file server so.
+/// Checks a container's mounts of the host's files, and makes directories that are not
+/// there. `in_use` are the volumes that the pod's containers have. Volumes below
+/// `trusted` get names by which the file server knows them.
 ///
 /// # Errors
-/// The first mount that cannot be.
+/// The first mount that the container cannot have.
 pub fn prepare(
     mounts: &[cri::Mount],
     in_use: &[Volume],
@@ -162,11 +163,10 @@ fn prepare_one(mount: &cri::Mount, known: &[Volume], trusted: &[PathBuf]) -> Res
     Ok(Prepared { volume, file })
 }
 
-/// Options of a mount that say what can be done with its files, and change
-/// nothing else (mount(8)).
+/// The options of a mount, which may only restrict the use of its files (mount(8)).
 ///
 /// # Errors
-/// One that is not of this kind.
+/// An option that does something else.
 pub fn options(asked: &[String]) -> Result<Vec<String>, String> {
     const KNOWN: [&str; 12] = [
         "exec",
@@ -232,8 +232,8 @@ pub fn clean(path: &str) -> Option<PathBuf> {
     clean.is_absolute().then_some(clean)
 }
 
-/// Finds the file or directory, through links, as the host means it. One that
-/// is not there becomes a directory, as other runtimes have it.
+/// Opens a file or directory, following the host's links. A directory is made if there is
+/// nothing, as other runtimes do it.
 pub(crate) fn open(path: &Path) -> Result<(Source, std::fs::FileType, OwnedFd), Error> {
     let file = |stage| {
         let path = path.to_owned();
@@ -256,7 +256,7 @@ pub(crate) fn open(path: &Path) -> Result<(Source, std::fs::FileType, OwnedFd), 
     Ok((source, metadata.file_type(), held))
 }
 
-/// How the names of trusted volumes begin, and no others.
+/// The prefix of the names of trusted volumes, which no others have.
 pub const TRUSTED: &str = "t";
 
 fn free_name(known: &[Volume], trusted: bool) -> String {

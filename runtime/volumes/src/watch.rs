@@ -1,8 +1,8 @@
 //! One inotify instance for all volumes that are followed.
 //!
-//! Root may have 128 of them on most nodes (`fs.inotify.max_user_instances`),
-//! and the kubelet and others are root too: one for each volume would be used
-//! up by a hundred pods. Watches there may be many thousands of.
+//! Root may have 128 instances on most nodes (`fs.inotify.max_user_instances`),
+//! and the kubelet and others are root too: with an instance for each volume, a hundred pods
+//! would use them up. There may be many thousands of watches.
 
 use std::collections::HashMap;
 use std::io;
@@ -16,17 +16,17 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
-/// Bytes of events that are read at a time; what does not fit waits.
+/// Bytes of events that are read at a time; the kernel keeps the rest.
 const BUFFER: usize = 4096;
 
 /// Bytes of stack of the thread that waits for events.
 const STACK: usize = 64 * 1024;
 
-/// The instance, and who waits for which directory.
+/// The instance, and the followers of each directory.
 #[derive(Debug)]
 pub struct Watcher {
     events: OwnedFd,
-    /// By the kernel's number for the directory, which several may follow.
+    /// The followers by the kernel's number for the watch; several may follow one directory.
     followers: Mutex<HashMap<i32, Vec<Arc<Notify>>>>,
 }
 
@@ -39,10 +39,10 @@ pub struct Watch {
 }
 
 impl Watcher {
-    /// The one of this process. One that could not be made is tried again.
+    /// The watcher of this process, which is made by the first call that succeeds.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's error.
     pub fn shared() -> io::Result<Arc<Self>> {
         static SHARED: Mutex<Option<Arc<Watcher>>> = Mutex::new(None);
         let mut shared = lock(&SHARED);
@@ -58,24 +58,24 @@ impl Watcher {
         let events = inotify::init(CreateFlags::CLOEXEC)?;
         let watcher = Arc::new(Self { events, followers: Mutex::default() });
         let theirs = watcher.clone();
-        // A thread of its own belongs to no runtime, and sleeps in the kernel.
+        // A plain thread belongs to no async runtime, and sleeps in the kernel.
         let thread = std::thread::Builder::new().name("watch-volumes".into()).stack_size(STACK);
         thread.spawn(move || theirs.listen())?;
         Ok(watcher)
     }
 
-    /// Watches for names that come, go, or are replaced in a directory.
+    /// Watches for names that are added, removed or replaced in a directory.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's error.
     pub fn watch(self: &Arc<Self>, directory: &Path) -> io::Result<Watch> {
         let wanted = WatchFlags::CREATE
             | WatchFlags::MOVED_TO
             | WatchFlags::DELETE
             | WatchFlags::ONLYDIR
             | WatchFlags::DONT_FOLLOW;
-        // Held from before the kernel knows of it, so that none of its events
-        // is read before its follower is there.
+        // The lock is taken before the kernel has the watch, so that no event
+        // is read before the follower is there.
         let mut followers = lock(&self.followers);
         let number = inotify::add_watch(&self.events, directory, wanted)?;
         let changed = Arc::new(Notify::new());
@@ -98,13 +98,14 @@ impl Watcher {
         }
     }
 
-    /// What an event says does not matter: the whole volume is looked at.
+    /// Wakes the followers of a watch. The kind of event does not matter, because the whole
+    /// volume is read.
     fn tell(&self, number: i32, events: ReadFlags) {
         let mut followers = lock(&self.followers);
         if events.contains(ReadFlags::QUEUE_OVERFLOW) {
             followers.values().flatten().for_each(|follower| follower.notify_one());
         } else if events.contains(ReadFlags::IGNORED) {
-            // The directory has gone, and its watch with it.
+            // The directory was removed, and the watch with it.
             followers.remove(&number).iter().flatten().for_each(|follower| follower.notify_one());
         } else {
             followers.get(&number).into_iter().flatten().for_each(|follower| follower.notify_one());
@@ -113,7 +114,7 @@ impl Watcher {
 }
 
 impl Watch {
-    /// Returns once something has changed since the last time, or since the
+    /// Returns once something has changed since the last call, or since the
     /// watch began.
     pub async fn changed(&self) {
         self.changed.notified().await;
@@ -123,7 +124,7 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         let mut followers = lock(&self.watcher.followers);
-        // The kernel gives no number twice, so one that is not there has gone.
+        // The kernel gives no number twice, so a number that is not there was removed.
         let Some(same) = followers.get_mut(&self.number) else { return };
         same.retain(|follower| !Arc::ptr_eq(follower, &self.changed));
         if same.is_empty() {
@@ -188,7 +189,7 @@ mod tests {
         timeout(SOON, second.changed()).await.unwrap();
         drop(second);
         assert_eq!(watcher.known(), 1);
-        // A directory that goes is told of, and one that comes in its place is another.
+        // The removal of a directory is an event, and a new one in its place is not watched.
         fs::remove_dir(&other).unwrap();
         timeout(SOON, third.changed()).await.unwrap();
         fs::create_dir(&other).unwrap();

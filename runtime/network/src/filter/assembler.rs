@@ -15,11 +15,11 @@ pub const VLAN_TAG_PRESENT: u32 = (libc::SKF_AD_OFF + 48).cast_unsigned();
 /// The bytes that a load takes, in network byte order.
 #[derive(Clone, Copy, Debug)]
 pub enum Size {
-    /// Four.
+    /// Four bytes.
     Word,
-    /// Two.
+    /// Two bytes.
     Half,
-    /// One.
+    /// One byte.
     Byte,
 }
 

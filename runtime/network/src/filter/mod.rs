@@ -33,7 +33,7 @@ use assembler::{Assembler, At, Label, Size};
 
 /// The answer to a frame that may leave.
 const ACCEPT: u32 = u32::MAX;
-/// The answer to any other.
+/// The answer to a frame that is dropped.
 const REJECT: u32 = 0;
 
 /// IPv6 extension headers that are followed; frames with more are rejected.
@@ -136,7 +136,7 @@ impl Sender {
             }
         }
         if v6.is_empty() {
-            // What a router of the network advertises is the only IPv6 that the pod gets.
+            // The pod has no IPv6 addresses but those that a router of the network advertises.
             v6.push(Pattern { value: made, mask: INTERFACE_ID });
         } else {
             prefixes.sort_unstable();

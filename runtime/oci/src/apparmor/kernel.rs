@@ -1,9 +1,9 @@
-//! What the host's kernel tells of its AppArmor policy through securityfs.
+//! The AppArmor policy of the host's kernel, as securityfs shows it.
 //!
-//! `policy/profiles/<something>/` is a profile: its file `name` has its name,
-//! and `raw_data` links to the load that brought it, `policy/raw_data/<n>/`,
+//! Each directory `policy/profiles/<something>/` is a profile: the file `name` has its name,
+//! and `raw_data` links to the load that it came with, `policy/raw_data/<n>/`,
 //! with the binary policy as it was loaded and its `revision`, a number that
-//! grows with every load. One load may have several profiles in it.
+//! grows with every load. One load may have several profiles.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 
 use super::{Error, MAX_POLICY};
 
-/// Longest file with a name or a number that is read, bytes.
+/// The longest file with a name or a number that is read, bytes.
 const MAX_TEXT: u64 = 8192;
 
-/// How often a profile is read anew that is replaced at the same time.
+/// How often a profile is read anew because it is replaced at the same time.
 const ATTEMPTS: usize = 8;
 
-/// Where the kernel tells it.
+/// The kernel's files.
 #[derive(Debug)]
 pub struct Kernel {
-    /// Says `Y` when AppArmor is on.
+    /// The file that has `Y` when AppArmor is on.
     enabled: PathBuf,
     /// AppArmor's directory in securityfs.
     directory: PathBuf,
@@ -43,8 +43,8 @@ pub struct Loaded {
 }
 
 impl Kernel {
-    /// Whether this kernel confines anything, and takes policy here: huskd may
-    /// be in a container itself that does not see where.
+    /// Whether this kernel confines programs, and takes policy here: huskd may
+    /// be in a container itself, without securityfs.
     #[must_use]
     pub fn can_confine(&self) -> bool {
         self.is_on() && self.profiles().is_dir()
@@ -58,11 +58,11 @@ impl Kernel {
         self.directory.join("policy/profiles")
     }
 
-    /// The profile of that name. It comes from a client: it is compared, and
+    /// The profile of that name. The name comes from a client: it is compared, and
     /// never part of a path.
     ///
     /// # Errors
-    /// When it is not loaded, or there is no AppArmor.
+    /// The profile is not loaded, or there is no AppArmor.
     pub fn find(&self, name: &str) -> Result<Loaded, Error> {
         if !self.is_on() {
             return Err(Error::Off(name.to_owned()));
@@ -79,7 +79,7 @@ impl Kernel {
                     return Ok(Loaded { name: name.to_owned(), directory });
                 }
                 Ok(_) => {}
-                // It was unloaded this moment.
+                // The profile was unloaded this moment.
                 Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
                 Err(cause) => return Err(file(name, "read the name of", &directory)(cause)),
             }
@@ -88,10 +88,10 @@ impl Kernel {
     }
 
     /// Loads the policy in a file, which has the profile of that name, unless
-    /// just that is loaded already.
+    /// this very policy is loaded already.
     ///
     /// # Errors
-    /// With the file in them.
+    /// The file cannot be read, or the kernel refuses it.
     pub fn provide(&self, name: &str, policy: &Path) -> Result<(), Error> {
         if !self.is_on() {
             return Err(Error::Off(name.to_owned()));
@@ -99,14 +99,14 @@ impl Kernel {
         let wanted = read(policy, MAX_POLICY).map_err(file(name, "read", policy))?;
         match self.find(name).and_then(|loaded| loaded.policy(MAX_POLICY)) {
             Ok((_, content)) if content == wanted => return Ok(()),
-            // The kernel has it, and does not tell what it is.
+            // The kernel has the profile, and does not export its policy.
             Err(Error::NotExported(_)) => return Ok(()),
             Ok(_) | Err(Error::NotLoaded(_)) => {}
             Err(error) => return Err(error),
         }
         let place = self.directory.join(".replace");
         let failed = file(name, "load into the kernel through", &place);
-        // All at once: each write is a policy of its own.
+        // The policy is written at once, because each write is a policy of its own.
         let written = File::options().write(true).open(&place).and_then(|mut kernel| kernel.write(&wanted));
         match written {
             Ok(length) if length == wanted.len() => Ok(()),
@@ -117,11 +117,11 @@ impl Kernel {
 }
 
 impl Loaded {
-    /// The number of the load that it came with, and that load's policy of at
+    /// The number of the load that the profile came with, and that load's policy of at
     /// most `most` bytes.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// The kernel does not export it.
     pub fn policy(&self, most: u64) -> Result<(u64, Vec<u8>), Error> {
         let link = self.directory.join("raw_data");
         for _ in 0..ATTEMPTS {
@@ -135,7 +135,8 @@ impl Loaded {
                 }
                 Err(cause) => return Err(file(&self.name, "read link", &link)(cause)),
             };
-            // The load goes when the profile is replaced, and its number grows when it is loaded again.
+            // The kernel removes the load when the profile is replaced, and its number grows when it is
+            // loaded again.
             let content = self.directory.join(target);
             let revision = content.with_file_name("revision");
             let read_all = || -> io::Result<_> {
@@ -162,8 +163,7 @@ fn number(path: &Path) -> io::Result<u64> {
     text.trim().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// The kernel says of these files that they are empty, so they are read to
-/// their end.
+/// Reads a file to its end: the kernel reports a size of 0 for these files.
 fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if File::open(path)?.take(most + 1).read_to_end(&mut bytes)? as u64 > most {
@@ -179,7 +179,7 @@ fn file(profile: &str, stage: &'static str, path: &Path) -> impl Fn(io::Error) -
 
 #[cfg(test)]
 impl Kernel {
-    /// One whose files are below `root`.
+    /// A kernel whose files are below `root`.
     pub(super) fn at(root: &Path) -> Self {
         Self { enabled: root.join("enabled"), directory: root.join("apparmor") }
     }

@@ -1,11 +1,11 @@
 //! AppArmor profiles of containers.
 //!
 //! `Localhost` is a profile that is loaded in the host's kernel. On the host a
-//! container simply gets it, by its name; into a machine huskd takes its binary
-//! policy along, read back from the host's kernel. `RuntimeDefault` is a
-//! profile of Husk's own, [`DEFAULT_PROFILE`], whose policy the guest's root
-//! has; on the host it is loaded when it is first needed. It is also what a
-//! container has whose client says nothing, wherever AppArmor is on.
+//! container simply gets it, by its name; to a guest huskd sends the binary
+//! policy, read back from the host's kernel. `RuntimeDefault` is a
+//! profile of Husk's own, [`DEFAULT_PROFILE`], whose policy is in the guest's root;
+//! on the host huskd loads it when it is first needed. Containers whose clients name no profile
+//! have it too, wherever AppArmor is on.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,7 +18,7 @@ mod kernel;
 
 pub use kernel::Kernel;
 
-/// Most policy that one request takes into a machine, bytes.
+/// The most policy that one request sends to a guest, bytes.
 const MAX_POLICY: u64 = 2 << 20;
 
 /// A container cannot have its profile.
@@ -33,29 +33,29 @@ pub enum Error {
          lsm=…,apparmor, or do not ask for a profile"
     )]
     Off(String),
-    /// It is not to be seen what is loaded.
+    /// The kernel's files are not mounted.
     #[error(
         "AppArmor profile `{profile}`: {path} is not there: mount -t securityfs securityfs /sys/kernel/security"
     )]
     NotMounted {
-        /// What was asked for.
+        /// The profile that was asked for.
         profile: String,
-        /// Where profiles should be.
+        /// The directory where profiles should be.
         path: PathBuf,
     },
-    /// The host's kernel does not have it.
+    /// The host's kernel does not have the profile.
     #[error("AppArmor profile `{0}` is not loaded on this host: load it with apparmor_parser --replace FILE")]
     NotLoaded(String),
-    /// The host's kernel has it, and does not tell what it is.
+    /// The host's kernel has the profile, and does not export its policy.
     #[error(
         "AppArmor profile `{0}` is loaded, but the host's kernel keeps no binary policy that a machine could \
          have: it needs CONFIG_SECURITY_APPARMOR_EXPORT_BINARY and apparmor.export_binary=1 when the profile is loaded"
     )]
     NotExported(String),
-    /// It was replaced again and again while it was read.
+    /// The profile was replaced again and again while it was read.
     #[error("AppArmor profile `{0}` changes on the host all the time: try again")]
     Unstable(String),
-    /// Its policy is far larger than one is.
+    /// The policy is far larger than real ones are.
     #[error(
         "AppArmor profile `{0}`: its policy, and that of the pod's other profiles, has more than {MAX_POLICY} \
          bytes: load it with apparmor_parser from a file of its own"
@@ -64,21 +64,21 @@ pub enum Error {
     /// A file of the kernel's, or Husk's own profile.
     #[error("AppArmor profile `{profile}`: {stage} {path}: {cause}")]
     File {
-        /// What was asked for.
+        /// The profile that was asked for.
         profile: String,
-        /// What was being done.
+        /// The step that failed.
         stage: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The kernel's reason.
         cause: io::Error,
     },
 }
 
-/// What a client asks for.
+/// The profile that a client asks for.
 #[derive(Debug, PartialEq, Eq)]
 enum Asked {
-    /// Nothing is said: the default, where there is AppArmor.
+    /// The request has no profile: the default one, where there is AppArmor.
     Unsaid,
     /// No profile.
     Unconfined,
@@ -86,21 +86,21 @@ enum Asked {
     Localhost(String),
 }
 
-/// What a container gets.
+/// The confinement of a container.
 #[derive(Debug, Default)]
 pub struct Confinement {
-    /// The name of its profile; none for no profile.
+    /// The name of the profile; `None` for no profile.
     pub profile: Option<String>,
-    /// What its machine needs for that; nothing on the host.
+    /// The policies that the guest needs for the profile; `None` on the host.
     pub for_machine: Option<agent::AppArmor>,
 }
 
-/// The profile of a container in a machine, with the policy that the machine
+/// The profile of a container in a VM, with the policy that the guest
 /// needs. `others` are the pod's containers, whose profiles may be in the same
 /// policy, or in a later one.
 ///
 /// # Errors
-/// What the client asks for cannot be had.
+/// The profile that the client asks for cannot be had.
 pub fn in_machine(
     kernel: &Kernel,
     config: &cri::ContainerConfig,
@@ -108,7 +108,7 @@ pub fn in_machine(
 ) -> Result<Confinement, Error> {
     let (profile, for_machine) = match asked(config)? {
         Asked::Unconfined => return Ok(Confinement::default()),
-        // Only the machine knows whether its kernel has AppArmor.
+        // Only the guest knows whether its kernel has AppArmor.
         asked @ (Asked::Unsaid | Asked::Default) => {
             let unless_off = asked == Asked::Unsaid;
             let needed = agent::AppArmor { default_profile: true, unless_off, ..Default::default() };
@@ -122,11 +122,11 @@ pub fn in_machine(
     Ok(Confinement { profile: Some(profile), for_machine: Some(for_machine) })
 }
 
-/// The profile of a container on the host. `default_policy` is the file with
-/// Husk's own.
+/// The profile of a container on the host. `default_policy` is the file of Husk's own
+/// profile.
 ///
 /// # Errors
-/// What the client asks for cannot be had.
+/// The profile that the client asks for cannot be had.
 pub fn on_host(
     kernel: &Kernel,
     config: &cri::ContainerConfig,
@@ -147,8 +147,8 @@ pub fn on_host(
     Ok(Confinement { profile, for_machine: None })
 }
 
-/// The old field counts where the new one is absent; its words are those of
-/// Kubernetes' annotations.
+/// The profile that a request asks for. The deprecated field counts where the new one is absent,
+/// and has the values of Kubernetes' annotations.
 fn asked(config: &cri::ContainerConfig) -> Result<Asked, Error> {
     let Some(security) = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()) else {
         return Ok(Asked::Unsaid);
@@ -157,7 +157,8 @@ fn asked(config: &cri::ContainerConfig) -> Result<Asked, Error> {
     let old = security.apparmor_profile.as_str();
     let (kind, name) = match (&security.apparmor, old) {
         (Some(profile), _) => (profile.profile_type, profile.localhost_ref.as_str()),
-        // It may do everything, as elsewhere; a profile by name is the client's will.
+        // As with other runtimes a privileged container is not confined, unless its client names a
+        // profile.
         (None, "") if security.privileged => return Ok(Asked::Unconfined),
         (None, "") => return Ok(Asked::Unsaid),
         (None, "unconfined") => return Ok(Asked::Unconfined),
@@ -180,11 +181,10 @@ fn asked(config: &cri::ContainerConfig) -> Result<Asked, Error> {
     }
 }
 
-/// The policy that has `name`, and that of the profiles of the other
-/// containers: one load may have brought several profiles of which one was
-/// replaced by a later load, and the kernel hands out loads as a whole. In the
-/// order in which they were loaded, they make the guest's kernel what the
-/// host's is.
+/// The policy that has `name`, and those of the profiles of the other
+/// containers. One load may have several profiles, of which one was
+/// replaced by a later load, and the kernel exports loads as a whole. Loaded in the same
+/// order, they leave the guest's kernel with the profiles of the host's.
 fn policies(
     kernel: &Kernel,
     name: &str,
@@ -193,7 +193,7 @@ fn policies(
     let mut loads = BTreeMap::new();
     loads.extend([kernel.find(name)?.policy(MAX_POLICY)?]);
     for other in others {
-        // A profile that was unloaded since stays in the machine as it is.
+        // A profile that was unloaded since stays in the guest as it is.
         let Ok(Asked::Localhost(other)) = asked(other) else { continue };
         match kernel.find(&other).and_then(|found| found.policy(MAX_POLICY)) {
             Ok(load) => loads.extend([load]),

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 
 use super::*;
 
-/// A kernel's files, as Linux 6.1 has them.
+/// The files of a kernel, as Linux 6.1 shows them.
 struct Host {
     root: tempfile::TempDir,
 }
@@ -128,13 +128,13 @@ fn a_machine_gets_the_policy_that_has_the_profile() {
 #[test]
 fn policy_comes_in_the_order_in_which_the_host_loaded_it() {
     let host = Host::new();
-    // Loaded together, then one of them replaced, from a folder with a lower number.
+    // Two profiles are loaded together, then one of them is replaced, from a folder with a lower number.
     host.load(7, 8, b"old both", &["a", "b"]);
     host.load(4, 9, b"new a", &["a"]);
     let both = [(8, b"old both".to_vec()), (9, b"new a".to_vec())];
     assert_eq!(host.in_machine("b", &["a"]).unwrap(), both);
     assert_eq!(host.in_machine("a", &["b", "b", "gone"]).unwrap(), both);
-    // What is loaded again keeps its folder, and is the latest.
+    // A policy that is loaded again keeps its folder, and is the latest.
     host.load(7, 10, b"old both", &["a", "b"]);
     assert_eq!(host.in_machine("a", &["b"]).unwrap(), [(10, b"old both".to_vec())]);
 }
@@ -213,7 +213,7 @@ fn who_says_nothing_has_the_default_profile_where_the_host_has_apparmor() {
     assert_eq!(fs::read(host.place(".replace")).unwrap(), b"default");
     assert_eq!(profile(secured(old("unconfined"))).unwrap(), None);
 
-    // huskd does not see where policy goes: an error for who asks for it alone.
+    // huskd does not see the kernel's files: that is an error only for a request with a profile.
     fs::remove_dir_all(host.place("policy")).unwrap();
     assert_eq!(profile(unsaid()).unwrap(), None);
     assert!(matches!(profile(secured(old("runtime/default"))), Err(Error::NotMounted { .. })));

@@ -1,6 +1,6 @@
-//! CDI files: what a vendor says that a container needs for a device.
+//! CDI files, in which a vendor describes the needs of a container for a device.
 //!
-//! A key that is not known here is an error: dropped, it would be missed.
+//! An unknown key is an error, because a container without that part would fail later.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,54 +8,54 @@ use std::path::{Path, PathBuf};
 use husk_base::text_file;
 use serde::Deserialize;
 
-/// Most bytes of one file.
+/// The longest file that is read, bytes.
 const MAX_BYTES: u64 = 4 << 20;
 
-/// The versions of the specification that are understood, by their beginnings.
+/// The versions of the specification that are understood, by their prefixes.
 const VERSIONS: [&str; 3] = ["0.", "1.0.", "1.1."];
 
-/// One file: all devices of a kind, or some.
+/// A file with all devices of a kind, or some.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Spec {
     cdi_version: String,
-    /// `vendor.com/class`.
+    /// The kind, for example `vendor.com/class`.
     pub kind: String,
     #[serde(default, rename = "annotations")]
     _annotations: BTreeMap<String, String>,
-    /// For every container that has one of the devices.
+    /// The edits of every container that has one of the devices.
     #[serde(default)]
     pub container_edits: Edits,
-    /// What can be asked for.
+    /// The devices that can be asked for.
     pub devices: Vec<Device>,
 }
 
-/// One device.
+/// A device that can be asked for.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Device {
-    /// What follows the `=` of its full name.
+    /// The part of the device's full name after the `=`.
     pub name: String,
     #[serde(default, rename = "annotations")]
     _annotations: BTreeMap<String, String>,
-    /// For each container that has it.
+    /// The edits of every container that has the device.
     #[serde(default)]
     pub container_edits: Edits,
 }
 
-/// What changes in a container.
+/// Changes of a container's configuration.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Edits {
-    /// Variables, `NAME=value`.
+    /// Variables of the environment, `NAME=value`.
     pub env: Vec<String>,
     /// Device nodes.
     pub device_nodes: Vec<Node>,
-    /// The host's files.
+    /// Files and directories of the host.
     pub mounts: Vec<Mount>,
-    /// Programs that run at stages of its life.
+    /// Programs that run at stages of the container's life.
     pub hooks: Vec<Hook>,
-    /// Groups that its user is in.
+    /// Supplementary groups of the container's process.
     #[serde(alias = "additionalGIDs")]
     pub additional_gids: Vec<u32>,
 }
@@ -64,23 +64,23 @@ pub struct Edits {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Node {
-    /// Where it is in the container.
+    /// The path in the container.
     pub path: String,
-    /// Where it is on the host; empty for the same.
+    /// The path on the host; empty for the same path.
     pub host_path: String,
-    /// `b`, `c`, `u` or `p`; empty for the host's.
+    /// The type, `b`, `c`, `u` or `p`; empty for the host's type.
     pub r#type: String,
-    /// Its number, if it is not to be the host's.
+    /// The major number; `None` for the host's.
     pub major: Option<i64>,
-    /// Its number, if it is not to be the host's.
+    /// The minor number; `None` for the host's.
     pub minor: Option<i64>,
-    /// Who may do what with it.
+    /// The mode of the node.
     pub file_mode: Option<u32>,
-    /// Of `r`, `w` and `m`; empty for all.
+    /// The permissions, of `r`, `w` and `m`; empty for all.
     pub permissions: String,
-    /// Its owner.
+    /// The owner.
     pub uid: Option<u32>,
-    /// Its group.
+    /// The group.
     pub gid: Option<u32>,
 }
 
@@ -88,11 +88,11 @@ pub struct Node {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Mount {
-    /// Where it is on the host.
+    /// The path on the host.
     pub host_path: String,
-    /// Where it is in the container.
+    /// The path in the container.
     pub container_path: String,
-    /// As mount(8) has them.
+    /// The options of mount(8).
     #[serde(default)]
     pub options: Vec<String>,
     /// The kind of file system; empty for a bind mount.
@@ -104,22 +104,23 @@ pub struct Mount {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Hook {
-    /// When it runs.
+    /// The stage at which the hook runs.
     pub hook_name: String,
     /// The program.
     pub path: PathBuf,
-    /// Its arguments, its own name first.
+    /// The program's arguments, its own name first.
     #[serde(default)]
     pub args: Vec<String>,
-    /// Its variables.
+    /// The program's environment.
     #[serde(default)]
     pub env: Vec<String>,
-    /// Most seconds that it may take.
+    /// The longest time that the program may take, seconds.
     #[serde(default)]
     pub timeout: Option<u32>,
 }
 
-/// The files of a directory, by name: what is in each, or what is wrong with it.
+/// The files of a directory, by name: the content of each, or the reason for which it cannot be
+/// used.
 pub fn all_in(dir: &Path) -> Vec<(PathBuf, Result<Spec, String>)> {
     let mut paths: Vec<PathBuf> =
         std::fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -134,7 +135,7 @@ pub fn all_in(dir: &Path) -> Vec<(PathBuf, Result<Spec, String>)> {
     paths.into_iter().map(read).collect()
 }
 
-/// YAML, of which JSON is a part.
+/// Parses YAML, of which JSON is a part.
 pub fn parse(text: &str) -> Result<Spec, String> {
     let spec: Spec = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
     if !VERSIONS.iter().any(|version| spec.cdi_version.starts_with(version)) {

@@ -2,9 +2,9 @@
 //! Interface has them (CDI, `SPEC.md`): a file of the host says which device
 //! nodes, mounts, variables and hooks a container needs for each.
 //!
-//! Here they become part of what the client asked for, and are then treated
-//! as if it had asked for them itself. So a container in a machine gets the
-//! devices that a machine has, and is refused the host's hardware by name.
+//! Here they become part of the client's request, and are then treated
+//! as if the client had asked for them. So a container in a VM gets the
+//! devices that every guest has, and is refused the host's hardware by name.
 
 use std::path::{Path, PathBuf};
 
@@ -26,15 +26,15 @@ const ANNOTATION: &str = "cdi.k8s.io/";
 #[error("CDI device {0}")]
 pub struct Error(String);
 
-/// Device nodes that a container gets: what the words of CRI cannot say of them.
+/// The device nodes that a container gets, for the properties that CRI has no fields for.
 #[derive(Debug, Default)]
 pub struct Nodes(Vec<Node>);
 
-/// Puts what the devices need in the place of their names. `hooks`, which are
-/// none where programs of the host cannot run, gets theirs at the end.
+/// Replaces the names of devices in a request by the devices' edits. Their hooks are appended to
+/// `hooks`, which is `None` where programs of the host cannot run.
 ///
 /// # Errors
-/// A device that no file has, or that more than one have; what a container
+/// A device that no file has, or that several files of one directory have; an edit that a container
 /// cannot have.
 pub fn apply(
     config: &mut cri::ContainerConfig,
@@ -57,7 +57,7 @@ pub fn apply(
             ))
         })?;
         let refused = |problem: String| refused(format!("{problem} ({})", path.display()));
-        // What all devices of a file need is needed once.
+        // The edits for all devices of a file are applied once.
         if !applied.contains(&path) {
             applied.push(path);
             edit(config, &mut nodes, hooks.as_deref_mut(), &spec.container_edits).map_err(refused)?;
@@ -67,7 +67,7 @@ pub fn apply(
     Ok(nodes)
 }
 
-/// The names that are asked for, each once.
+/// The names of devices that are asked for, each once.
 fn names(config: &mut cri::ContainerConfig) -> Vec<String> {
     let asked = std::mem::take(&mut config.cdi_devices).into_iter().map(|device| device.name);
     let annotated = config.annotations.iter().filter(|(key, _)| key.starts_with(ANNOTATION));
@@ -81,8 +81,8 @@ fn names(config: &mut cri::ContainerConfig) -> Vec<String> {
     names
 }
 
-/// The file that has a device, and what the device needs. A later directory
-/// counts more than an earlier one; in one directory there is one.
+/// The file that has a device, and the device. A later directory
+/// counts more than an earlier one; in one directory only one file may have it.
 fn find<'a>(
     files: &'a [Vec<(PathBuf, Result<Spec, String>)>],
     name: &str,
@@ -163,7 +163,7 @@ fn mount(wanted: &Mount) -> Result<cri::Mount, String> {
             "shared" | "rshared" => {
                 mount.propagation = cri::MountPropagation::PropagationBidirectional as i32
             }
-            // As they are without being asked for.
+            // Mounts have these options in any case.
             "rw" | "bind" | "rbind" | "private" | "rprivate" => {}
             other => mount.mount_options.push(other.into()),
         }
@@ -190,7 +190,7 @@ impl Nodes {
     /// Gives device nodes the owner and mode that their file says.
     ///
     /// # Errors
-    /// A node that is another device here than the file says.
+    /// A node that is another device on this host than the file says.
     pub fn finish(&self, spec: &mut OciSpec) -> Result<(), Error> {
         let devices = spec.linux_mut().as_mut().and_then(|linux| linux.devices_mut().as_mut());
         for device in devices.into_iter().flatten() {

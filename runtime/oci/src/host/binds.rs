@@ -13,10 +13,10 @@ use oci_spec::runtime::{Mount, MountBuilder};
 use super::Error;
 use crate::mounts::{is_own_directory, merge};
 
-/// Adds them to the mounts that every container has, in place of those at the
-/// same destination. Those of images, and directories that the container's own
+/// Adds the client's mounts to those that every container has, in place of those at the
+/// same destination. Mounts of images, and directories that the container's own
 /// image declares, are there already. Answers the propagation that the root
-/// filesystem needs.
+/// file system needs.
 pub(super) fn add(
     mounts: &mut Vec<Mount>,
     asked: &[cri::Mount],
@@ -31,7 +31,7 @@ pub(super) fn add(
     let mut binds = Vec::with_capacity(asked.len());
     for mount in asked.iter().filter(|mount| !is_image(mount)) {
         let (bind, propagation) = bind(mount, &table)?;
-        // What one mount shares, the root must not keep to itself.
+        // The root must be shared if one of the mounts is.
         match propagation {
             "rshared" => root = Some(propagation),
             "rslave" => root = root.or(Some(propagation)),
@@ -80,7 +80,7 @@ fn bind(mount: &cri::Mount, table: &str) -> Result<(Mount, &'static str), Error>
     Ok((bind, propagation))
 }
 
-/// Where the path really is. A directory that does not exist is made, as the
+/// The path without links. A directory that does not exist is made, as the
 /// kubelet expects of a runtime.
 fn source(path: &Path) -> Result<PathBuf, String> {
     if !path.is_absolute() {
@@ -95,8 +95,8 @@ fn source(path: &Path) -> Result<PathBuf, String> {
     path.canonicalize().map_err(|error| error.to_string())
 }
 
-/// Mounts get out of a container only through a shared mount, and into it
-/// only from one that is shared or a slave itself.
+/// Checks that the source's mount can propagate as `wanted`: mounts get out of a container only
+/// through a shared mount, and into it only from one that is shared or a slave.
 fn check_propagation(source: &Path, wanted: &str, table: &str) -> Result<(), String> {
     let (kinds, word): (&[&str], _) = match wanted {
         "rshared" => (&["shared:"], "a shared mount"),
@@ -122,7 +122,7 @@ fn mount_of<'a>(path: &Path, table: &'a str) -> Option<(PathBuf, Vec<&'a str>)> 
         let tags = fields.skip(1).take_while(|field| *field != "-").collect();
         path.starts_with(&place).then_some((place, tags))
     });
-    // Of mounts on top of each other the last one counts.
+    // The last one of mounts on top of each other counts.
     mounts.max_by_key(|(place, _)| place.components().count())
 }
 

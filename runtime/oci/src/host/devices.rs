@@ -1,5 +1,5 @@
-//! Devices of the host in a container: those that the client names. To a
-//! privileged one the agent gives all others too.
+//! Devices of the host in a container: those that the client names. The agent gives a
+//! privileged container all others too.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,10 +11,10 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, Linu
 use super::Error;
 use crate::devices::rule;
 
-/// Most devices that one request leads to.
+/// How many devices one request may lead to.
 const MAX: usize = 4096;
 
-/// Those that the client names, with the rules that let them be used.
+/// The devices that the client names, with the rules that let the container use them.
 pub(super) fn asked(asked: &[cri::Device]) -> Result<(Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>), Error> {
     let (mut devices, mut rules) = (Vec::new(), Vec::new());
     for wanted in asked {

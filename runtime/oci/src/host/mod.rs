@@ -1,7 +1,7 @@
-//! What is different for a container on the host. Its configuration is made as
-//! for a machine and then moved: places of the machine are in the pod's
-//! directory, its control group is below the pod's, and what a machine keeps
-//! from a container, the host's own directories and devices, it gets directly.
+//! The differences of a container on the host. The configuration is made as
+//! for a VM and then changed: the guest's paths are moved to the pod's
+//! directory, the control group is below the pod's, and the container gets the
+//! host's own directories and devices, which a VM keeps from it.
 
 use std::path::{Path, PathBuf};
 
@@ -15,22 +15,22 @@ use crate::{Error, Input, user_namespace};
 mod binds;
 mod devices;
 
-/// Where things of a host pod are.
+/// The paths of a host pod.
 #[derive(Debug)]
 pub struct HostPod {
-    /// Its supervisor's directory.
+    /// The supervisor's directory.
     pub directory: PathBuf,
-    /// Its control group, below `/sys/fs/cgroup`.
+    /// The pod's control group, below `/sys/fs/cgroup`.
     pub cgroup: PathBuf,
 }
 
-/// Moves a machine's configuration to the host.
+/// Changes a VM's configuration into one for the host.
 pub(super) fn adapt(spec: &mut Spec, pod: &HostPod, input: &Input<'_>) -> Result<(), Error> {
     let shm = if host_ipc(input.sandbox) { Some("/dev/shm") } else { None };
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
         let Some(source) = mount.source().clone() else { continue };
-        // Bound, where the pod has a user namespace: that of the host shows the host's network.
+        // With a user namespace `/sys` is a bind of the pod's: the host's own shows the host's network.
         let source = if source == Path::new("/sys") { paths::SYS.into() } else { source };
         match shm.filter(|_| source == Path::new(paths::SHM)) {
             Some(shm) => mount.set_source(Some(shm.into())),
@@ -40,13 +40,13 @@ pub(super) fn adapt(spec: &mut Spec, pod: &HostPod, input: &Input<'_>) -> Result
     let propagation = binds::add(&mut mounts, &input.config.mounts, input.image_volumes)?;
     spec.set_mounts(Some(mounts));
     if let Some(process) = spec.process_mut() {
-        // As the daemon has them: more may be more than it may give.
+        // The container inherits huskd's limits, because huskd may not be allowed to raise them.
         process.set_rlimits(None);
     }
 
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
     if let Some(users) = user_namespace::of_pod(input.sandbox)? {
-        // runc before 1.2 wants to be told what a namespace that it joins has.
+        // runc before 1.2 needs the mappings of a namespace that it joins.
         linux.set_uid_mappings(Some(user_namespace::mappings(&users.uids)?));
         linux.set_gid_mappings(Some(user_namespace::mappings(&users.gids)?));
     }
@@ -73,7 +73,8 @@ pub(super) fn adapt(spec: &mut Spec, pod: &HostPod, input: &Input<'_>) -> Result
     Ok(())
 }
 
-/// On the host a container itself has the CPUs and memory nodes that it names.
+/// Adds the CPUs and memory nodes that a container asks for: on the host its own control group
+/// has them.
 pub fn choose_cpus(resources: &mut LinuxResources, asked: &cri::LinuxContainerResources) {
     if asked.cpuset_cpus.is_empty() && asked.cpuset_mems.is_empty() {
         return;
@@ -85,7 +86,7 @@ pub fn choose_cpus(resources: &mut LinuxResources, asked: &cri::LinuxContainerRe
     resources.set_cpu(Some(cpu));
 }
 
-/// A place of the machine, where it is on the host.
+/// The path on the host of a path in the guest.
 fn moved(path: &Path, pod: &HostPod) -> PathBuf {
     match path.strip_prefix(paths::BASE) {
         Ok(below) => pod.directory.join(below),

@@ -1,9 +1,9 @@
-//! The system calls of x86-64, and of its 32-bit programs, by what
-//! `RuntimeDefault` does with them. They are Linux's own tables
+//! The system calls of x86-64, and of its 32-bit programs, by the action of
+//! `RuntimeDefault`. The names are from Linux's own tables
 //! (`arch/x86/entry/syscalls/`), as of Linux 6.17: a call that is in no list is
-//! refused, and one that came later does not exist.
+//! refused, and a later call is answered as if it did not exist.
 
-/// Calls that everybody may make.
+/// Calls that every container may make.
 const ALLOWED: &str = "
     _llseek _newselect accept accept4 access adjtimex alarm arch_prctl bind brk cachestat capget capset chdir chmod chown
     chown32 chroot clock_adjtime clock_adjtime64 clock_getres clock_getres_time64 clock_gettime clock_gettime64
@@ -41,7 +41,7 @@ const ALLOWED: &str = "
     unlink unlinkat uretprobe utime utimensat utimensat_time64 utimes vfork vmsplice wait4 waitid waitpid write writev
 ";
 
-/// Calls that come with any one of the capabilities before them, by their
+/// Calls that are allowed with any one of the capabilities before them, which have their
 /// names in CRI requests.
 const GOVERNED: &[(&[&str], &str)] = &[
     (&["BPF", "SYS_ADMIN"], "bpf"),
@@ -63,7 +63,7 @@ const GOVERNED: &[(&[&str], &str)] = &[
     (&["SYSLOG", "SYS_ADMIN"], "syslog"),
 ];
 
-/// Those that a container with some capabilities may make, whatever the
+/// The calls that a container with some capabilities may make with any
 /// arguments.
 pub(super) fn allowed(has: impl Fn(&str) -> bool) -> Vec<String> {
     let governed =
@@ -126,7 +126,7 @@ mod tests {
         {
             assert!(!all.iter().any(|allowed| allowed == call), "{call}");
         }
-        // Their arguments decide.
+        // The arguments of these decide.
         for call in ["clone", "clone3", "socket", "personality"] {
             assert!(!none.contains(call), "{call}");
         }
