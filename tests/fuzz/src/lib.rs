@@ -1,11 +1,19 @@
 //! Fuzz targets for everything that reads hostile bytes. A target is a module with a function `run`, which is
 //! given bytes, and a function `seeds`, which makes inputs to begin with.
 
+#[cfg(feature = "fs")]
+pub mod apart;
+#[cfg(feature = "vmm")]
+pub mod control;
 #[cfg(feature = "vmm")]
 pub mod devices;
+#[cfg(feature = "fs")]
+pub mod fuse;
 #[cfg(feature = "vmm")]
 pub mod guest;
 pub mod input;
+#[cfg(feature = "vmm")]
+pub mod snapshot;
 #[cfg(feature = "streaming")]
 pub mod streaming;
 

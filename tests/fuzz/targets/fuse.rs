@@ -1,0 +1,2 @@
+#![no_main]
+husk_fuzz::target!(husk_fuzz::fuse);
