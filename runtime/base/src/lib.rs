@@ -8,6 +8,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+mod blocking;
 pub mod cgroup;
 pub mod dirs;
 mod error;
@@ -19,6 +20,7 @@ pub mod record;
 pub mod text_file;
 mod tree;
 
+pub use blocking::blocking;
 pub use error::{FileError, chain, is_full_disk};
 pub use json::{read_json, write_json};
 pub use tree::remove as remove_tree;

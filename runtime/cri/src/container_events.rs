@@ -29,7 +29,7 @@ fn response(event: &Event) -> ContainerEventResponse {
         container_event_type: kind(event.kind).into(),
         created_at: event.at,
         pod_sandbox_status: Some(sandboxes::status_of(&event.sandbox)),
-        containers_statuses: event.containers.iter().map(containers::status_of).collect(),
+        containers_statuses: event.containers.iter().map(|record| containers::status_of(record)).collect(),
     }
 }
 
@@ -56,8 +56,8 @@ mod tests {
             id: "c".into(),
             kind: EventKind::Stopped,
             at: 7,
-            sandbox: sandbox_record("p"),
-            containers: vec![container_record("c", "p")],
+            sandbox: sandbox_record("p").into(),
+            containers: vec![container_record("c", "p").into()],
         };
         let events = stream::iter([Ok(event.into()), Err(Lagged { lost: 3 })]);
         let responses: Vec<_> = to_cri(events).collect().await;

@@ -18,7 +18,7 @@ pub(crate) fn container_status(
     request: &ContainerStatusRequest,
 ) -> Result<ContainerStatusResponse, Error> {
     let (sandbox, container) = node.registry.container(&request.container_id)?;
-    let record = container.record().clone();
+    let record = container.record();
     let info = if request.verbose { verbose(&record, &sandbox.id) } else { HashMap::new() };
     Ok(ContainerStatusResponse { status: Some(status_of(&record)), info })
 }
@@ -78,19 +78,19 @@ pub(crate) fn list_containers(
         .registry
         .containers()
         .iter()
-        .map(|(_, container)| container.record().clone())
+        .map(|(_, container)| container.record())
         .filter(|record| matches(record, &filter))
         .map(|record| cri::Container {
             id: record.id.to_string(),
             pod_sandbox_id: record.sandbox_id.to_string(),
             state: record.state.cri().into(),
-            metadata: record.config.metadata,
-            image: record.config.image,
-            image_ref: record.image_ref,
-            image_id: record.image_id,
+            metadata: record.config.metadata.clone(),
+            image: record.config.image.clone(),
+            image_ref: record.image_ref.clone(),
+            image_id: record.image_id.clone(),
             created_at: record.created_at,
-            labels: record.config.labels,
-            annotations: record.config.annotations,
+            labels: record.config.labels.clone(),
+            annotations: record.config.annotations.clone(),
         })
         .collect();
     Ok(ListContainersResponse { containers })

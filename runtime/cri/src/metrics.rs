@@ -260,8 +260,8 @@ pub(crate) async fn pod_sandbox_metrics(node: &Arc<Node>) -> Vec<PodSandboxMetri
 
 async fn of_sandbox(sandbox: &Sandbox) -> Option<PodSandboxMetrics> {
     let usage = usage(sandbox, sandbox.containers()).await?;
-    let record = sandbox.record().clone();
-    let pod = record.config.metadata.unwrap_or_default();
+    let record = sandbox.record();
+    let pod = record.config.metadata.clone().unwrap_or_default();
     let timestamp = now();
     let own = [pod.name.as_str(), &pod.namespace, "", record.id.as_str(), ""];
     let cost = Cost { vmm: record.cgroup.as_deref().and_then(cgroup::usage), guest: usage.machine };
@@ -273,7 +273,8 @@ async fn of_sandbox(sandbox: &Sandbox) -> Option<PodSandboxMetrics> {
         let labels = container_labels(&pod.name, &pod.namespace, &record);
         let id = record.id.to_string();
         let timestamp = stat.time_unix_nanos;
-        let resources = record.config.linux.and_then(|linux| linux.resources).unwrap_or_default();
+        let resources =
+            record.config.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
         let sample = Sample { stat, resources, started_at: record.started_at };
         let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
         ContainerMetrics { container_id: id, metrics: values(CONTAINER, &sample, &labels, "", timestamp) }

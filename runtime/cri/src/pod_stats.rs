@@ -60,7 +60,7 @@ pub(crate) async fn of_sandboxes(
 
 async fn of_sandbox(sandbox: &Sandbox) -> Option<cri::PodSandboxStats> {
     let usage = usage(sandbox, sandbox.containers()).await?;
-    let record = sandbox.record().clone();
+    let record = sandbox.record();
     let timestamp = now();
     let cost = record.cgroup.as_deref().and_then(cgroup::usage);
     Some(cri::PodSandboxStats {

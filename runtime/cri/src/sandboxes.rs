@@ -19,9 +19,9 @@ pub(crate) fn pod_sandbox_status(
     request: &PodSandboxStatusRequest,
 ) -> Result<PodSandboxStatusResponse, Error> {
     let sandbox = node.registry.sandbox(&request.pod_sandbox_id)?;
-    let record = sandbox.record().clone();
+    let record = sandbox.record();
     let info = if request.verbose { verbose(&sandbox) } else { HashMap::new() };
-    let containers = sandbox.containers().into_iter().map(|container| container.record().clone());
+    let containers = sandbox.containers().into_iter().map(|container| container.record());
     Ok(PodSandboxStatusResponse {
         status: Some(status_of(&record)),
         info,
@@ -67,7 +67,7 @@ fn network(record: &SandboxRecord) -> cri::PodSandboxNetworkStatus {
 }
 
 fn verbose(sandbox: &Sandbox) -> HashMap<String, String> {
-    let record = sandbox.record().clone();
+    let record = sandbox.record();
     let info = json!({
         "pid": record.vmm_pid,
         "netns": record.netns,

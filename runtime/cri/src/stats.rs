@@ -25,7 +25,7 @@ pub(crate) async fn container_stats(
         None => Err(Error::FailedPrecondition(format!(
             "container `{}` is {} and has no figures",
             container.id,
-            container.state().word()
+            container.record().state.word()
         ))),
     }
 }

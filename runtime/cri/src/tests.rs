@@ -22,7 +22,7 @@ async fn runtime(folder: &std::path::Path) -> Runtime {
     config.streaming.address = "127.0.0.1:0".parse().unwrap();
     let node = Arc::new(Node::open(config).unwrap());
     for id in ["one", "two", "three"] {
-        let (sandbox, container) = running(&node.sandboxes_dir(), id, node.events.clone());
+        let (sandbox, container) = running(&node.sandboxes_dir(), id, node.events.clone()).await;
         let stat = ContainerStat {
             container_id: container.id.to_string(),
             time_unix_nanos: 5,

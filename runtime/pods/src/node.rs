@@ -130,7 +130,7 @@ mod tests {
             std::fs::set_permissions(root.join(path), PermissionsExt::from_mode(0o755)).unwrap();
         }
         let node = node(root);
-        running(&node.sandboxes_dir(), "pod", node.events.clone());
+        running(&node.sandboxes_dir(), "pod", node.events.clone()).await;
         for path in ["state", "run", "run/sandboxes"] {
             assert_eq!(mode(path), 0o711, "{path}");
         }

@@ -86,10 +86,10 @@ pub fn container_record(id: &str, sandbox: &str) -> ContainerRecord {
 }
 
 /// A pod that is ready, and a container that runs, to be added to it.
-pub fn running(folder: &Path, id: &str, events: Events) -> (Arc<Sandbox>, Arc<Container>) {
-    let sandbox = Arc::new(Sandbox::create(folder.join(id), sandbox_record(id), events).unwrap());
+pub async fn running(folder: &Path, id: &str, events: Events) -> (Arc<Sandbox>, Arc<Container>) {
+    let sandbox = Arc::new(Sandbox::create(folder.join(id), sandbox_record(id), events).await.unwrap());
     let record = container_record(&format!("c-of-{id}"), id);
-    let container = Arc::new(Container::create(sandbox.directory(), record).unwrap());
+    let container = Arc::new(Container::create(sandbox.directory(), record).await.unwrap());
     (sandbox, container)
 }
 
@@ -104,21 +104,21 @@ pub fn pod_of(agent: Agent) -> Arc<RunningPod> {
 }
 
 /// A sandbox of which there is a record and nothing else.
-pub fn sandbox(node: &Node, kind: Kind, phase: Phase) -> Arc<Sandbox> {
+pub async fn sandbox(node: &Node, kind: Kind, phase: Phase) -> Arc<Sandbox> {
     let id = SandboxId::random();
     let cgroup = Some(node.config.run_dir.join("no-such-group"));
     let record = SandboxRecord { cgroup, ..record(id.clone(), kind, phase) };
     let directory = node.sandboxes_dir().join(id.as_str());
-    Arc::new(Sandbox::create(directory, record, node.events.clone()).unwrap())
+    Arc::new(Sandbox::create(directory, record, node.events.clone()).await.unwrap())
 }
 
 /// A container of it, by its record.
-pub fn container(sandbox: &Sandbox, state: State) -> Arc<Container> {
+pub async fn container(sandbox: &Sandbox, state: State) -> Arc<Container> {
     let id = ContainerId::random();
     let record = ContainerRecord {
         image_slot: "image-0".into(),
         state,
         ..container_record(id.as_str(), sandbox.id.as_str())
     };
-    Arc::new(Container::create(sandbox.directory(), record).unwrap())
+    Arc::new(Container::create(sandbox.directory(), record).await.unwrap())
 }

@@ -42,9 +42,9 @@ pub struct Event {
     /// Nanoseconds since 1970.
     pub at: i64,
     /// The pod after it.
-    pub sandbox: SandboxRecord,
+    pub sandbox: Arc<SandboxRecord>,
     /// The pod's containers that clients know, after it.
-    pub containers: Vec<ContainerRecord>,
+    pub containers: Vec<Arc<ContainerRecord>>,
 }
 
 /// A listener did not read in time.
@@ -127,7 +127,7 @@ mod tests {
             id: id.into(),
             kind: EventKind::Created,
             at: 1,
-            sandbox: sandbox_record(id),
+            sandbox: sandbox_record(id).into(),
             containers: Vec::new(),
         });
     }

@@ -12,6 +12,7 @@ pub mod names;
 pub mod registry;
 pub mod sandbox;
 mod sandbox_record;
+mod stored;
 pub mod unread;
 
 pub use container::Container;

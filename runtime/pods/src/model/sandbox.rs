@@ -5,12 +5,12 @@
 //! that starts after a crash finds everything that may exist.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use husk_backend::{Place, RunningPod};
 use husk_base::id::SandboxId;
-use husk_base::record::{self, Durability, ReadError, Unknown};
-use husk_base::{lock, now};
+use husk_base::record::{Durability, ReadError};
+use husk_base::{blocking, lock, now};
 use husk_volumes::Volume;
 use serde::Serialize;
 
@@ -19,6 +19,7 @@ use super::container_record::{Exit, State};
 use super::cpu_rate::CpuRate;
 use super::events::{Event, EventKind, Events};
 use super::sandbox_record::SandboxRecord;
+use super::stored::Stored;
 use crate::lane::Lane;
 
 /// Releases that the programs of a pod are of, as far as they have said it. They
@@ -49,8 +50,7 @@ pub struct Sandbox {
     /// operation that holds a container's lock may take this one, never the other way round.
     pub op_lock: tokio::sync::Mutex<()>,
     events: Events,
-    record: Mutex<SandboxRecord>,
-    unknown: Unknown,
+    record: Stored<SandboxRecord>,
     running: Mutex<Option<Arc<RunningPod>>>,
     unreached: Mutex<Option<String>>,
     versions: Mutex<Versions>,
@@ -73,30 +73,28 @@ impl Sandbox {
     ///
     /// # Errors
     /// The disk's.
-    pub fn create(directory: PathBuf, record: SandboxRecord, events: Events) -> std::io::Result<Self> {
-        std::fs::create_dir_all(directory.join(CONTAINERS))?;
-        let sandbox = Self::with(directory, record, Unknown::default(), events);
-        // Nobody was promised anything yet.
-        sandbox.write(&sandbox.record(), Durability::Whole)?;
-        Ok(sandbox)
+    pub async fn create(directory: PathBuf, record: SandboxRecord, events: Events) -> std::io::Result<Self> {
+        let containers = directory.join(CONTAINERS);
+        blocking(move || std::fs::create_dir_all(containers)).await?;
+        let record = Stored::create(directory.join(RECORD), directory.parent(), record).await?;
+        Ok(Self::with(directory, record, events))
     }
 
-    /// The sandbox whose record is in `directory`.
+    /// The sandbox whose record is in `directory`, which is read at once: this blocks.
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn load(directory: PathBuf, events: Events) -> Result<Self, ReadError> {
-        let (record, unknown) = record::read(&directory.join(RECORD))?;
-        Ok(Self::with(directory, record, unknown, events))
+        let record = Stored::load(directory.join(RECORD), directory.parent())?;
+        Ok(Self::with(directory, record, events))
     }
 
-    fn with(directory: PathBuf, record: SandboxRecord, unknown: Unknown, events: Events) -> Self {
+    fn with(directory: PathBuf, record: Stored<SandboxRecord>, events: Events) -> Self {
         Self {
-            id: record.id.clone(),
+            id: record.get().id.clone(),
             op_lock: tokio::sync::Mutex::default(),
             events,
-            record: Mutex::new(record),
-            unknown,
+            record,
             running: Mutex::default(),
             unreached: Mutex::default(),
             versions: Mutex::default(),
@@ -108,39 +106,26 @@ impl Sandbox {
     }
 
     /// The record as it is now.
-    pub fn record(&self) -> MutexGuard<'_, SandboxRecord> {
-        lock(&self.record)
+    pub fn record(&self) -> Arc<SandboxRecord> {
+        self.record.get()
     }
 
     /// Changes the record, on disk first, so that a power cut does not undo it.
     ///
     /// # Errors
     /// The disk's; the record is then unchanged.
-    pub fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> std::io::Result<()> {
-        let mut record = lock(&self.record);
-        let mut next = record.clone();
+    pub async fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> std::io::Result<()> {
+        let mut next = self.record.change().await;
         change(&mut next);
-        self.write(&next, Durability::Acknowledged)?;
-        *record = next;
-        Ok(())
+        next.commit(Durability::Acknowledged).await
     }
 
-    fn write(&self, record: &SandboxRecord, durability: Durability) -> std::io::Result<()> {
-        record::write(&self.directory.join(RECORD), record, &self.unknown, durability)?;
-        match self.directory.parent() {
-            // The sandbox's folder is in there since it was created.
-            Some(folder) if durability == Durability::Acknowledged => std::fs::File::open(folder)?.sync_all(),
-            _ => Ok(()),
-        }
-    }
-
-    /// Changes the record by what is true whether or not it can be written: a
-    /// full disk keeps no machine alive. A daemon that starts again compares the
-    /// record with what it finds.
-    pub fn update_best_effort(&self, change: impl FnOnce(&mut SandboxRecord)) {
-        let mut record = lock(&self.record);
-        change(&mut record);
-        if let Err(error) = self.write(&record, Durability::Whole) {
+    /// Changes the record by what is true whether or not it can be written.
+    pub async fn update_best_effort(&self, change: impl FnOnce(&mut SandboxRecord)) {
+        let mut next = self.record.change().await;
+        change(&mut next);
+        let (written, _unsettled) = next.commit_anyway().await;
+        if let Err(error) = written {
             tracing::warn!(sandbox = %self.id, %error, "write sandbox record");
         }
     }
@@ -201,12 +186,12 @@ impl Sandbox {
     /// sandbox itself, with how the sandbox and its containers are now.
     pub fn send_event(&self, id: &str, kind: EventKind) {
         self.events.send(|| {
-            let containers = self.containers().into_iter().map(|container| container.record().clone());
+            let containers = self.containers().into_iter().map(|container| container.record());
             Event {
                 id: id.to_owned(),
                 kind,
                 at: now(),
-                sandbox: self.record().clone(),
+                sandbox: self.record(),
                 containers: containers.filter(|record| record.state != State::Creating).collect(),
             }
         });
@@ -214,11 +199,8 @@ impl Sandbox {
 
     /// Records a container's end, and sends the event of it if it was the first
     /// to be told. Who waits for the container goes on after that.
-    pub fn container_ended(&self, container: &Container, exit: Exit) {
-        if container.record_exit(exit) {
-            self.send_event(container.id.as_str(), EventKind::Stopped);
-        }
-        container.announce_exit();
+    pub async fn container_ended(&self, container: &Container, exit: Exit) {
+        container.record_exit(exit, || self.send_event(container.id.as_str(), EventKind::Stopped)).await;
     }
 
     /// Volumes of its containers.

@@ -38,10 +38,8 @@ pub fn attach(node: &Arc<Node>, container_id: &str, wanted: StreamOptions) -> Re
 /// The client has come.
 async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> ExitStatus {
     let Client { stdin, sizes, stdout, stderr, gone } = client;
-    let (once, terminal) = {
-        let config = &container.record().config;
-        (config.stdin_once, config.tty)
-    };
+    let record = container.record();
+    let (once, terminal) = (record.config.stdin_once, record.config.tty);
     // Before it types: it shall see what the container makes of it.
     let stdout = stdout.map(|to| (container.output.stdout.subscribe(), to));
     let stderr = stderr.map(|to| (container.output.stderr.subscribe(), to));

@@ -202,7 +202,7 @@ mod tests {
             ..Fake::default()
         });
         let pod = pod_of(fake.serve(folder.path(), SOON).await);
-        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         let path = folder.path().join("0.log");
         container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
         follow(&sandbox, &pod, &container).await.unwrap();
@@ -219,7 +219,7 @@ mod tests {
         has(&["stdout F first", "stdout F later"]).await;
         fake.killed.send_replace(true);
         timeout(SOON, container.wait_exited()).await.unwrap();
-        assert!(matches!(container.state(), State::Exited(Exit { code: 3, .. })), "{:?}", container.state());
+        assert!(matches!(container.record().state, State::Exited(Exit { code: 3, .. })));
         assert_eq!(logged(&path).len(), 2);
     }
 
@@ -228,7 +228,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let fake = Arc::new(Fake { stdout: b"last words\n".to_vec(), output_kept: true, ..Fake::default() });
         let pod = pod_of(fake.serve(folder.path(), SOON).await);
-        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         let path = folder.path().join("0.log");
         container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
         resume(&sandbox, &pod, &container).await;

@@ -50,12 +50,13 @@ impl ContainerPlan {
         image: &Image,
         mut config: cri::ContainerConfig,
     ) -> Result<Self, Error> {
-        let pod = sandbox.record().config.clone();
-        privileged_only_in_privileged(&pod, &config)?;
-        let log_path = log_path(&pod, &config)?;
+        let pod_record = sandbox.record();
+        let pod = &pod_record.config;
+        privileged_only_in_privileged(pod, &config)?;
+        let log_path = log_path(pod, &config)?;
         let place = sandbox.place(&node.config.run_dir);
         let host = place.host_pod()?;
-        let handler = node.config.handler(&sandbox.record().handler).map(|(_, handler)| handler);
+        let handler = node.config.handler(&pod_record.handler).map(|(_, handler)| handler);
         let mut hooks = handler.map(|handler| handler.hooks().clone()).unwrap_or_default();
         let others: Vec<_> =
             sandbox.containers().iter().map(|container| container.record().config.clone()).collect();
@@ -75,7 +76,7 @@ impl ContainerPlan {
             hooks: &hooks,
             id,
             config: &config,
-            sandbox: &pod,
+            sandbox: pod,
             image: &image_config,
             volumes: &volumes,
             image_volumes: &image_volumes,

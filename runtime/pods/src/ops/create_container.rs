@@ -36,7 +36,7 @@ pub async fn create_container(
     let mut disks = running.disks.hold().await;
     let claims = disks.claim_all(plan.images.iter().map(std::path::PathBuf::as_path), &id);
     let claims = claims.ok_or_else(|| husk_vm::Error::NoSlot(disks.count()))?;
-    let container = match Container::create(sandbox.directory(), plan.record(&claims)) {
+    let container = match Container::create(sandbox.directory(), plan.record(&claims)).await {
         Ok(container) => Arc::new(container),
         Err(error) => {
             disks.unclaim(&claims, &id);
@@ -103,7 +103,7 @@ async fn mount_volumes(
     for one in plan.volumes.iter().filter(|one| one.volume.synced) {
         synced_volumes::send(running, &one.volume).await?;
     }
-    let record = sandbox.record().clone();
+    let record = sandbox.record();
     let handler = node.config.handler(&record.handler).and_then(|(_, handler)| handler.vm());
     let program = handler.map(|handler| handler.file_server.as_path());
     let users = husk_oci::user_namespace(&record.config)?;
@@ -119,7 +119,7 @@ async fn make(
     container: &Arc<Container>,
     plan: ContainerPlan,
 ) -> Result<(), Error> {
-    let record = container.record().clone();
+    let record = container.record();
     open_log(sandbox, container).await?;
     let request = agent::CreateContainerRequest {
         container_id: container.id.to_string(),
@@ -139,10 +139,12 @@ async fn make(
         .await?;
     if !made.start_error.is_empty() {
         // The program cannot be started. StartContainer says so.
-        container.update(|record| {
-            record.start_error = made.start_error;
-            record.state = State::Created;
-        })?;
+        container
+            .update(|record| {
+                record.start_error = made.start_error;
+                record.state = State::Created;
+            })
+            .await?;
         return Ok(());
     }
     supervise::follow(sandbox, running, container).await.map_err(|cause| Error::File {
@@ -151,15 +153,17 @@ async fn make(
         cause,
     })?;
     synced_volumes::follow(running, container);
-    container.update(|record| {
-        record.guest_pid = made.pid;
-        record.user = made.identity.map(|identity| cri::LinuxContainerUser {
-            uid: identity.uid.into(),
-            gid: identity.gid.into(),
-            supplemental_groups: identity.groups.into_iter().map(i64::from).collect(),
-        });
-        record.state = State::Created;
-    })?;
+    container
+        .update(|record| {
+            record.guest_pid = made.pid;
+            record.user = made.identity.map(|identity| cri::LinuxContainerUser {
+                uid: identity.uid.into(),
+                gid: identity.gid.into(),
+                supplemental_groups: identity.groups.into_iter().map(i64::from).collect(),
+            });
+            record.state = State::Created;
+        })
+        .await?;
     Ok(())
 }
 

@@ -30,23 +30,20 @@ const AT_THE_LATEST: Duration = Duration::from_secs(60);
 pub(crate) fn watch(sandbox: &Arc<Sandbox>, running: &Arc<RunningPod>) {
     tokio::spawn(ask_versions(sandbox.clone(), running.clone()));
     let (sandbox, backend, agent) = (sandbox.clone(), running.backend.clone(), running.agent.clone());
-    let (cgroup, oom_kills) = {
-        let record = sandbox.record();
-        (record.cgroup.clone(), record.oom_kills)
-    };
+    let record = sandbox.record();
     tokio::spawn(async move {
         let clock = async {
             if backend.has_clock() { clock::keep(&agent).await } else { std::future::pending().await }
         };
         let ending = tokio::select! {
-            ending = backend.wait(cgroup.as_deref(), oom_kills) => ending,
+            ending = backend.wait(record.cgroup.as_deref(), record.oom_kills) => ending,
             never = clock => match never {},
         };
         if sandbox.record().phase != Phase::Ready {
             return;
         }
         tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "machine ended unasked");
-        ended(&sandbox, &ending);
+        ended(&sandbox, &ending).await;
     });
 }
 
@@ -70,19 +67,21 @@ async fn ask_versions(sandbox: Arc<Sandbox>, running: Arc<RunningPod>) {
 }
 
 /// Records that a pod has ended, and its containers with it.
-pub(crate) fn ended(sandbox: &Sandbox, ending: &Ending) {
+pub(crate) async fn ended(sandbox: &Sandbox, ending: &Ending) {
     let problem = ending.problem.as_str();
-    sandbox.update_best_effort(|record| {
-        record.phase = Phase::NotReady;
-        if !problem.is_empty() {
-            record.problem = problem.to_owned();
-        }
-    });
+    sandbox
+        .update_best_effort(|record| {
+            record.phase = Phase::NotReady;
+            if !problem.is_empty() {
+                record.problem = problem.to_owned();
+            }
+        })
+        .await;
     let ran = sandbox.set_running(None).is_some();
     sandbox.set_unreached(None);
     for container in sandbox.containers() {
         container.abort_tasks();
-        if container.state() == State::Creating {
+        if container.record().state == State::Creating {
             // Nobody knows it, and whoever makes it undoes it.
             continue;
         }
@@ -91,7 +90,7 @@ pub(crate) fn ended(sandbox: &Sandbox, ending: &Ending) {
             _ if ending.out_of_memory => Exit::out_of_memory(problem),
             _ => Exit::machine_gone(problem),
         };
-        sandbox.container_ended(&container, exit);
+        sandbox.container_ended(&container, exit).await;
     }
     if ran {
         sandbox.send_event(sandbox.id.as_str(), EventKind::Stopped);
@@ -155,15 +154,15 @@ pub(crate) async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Endin
     if let Some(running) = &running {
         kill_containers(sandbox, running).await;
     }
-    sandbox.update_best_effort(|record| record.phase = Phase::NotReady);
+    sandbox.update_best_effort(|record| record.phase = Phase::NotReady).await;
     if let Some(running) = &running {
         run_poststop_hooks(sandbox, running).await;
     }
     let place = sandbox.place(&node.config.run_dir);
     let (destroyed, network) = tokio::join!(place.destroy(), node.network.detach(sandbox.id.as_str()));
     destroyed?;
-    ended(sandbox, ending);
-    forget_unmade(node, sandbox)?;
+    ended(sandbox, ending).await;
+    forget_unmade(node, sandbox).await?;
     network?;
     place.close_volumes()?;
     let cgroup = sandbox.record().cgroup.clone();
@@ -186,10 +185,10 @@ pub(crate) async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Endin
 
 /// Forgets containers that were never made, and could not be taken apart while
 /// there was a machine.
-fn forget_unmade(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
+async fn forget_unmade(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
     for container in sandbox.containers() {
-        if container.state() == State::Creating {
-            container.forget()?;
+        if container.record().state == State::Creating {
+            container.forget().await?;
             node.registry.remove_container(&container);
         }
     }
@@ -211,8 +210,11 @@ async fn remove_layers(sandbox: &Sandbox) -> Result<(), Error> {
 /// Gives containers that still run their end, so that the last of their output
 /// is in their logs and their exit codes are true.
 async fn kill_containers(sandbox: &Sandbox, running: &RunningPod) {
-    let containers: Vec<_> =
-        sandbox.containers().into_iter().filter(|container| container.state() == State::Running).collect();
+    let containers: Vec<_> = sandbox
+        .containers()
+        .into_iter()
+        .filter(|container| container.record().state == State::Running)
+        .collect();
     let ends = containers.iter().map(|container| async {
         if let Err(error) = supervise::signal(running, &container.id, libc::SIGKILL, true).await {
             tracing::debug!(container = %container.id, %error, "kill container");

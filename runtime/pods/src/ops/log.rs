@@ -31,17 +31,17 @@ pub(crate) async fn open_log(sandbox: &Sandbox, container: &Container) -> Result
 /// A container that does not run, or the disk's; the old file stays in use then.
 pub async fn reopen_log(node: &Node, container_id: &str) -> Result<(), Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
-    let state = container.state();
-    if state != State::Running {
+    let record = container.record();
+    if record.state != State::Running {
         return Err(Error::FailedPrecondition(format!(
             "reopen log: container `{}` is {}",
             container.id,
-            state.word()
+            record.state.word()
         )));
     }
     if let Some(log) = container.log() {
         let stage = "reopen container log";
-        let path = container.record().log_path.clone();
+        let path = record.log_path.clone();
         let reopened = sandbox.lane.run(stage, move || log.reopen()).await?;
         reopened.map_err(|cause| Error::File { stage, path, cause })?;
     }

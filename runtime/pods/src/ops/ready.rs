@@ -9,8 +9,7 @@ use crate::model::{Container, Phase, Sandbox, State};
 
 /// The pod of a sandbox that is ready for containers.
 pub(crate) fn ready_pod(sandbox: &Sandbox) -> Result<Arc<RunningPod>, Error> {
-    let phase = sandbox.record().phase;
-    if phase != Phase::Ready {
+    if sandbox.record().phase != Phase::Ready {
         return Err(Error::FailedPrecondition(format!("sandbox `{}` is not ready", sandbox.id)));
     }
     sandbox.running().ok_or_else(|| {
@@ -27,9 +26,9 @@ pub(crate) fn pod_of_running(
     sandbox: &Sandbox,
     container: &Container,
 ) -> Result<Arc<RunningPod>, Error> {
-    let state = container.state();
-    if state != State::Running {
-        let (id, word) = (&container.id, state.word());
+    let record = container.record();
+    if record.state != State::Running {
+        let (id, word) = (&container.id, record.state.word());
         return Err(Error::FailedPrecondition(format!("{rpc}: container `{id}` is {word}")));
     }
     ready_pod(sandbox)

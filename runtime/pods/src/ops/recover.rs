@@ -147,7 +147,7 @@ async fn find(node: &Node) -> std::io::Result<Found> {
 /// Makes a sandbox known, with its containers. One that was never ready has
 /// nothing that a client knows.
 fn register(node: &Node, sandbox: &Arc<Sandbox>) {
-    let record = sandbox.record().clone();
+    let record = sandbox.record();
     if record.phase == Phase::Creating {
         return;
     }
@@ -244,7 +244,7 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<RunningPod, backen
 
 /// Connects to a pod, once.
 async fn try_to_reach(node: &Node, sandbox: &Sandbox, place: &Place) -> Result<RunningPod, backend::Error> {
-    let record = sandbox.record().clone();
+    let record = sandbox.record();
     // Pods live on when the configuration has no such handler any more, or one of the other kind.
     let default = Handler::default_of(record.kind);
     let found = node.config.handler(&record.handler).map(|(_, handler)| handler);
@@ -272,7 +272,7 @@ async fn resume(
     running: &Arc<RunningPod>,
     container: &Arc<Container>,
 ) {
-    match container.state() {
+    match container.record().state {
         State::Creating => {
             if let Err(error) = remove_container::tear_down(node, sandbox, container).await {
                 tracing::warn!(container = %container.id, %error, "take apart a container that was never made");
@@ -287,7 +287,7 @@ async fn resume(
             }
             supervise::resume(sandbox, running, container).await;
             synced_volumes::follow(running, container);
-            if container.state() == State::Running {
+            if container.record().state == State::Running {
                 start_container::catch_up(sandbox, running, container).await;
             }
         }

@@ -31,13 +31,13 @@ pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
         found => found?,
     };
     let _op = container.op_lock.lock().await;
-    let started = matches!(container.state(), State::Running | State::Exited(_));
+    let started = matches!(container.record().state, State::Running | State::Exited(_));
     leave_pod(&sandbox, &container).await?;
     {
         // A container being made counts on the volumes that others have, and
         // must not find them unmounted.
         let _op = sandbox.op_lock.lock().await;
-        release(node, &sandbox, &container)?;
+        release(node, &sandbox, &container).await?;
     }
     if started {
         // It has ended, as the agent said; its end is told before its removal.
@@ -74,7 +74,7 @@ pub(crate) async fn tear_down(
     container: &Arc<Container>,
 ) -> Result<(), Error> {
     leave_pod(sandbox, container).await?;
-    release(node, sandbox, container)
+    release(node, sandbox, container).await
 }
 
 /// Like [`tear_down`], again until it is done: after a failure nobody else would
@@ -125,10 +125,10 @@ async fn leave_pod(sandbox: &Sandbox, container: &Container) -> Result<(), Error
 }
 
 /// Gives back what it has of the host, and forgets it.
-fn release(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Result<(), Error> {
+async fn release(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Result<(), Error> {
     container.abort_tasks();
     release_volumes(node, sandbox, container)?;
-    container.forget()?;
+    container.forget().await?;
     node.registry.remove_container(container);
     oom_score::set(node, sandbox);
     if let Err(error) = pin_cpus::pin(node, sandbox) {
@@ -149,10 +149,10 @@ mod tests {
     use crate::test_util;
 
     /// A pod and its container, as a node knows them.
-    fn known(folder: &Path, phase: Phase, state: State) -> (Arc<Node>, Arc<Sandbox>, Arc<Container>) {
+    async fn known(folder: &Path, phase: Phase, state: State) -> (Arc<Node>, Arc<Sandbox>, Arc<Container>) {
         let node = test_util::node(folder);
-        let sandbox = test_util::sandbox(&node, Kind::Vm, phase);
-        let container = test_util::container(&sandbox, state);
+        let sandbox = test_util::sandbox(&node, Kind::Vm, phase).await;
+        let container = test_util::container(&sandbox, state).await;
         node.registry.add_sandbox(sandbox.clone());
         node.registry.add_container(sandbox.clone(), container.clone());
         (node, sandbox, container)
@@ -161,7 +161,7 @@ mod tests {
     #[tokio::test]
     async fn what_could_not_be_taken_apart_is_tried_again() {
         let folder = tempfile::tempdir().unwrap();
-        let (node, sandbox, container) = known(folder.path(), Phase::Ready, State::Creating);
+        let (node, sandbox, container) = known(folder.path(), Phase::Ready, State::Creating).await;
         let refusals = vec![tonic::Code::FailedPrecondition; 2].into();
         let fake = Arc::new(Fake { refusals, ..Default::default() });
         let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
@@ -180,7 +180,7 @@ mod tests {
     #[tokio::test]
     async fn no_volume_goes_while_a_container_is_made_that_may_count_on_it() {
         let folder = tempfile::tempdir().unwrap();
-        let (node, sandbox, container) = known(folder.path(), Phase::NotReady, State::Created);
+        let (node, sandbox, container) = known(folder.path(), Phase::NotReady, State::Created).await;
         let known = || node.registry.container(container.id.as_str()).is_ok();
         // As a container that is being made has it, from its look at the volumes on.
         let making = sandbox.op_lock.lock().await;

@@ -38,7 +38,7 @@ pub async fn run_sandbox(
     let name = node.registry.reserve(names::sandbox(&config), id.as_str())?;
     let record = new_record(&id, handler_name, handler, config);
     let directory = node.sandboxes_dir().join(id.as_str());
-    let sandbox = Arc::new(Sandbox::create(directory, record, node.events.clone())?);
+    let sandbox = Arc::new(Sandbox::create(directory, record, node.events.clone()).await?);
 
     if let Err(error) = bring_up(node, &sandbox, handler).await {
         tracing::warn!(sandbox = %id, error = husk_base::chain(&error), "pod did not start; undoing");
@@ -97,7 +97,7 @@ async fn undo(node: &Node, sandbox: &Arc<Sandbox>, name: Reservation<'_>) -> Res
 /// Starts what the pod runs in, tells its agent what it is, and records it.
 async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -> Result<(), Error> {
     let begun = Instant::now();
-    let record = sandbox.record().clone();
+    let record = sandbox.record();
     let config = &record.config;
     // In the host's network there is nothing to map.
     let mappings = if husk_oci::host_network(config) { Vec::new() } else { port_mappings(config)? };
@@ -129,14 +129,16 @@ async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -
         total: millis(begun.elapsed()),
     };
     sandbox.set_running(Some(running.clone()));
-    sandbox.update(|record| {
-        record.phase = Phase::Ready;
-        record.ips = started.ips.iter().map(ToString::to_string).collect();
-        record.netns = started.netns;
-        record.vmm_pid = started.pid;
-        record.oom_kills = record.cgroup.as_deref().map_or(0, cgroup::oom_kills);
-        record.boot = boot;
-    })?;
+    sandbox
+        .update(|record| {
+            record.phase = Phase::Ready;
+            record.ips = started.ips.iter().map(ToString::to_string).collect();
+            record.netns = started.netns;
+            record.vmm_pid = started.pid;
+            record.oom_kills = record.cgroup.as_deref().map_or(0, cgroup::oom_kills);
+            record.boot = boot;
+        })
+        .await?;
     lifecycle::watch(sandbox, &running);
     tracing::info!(
         sandbox = %sandbox.id,

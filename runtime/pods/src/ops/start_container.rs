@@ -22,22 +22,24 @@ const CANNOT_START: i32 = 128;
 pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
     let (sandbox, container) = node.registry.container(id)?;
     let _op = container.op_lock.lock().await;
-    let state = container.state();
-    if state != State::Created {
+    let record = container.record();
+    if record.state != State::Created {
         return Err(Error::FailedPrecondition(format!(
             "container `{}` is {}, and only a created one can be started",
             container.id,
-            state.word()
+            record.state.word()
         )));
     }
     let running = ready_pod(&sandbox)?;
     let started_at = now();
     // It may run to its end before the agent's answer is here, so it counts as
     // running from now on.
-    container.update(|record| {
-        record.state = State::Running;
-        record.started_at = started_at;
-    })?;
+    container
+        .update(|record| {
+            record.state = State::Running;
+            record.started_at = started_at;
+        })
+        .await?;
     if let Err(error) = start(&running, &container).await {
         give_up(&sandbox, &running, &container, &error).await;
         return Err(error);
@@ -48,7 +50,7 @@ pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
 }
 
 async fn start(running: &RunningPod, container: &Container) -> Result<(), Error> {
-    let known = container.record().start_error.clone();
+    let known = &container.record().start_error;
     if !known.is_empty() {
         return Err(Error::FailedPrecondition(format!("start container: {known}")));
     }
@@ -78,7 +80,7 @@ async fn give_up(sandbox: &Sandbox, running: &RunningPod, container: &Container,
         reason: "StartError".into(),
         message: error.to_string(),
     };
-    sandbox.container_ended(container, exit);
+    sandbox.container_ended(container, exit).await;
 }
 
 /// Starts a container that counts as running, if an earlier huskd ended before
@@ -114,10 +116,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let fake = Arc::new(Fake { refusals: refusals.into(), ..Default::default() });
         let pod = pod_of(fake.serve(folder.path(), Duration::from_secs(20)).await);
-        let (sandbox, container) = running(folder.path(), "s", Events::default());
+        let (sandbox, container) = running(folder.path(), "s", Events::default()).await;
         catch_up(&sandbox, &pod, &container).await;
         let killed = *lock(&fake.signals) == [(String::new(), libc::SIGKILL.unsigned_abs())];
-        (container.state(), killed)
+        (container.record().state.clone(), killed)
     }
 
     #[tokio::test]

@@ -34,7 +34,7 @@ pub async fn stop_container(node: &Arc<Node>, id: &str, grace: Duration) -> Resu
 async fn stop(sandbox: &Sandbox, container: &Container, grace: Duration) -> Result<(), Error> {
     let running = {
         let _op = container.op_lock.lock().await;
-        if !matches!(container.state(), State::Running) {
+        if container.record().state != State::Running {
             return Ok(());
         }
         let running = match ready_pod(sandbox) {
@@ -83,7 +83,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let fake = Arc::new(Fake::default());
         let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
-        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         sandbox.set_running(Some(pod_of(agent)));
 
         let call = |grace| {
@@ -100,7 +100,7 @@ mod tests {
         assert_eq!(signals, [(String::new(), 15), (String::new(), 9)], "it is asked once");
         assert!(!patient.is_finished() && !at_once.is_finished());
 
-        sandbox.container_ended(&container, Exit::reported(137, false, 1));
+        sandbox.container_ended(&container, Exit::reported(137, false, 1)).await;
         for call in [patient, again, at_once] {
             tokio::time::timeout(Duration::from_secs(20), call).await.unwrap().unwrap().unwrap();
         }

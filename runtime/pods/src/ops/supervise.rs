@@ -65,11 +65,11 @@ async fn await_end(
     match ended {
         Some(Ok(end)) => {
             let exit = Exit::reported(end.exit_code, end.oom_killed, end.finished_at_unix_nanos);
-            sandbox.container_ended(&container, exit);
+            sandbox.container_ended(&container, exit).await;
         }
         Some(Err(error)) if error.status.code() == tonic::Code::NotFound => {
             let exit = Exit::unknown("the agent in the pod does not know this container any more");
-            sandbox.container_ended(&container, exit);
+            sandbox.container_ended(&container, exit).await;
         }
         Some(Err(error)) => tracing::debug!(container = %container.id, %error, "wait for container"),
         None => {}
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
     use crate::model::fanout::SEND_TIMEOUT;
     use crate::model::log::LogFile;
-    use crate::model::{Events, State};
+    use crate::model::Events;
     use crate::test_util::{pod_of, running};
 
     /// Sooner than anybody is late.
@@ -121,7 +121,7 @@ mod tests {
         said.extend_from_slice(b"last");
         let fake = Arc::new(Fake { stdout: said.clone(), endless: true, ..Fake::default() });
         let pod = pod_of(fake.serve(folder.path(), Duration::from_secs(20)).await);
-        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         let path = folder.path().join("0.log");
         container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
         let mut attached = container.output.stdout.subscribe();
@@ -144,7 +144,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let fake = Arc::new(Fake { without_streams: true, endless: true, ..Fake::default() });
         let pod = pod_of(fake.serve(folder.path(), Duration::from_secs(20)).await);
-        let (sandbox, container) = running(folder.path(), "p", Events::default());
+        let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         resume(&sandbox, &pod, &container).await;
         let (mut stdout, mut stderr) =
             (container.output.stdout.subscribe(), container.output.stderr.subscribe());
@@ -152,6 +152,6 @@ mod tests {
         for attached in [&mut stdout, &mut stderr] {
             assert_eq!(tokio::time::timeout(SOON, attached.next()).await.unwrap(), None);
         }
-        assert!(matches!(container.state(), State::Exited(_)));
+        tokio::time::timeout(SOON, container.wait_exited()).await.unwrap();
     }
 }

@@ -41,7 +41,7 @@ async fn nothing_in_the_folder_of_sandboxes_keeps_huskd_from_starting() {
     std::fs::write(path.join("scratch.ext4"), "disk").unwrap();
     let run_dir = sandbox_run_dir(&node.config.run_dir, &empty);
     std::fs::create_dir(&run_dir).unwrap();
-    let good = sandbox(&node, Kind::Vm, Phase::NotReady);
+    let good = sandbox(&node, Kind::Vm, Phase::NotReady).await;
     recover(&node).await.unwrap();
     assert!(notes.exists() && found.exists() && file.exists());
     assert!(!path.exists() && !run_dir.exists());
@@ -52,15 +52,15 @@ async fn nothing_in_the_folder_of_sandboxes_keeps_huskd_from_starting() {
 async fn a_stop_in_the_middle_of_which_huskd_ended_is_finished() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let stopping = sandbox(&node, Kind::Vm, Phase::NotReady);
-    let running = container(&stopping, State::Running);
+    let stopping = sandbox(&node, Kind::Vm, Phase::NotReady).await;
+    let running = container(&stopping, State::Running).await;
     std::fs::write(stopping.scratch(), "disk").unwrap();
     let run_dir = sandbox_run_dir(&node.config.run_dir, &stopping.id);
     std::fs::create_dir(&run_dir).unwrap();
     recover(&node).await.unwrap();
     assert!(!run_dir.exists() && !stopping.scratch().exists());
     let (_, running) = node.registry.container(running.id.as_str()).unwrap();
-    assert!(matches!(running.state(), State::Exited(_)), "{:?}", running.state());
+    assert!(matches!(running.record().state, State::Exited(_)));
     let stopped = node.registry.sandbox(stopping.id.as_str()).unwrap();
     assert_eq!(stopped.record().phase, Phase::NotReady);
 }
@@ -69,10 +69,10 @@ async fn a_stop_in_the_middle_of_which_huskd_ended_is_finished() {
 async fn a_mute_guest_holds_up_nobody_and_is_not_ended_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let mute = sandbox(&node, Kind::Host, Phase::Ready);
-    mute.update(|record| record.handler = "of-an-earlier-configuration".into()).unwrap();
-    let inside = container(&mute, State::Running);
-    let gone = sandbox(&node, Kind::Vm, Phase::Ready);
+    let mute = sandbox(&node, Kind::Host, Phase::Ready).await;
+    mute.update(|record| record.handler = "of-an-earlier-configuration".into()).await.unwrap();
+    let inside = container(&mute, State::Running).await;
+    let gone = sandbox(&node, Kind::Vm, Phase::Ready).await;
     let run_dir = sandbox_run_dir(&node.config.run_dir, &mute.id);
     std::fs::create_dir(&run_dir).unwrap();
     // Connections wait in its backlog, and nobody ever takes one.
@@ -97,12 +97,12 @@ async fn a_mute_guest_holds_up_nobody_and_is_not_ended_at_once() {
 async fn a_container_that_was_never_made_is_no_exited_one_when_its_pod_ends() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let pod = sandbox(&node, Kind::Vm, Phase::Ready);
-    let unmade = container(&pod, State::Creating);
+    let pod = sandbox(&node, Kind::Vm, Phase::Ready).await;
+    let unmade = container(&pod, State::Creating).await;
     node.registry.add_sandbox(pod.clone());
     node.registry.add_container(pod.clone(), unmade.clone());
-    lifecycle::ended(&pod, &Ending::of("the machine panicked"));
-    assert_eq!(unmade.state(), State::Creating);
+    lifecycle::ended(&pod, &Ending::of("the machine panicked")).await;
+    assert_eq!(unmade.record().state, State::Creating);
     lifecycle::stop(&node, &pod).await.unwrap();
     assert!(node.registry.container(unmade.id.as_str()).is_err());
     assert_eq!(std::fs::read_dir(pod.directory().join("containers")).unwrap().count(), 0);
@@ -111,11 +111,11 @@ async fn a_container_that_was_never_made_is_no_exited_one_when_its_pod_ends() {
 #[tokio::test]
 async fn containers_of_a_vmm_that_was_killed_for_want_of_memory_are_told_so() {
     let folder = tempfile::tempdir().unwrap();
-    let (sandbox, container) = running(folder.path(), "p", Events::default());
+    let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
     sandbox.add_container(container.clone());
     let ending = Ending { problem: "the node's memory ran out".into(), out_of_memory: true };
-    lifecycle::ended(&sandbox, &ending);
-    let State::Exited(exit) = container.state() else { panic!("it has ended") };
+    lifecycle::ended(&sandbox, &ending).await;
+    let State::Exited(exit) = container.record().state.clone() else { panic!("it has ended") };
     assert_eq!((exit.code, exit.reason.as_str()), (137, "OOMKilled"));
     assert_eq!((exit.message, sandbox.record().problem.clone()), (ending.problem.clone(), ending.problem));
 }
@@ -124,11 +124,11 @@ async fn containers_of_a_vmm_that_was_killed_for_want_of_memory_are_told_so() {
 async fn a_full_disk_keeps_nothing_from_being_given_back() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let full = sandbox(&node, Kind::Vm, Phase::Ready);
+    let full = sandbox(&node, Kind::Vm, Phase::Ready).await;
     std::fs::write(full.scratch(), "all that there was").unwrap();
     // No record can be written any more.
     std::fs::create_dir(full.directory().join("sandbox.new")).unwrap();
-    assert!(full.update(|_| {}).is_err());
+    assert!(full.update(|_| {}).await.is_err());
     lifecycle::stop(&node, &full).await.unwrap();
     assert!(!full.scratch().exists());
     assert_eq!(full.record().phase, Phase::NotReady);

@@ -37,9 +37,9 @@ pub async fn update_container(
         resources_json: serde_json::to_vec(&resources).map_err(|error| Error::Internal(error.to_string()))?,
         oom_score_adj: husk_oci::oom_score_adj(&new)?.unwrap_or(0),
     };
-    record(&container, &new)?;
+    record(&container, &new).await?;
     if let Err(error) = apply(node, &sandbox, &container, update).await {
-        record(&container, &old)?;
+        record(&container, &old).await?;
         oom_score::set(node, &sandbox);
         if let Err(error) = pin_cpus::pin(node, &sandbox) {
             tracing::warn!(container = %container.id, %error, "undo an update of resources");
@@ -50,10 +50,12 @@ pub async fn update_container(
     Ok(())
 }
 
-fn record(container: &Container, resources: &LinuxContainerResources) -> Result<(), Error> {
-    Ok(container.update(|record| {
-        record.config.linux.get_or_insert_default().resources = Some(resources.clone());
-    })?)
+async fn record(container: &Container, resources: &LinuxContainerResources) -> Result<(), Error> {
+    Ok(container
+        .update(|record| {
+            record.config.linux.get_or_insert_default().resources = Some(resources.clone());
+        })
+        .await?)
 }
 
 async fn apply(
@@ -63,7 +65,7 @@ async fn apply(
     update: UpdateContainerRequest,
 ) -> Result<(), Error> {
     // A container that has ended, or cannot start, has nothing to limit.
-    if !matches!(container.state(), State::Created | State::Running)
+    if !matches!(container.record().state, State::Created | State::Running)
         || !container.record().start_error.is_empty()
     {
         return Ok(());
@@ -165,8 +167,8 @@ pub async fn update_sandbox(
     let sandbox = node.registry.sandbox(sandbox_id)?;
     let _op = sandbox.op_lock.lock().await;
     ready_pod(&sandbox)?;
-    let record = sandbox.record().clone();
-    let mut config = record.config;
+    let record = sandbox.record();
+    let mut config = record.config.clone();
     let linux = config.linux.get_or_insert_default();
     for (kept, asked) in [(&mut linux.overhead, overhead), (&mut linux.resources, resources)] {
         if let Some(asked) = asked {
@@ -185,7 +187,7 @@ pub async fn update_sandbox(
             )));
         }
     }
-    sandbox.update(|record| record.config = config)?;
+    sandbox.update(|record| record.config = config).await?;
     tracing::info!(sandbox = %sandbox.id, "pod resources updated");
     Ok(())
 }

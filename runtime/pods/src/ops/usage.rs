@@ -24,7 +24,7 @@ pub struct Usage {
 #[derive(Debug)]
 pub struct ContainerUsage {
     /// The container.
-    pub record: ContainerRecord,
+    pub record: Arc<ContainerRecord>,
     /// The agent's numbers.
     pub stat: ContainerStat,
     /// Processor time that it takes at present, nanoseconds per second.
@@ -35,7 +35,7 @@ pub struct ContainerUsage {
 /// `None` when it does not answer, or not in time.
 pub async fn usage(sandbox: &Sandbox, containers: Vec<Arc<Container>>) -> Option<Usage> {
     let running: Vec<_> =
-        containers.into_iter().filter(|container| container.state() == State::Running).collect();
+        containers.into_iter().filter(|container| container.record().state == State::Running).collect();
     let running_pod = sandbox.running()?;
     // One container by its id. Several as all that there are: one of them may
     // be removed meanwhile, and the others' figures are still wanted.
@@ -61,7 +61,7 @@ pub async fn usage(sandbox: &Sandbox, containers: Vec<Arc<Container>>) -> Option
         let stats = &answer.containers;
         let stat = stats.iter().find(|stat| stat.container_id == container.id.as_str())?.clone();
         let nano_cores = container.cpu_rate.read(stat.cpu_usage_nanos, read);
-        Some(ContainerUsage { record: container.record().clone(), stat, nano_cores })
+        Some(ContainerUsage { record: container.record(), stat, nano_cores })
     });
     Some(Usage { containers: containers.collect(), machine: answer.machine.unwrap_or_default() })
 }

@@ -31,7 +31,7 @@ impl Fake {
             config: ContainerConfig { stdin: true, stdin_once, tty, ..ContainerConfig::default() },
             ..container_record("c", "s")
         };
-        let container = Arc::new(Container::create(folder.path(), record).unwrap());
+        let container = Arc::new(Container::create(folder.path(), record).await.unwrap());
         let path = folder.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let (opened, inputs) = mpsc::channel(8);
@@ -115,8 +115,7 @@ async fn typing_for_a_container_that_has_ended_is_over() {
     let fake = Fake::new(true, false).await;
     let (typed, stdin) = mpsc::channel(4);
     let typing = type_all(fake.agent.clone(), fake.container.clone(), stdin, true);
-    assert!(fake.container.record_exit(Exit::reported(0, false, 1)));
-    fake.container.announce_exit();
+    assert!(fake.container.record_exit(Exit::reported(0, false, 1), || ()).await);
     assert!(!timeout(SOON, typing).await.unwrap().unwrap());
     drop(typed);
 }

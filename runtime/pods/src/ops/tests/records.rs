@@ -26,9 +26,9 @@ async fn a_pod_whose_record_does_not_read_is_left_alone_and_its_name_stays_taken
     let node = node(folder.path());
     let mut pods = Vec::new();
     for (number, damage) in damages.into_iter().enumerate() {
-        let pod = sandbox(&node, Kind::Vm, Phase::Ready);
+        let pod = sandbox(&node, Kind::Vm, Phase::Ready).await;
         let config = named(&format!("pod-{number}"));
-        pod.update(|record| record.config = config.clone()).unwrap();
+        pod.update(|record| record.config = config.clone()).await.unwrap();
         let path = pod.directory().join(RECORD);
         let before = std::fs::read_to_string(&path).unwrap();
         let after = damage(&before);
@@ -56,7 +56,7 @@ async fn a_pod_whose_record_does_not_read_is_left_alone_and_its_name_stays_taken
 async fn a_pod_that_lives_and_has_lost_its_record_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let pod = sandbox(&node, Kind::Vm, Phase::Ready);
+    let pod = sandbox(&node, Kind::Vm, Phase::Ready).await;
     std::fs::remove_file(pod.directory().join(RECORD)).unwrap();
     let run_dir = sandbox_run_dir(&node.config.run_dir, &pod.id);
     let _machine = vmm(&run_dir);
@@ -70,12 +70,12 @@ async fn a_pod_that_lives_and_has_lost_its_record_is_left_alone() {
 async fn a_container_whose_record_does_not_read_is_not_made_again() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let pod = sandbox(&node, Kind::Vm, Phase::NotReady);
-    pod.update(|record| record.config = named("web")).unwrap();
+    let pod = sandbox(&node, Kind::Vm, Phase::NotReady).await;
+    pod.update(|record| record.config = named("web")).await.unwrap();
     let metadata = cri::ContainerMetadata { name: "app".into(), attempt: 2 };
     let config = cri::ContainerConfig { metadata: Some(metadata), ..Default::default() };
-    let app = container(&pod, State::Running);
-    app.update(|record| record.config = config.clone()).unwrap();
+    let app = container(&pod, State::Running).await;
+    app.update(|record| record.config = config.clone()).await.unwrap();
     let path = pod.directory().join("containers").join(format!("{}.json", app.id));
     let text = std::fs::read_to_string(&path).unwrap().replacen("\"running\"", "\"of_the_future\"", 1);
     std::fs::write(&path, &text).unwrap();
@@ -97,7 +97,7 @@ async fn a_container_whose_record_does_not_read_is_not_made_again() {
 async fn a_pod_whose_containers_cannot_be_listed_is_one_that_has_unknown_ones() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let pod = sandbox(&node, Kind::Vm, Phase::NotReady);
+    let pod = sandbox(&node, Kind::Vm, Phase::NotReady).await;
     let containers = pod.directory().join(CONTAINERS);
     std::fs::remove_dir(&containers).unwrap();
     std::fs::write(&containers, "").unwrap();
@@ -110,7 +110,7 @@ async fn a_pod_whose_containers_cannot_be_listed_is_one_that_has_unknown_ones() 
 async fn what_a_later_release_has_added_to_a_record_survives_this_one() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let pod = sandbox(&node, Kind::Vm, Phase::Ready);
+    let pod = sandbox(&node, Kind::Vm, Phase::Ready).await;
     let path = pod.directory().join(RECORD);
     let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     record["of_the_future"] = 1.into();

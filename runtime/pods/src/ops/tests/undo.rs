@@ -8,7 +8,7 @@ use super::*;
 async fn a_pod_that_cannot_be_undone_is_tried_again_and_shown() {
     let folder = tempfile::tempdir().unwrap();
     let node = node(folder.path());
-    let half = sandbox(&node, Kind::Vm, Phase::Creating);
+    let half = sandbox(&node, Kind::Vm, Phase::Creating).await;
     // A folder in the place of its disk is no file to remove.
     std::fs::create_dir(half.scratch()).unwrap();
     recover(&node).await.unwrap();

@@ -35,8 +35,8 @@ async fn until(what: impl Fn() -> bool) {
 async fn a_pod_that_is_silent_for_long_stays_and_is_taken_over_once_it_answers() {
     let folder = tempfile::tempdir().unwrap();
     let node = hasty_node(folder.path());
-    let mute = sandbox(&node, Kind::Host, Phase::Ready);
-    let inside = container(&mute, State::Running);
+    let mute = sandbox(&node, Kind::Host, Phase::Ready).await;
+    let inside = container(&mute, State::Running).await;
     let run_dir = sandbox_run_dir(&node.config.run_dir, &mute.id);
     std::fs::create_dir(&run_dir).unwrap();
     // Connections wait in its backlog, as those to a frozen pod do.
@@ -44,7 +44,7 @@ async fn a_pod_that_is_silent_for_long_stays_and_is_taken_over_once_it_answers()
     recover_within(&node, LONGER).await.unwrap();
     let mute = node.registry.sandbox(mute.id.as_str()).unwrap();
     let (_, inside) = node.registry.container(inside.id.as_str()).unwrap();
-    assert_eq!((mute.record().phase, inside.state()), (Phase::Ready, State::Running));
+    assert_eq!((mute.record().phase, inside.record().state.clone()), (Phase::Ready, State::Running));
     assert!(mute.unreached().is_some() && mute.running().is_none());
 
     listener.set_nonblocking(true).unwrap();
@@ -52,14 +52,14 @@ async fn a_pod_that_is_silent_for_long_stays_and_is_taken_over_once_it_answers()
     fake.serve_on(tokio::net::UnixListener::from_std(listener).unwrap());
     until(|| mute.running().is_some()).await;
     assert_eq!(mute.unreached(), None);
-    assert_eq!((mute.record().phase, inside.state()), (Phase::Ready, State::Running));
+    assert_eq!((mute.record().phase, inside.record().state.clone()), (Phase::Ready, State::Running));
 }
 
 #[tokio::test]
 async fn a_pod_that_is_silent_can_be_stopped() {
     let folder = tempfile::tempdir().unwrap();
     let node = hasty_node(folder.path());
-    let mute = sandbox(&node, Kind::Host, Phase::Ready);
+    let mute = sandbox(&node, Kind::Host, Phase::Ready).await;
     let run_dir = sandbox_run_dir(&node.config.run_dir, &mute.id);
     std::fs::create_dir(&run_dir).unwrap();
     let _listener = UnixListener::bind(run_dir.join("agent.sock")).unwrap();
