@@ -1,7 +1,6 @@
 //! Containers as huskd knows them.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use husk_base::id::ContainerId;
@@ -11,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::container_record::{ContainerRecord, Exit, State};
 use super::cpu_rate::CpuRate;
+use super::op::{ContainerOp, ContainerTurn, Unlocked};
 use super::stored::Stored;
 use super::{fanout, log};
 
@@ -19,11 +19,8 @@ use super::{fanout, log};
 pub struct Container {
     /// The container's id.
     pub id: ContainerId,
-    /// Held by whichever operation changes the container.
-    pub op_lock: tokio::sync::Mutex<()>,
+    op_lock: tokio::sync::Mutex<ContainerTurn>,
     record: Stored<ContainerRecord>,
-    /// The stop signal was sent.
-    pub asked_to_stop: AtomicBool,
     /// How much processor time the container takes.
     pub cpu_rate: CpuRate,
     log: Mutex<Option<Arc<log::LogFile>>>,
@@ -59,13 +56,17 @@ impl Container {
             id: record.get().id.clone(),
             op_lock: tokio::sync::Mutex::default(),
             record,
-            asked_to_stop: AtomicBool::new(false),
             cpu_rate: CpuRate::default(),
             log: Mutex::default(),
             output: fanout::Output::default(),
             stdin: tokio::sync::Mutex::default(),
             tasks: Mutex::default(),
         }
+    }
+
+    /// Waits for the container's lock, for an operation that changes the container.
+    pub(crate) async fn lock_op<'a>(self: &'a Arc<Self>, _: &'a mut Unlocked) -> ContainerOp<'a> {
+        ContainerOp::new(self, self.op_lock.lock().await)
     }
 
     /// The record as it is now.

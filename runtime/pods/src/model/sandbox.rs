@@ -18,6 +18,7 @@ use super::container::Container;
 use super::container_record::{Exit, State};
 use super::cpu_rate::CpuRate;
 use super::events::{Event, EventKind, Events};
+use super::op::{BeforeSandbox, SandboxOp};
 use super::sandbox_record::SandboxRecord;
 use super::stored::Stored;
 use crate::lane::Lane;
@@ -46,9 +47,7 @@ pub struct Version {
 pub struct Sandbox {
     /// The sandbox's id.
     pub id: SandboxId,
-    /// Held by whichever operation changes the sandbox or its set of containers. An
-    /// operation that holds a container's lock may take this one, never the other way round.
-    pub op_lock: tokio::sync::Mutex<()>,
+    op_lock: tokio::sync::Mutex<()>,
     events: Events,
     record: Stored<SandboxRecord>,
     running: Mutex<Option<Arc<RunningPod>>>,
@@ -103,6 +102,12 @@ impl Sandbox {
             containers: Mutex::default(),
             directory,
         }
+    }
+
+    /// Waits for the pod's lock, for an operation that changes the pod or its set of
+    /// containers. The operation may hold the lock of a container already.
+    pub(crate) async fn lock_op<'a>(self: &'a Arc<Self>, _: &'a mut impl BeforeSandbox) -> SandboxOp<'a> {
+        SandboxOp::new(self, self.op_lock.lock().await)
     }
 
     /// The record as it is now.

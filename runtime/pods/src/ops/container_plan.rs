@@ -15,7 +15,7 @@ use husk_volumes::{ImageVolume, Prepared, Volume};
 use oci_spec::runtime::Spec;
 
 use super::signals;
-use crate::model::{ContainerRecord, Sandbox, State};
+use crate::model::{ContainerRecord, Sandbox, SandboxOp, State};
 use crate::{Error, Node};
 
 /// A container that is to be made.
@@ -45,7 +45,7 @@ impl ContainerPlan {
     /// With the part of the request that the container cannot have, and the reason.
     pub async fn new(
         node: &Arc<Node>,
-        sandbox: &Sandbox,
+        sandbox: &SandboxOp<'_>,
         id: &ContainerId,
         image: &Image,
         mut config: cri::ContainerConfig,

@@ -12,7 +12,7 @@ use super::container_plan::{ContainerPlan, image_of};
 use super::log::open_log;
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus, remove_container, supervise, synced_volumes};
-use crate::model::{Container, EventKind, Sandbox, State, names};
+use crate::model::{Container, EventKind, Sandbox, SandboxOp, State, Unlocked, names};
 use crate::{Error, Node};
 
 /// Makes a container, or leaves nothing behind.
@@ -25,13 +25,14 @@ pub async fn create_container(
     config: cri::ContainerConfig,
 ) -> Result<ContainerId, Error> {
     let sandbox = node.registry.sandbox(sandbox_id)?;
-    let _op = sandbox.op_lock.lock().await;
+    let mut unlocked = Unlocked::new();
+    let op = sandbox.lock_op(&mut unlocked).await;
     let running = ready_pod(&sandbox)?;
     runs_nothing_unknown(node, &sandbox)?;
     let image = image_of(node, &config)?;
     let id = ContainerId::random();
     let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
-    let plan = ContainerPlan::new(node, &sandbox, &id, &image, config).await?;
+    let plan = ContainerPlan::new(node, &op, &id, &image, config).await?;
 
     let mut disks = running.disks.hold().await;
     let claims = disks.claim_all(plan.images.iter().map(std::path::PathBuf::as_path), &id);
@@ -53,7 +54,7 @@ pub async fn create_container(
         }
         // From here on others may use the disks too.
         drop(disks);
-        mount_volumes(node, &sandbox, &running, &plan).await?;
+        mount_volumes(node, &op, &running, &plan).await?;
         oom_score::set(node, &sandbox);
         make(&sandbox, &running, &container, plan).await
     };
@@ -61,7 +62,7 @@ pub async fn create_container(
     let made = made.await.and_then(|()| ready_pod(&sandbox).map(drop));
     if let Err(error) = made {
         tracing::warn!(container = %id, %error, "container was not made; undoing");
-        undo(node, &sandbox, &container).await;
+        undo(node, &op, &container).await;
         return Err(error);
     }
     name.keep();
@@ -85,7 +86,7 @@ fn runs_nothing_unknown(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
 }
 
 /// Tears down what was not made: now, or in the background until it is done.
-async fn undo(node: &Arc<Node>, sandbox: &Arc<Sandbox>, container: &Arc<Container>) {
+async fn undo(node: &Arc<Node>, sandbox: &SandboxOp<'_>, container: &Arc<Container>) {
     if let Err(undo) = remove_container::tear_down(node, sandbox, container).await {
         let id = &container.id;
         tracing::warn!(container = %id, error = %undo, "undo a container that was not made; trying again");
@@ -96,7 +97,7 @@ async fn undo(node: &Arc<Node>, sandbox: &Arc<Sandbox>, container: &Arc<Containe
 /// Copies the volumes that are synced, and mounts the others.
 async fn mount_volumes(
     node: &Node,
-    sandbox: &Sandbox,
+    sandbox: &SandboxOp<'_>,
     running: &RunningPod,
     plan: &ContainerPlan,
 ) -> Result<(), Error> {

@@ -8,7 +8,9 @@ use husk_base::cgroup;
 use husk_proto::agent::ShutdownRequest;
 
 use super::{clock, supervise};
-use crate::model::{EventKind, Exit, LookupError, Phase, Sandbox, State, Version, Versions};
+use crate::model::{
+    EventKind, Exit, LookupError, Phase, Sandbox, SandboxOp, State, Unlocked, Version, Versions,
+};
 use crate::{Error, Node};
 
 /// Most time that containers get to end once they have been killed.
@@ -107,8 +109,9 @@ pub async fn stop_sandbox(node: &Node, id: &str) -> Result<(), Error> {
         Err(LookupError::Unknown { .. }) => return Ok(()),
         found => found?,
     };
-    let _op = sandbox.op_lock.lock().await;
-    stop(node, &sandbox).await?;
+    let mut unlocked = Unlocked::new();
+    let op = sandbox.lock_op(&mut unlocked).await;
+    stop(node, &op).await?;
     tracing::info!(sandbox = %sandbox.id, "pod stopped");
     Ok(())
 }
@@ -123,10 +126,11 @@ pub async fn remove_sandbox(node: &Node, id: &str) -> Result<(), Error> {
         Err(LookupError::Unknown { .. }) => return Ok(()),
         found => found?,
     };
-    let _op = sandbox.op_lock.lock().await;
-    stop(node, &sandbox).await?;
+    let mut unlocked = Unlocked::new();
+    let op = sandbox.lock_op(&mut unlocked).await;
+    stop(node, &op).await?;
     let containers = sandbox.containers();
-    forget(node, &sandbox)?;
+    forget(node, &op)?;
     let ids = containers.iter().map(|container| container.id.as_str());
     for id in ids.chain([sandbox.id.as_str()]) {
         sandbox.send_event(id, EventKind::Deleted);
@@ -141,15 +145,16 @@ pub async fn remove_sandbox(node: &Node, id: &str) -> Result<(), Error> {
 ///
 /// # Errors
 /// With what could not be given back; stopping again tries again.
-pub(crate) async fn stop(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
-    stop_for(node, sandbox, &Ending::default()).await
+pub(crate) async fn stop(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
+    stop_for(node, op, &Ending::default()).await
 }
 
 /// Like [`stop`], for a sandbox that has ended by itself.
 ///
 /// # Errors
 /// Those of [`stop`].
-pub(crate) async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Ending) -> Result<(), Error> {
+pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -> Result<(), Error> {
+    let sandbox: &Sandbox = op;
     let running = sandbox.running();
     if let Some(running) = &running {
         kill_containers(sandbox, running).await;
@@ -162,7 +167,7 @@ pub(crate) async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Endin
     let (destroyed, network) = tokio::join!(place.destroy(), node.network.detach(sandbox.id.as_str()));
     destroyed?;
     ended(sandbox, ending).await;
-    forget_unmade(node, sandbox).await?;
+    forget_unmade(node, op).await?;
     network?;
     place.close_volumes()?;
     let cgroup = sandbox.record().cgroup.clone();
@@ -185,8 +190,8 @@ pub(crate) async fn stop_for(node: &Node, sandbox: &Arc<Sandbox>, ending: &Endin
 
 /// Forgets containers that were never made, and could not be taken apart while
 /// there was a machine.
-async fn forget_unmade(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
-    for container in sandbox.containers() {
+async fn forget_unmade(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
+    for container in op.containers() {
         if container.record().state == State::Creating {
             container.forget().await?;
             node.registry.remove_container(&container);
@@ -249,9 +254,9 @@ async fn run_poststop_hooks(sandbox: &Sandbox, running: &RunningPod) {
 ///
 /// # Errors
 /// With what could not be given back.
-pub(crate) async fn undo(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
-    stop(node, sandbox).await?;
-    forget(node, sandbox)
+pub(crate) async fn undo(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
+    stop(node, op).await?;
+    forget(node, op)
 }
 
 /// As [`undo`], again until it is done: nobody else would come back to it. What
@@ -262,8 +267,9 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
         let mut pause = TRY_AGAIN;
         loop {
             let undone = {
-                let _op = sandbox.op_lock.lock().await;
-                undo(&node, &sandbox).await
+                let mut unlocked = Unlocked::new();
+                let op = sandbox.lock_op(&mut unlocked).await;
+                undo(&node, &op).await
             };
             match undone {
                 Ok(()) => break,
@@ -285,7 +291,7 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
 ///
 /// # Errors
 /// The disk's.
-pub(crate) fn forget(node: &Node, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
+pub(crate) fn forget(node: &Node, sandbox: &SandboxOp<'_>) -> Result<(), Error> {
     match std::fs::remove_dir_all(sandbox.directory()) {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
             return Err(Error::File {

@@ -24,7 +24,7 @@ use super::log::open_log;
 use super::{lifecycle, orphans, remove_container, start_container, supervise, synced_volumes};
 use crate::model::sandbox::{CONTAINERS, RECORD};
 use crate::model::unread::Unread;
-use crate::model::{Container, Phase, Sandbox, State, names};
+use crate::model::{Container, Phase, Sandbox, SandboxOp, State, Unlocked, names};
 use crate::{Error, Node};
 
 /// Most time that the start waits until all sandboxes are looked after.
@@ -179,21 +179,23 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     if phase == Phase::Ready {
         return take_over(node, sandbox).await;
     }
-    let _op = sandbox.op_lock.lock().await;
+    let mut unlocked = Unlocked::new();
+    let op = sandbox.lock_op(&mut unlocked).await;
     if phase == Phase::Creating {
         tracing::info!(sandbox = %sandbox.id, "take apart a sandbox that was never ready");
-        return lifecycle::undo(node, sandbox).await.inspect_err(|_| lifecycle::undo_later(node, sandbox));
+        return lifecycle::undo(node, &op).await.inspect_err(|_| lifecycle::undo_later(node, sandbox));
     }
     // An earlier huskd may have ended before its stop did. When it did not,
     // there is nothing left to do.
-    lifecycle::stop(node, sandbox).await
+    lifecycle::stop(node, &op).await
 }
 
 /// Takes over a sandbox whose machine should run, or stops it when the machine
 /// has gone.
 async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
     let reached = reach(node, sandbox).await;
-    let _op = sandbox.op_lock.lock().await;
+    let mut unlocked = Unlocked::new();
+    let op = sandbox.lock_op(&mut unlocked).await;
     if sandbox.record().phase != Phase::Ready {
         // A client has stopped it meanwhile.
         return Ok(());
@@ -204,13 +206,13 @@ async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error
             let oom_kills = sandbox.record().oom_kills;
             let ending = sandbox.place(&node.config.run_dir).ending(&error, oom_kills);
             tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "the sandbox's machine has gone");
-            return lifecycle::stop_for(node, sandbox, &ending).await;
+            return lifecycle::stop_for(node, &op, &ending).await;
         }
     };
     sandbox.set_running(Some(running.clone()));
     lifecycle::watch(sandbox, &running);
     let containers = sandbox.containers();
-    let resumed = containers.iter().map(|container| resume(node, sandbox, &running, container));
+    let resumed = containers.iter().map(|container| resume(node, &op, &running, container));
     futures::future::join_all(resumed).await;
     tracing::info!(sandbox = %sandbox.id, "took over a running sandbox");
     Ok(())
@@ -268,7 +270,7 @@ async fn try_to_reach(node: &Node, sandbox: &Sandbox, place: &Place) -> Result<R
 /// concerns no other.
 async fn resume(
     node: &Arc<Node>,
-    sandbox: &Arc<Sandbox>,
+    sandbox: &SandboxOp<'_>,
     running: &Arc<RunningPod>,
     container: &Arc<Container>,
 ) {

@@ -7,7 +7,7 @@ use husk_proto::agent;
 
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus};
-use crate::model::{Container, EventKind, LookupError, Phase, Sandbox, State};
+use crate::model::{Container, EventKind, LookupError, Phase, Sandbox, SandboxOp, State, Unlocked};
 use crate::{Error, Node};
 
 /// Most time from the removal of a container in its machine to the news of its
@@ -30,13 +30,14 @@ pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
         Err(LookupError::Unknown { .. }) => return Ok(()),
         found => found?,
     };
-    let _op = container.op_lock.lock().await;
+    let mut unlocked = Unlocked::new();
+    let mut op = container.lock_op(&mut unlocked).await;
     let started = matches!(container.record().state, State::Running | State::Exited(_));
     leave_pod(&sandbox, &container).await?;
     {
         // A container being made counts on the volumes that others have, and
         // must not find them unmounted.
-        let _op = sandbox.op_lock.lock().await;
+        let sandbox = sandbox.lock_op(&mut op).await;
         release(node, &sandbox, &container).await?;
     }
     if started {
@@ -49,7 +50,7 @@ pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
 }
 
 /// Unmounts what no other container of the pod uses.
-fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
+fn release_volumes(node: &Node, sandbox: &SandboxOp<'_>, container: &Container) -> Result<(), Error> {
     if !node.registry.unread_of(&sandbox.id).is_empty() {
         // Nobody can say what those use: volumes go with the pod.
         return Ok(());
@@ -64,13 +65,13 @@ fn release_volumes(node: &Node, sandbox: &Sandbox, container: &Container) -> Res
 }
 
 /// Removes a container in whatever state it is, half-made ones included. Can be
-/// repeated. The caller holds the sandbox's lock.
+/// repeated.
 ///
 /// # Errors
 /// With what could not be removed; the record stays then.
 pub(crate) async fn tear_down(
     node: &Node,
-    sandbox: &Arc<Sandbox>,
+    sandbox: &SandboxOp<'_>,
     container: &Arc<Container>,
 ) -> Result<(), Error> {
     leave_pod(sandbox, container).await?;
@@ -86,12 +87,13 @@ pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, containe
         loop {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(AT_THE_LATEST);
-            let _op = sandbox.op_lock.lock().await;
+            let mut unlocked = Unlocked::new();
+            let op = sandbox.lock_op(&mut unlocked).await;
             if sandbox.record().phase != Phase::Ready {
                 // It goes with its pod.
                 return;
             }
-            match tear_down(&node, &sandbox, &container).await {
+            match tear_down(&node, &op, &container).await {
                 Ok(()) => {
                     return tracing::info!(container = %container.id, "container that was not made is gone");
                 }
@@ -125,7 +127,7 @@ async fn leave_pod(sandbox: &Sandbox, container: &Container) -> Result<(), Error
 }
 
 /// Gives back what it has of the host, and forgets it.
-async fn release(node: &Node, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Result<(), Error> {
+async fn release(node: &Node, sandbox: &SandboxOp<'_>, container: &Arc<Container>) -> Result<(), Error> {
     container.abort_tasks();
     release_volumes(node, sandbox, container)?;
     container.forget().await?;
@@ -166,7 +168,11 @@ mod tests {
         let fake = Arc::new(Fake { refusals, ..Default::default() });
         let agent = fake.serve(folder.path(), Duration::from_secs(20)).await;
         sandbox.set_running(Some(test_util::pod_of(agent)));
-        tear_down(&node, &sandbox, &container).await.unwrap_err();
+        {
+            let mut unlocked = Unlocked::new();
+            let op = sandbox.lock_op(&mut unlocked).await;
+            tear_down(&node, &op, &container).await.unwrap_err();
+        }
         retry_tear_down(&node, &sandbox, &container);
         let gone = async {
             while node.registry.container(container.id.as_str()).is_ok() {
@@ -183,7 +189,8 @@ mod tests {
         let (node, sandbox, container) = known(folder.path(), Phase::NotReady, State::Created).await;
         let known = || node.registry.container(container.id.as_str()).is_ok();
         // As a container that is being made has it, from its look at the volumes on.
-        let making = sandbox.op_lock.lock().await;
+        let mut unlocked = Unlocked::new();
+        let making = sandbox.lock_op(&mut unlocked).await;
         let removal = {
             let (node, id) = (node.clone(), container.id.clone());
             tokio::spawn(async move { remove_container(&node, id.as_str()).await })

@@ -13,7 +13,7 @@ use husk_proto::cri;
 
 use super::{check_sandbox, lifecycle};
 use crate::model::registry::Reservation;
-use crate::model::{BootTimes, EventKind, Phase, Sandbox, SandboxRecord, names};
+use crate::model::{BootTimes, EventKind, Phase, Sandbox, SandboxOp, SandboxRecord, Unlocked, names};
 use crate::{Error, Node};
 
 /// Makes a pod, or leaves nothing behind.
@@ -40,9 +40,11 @@ pub async fn run_sandbox(
     let directory = node.sandboxes_dir().join(id.as_str());
     let sandbox = Arc::new(Sandbox::create(directory, record, node.events.clone()).await?);
 
-    if let Err(error) = bring_up(node, &sandbox, handler).await {
+    let mut unlocked = Unlocked::new();
+    let op = sandbox.lock_op(&mut unlocked).await;
+    if let Err(error) = bring_up(node, &op, handler).await {
         tracing::warn!(sandbox = %id, error = husk_base::chain(&error), "pod did not start; undoing");
-        undo(node, &sandbox, name).await?;
+        undo(node, &op, name).await?;
         return Err(error);
     }
     node.registry.add_sandbox(sandbox.clone());
@@ -83,11 +85,11 @@ fn new_record(
 
 /// Gives back everything of a pod that did not start. What cannot be given back now
 /// is its client's to stop and remove.
-async fn undo(node: &Node, sandbox: &Arc<Sandbox>, name: Reservation<'_>) -> Result<(), Error> {
+async fn undo(node: &Node, sandbox: &SandboxOp<'_>, name: Reservation<'_>) -> Result<(), Error> {
     if let Err(undo) = lifecycle::stop(node, sandbox).await {
         let undo = husk_base::chain(&undo);
         tracing::warn!(sandbox = %sandbox.id, error = undo, "undo a pod that did not start; its client can stop and remove it");
-        node.registry.add_sandbox(sandbox.clone());
+        node.registry.add_sandbox(Arc::clone(sandbox));
         name.keep();
         return Ok(());
     }
@@ -95,7 +97,7 @@ async fn undo(node: &Node, sandbox: &Arc<Sandbox>, name: Reservation<'_>) -> Res
 }
 
 /// Starts what the pod runs in, tells its agent what it is, and records it.
-async fn bring_up(node: &Arc<Node>, sandbox: &Arc<Sandbox>, handler: &Handler) -> Result<(), Error> {
+async fn bring_up(node: &Arc<Node>, sandbox: &SandboxOp<'_>, handler: &Handler) -> Result<(), Error> {
     let begun = Instant::now();
     let record = sandbox.record();
     let config = &record.config;

@@ -8,7 +8,7 @@ use husk_proto::agent;
 
 use super::ready::ready_pod;
 use super::supervise;
-use crate::model::{Container, EventKind, Exit, Sandbox, State};
+use crate::model::{Container, ContainerOp, EventKind, Exit, Sandbox, State, Unlocked};
 use crate::{Error, Node};
 
 /// Exit code of a container whose program never ran, as shells and other
@@ -21,7 +21,8 @@ const CANNOT_START: i32 = 128;
 /// One in another state, or whose program cannot be started; it has ended then.
 pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
     let (sandbox, container) = node.registry.container(id)?;
-    let _op = container.op_lock.lock().await;
+    let mut unlocked = Unlocked::new();
+    let container = container.lock_op(&mut unlocked).await;
     let record = container.record();
     if record.state != State::Created {
         return Err(Error::FailedPrecondition(format!(
@@ -49,7 +50,7 @@ pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
     Ok(())
 }
 
-async fn start(running: &RunningPod, container: &Container) -> Result<(), Error> {
+async fn start(running: &RunningPod, container: &ContainerOp<'_>) -> Result<(), Error> {
     let known = &container.record().start_error;
     if !known.is_empty() {
         return Err(Error::FailedPrecondition(format!("start container: {known}")));

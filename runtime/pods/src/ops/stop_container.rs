@@ -2,14 +2,13 @@
 //! several calls the one whose time is over first kills.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tonic::Code;
 
 use super::ready::ready_pod;
 use super::supervise;
-use crate::model::{Container, LookupError, Phase, Sandbox, State};
+use crate::model::{Container, LookupError, Phase, Sandbox, State, Unlocked};
 use crate::{Error, Node};
 
 /// Most time that a container gets to end after SIGKILL: as long as a disk may
@@ -31,9 +30,10 @@ pub async fn stop_container(node: &Arc<Node>, id: &str, grace: Duration) -> Resu
 
 /// No lock is held while the container takes its time: whoever wants it gone
 /// sooner comes in between, and the end is everyone's.
-async fn stop(sandbox: &Sandbox, container: &Container, grace: Duration) -> Result<(), Error> {
+async fn stop(sandbox: &Sandbox, container: &Arc<Container>, grace: Duration) -> Result<(), Error> {
     let running = {
-        let _op = container.op_lock.lock().await;
+        let mut unlocked = Unlocked::new();
+        let mut op = container.lock_op(&mut unlocked).await;
         if container.record().state != State::Running {
             return Ok(());
         }
@@ -43,10 +43,10 @@ async fn stop(sandbox: &Sandbox, container: &Container, grace: Duration) -> Resu
             found => found?,
         };
         // Asked once: some programs take a second signal for less patience.
-        if !grace.is_zero() && !container.asked_to_stop.load(Ordering::Relaxed) {
+        if !grace.is_zero() && !op.was_asked_to_stop() {
             let signal = container.record().stop_signal;
             supervise::signal(&running, &container.id, signal, false).await?;
-            container.asked_to_stop.store(true, Ordering::Relaxed);
+            op.set_asked_to_stop();
         }
         running
     };
@@ -94,7 +94,11 @@ mod tests {
         fake.signals(1).await;
         let again = call(500);
         // A removal would find the lock free.
-        drop(tokio::time::timeout(Duration::from_secs(20), container.op_lock.lock()).await.unwrap());
+        {
+            let mut unlocked = Unlocked::new();
+            let free = container.lock_op(&mut unlocked);
+            tokio::time::timeout(Duration::from_secs(20), free).await.unwrap();
+        }
         let at_once = call(0);
         let signals = tokio::time::timeout(Duration::from_secs(20), fake.signals(2)).await.unwrap();
         assert_eq!(signals, [(String::new(), 15), (String::new(), 9)], "it is asked once");

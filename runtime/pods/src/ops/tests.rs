@@ -16,7 +16,7 @@ use super::recover::{recover, recover_within};
 use super::remove_container::tear_down;
 use crate::Node;
 use crate::model::sandbox::{CONTAINERS, RECORD};
-use crate::model::{ContainerRecord, Events, Phase, SandboxRecord, State, names};
+use crate::model::{ContainerRecord, Events, Phase, SandboxRecord, State, Unlocked, names};
 use crate::test_util::{container, node, running, sandbox};
 
 mod golden;
@@ -85,10 +85,11 @@ async fn a_mute_guest_holds_up_nobody_and_is_not_ended_at_once() {
 
     let mute = node.registry.sandbox(mute.id.as_str()).unwrap();
     assert_eq!(mute.record().phase, Phase::Ready);
-    assert!(mute.op_lock.try_lock().is_ok(), "it can be stopped");
+    let mut unlocked = Unlocked::new();
+    let op = tokio::time::timeout(limit, mute.lock_op(&mut unlocked)).await.expect("it can be stopped");
     // What is not known to have left the machine is not forgotten.
     let (_, inside) = node.registry.container(inside.id.as_str()).unwrap();
-    let refused = tear_down(&node, &mute, &inside).await.unwrap_err();
+    let refused = tear_down(&node, &op, &inside).await.unwrap_err();
     assert!(refused.to_string().contains("has not answered"), "{refused}");
     assert!(node.registry.container(inside.id.as_str()).is_ok());
 }
@@ -103,7 +104,8 @@ async fn a_container_that_was_never_made_is_no_exited_one_when_its_pod_ends() {
     node.registry.add_container(pod.clone(), unmade.clone());
     lifecycle::ended(&pod, &Ending::of("the machine panicked")).await;
     assert_eq!(unmade.record().state, State::Creating);
-    lifecycle::stop(&node, &pod).await.unwrap();
+    let mut unlocked = Unlocked::new();
+    lifecycle::stop(&node, &pod.lock_op(&mut unlocked).await).await.unwrap();
     assert!(node.registry.container(unmade.id.as_str()).is_err());
     assert_eq!(std::fs::read_dir(pod.directory().join("containers")).unwrap().count(), 0);
 }
@@ -129,7 +131,8 @@ async fn a_full_disk_keeps_nothing_from_being_given_back() {
     // No record can be written any more.
     std::fs::create_dir(full.directory().join("sandbox.new")).unwrap();
     assert!(full.update(|_| {}).await.is_err());
-    lifecycle::stop(&node, &full).await.unwrap();
+    let mut unlocked = Unlocked::new();
+    lifecycle::stop(&node, &full.lock_op(&mut unlocked).await).await.unwrap();
     assert!(!full.scratch().exists());
     assert_eq!(full.record().phase, Phase::NotReady);
 }

@@ -11,7 +11,7 @@ use husk_proto::cri::LinuxContainerResources;
 
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus};
-use crate::model::{Container, Sandbox, State};
+use crate::model::{ContainerOp, Sandbox, State, Unlocked};
 use crate::{Error, Node};
 
 /// Changes the limits of a container.
@@ -24,7 +24,8 @@ pub async fn update_container(
     asked: LinuxContainerResources,
 ) -> Result<(), Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
-    let _op = container.op_lock.lock().await;
+    let mut unlocked = Unlocked::new();
+    let container = container.lock_op(&mut unlocked).await;
     let old = container.record().config.linux.clone().unwrap_or_default().resources.unwrap_or_default();
     let new = merge(&old, asked);
     if let Some(size) = sandbox.record().size {
@@ -50,7 +51,7 @@ pub async fn update_container(
     Ok(())
 }
 
-async fn record(container: &Container, resources: &LinuxContainerResources) -> Result<(), Error> {
+async fn record(container: &ContainerOp<'_>, resources: &LinuxContainerResources) -> Result<(), Error> {
     Ok(container
         .update(|record| {
             record.config.linux.get_or_insert_default().resources = Some(resources.clone());
@@ -61,7 +62,7 @@ async fn record(container: &Container, resources: &LinuxContainerResources) -> R
 async fn apply(
     node: &Node,
     sandbox: &Sandbox,
-    container: &Container,
+    container: &ContainerOp<'_>,
     update: UpdateContainerRequest,
 ) -> Result<(), Error> {
     // A container that has ended, or cannot start, has nothing to limit.
@@ -165,7 +166,8 @@ pub async fn update_sandbox(
     resources: Option<LinuxContainerResources>,
 ) -> Result<(), Error> {
     let sandbox = node.registry.sandbox(sandbox_id)?;
-    let _op = sandbox.op_lock.lock().await;
+    let mut unlocked = Unlocked::new();
+    let sandbox = sandbox.lock_op(&mut unlocked).await;
     ready_pod(&sandbox)?;
     let record = sandbox.record();
     let mut config = record.config.clone();

@@ -88,7 +88,8 @@ async fn a_container_whose_record_does_not_read_is_not_made_again() {
     assert!(matches!(node.registry.container(app.id.as_str()), Err(LookupError::Unread { .. })));
     // It goes with its pod.
     let pod = node.registry.sandbox(pod.id.as_str()).unwrap();
-    lifecycle::forget(&node, &pod).unwrap();
+    let mut unlocked = Unlocked::new();
+    lifecycle::forget(&node, &pod.lock_op(&mut unlocked).await).unwrap();
     assert!(node.registry.unread().is_empty());
     node.registry.reserve(name, "other").unwrap().keep();
 }

@@ -67,8 +67,9 @@ async fn a_pod_that_is_silent_can_be_stopped() {
     let mute = node.registry.sandbox(mute.id.as_str()).unwrap();
     until(|| mute.unreached().is_some()).await;
     {
-        let _op = mute.op_lock.lock().await;
-        lifecycle::stop(&node, &mute).await.unwrap();
+        let mut unlocked = Unlocked::new();
+        let op = mute.lock_op(&mut unlocked).await;
+        lifecycle::stop(&node, &op).await.unwrap();
     }
     assert_eq!((mute.record().phase, mute.unreached()), (Phase::NotReady, None));
     assert!(!run_dir.exists());
