@@ -25,7 +25,7 @@ pub use image_disks::{Claim, HeldDisks, ImageDisks};
 pub use place::Place;
 pub use start::{Services, StartPlan, Started, Times, start};
 pub use vm_size::VmSize;
-pub use volumes::FileServer;
+pub use volumes::{FileServer, VolumeMounts};
 
 /// A pod that runs.
 #[derive(Debug)]
@@ -78,12 +78,12 @@ impl Backend {
     /// The VMM's, or a file that cannot be read.
     pub async fn attach_image(&self, disk: &str, rootfs: &Path) -> Result<(), Error> {
         let Self::Vm(vmm) = self else { return Ok(()) };
-        let file = std::fs::File::open(rootfs).map_err(|cause| Error::File {
+        let file = tokio::fs::File::open(rootfs).await.map_err(|cause| Error::File {
             stage: "open image",
             path: rootfs.into(),
             cause,
         })?;
-        Ok(vmm.control.attach_disk(disk.to_owned(), file.into()).await?)
+        Ok(vmm.control.attach_disk(disk.to_owned(), file.into_std().await.into()).await?)
     }
 
     /// Empties a disk of the VM.

@@ -1,8 +1,9 @@
 //! Mounts of volumes where only the file server of a VM sees them.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use husk_base::blocking;
 use husk_proto::agent::UserNamespace;
 use husk_vm::file_server;
 use husk_volumes::{Prepared, SharedDir, Volume};
@@ -20,29 +21,41 @@ pub struct FileServer<'a> {
     pub program: Option<&'a Path>,
 }
 
-impl Place {
-    /// Mounts volumes for a VM, those that are not synced into it; the first one of
-    /// a pod starts its file server. On the host a container has the host's files
-    /// anyhow.
+/// The mounts that a VM's file server sees.
+#[derive(Debug)]
+pub struct VolumeMounts {
+    shared: SharedDir,
+    namespace: OwnedFd,
+}
+
+impl VolumeMounts {
+    /// Mounts volumes, those that are not synced into the VM nor `in_use` already. This
+    /// blocks, for as long as the file system of a volume does not answer.
     ///
     /// # Errors
     /// With what could not be done.
-    pub async fn mount_volumes(
+    pub fn add(&self, prepared: &[Prepared], in_use: &[Volume]) -> Result<(), Error> {
+        Ok(self.shared.bind(self.namespace.as_fd(), prepared, in_use)?)
+    }
+}
+
+impl Place {
+    /// The mounts of a VM's volumes; the first call for a pod starts its file server.
+    /// `None` for a host pod, whose containers have the host's files anyhow.
+    ///
+    /// # Errors
+    /// With what could not be done.
+    pub async fn volume_mounts(
         &self,
         running: &RunningPod,
         server: FileServer<'_>,
-        prepared: &[Prepared],
-        in_use: &[Volume],
-    ) -> Result<(), Error> {
-        let Backend::Vm(vmm) = &running.backend else { return Ok(()) };
-        if prepared.iter().all(|one| one.volume.synced) {
-            return Ok(());
-        }
+    ) -> Result<Option<VolumeMounts>, Error> {
+        let Backend::Vm(vmm) = &running.backend else { return Ok(None) };
         let program = server.program.ok_or_else(|| {
             Error::Precondition(format!("the configuration has no handler `{}` any more", server.handler))
         })?;
         let shared = SharedDir::of(&self.base, &self.id);
-        shared.open()?;
+        let shared = blocking(move || shared.open().map(|()| shared)).await?;
         let plan = file_server::Plan {
             id: &self.id,
             program,
@@ -53,22 +66,27 @@ impl Place {
             users: server.users,
         };
         file_server::ensure(&vmm.control, plan).await?;
-        let namespace = file_server::namespace(&self.run_dir)?
-            .ok_or_else(|| Error::Precondition("the pod's file server has ended: restart the pod".into()))?;
-        Ok(shared.bind(namespace.as_fd(), prepared, in_use)?)
+        let run_dir = self.run_dir.clone();
+        let namespace = blocking(move || file_server::namespace(&run_dir)).await?;
+        let ended = || Error::Precondition("the pod's file server has ended: restart the pod".into());
+        Ok(Some(VolumeMounts { shared, namespace: namespace.ok_or_else(ended)? }))
     }
 
     /// Unmounts the volumes with these names.
     ///
     /// # Errors
     /// With what could not be done; it can be repeated.
-    pub fn release_volumes<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<(), Error> {
+    pub async fn release_volumes(&self, names: Vec<String>) -> Result<(), Error> {
         let shared = SharedDir::of(&self.base, &self.id);
-        let namespace = file_server::namespace(&self.run_dir)?;
-        for name in names {
-            shared.release(namespace.as_ref().map(AsFd::as_fd), name)?;
-        }
-        Ok(())
+        let run_dir = self.run_dir.clone();
+        blocking(move || {
+            let namespace = file_server::namespace(&run_dir)?;
+            for name in names {
+                shared.release(namespace.as_ref().map(AsFd::as_fd), &name)?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Removes what is left of volumes of a pod that has ended: its file server has
@@ -76,7 +94,8 @@ impl Place {
     ///
     /// # Errors
     /// With what could not be done.
-    pub fn close_volumes(&self) -> Result<(), Error> {
-        Ok(SharedDir::of(&self.base, &self.id).close()?)
+    pub async fn close_volumes(&self) -> Result<(), Error> {
+        let shared = SharedDir::of(&self.base, &self.id);
+        Ok(blocking(move || shared.close()).await?)
     }
 }

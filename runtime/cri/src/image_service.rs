@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
-use husk_base::now;
+use husk_base::{blocking, now};
 use husk_image::{Credentials, Image, ImageStore, full_name, is_at};
 use husk_pods::Error;
 use husk_proto::cri::image_service_server::ImageService;
@@ -44,11 +44,20 @@ impl Images {
         CriImage { pinned: names.chain([&*image.id]).any(is_pinned), ..to_cri(image) }
     }
 
-    fn list(&self, wanted: &str) -> Result<Vec<CriImage>, Error> {
-        if wanted.is_empty() {
-            return Ok(self.store.list()?.iter().map(|image| self.to_cri(image)).collect());
-        }
-        Ok(self.store.resolve(wanted)?.iter().map(|image| self.to_cri(image)).collect())
+    async fn list(&self, wanted: String) -> Result<Vec<CriImage>, Error> {
+        let images = self.with_store(move |store| {
+            if wanted.is_empty() { store.list() } else { Ok(store.resolve(&wanted)?.into_iter().collect()) }
+        });
+        Ok(images.await?.iter().map(|image| self.to_cri(image)).collect())
+    }
+
+    /// Reads or changes the store on a thread where that may block.
+    async fn with_store<T: Send + 'static>(
+        &self,
+        calls: impl FnOnce(&ImageStore) -> T + Send + 'static,
+    ) -> T {
+        let store = self.store.clone();
+        blocking(move || calls(&store)).await
     }
 }
 
@@ -60,7 +69,7 @@ impl ImageService for Images {
     ) -> Result<Response<ListImagesResponse>, Status> {
         let filter = request.into_inner().filter;
         let wanted = filter.and_then(|filter| filter.image).map(|image| image.image).unwrap_or_default();
-        Ok(Response::new(ListImagesResponse { images: self.list(&wanted).map_err(refused)? }))
+        Ok(Response::new(ListImagesResponse { images: self.list(wanted).await.map_err(refused)? }))
     }
 
     /// One that is not here is no error: the answer has no image then.
@@ -70,7 +79,8 @@ impl ImageService for Images {
     ) -> Result<Response<ImageStatusResponse>, Status> {
         let request = request.into_inner();
         let name = named(request.image).map_err(refused)?;
-        let image = self.store.resolve(&name).map_err(|error| refused(error.into()))?;
+        let image = self.with_store(move |store| store.resolve(&name)).await;
+        let image = image.map_err(|error| refused(error.into()))?;
         let info = match &image {
             Some(image) if request.verbose => verbose(image),
             _ => HashMap::new(),
@@ -101,7 +111,8 @@ impl ImageService for Images {
         request: Request<RemoveImageRequest>,
     ) -> Result<Response<RemoveImageResponse>, Status> {
         let name = named(request.into_inner().image).map_err(refused)?;
-        self.store.remove(&name).map_err(|error| refused(error.into()))?;
+        let removed = self.with_store(move |store| store.remove(&name)).await;
+        removed.map_err(|error| refused(error.into()))?;
         Ok(Response::new(RemoveImageResponse {}))
     }
 
@@ -109,7 +120,7 @@ impl ImageService for Images {
         &self,
         _: Request<ImageFsInfoRequest>,
     ) -> Result<Response<ImageFsInfoResponse>, Status> {
-        let info = self.store.fs_info();
+        let info = self.with_store(ImageStore::fs_info).await;
         let usage = FilesystemUsage {
             timestamp: now(),
             fs_id: Some(FilesystemIdentifier { mountpoint: info.directory.display().to_string() }),
@@ -130,7 +141,7 @@ impl ImageService for Images {
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
         let filter = request.into_inner().filter;
         let wanted = filter.and_then(|filter| filter.image).map(|image| image.image).unwrap_or_default();
-        in_batches(self.list(&wanted), |images| StreamImagesResponse { images })
+        in_batches(self.list(wanted).await, |images| StreamImagesResponse { images })
     }
 }
 

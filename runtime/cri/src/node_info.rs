@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use husk_base::blocking;
 use husk_config::Handler;
 use husk_pods::Node;
 use husk_proto::cri::{
@@ -24,8 +26,9 @@ pub(crate) fn version() -> VersionResponse {
     }
 }
 
-pub(crate) async fn status(node: &Node, request: &StatusRequest) -> StatusResponse {
-    let runtime = runtime_problem(node);
+pub(crate) async fn status(node: &Arc<Node>, request: &StatusRequest) -> StatusResponse {
+    let looking = node.clone();
+    let runtime = blocking(move || runtime_problem(&looking)).await;
     let network = node.network.status().await.err().map(|reason| reason.to_string());
     let conditions = vec![
         condition("RuntimeReady", "MachineNotReady", runtime),
@@ -61,7 +64,7 @@ fn condition(kind: &str, reason: &str, problem: Option<String>) -> RuntimeCondit
     }
 }
 
-/// What keeps the default handler from starting pods.
+/// The reason for which the default handler cannot start pods. This blocks.
 fn runtime_problem(node: &Node) -> Option<String> {
     let (_, handler) = node.config.handler("")?;
     let missing =

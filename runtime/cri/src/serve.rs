@@ -65,21 +65,24 @@ pub async fn serve(node: Arc<Node>, trim: fn(), stop: impl Future<Output = ()>) 
             tracing::warn!(seconds, "requests under way have not ended, and are given up");
         }
     }
-    let _ = std::fs::remove_file(&path);
+    let _ = tokio::fs::remove_file(&path).await;
     Ok(())
 }
 
 /// Listens, in the place of a huskd that has gone but not of one that lives.
 async fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("make folder {}", folder.display()))?;
+        tokio::fs::create_dir_all(folder)
+            .await
+            .with_context(|| format!("make folder {}", folder.display()))?;
     }
     if UnixStream::connect(path).await.is_ok() {
         anyhow::bail!("listen on {}: another huskd serves there; stop it first", path.display());
     }
-    let _ = std::fs::remove_file(path);
+    let _ = tokio::fs::remove_file(path).await;
     let listener = UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
+    tokio::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
+        .await
         .with_context(|| format!("set permissions of {}", path.display()))?;
     Ok(listener)
 }

@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_agent_client::Agent;
-use husk_base::cgroup;
-use husk_base::dirs;
+use husk_base::{blocking, cgroup, dirs};
 use husk_config::HostHandler;
 use husk_spawn::Detached;
 
@@ -43,26 +42,14 @@ pub struct Plan<'a> {
 /// [`super::destroy`].
 pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> {
     let run_dir = &plan.run_dir;
-    // The bundles hold the containers' environment, which may be secret.
-    for path in [run_dir, &plan.layers] {
-        dirs::make(path, dirs::ROOT_ONLY).map_err(file("make folder", path))?;
-    }
-    if let Some(group) = plan.group {
-        // Users of the namespace pass through the directory to their own files, by name.
-        chown(run_dir, None, Some(group))
-            .and_then(|()| fs::set_permissions(run_dir, fs::Permissions::from_mode(0o710)))
-            .map_err(file("open to the pod's users", run_dir))?;
-    }
-    let link = cgroup_link(run_dir);
-    std::os::unix::fs::symlink(&plan.cgroup, &link).map_err(file("make link", &link))?;
-    make_mount(run_dir).map_err(file("make a mount of", run_dir))?;
-    cgroup::make(&plan.cgroup).map_err(file("make control group", &plan.cgroup))?;
     let own_group = supervisor_group(&plan.cgroup);
-    std::fs::create_dir_all(&own_group).map_err(file("make control group", &own_group))?;
+    let (folder, layers, cgroup, group) =
+        (run_dir.clone(), plan.layers.clone(), plan.cgroup.clone(), plan.group);
+    blocking(move || make_folders(&folder, &layers, &cgroup, group)).await?;
     let socket_path = socket_path(run_dir);
     let socket = UnixListener::bind(&socket_path).map_err(file("make socket", &socket_path))?;
     let log = log_path(run_dir);
-    let log = File::create(&log).map_err(file("make log", &log))?;
+    let log = tokio::fs::File::create(&log).await.map_err(file("make log", &log))?.into_std().await;
 
     // From here on only the supervisor holds the socket: once it has ended, nothing listens.
     let pid = spawn(plan, &own_group, socket, log).map_err(file("start supervisor", &plan.handler.agent))?;
@@ -71,6 +58,26 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> 
     let agent = Agent::connect(socket_path, timeout).await.map_err(failed)?;
     let supervisor = Supervisor { run_dir: run_dir.clone(), cgroup: plan.cgroup.clone() };
     Ok((supervisor, agent, pid))
+}
+
+/// Makes the pod's folders and control groups. The call blocks.
+fn make_folders(run_dir: &Path, layers: &Path, cgroup: &Path, group: Option<u32>) -> Result<(), Error> {
+    // The bundles hold the containers' environment, which may be secret.
+    for path in [run_dir, layers] {
+        dirs::make(path, dirs::ROOT_ONLY).map_err(file("make folder", path))?;
+    }
+    if let Some(group) = group {
+        // Users of the namespace pass through the directory to their own files, by name.
+        chown(run_dir, None, Some(group))
+            .and_then(|()| fs::set_permissions(run_dir, fs::Permissions::from_mode(0o710)))
+            .map_err(file("open to the pod's users", run_dir))?;
+    }
+    let link = cgroup_link(run_dir);
+    std::os::unix::fs::symlink(cgroup, &link).map_err(file("make link", &link))?;
+    make_mount(run_dir).map_err(file("make a mount of", run_dir))?;
+    cgroup::make(cgroup).map_err(file("make control group", cgroup))?;
+    let own_group = supervisor_group(cgroup);
+    fs::create_dir_all(&own_group).map_err(file("make control group", &own_group))
 }
 
 /// Starts the supervisor in a control group of its own, so that it can be ended with its pod

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_agent_client::{self as agent, Agent};
-use husk_base::{cgroup, remove_tree};
+use husk_base::{blocking, cgroup, remove_tree};
 use husk_proto::agent::LIVENESS_PORT;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -125,7 +125,7 @@ fn supervisor_group(cgroup: &Path) -> PathBuf {
 
 /// Whether the supervisor of `run_dir` lives. One that is slow to answer does.
 pub async fn lives(run_dir: &Path) -> bool {
-    let cgroup = std::fs::read_link(cgroup_link(run_dir)).unwrap_or_default();
+    let cgroup = tokio::fs::read_link(cgroup_link(run_dir)).await.unwrap_or_default();
     !UnixStream::connect(socket_path(run_dir)).await.is_err_and(|error| is_gone(&error, &cgroup))
 }
 
@@ -178,7 +178,7 @@ pub async fn reattach(
 /// A process does not end, or the directory cannot be removed.
 pub async fn destroy(run_dir: &Path, cgroup: Option<&Path>) -> Result<(), Error> {
     let link = cgroup_link(run_dir);
-    let linked = std::fs::read_link(&link).ok();
+    let linked = tokio::fs::read_link(&link).await.ok();
     for group in cgroup.into_iter().chain(linked.as_deref()) {
         cgroup::kill(group).map_err(file("kill the processes of", group))?;
         let deadline = Instant::now() + KILL_TIMEOUT;
@@ -190,8 +190,12 @@ pub async fn destroy(run_dir: &Path, cgroup: Option<&Path>) -> Result<(), Error>
         }
         cgroup::remove(group).await.map_err(file("remove control group", group))?;
     }
-    give_up_mount(run_dir).map_err(file("unmount", run_dir))?;
-    remove_tree(run_dir).map_err(file("remove", run_dir))
+    let run_dir = run_dir.to_owned();
+    blocking(move || {
+        give_up_mount(&run_dir).map_err(file("unmount", &run_dir))?;
+        remove_tree(&run_dir).map_err(file("remove", &run_dir))
+    })
+    .await
 }
 
 /// Makes the directory a mount of its own, from which no mount propagates.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use husk_backend::Place;
+use husk_base::blocking;
 use husk_base::dirs::{self, TRAVERSE_ONLY};
 use husk_base::id::SandboxId;
 use husk_base::record::{self, Durability, ReadError, Unknown};
@@ -53,7 +54,7 @@ impl Instance {
     pub async fn claim(config: &Config) -> anyhow::Result<Self> {
         let (run_dir, state_dir) = (&config.run_dir, &config.state_dir);
         let run_lock = lock(run_dir).await?;
-        let (in_state, in_run) = (identity(state_dir)?, identity(run_dir)?);
+        let (in_state, in_run) = (identity(state_dir).await?, identity(run_dir).await?);
         if let Some(earlier) = in_state.as_ref().map(|state| &state.run_dir).filter(|dir| *dir != run_dir) {
             let living = living(earlier).await.len();
             if living > 0 {
@@ -68,7 +69,7 @@ impl Instance {
         let living = living(run_dir).await;
         let same = in_state.is_some() && in_state == in_run;
         // Before there were identities, and where one was removed, the records say it.
-        let ours = same || (in_run.is_none() && has_record_of(state_dir, &living));
+        let ours = same || (in_run.is_none() && has_record_of(state_dir, &living).await);
         if !living.is_empty() && !ours {
             bail!(
                 "{} pods live below {}, and {} is not the state of the huskd that started them: it would end them as \
@@ -87,9 +88,12 @@ impl Instance {
             Identity { id: id.unwrap_or_else(|| SandboxId::random().to_string()), run_dir: run_dir.clone() };
         for (folder, found) in [(state_dir, in_state), (run_dir, in_run)] {
             if found.as_ref() != Some(&ours) {
-                let path = folder.join(IDENTITY);
-                record::write(&path, &ours, &Unknown::default(), Durability::Acknowledged)
-                    .with_context(|| format!("write {}", path.display()))?;
+                let (path, identity) = (folder.join(IDENTITY), ours.clone());
+                blocking(move || {
+                    record::write(&path, &identity, &Unknown::default(), Durability::Acknowledged)
+                        .with_context(|| format!("write {}", path.display()))
+                })
+                .await?;
             }
         }
         Ok(Self { _run_dir: run_lock, _state_dir: state_lock })
@@ -99,6 +103,11 @@ impl Instance {
 /// Locks a folder, which is made if there is none. The lock goes with this process,
 /// however that ends: no child inherits it.
 async fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
+    let folder = folder.to_owned();
+    blocking(move || wait_for_lock(&folder)).await
+}
+
+fn wait_for_lock(folder: &Path) -> anyhow::Result<Flock<File>> {
     dirs::make(folder, TRAVERSE_ONLY).with_context(|| format!("make folder {}", folder.display()))?;
     let path = folder.join(LOCK);
     let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
@@ -124,14 +133,15 @@ async fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
             }
             Err((_, errno)) => return Err(errno).with_context(|| format!("lock {}", path.display())),
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
 /// Whose a folder is; `None` if nobody has said it yet.
-fn identity(folder: &Path) -> anyhow::Result<Option<Identity>> {
+async fn identity(folder: &Path) -> anyhow::Result<Option<Identity>> {
     let path = folder.join(IDENTITY);
-    match record::read(&path) {
+    let read = path.clone();
+    match blocking(move || record::read(&read)).await {
         Ok((identity, _)) => Ok(Some(identity)),
         Err(ReadError::File(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
@@ -141,8 +151,7 @@ fn identity(folder: &Path) -> anyhow::Result<Option<Identity>> {
 /// The folders of pods below a run folder in which somebody still listens.
 async fn living(run_dir: &Path) -> Vec<PathBuf> {
     let mut living = Vec::new();
-    for entry in fs::read_dir(run_dir.join("sandboxes")).into_iter().flatten().flatten() {
-        let path = entry.path();
+    for path in below(run_dir.join("sandboxes")).await {
         if Place::anything_lives(&path).await {
             living.push(path);
         }
@@ -151,10 +160,17 @@ async fn living(run_dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Whether a state folder has the record of one of these pods.
-fn has_record_of(state_dir: &Path, living: &[PathBuf]) -> bool {
-    let recorded = fs::read_dir(state_dir.join("sandboxes")).into_iter().flatten().flatten();
-    let mut ids = recorded.map(|entry| SandboxId::from(entry.file_name().to_string_lossy().as_ref()));
+async fn has_record_of(state_dir: &Path, living: &[PathBuf]) -> bool {
+    let recorded = below(state_dir.join("sandboxes")).await;
+    let names = recorded.iter().filter_map(|path| path.file_name());
+    let mut ids = names.map(|name| SandboxId::from(name.to_string_lossy().as_ref()));
     ids.any(|id| living.iter().any(|path| path.file_name().is_some_and(|name| name == id.short())))
+}
+
+/// The entries of a folder; none of one that cannot be read.
+async fn below(folder: PathBuf) -> Vec<PathBuf> {
+    blocking(|| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect())
+        .await
 }
 
 #[cfg(test)]

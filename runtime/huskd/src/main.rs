@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use husk_base::blocking;
 use husk_config::{Config, Handler};
 use husk_image::unpack;
 use husk_pods::{Node, ops};
@@ -57,7 +58,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
     // Before anything is looked at or made: another huskd may be at work here.
     let _instance = Instance::claim(&config).await?;
-    let node = Arc::new(Node::open(config)?);
+    let node = Arc::new(blocking(move || Node::open(config)).await?);
     ops::recover(&node).await.context("recover what an earlier huskd left")?;
     // The first pod shall not wait for what every pod needs.
     let handlers = || node.config.handlers.values().filter_map(Handler::vm);

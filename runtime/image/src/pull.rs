@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 use husk_base::id::hex;
-use husk_base::{chain, remove_tree};
+use husk_base::{blocking, chain, remove_tree};
 use oci_spec::distribution::Reference;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use sha2::{Digest, Sha256};
@@ -48,20 +48,41 @@ const MEDIA_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
 /// The number of the next pull, by which their folders differ.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// The folder of a pull, which is removed when this is dropped.
+/// The folder of a pull. It is removed with what is in it, by [`Workspace::close`], or in
+/// the background when it is dropped.
 struct Workspace(PathBuf);
+
+impl Workspace {
+    /// Removes the folder, and returns when it has gone.
+    async fn close(mut self) {
+        let path = std::mem::take(&mut self.0);
+        blocking(move || remove_workspace(&path)).await;
+    }
+}
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        // A process that was killed with its pull may just be making a file, but makes no
-        // second one.
-        let removed = remove_tree(&self.0).or_else(|_| {
-            std::thread::sleep(Duration::from_millis(50));
-            remove_tree(&self.0)
-        });
-        if let Err(error) = removed {
-            tracing::warn!(path = %self.0.display(), %error, "failed to remove the folder of a pull");
+        let path = std::mem::take(&mut self.0);
+        if path.as_os_str().is_empty() {
+            return;
         }
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || remove_workspace(&path))),
+            Err(_) => remove_workspace(&path),
+        }
+    }
+}
+
+/// This blocks.
+fn remove_workspace(path: &Path) {
+    // A process that was killed with its pull may just be making a file, and makes no
+    // second one.
+    let removed = remove_tree(path).or_else(|_| {
+        std::thread::sleep(Duration::from_millis(50));
+        remove_tree(path)
+    });
+    if let Err(error) = removed {
+        tracing::warn!(path = %path.display(), %error, "failed to remove the folder of a pull");
     }
 }
 
@@ -75,7 +96,7 @@ struct Fetched {
 
 /// A pull of one image.
 struct Pull<'a> {
-    store: &'a ImageStore,
+    store: &'a Arc<ImageStore>,
     sources: Vec<Source>,
     reference: Reference,
     name: String,
@@ -87,18 +108,24 @@ impl ImageStore {
     ///
     /// # Errors
     /// Every error names the stage, and nothing is left behind.
-    pub async fn pull(&self, name: &str, credentials: Credentials) -> Result<String, Error> {
+    pub async fn pull(self: &Arc<Self>, name: &str, credentials: Credentials) -> Result<String, Error> {
         let reference = reference::parse(name)?;
         let canonical = reference::canonical(&reference);
         let sources = sources(&self.config, &reference, &credentials)?;
         let turn = self.in_flight.turn(&canonical);
         let limit = self.config.pull_timeout;
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let workspace = Workspace(self.pulls().join(format!("{}-{number}", std::process::id())));
         let pulled = tokio::time::timeout(limit, async {
             let _turn = turn.lock().await;
             let _pull = self.gates.pull(&canonical).await?;
-            Pull { store: self, sources, reference, name: canonical.clone() }.run().await
+            Pull { store: self, sources, reference, name: canonical.clone() }.run(&workspace.0).await
         })
         .await;
+        // Nobody need wait for it after a success.
+        if !matches!(pulled, Ok(Ok(_))) {
+            workspace.close().await;
+        }
         drop(turn);
         self.in_flight.forget_done();
         pulled.unwrap_or_else(|_| {
@@ -112,15 +139,9 @@ impl ImageStore {
 }
 
 impl Pull<'_> {
-    async fn run(&self) -> Result<String, Error> {
-        let workspace = self.store.pulls().join(format!(
-            "{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        ));
-        std::fs::create_dir_all(&workspace).map_err(file("make folder", &workspace))?;
-        let workspace = Arc::new(Workspace(workspace));
-        let (manifest, digest) = self.manifest(&workspace.0).await?;
+    async fn run(&self, workspace: &Path) -> Result<String, Error> {
+        tokio::fs::create_dir_all(workspace).await.map_err(file("make folder", workspace))?;
+        let (manifest, digest) = self.manifest(workspace).await?;
         let id = manifest.config().digest().to_string();
         let mut tags = BTreeSet::new();
         if self.reference.digest().is_none() {
@@ -128,14 +149,16 @@ impl Pull<'_> {
         }
         let digests = BTreeSet::from([format!("{}@{digest}", reference::repository(&self.reference))]);
         let annotations = self.annotations(&manifest);
-        if let Some(known) = self.store.by_id(&id)? {
+        let looked_up = id.clone();
+        if let Some(known) = self.with_store(move |store| store.by_id(&looked_up)).await? {
             let (tags, digests, annotations) = (tags.clone(), digests.clone(), annotations.clone());
-            if self.store.commit_existing(ImageRecord { tags, digests, annotations, ..known })? {
+            let known = ImageRecord { tags, digests, annotations, ..known };
+            if self.with_store(move |store| store.commit_existing(known)).await? {
                 return Ok(id);
             }
         }
 
-        let (config_text, config) = self.config(&manifest, &workspace.0).await?;
+        let (config_text, config) = self.config(&manifest, workspace).await?;
         let diff_ids = config.rootfs().diff_ids().clone();
         let layers = self.layers(&manifest, &diff_ids)?;
         let chain_id = ChainId::of(&diff_ids).map_err(|cause| self.refused(cause))?;
@@ -148,19 +171,27 @@ impl Pull<'_> {
             config: config_text,
             annotations,
         };
-        if !self.store.commit_existing(record.clone())? {
-            let make = self.make(layers, diff_ids, &workspace.0);
+        let same = record.clone();
+        if !self.with_store(move |store| store.commit_existing(same)).await? {
+            let make = self.make(layers, diff_ids, workspace);
             let packed = self.store.gates.while_there_is_room(&self.name, make).await?;
-            self.store.commit(record, &packed)?;
+            self.with_store(move |store| store.commit(record, &packed)).await?;
         }
-        // Removing the files takes a moment, for which nobody need wait.
-        tokio::task::spawn_blocking(move || drop(workspace));
         tracing::info!(image = self.name, id, "image pulled");
         Ok(id)
     }
 
-    /// Fetches and unpacks the layers, and packs their files into one file, which is
-    /// synced to disk.
+    /// Reads or changes the store on a thread where that may block.
+    async fn with_store<T: Send + 'static>(
+        &self,
+        calls: impl FnOnce(&ImageStore) -> T + Send + 'static,
+    ) -> T {
+        let store = self.store.clone();
+        blocking(move || calls(&store)).await
+    }
+
+    /// Fetches and unpacks the layers, and packs their files into one, which is on disk
+    /// when this is done.
     async fn make(
         &self,
         layers: &[Descriptor],
@@ -180,9 +211,8 @@ impl Pull<'_> {
         // The file is on disk before it gets its final name, which means that it
         // is complete.
         let synced = packed.clone();
-        tokio::task::spawn_blocking(move || std::fs::File::open(&synced).and_then(|file| file.sync_all()))
+        blocking(move || std::fs::File::open(&synced).and_then(|file| file.sync_all()))
             .await
-            .map_err(|error| file("sync", &packed)(std::io::Error::other(error)))?
             .map_err(file("sync", &packed))?;
         Ok(packed)
     }
@@ -298,7 +328,7 @@ impl Pull<'_> {
             .map_err(|cause| self.refused(cause))?;
         let path = workspace.join("config");
         self.blob("fetch configuration".into(), manifest.config(), &path).await?;
-        let text = std::fs::read_to_string(&path).map_err(file("read configuration", &path))?;
+        let text = tokio::fs::read_to_string(&path).await.map_err(file("read configuration", &path))?;
         let config = document::configuration(&text)
             .map_err(|error| self.refused(format!("the configuration does not read: {error}")))?;
         Ok((text, config))

@@ -196,7 +196,7 @@ impl Behaviour {
 
 struct Node {
     root: tempfile::TempDir,
-    store: ImageStore,
+    store: Arc<ImageStore>,
     registry: SocketAddr,
 }
 
@@ -221,7 +221,7 @@ impl Node {
         };
         change(&mut config);
         let store = ImageStore::open(root.path(), config).unwrap();
-        Self { root, store, registry }
+        Self { root, store: Arc::new(store), registry }
     }
 
     async fn pull(&self, name: &str) -> Result<String, Error> {

@@ -16,11 +16,12 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use husk_base::{FileError, chain};
+use husk_base::{FileError, blocking, chain};
 use serde_json::Value;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, oneshot};
 
 mod arguments;
 mod attachment;
@@ -141,7 +142,8 @@ pub enum Error {
 pub struct Network {
     conf_dir: PathBuf,
     plugins: Plugins,
-    records: Records,
+    /// Used by one call at a time.
+    records: Arc<Mutex<Records>>,
 }
 
 impl Network {
@@ -151,7 +153,7 @@ impl Network {
         Self {
             conf_dir: config.conf_dir,
             plugins: Plugins { directories: config.bin_dirs, timeout: config.plugin_timeout },
-            records: Records::new(config.cache_dir),
+            records: Arc::new(Mutex::new(Records::new(config.cache_dir))),
         }
     }
 
@@ -169,7 +171,8 @@ impl Network {
     /// # Errors
     /// The reason, and what to do about it.
     pub async fn status(&self) -> Result<(), NotReady> {
-        let network = self.installed()?;
+        let looking = self.clone();
+        let network = blocking(move || looking.installed()).await?;
         cni::status(&self.plugins, &network).await.map_err(NotReady::because)
     }
 
@@ -188,7 +191,7 @@ impl Network {
     /// # Errors
     /// The plugin that misses something, and its reason.
     pub async fn check(&self, sandbox_id: &str) -> Result<(), Error> {
-        match self.records.read(sandbox_id)? {
+        match self.read(sandbox_id).await? {
             Recorded::Intent(intent, Some(result)) => {
                 let here = target(&intent, true);
                 Ok(cni::check(&self.plugins, &intent.network, here, &intent.capabilities, &result).await?)
@@ -200,7 +203,7 @@ impl Network {
     /// Has the plugins give back what they hold for pods that are not recorded.
     /// Failures are logged: the next start tries again.
     pub async fn collect_garbage(&self) {
-        let (Ok(network), Ok(ids)) = (conflist::load(&self.conf_dir), self.records.ids()) else { return };
+        let (Ok(network), Ok(ids)) = (self.configuration().await, self.recorded().await) else { return };
         let valid: Vec<_> = ids.iter().map(|id| (id.as_str(), INTERFACE)).collect();
         for error in cni::gc(&self.plugins, &network, &valid).await {
             tracing::warn!(error = chain(&error), "give back what pods of the past have left");
@@ -237,7 +240,7 @@ impl Network {
         pod: &PodRef<'_>,
         early: Option<oneshot::Sender<OwnedFd>>,
     ) -> Result<Attachment, Error> {
-        let network = conflist::load(&self.conf_dir)?;
+        let network = self.configuration().await?;
         let intent = Intent {
             sandbox_id: pod.sandbox_id.to_owned(),
             netns: netns::path_of(pod.sandbox_id),
@@ -255,13 +258,16 @@ impl Network {
                 "no plugin of the pod's network has this capability"
             );
         }
-        self.records.begin(&intent).map_err(|error| match error.source.kind() {
-            io::ErrorKind::AlreadyExists => Error::Exists(pod.sandbox_id.to_owned()),
-            _ => Error::Record(error),
+        let begun = intent.clone();
+        self.with_records(move |records| records.begin(&begun)).await.map_err(|error| {
+            match error.source.kind() {
+                io::ErrorKind::AlreadyExists => Error::Exists(pod.sandbox_id.to_owned()),
+                _ => Error::Record(error),
+            }
         })?;
         let start = Instant::now();
         if let Err(error) = netns::create(&intent.netns).await {
-            self.forget(pod.sandbox_id);
+            self.forget(pod.sandbox_id).await;
             return Err(error.into());
         }
         let filtered = early.is_some().then_some(pod.filtered);
@@ -271,7 +277,7 @@ impl Network {
                 // Nobody waits for it any more when the machine has failed.
                 Ok(tap) => drop(early.send(tap)),
                 Err(error) => {
-                    self.clean_up(&intent, Ok(()));
+                    self.clean_up(&intent, Ok(())).await;
                     return Err(error);
                 }
             }
@@ -283,7 +289,7 @@ impl Network {
             Err(failed) => {
                 let undone =
                     cni::undo(&self.plugins, &intent.network, target, &intent.capabilities, &failed).await;
-                self.clean_up(&intent, undone);
+                self.clean_up(&intent, undone).await;
                 return Err(failed.error.into());
             }
         };
@@ -304,7 +310,7 @@ impl Network {
                 let undone =
                     cni::del(&self.plugins, &intent.network, target, &intent.capabilities, Some(&result))
                         .await;
-                self.clean_up(&intent, undone);
+                self.clean_up(&intent, undone).await;
                 Err(error)
             }
         }
@@ -317,7 +323,8 @@ impl Network {
         result: &Value,
         filtered: Option<bool>,
     ) -> Result<Attachment, Error> {
-        self.records.complete(&intent.sandbox_id, result)?;
+        let (id, answer) = (intent.sandbox_id.clone(), result.clone());
+        self.with_records(move |records| records.complete(&id, &answer)).await?;
         let wrong = |reason| Error::Result { network: intent.network.name.clone(), reason };
         let pod = result::parse(result).map_err(wrong)?;
         if pod.addresses.is_empty() {
@@ -362,7 +369,7 @@ impl Network {
     /// # Errors
     /// The record stays, and the call can be repeated.
     pub async fn detach(&self, sandbox_id: &str) -> Result<(), Error> {
-        match self.records.read(sandbox_id)? {
+        match self.read(sandbox_id).await? {
             Recorded::Nothing => return Ok(()),
             Recorded::Unreadable(reason) => {
                 // The intent is synced before anything is made, so mostly
@@ -395,35 +402,59 @@ impl Network {
                 netns::remove(&intent.netns)?;
             }
         }
-        Ok(self.records.remove(sandbox_id)?)
+        Ok(self.remove(sandbox_id).await?)
     }
 
     /// Sandboxes that may have something to disconnect.
     ///
     /// # Errors
     /// The file system's.
-    pub fn recorded(&self) -> Result<Vec<String>, Error> {
-        Ok(self.records.ids()?)
+    pub async fn recorded(&self) -> Result<Vec<String>, Error> {
+        Ok(self.with_records(Records::ids).await?)
+    }
+
+    async fn read(&self, sandbox_id: &str) -> Result<Recorded, FileError> {
+        let id = sandbox_id.to_owned();
+        self.with_records(move |records| records.read(&id)).await
+    }
+
+    async fn remove(&self, sandbox_id: &str) -> Result<(), FileError> {
+        let id = sandbox_id.to_owned();
+        self.with_records(move |records| records.remove(&id)).await
+    }
+
+    /// Reads or writes records, on a thread where that may block. One call goes after the
+    /// other, so that a [`Network::detach`] finds what a dropped [`Network::attach`] was
+    /// about to write.
+    async fn with_records<T: Send + 'static>(&self, calls: impl FnOnce(&Records) -> T + Send + 'static) -> T {
+        let records = self.records.clone().lock_owned().await;
+        blocking(move || calls(&records)).await
+    }
+
+    /// The configuration of the node's network, as it is now.
+    async fn configuration(&self) -> Result<NetworkList, conflist::Error> {
+        let dir = self.conf_dir.clone();
+        blocking(move || conflist::load(&dir)).await
     }
 
     /// After a failure. The caller gets the failure itself; what goes wrong
     /// while cleaning up behind it is logged.
-    fn clean_up(&self, intent: &Intent, undone: Result<(), plugin::Error>) {
+    async fn clean_up(&self, intent: &Intent, undone: Result<(), plugin::Error>) {
         let sandbox_id = intent.sandbox_id.as_str();
         if let Err(error) = netns::remove(&intent.netns) {
             tracing::warn!(sandbox_id, error = chain(&error), "a network namespace stays");
             return;
         }
         match undone {
-            Ok(()) => self.forget(sandbox_id),
+            Ok(()) => self.forget(sandbox_id).await,
             Err(error) => {
                 tracing::warn!(sandbox_id, error = chain(&error), "the pod's network stays recorded")
             }
         }
     }
 
-    fn forget(&self, sandbox_id: &str) {
-        if let Err(error) = self.records.remove(sandbox_id) {
+    async fn forget(&self, sandbox_id: &str) {
+        if let Err(error) = self.remove(sandbox_id).await {
             tracing::warn!(sandbox_id, error = chain(&error), "the record of a pod's network stays");
         }
     }

@@ -102,8 +102,8 @@ impl Host {
     }
 
     /// Fails when anything of a pod is left.
-    fn assert_clean(&self) {
-        assert_eq!(self.network().recorded().unwrap(), Vec::<String>::new());
+    async fn assert_clean(&self) {
+        assert_eq!(self.network().recorded().await.unwrap(), Vec::<String>::new());
         assert_eq!(self.leases(), Vec::<String>::new());
         let pinned: Vec<_> = fs::read_dir("/run/netns").map(Iterator::collect).unwrap_or_default();
         assert!(pinned.is_empty(), "{pinned:?}");
@@ -279,7 +279,7 @@ fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
         drop((attachment, guest));
         network.detach("abcdef0123456789").await.unwrap();
         network.detach("abcdef0123456789").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -333,7 +333,7 @@ fn a_guest_cannot_send_in_the_name_of_others() {
         assert_eq!(passed, [(&"own", true)]);
         drop((attachment, guest));
         network.detach("aa").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -352,7 +352,7 @@ fn a_pod_that_is_not_filtered_sends_what_it_likes() {
         assert_eq!(lost, [(&"VLAN", false)]);
         drop((attachment, guest));
         network.detach("aa").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -376,7 +376,7 @@ fn a_host_port_leads_to_the_guest() {
         assert_eq!(datagram[36..38], 53u16.to_be_bytes());
         drop((attachment, guest));
         network.detach("aa").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
         let rules = Command::new("iptables-save").output().unwrap();
         let rules = String::from_utf8(rules.stdout).unwrap();
         assert!(!rules.contains("8053") && !rules.contains("10.77.0.2"), "{rules}");
@@ -401,7 +401,7 @@ fn point_to_point_routes_are_carried_over() {
         assert_eq!(routes, [("10.78.0.1/32", None), ("10.78.0.0/24", gateway), ("0.0.0.0/0", gateway)]);
         drop(attachment);
         network.detach("aa").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -416,9 +416,9 @@ fn a_pod_is_disconnected_with_the_configuration_that_connected_it() {
         fs::remove_file(host.path("net.d/10-test.conflist")).unwrap();
         let network = host.network();
         assert!(network.ready().unwrap_err().to_string().contains("no CNI configuration"));
-        assert_eq!(network.recorded().unwrap(), ["aa"]);
+        assert_eq!(network.recorded().await.unwrap(), ["aa"]);
         network.detach("aa").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -438,7 +438,7 @@ fn plugins_are_told_when_the_namespace_has_gone() {
         drop(attachment);
         network.detach("aa").await.unwrap();
         assert_eq!(fs::read_to_string(log).unwrap(), "ADD [/run/netns/husk-aa]\nDEL []\n");
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -471,13 +471,13 @@ fn a_failing_plugin_is_named_and_everything_before_it_undone() {
             }
             let error = husk_base::chain(&attach(&network, &pod("aa", &[])).await.unwrap_err());
             assert!(error.contains(words), "{error}");
-            host.assert_clean();
+            host.assert_clean().await;
         }
         host.configure(json!([host.bridge(), {"type": "absent"}]));
         let error = attach(&host.network(), &pod("aa", &[])).await.unwrap_err().to_string();
         assert!(error.contains("CNI plugin absent is not in"), "{error}");
         assert!(host.network().ready().unwrap_err().to_string().contains("absent"));
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -584,9 +584,9 @@ fn what_an_interrupted_attach_has_done_is_undone_later() {
         drop(attaching);
         let error = attach(&network, &target).await.unwrap_err();
         assert!(matches!(error, Error::Exists(_)), "{error}");
-        assert_eq!(host.network().recorded().unwrap(), ["aa"]);
+        assert_eq!(host.network().recorded().await.unwrap(), ["aa"]);
         host.network().detach("aa").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -619,7 +619,7 @@ fn a_plugin_that_outlives_its_caller_leaves_nothing() {
         host.network().detach("late-0123").await.unwrap();
         tokio::time::sleep(Duration::from_secs(3)).await;
         assert!(!lease.exists(), "the interrupted ADD went on behind DEL");
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -637,7 +637,7 @@ fn a_full_disk_is_found_among_the_causes() {
         assert!(text.contains("record of a pod's network") && text.ends_with("(os error 28)"), "{text}");
         assert_eq!(text.matches("os error 28").count(), 1, "{text}");
         fs::remove_file(host.path("records/.full")).unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -656,10 +656,10 @@ fn a_plugin_that_cannot_disconnect_keeps_the_record_for_the_next_try() {
         drop(attach(&network, &pod("aa", &[])).await.unwrap());
         let error = network.detach("aa").await.unwrap_err().to_string();
         assert_eq!(error, "CNI plugin stubborn failed to DEL: busy (code 1)");
-        assert_eq!(network.recorded().unwrap(), ["aa"]);
+        assert_eq!(network.recorded().await.unwrap(), ["aa"]);
         fs::write(flag, "").unwrap();
         network.detach("aa").await.unwrap();
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }
 
@@ -678,6 +678,6 @@ fn many_pods_at_once_get_addresses_of_their_own() {
         for id in &ids {
             network.detach(id).await.unwrap();
         }
-        host.assert_clean();
+        host.assert_clean().await;
     });
 }

@@ -77,7 +77,7 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
         .await
         .unwrap_or_else(|error| Err(io::Error::other(error)))
         .map_err(|cause| Error::File { stage: STAGE, path: log, cause })?;
-    std::fs::write(&record, process.to_string()).map_err(|cause| Error::File {
+    tokio::fs::write(&record, process.to_string()).await.map_err(|cause| Error::File {
         stage: STAGE,
         path: record,
         cause,

@@ -208,7 +208,7 @@ pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
         Control::new(path).kill().await?;
     }
     users::release(run_dir);
-    match std::fs::remove_dir_all(run_dir) {
+    match tokio::fs::remove_dir_all(run_dir).await {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::File { stage: "remove sockets", path: run_dir.into(), cause })
         }

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use husk_base::dirs;
+use husk_base::{blocking, dirs};
 use tokio::process::Command;
 
 /// The longest time that making the file system may take.
@@ -61,16 +61,13 @@ impl SandboxDisks {
     pub async fn create(&self, path: &Path, mib: u64) -> Result<(), Error> {
         let prepared = self.prepared(mib).await?;
         let to = path.to_owned();
-        tokio::task::spawn_blocking(move || {
+        blocking(move || {
             copy_sparse(&prepared, &to).map_err(|cause| {
                 let _ = std::fs::remove_file(&to);
                 Error::File { stage: "copy to", path: to, cause }
             })
         })
         .await
-        .unwrap_or_else(|error| {
-            Err(Error::File { stage: "copy to", path: path.into(), cause: io::Error::other(error) })
-        })
     }
 
     /// The prepared file system of `mib` MiB, made if it is not there.
@@ -80,16 +77,17 @@ impl SandboxDisks {
     pub async fn prepared(&self, mib: u64) -> Result<PathBuf, Error> {
         let path = self.directory.join(format!("{mib}-{BYTES_PER_INODE}.ext4"));
         let _making = self.making.lock().await;
-        if path.exists() {
+        if tokio::fs::try_exists(&path).await.unwrap_or(false) {
             return Ok(path);
         }
         let file = |stage, path: &Path| {
             let path = path.to_owned();
             move |cause| Error::File { stage, path, cause }
         };
-        std::fs::create_dir_all(&self.directory).map_err(file("make folder", &self.directory))?;
+        tokio::fs::create_dir_all(&self.directory).await.map_err(file("make folder", &self.directory))?;
         let new = path.with_extension("new");
-        File::create(&new).and_then(|disk| disk.set_len(mib * 1024 * 1024)).map_err(file("make", &new))?;
+        let disk = tokio::fs::File::create(&new).await.map_err(file("make", &new))?;
+        disk.set_len(mib * 1024 * 1024).await.map_err(file("make", &new))?;
         let mut mkfs = Command::new("mke2fs");
         mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", BYTES_PER_INODE])
             .args(["-O", "^has_journal,^resize_inode"])
@@ -103,10 +101,10 @@ impl SandboxDisks {
             .map_err(|_| Error::Mkfs(format!("not done within {} s", MKFS_TIMEOUT.as_secs())))?
             .map_err(|error| Error::Mkfs(error.to_string()))?;
         if !output.status.success() {
-            let _ = std::fs::remove_file(&new);
+            let _ = tokio::fs::remove_file(&new).await;
             return Err(Error::Mkfs(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
         }
-        std::fs::rename(&new, &path).map_err(file("rename to", &path))?;
+        tokio::fs::rename(&new, &path).await.map_err(file("rename to", &path))?;
         Ok(path)
     }
 }

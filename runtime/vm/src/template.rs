@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use husk_base::id::{SandboxId, hex};
-use husk_base::lock;
+use husk_base::{blocking, lock};
 use husk_config::VmHandler;
 use husk_proto::agent::ContainerStatsRequest;
 use sha2::{Digest, Sha256};
@@ -130,10 +130,10 @@ impl Templates {
     pub async fn recover(&self) {
         self.end_making().await;
         let this_boot = host_boot();
-        for folder in entries(&self.dir) {
+        for folder in entries(&self.dir).await {
             let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if !name.starts_with(&this_boot) || name.ends_with(".new") {
-                remove(&folder);
+                remove(&folder).await;
             }
         }
     }
@@ -141,7 +141,7 @@ impl Templates {
     /// Ends VMs that shall become templates: huskd is about to end, or has
     /// just started.
     pub async fn end_making(&self) {
-        for folder in entries(&self.run_dir) {
+        for folder in entries(&self.run_dir).await {
             if let Err(error) = super::destroy(&folder).await {
                 tracing::warn!(path = %folder.display(), %error, "failed to end the VM of a template");
             }
@@ -151,7 +151,7 @@ impl Templates {
     /// Makes the template for pods of the handler that have no limits, unless there is one.
     pub async fn prepare(&self, handler: &VmHandler) {
         let Some(key) = TemplateKey::new(handler, handler.vcpus, handler.memory_mib) else { return };
-        if self.open(&key).is_none() {
+        if self.open(&key).await.is_none() {
             self.make(key).await;
         }
     }
@@ -166,12 +166,12 @@ impl Templates {
         let Some(key) = (plan.nics.len() == 1).then(key).flatten() else {
             return launch::launch(plan, None).await;
         };
-        if let Some(template) = self.open(&key) {
+        if let Some(template) = self.open(&key).await {
             match launch::launch(plan, Some(template)).await {
                 Ok(launched) => return Ok(launched),
                 Err(error) => {
                     tracing::warn!(sandbox = %plan.id, %error, "failed to clone a VM; booting one instead");
-                    remove(&self.dir.join(&key.name));
+                    remove(&self.dir.join(&key.name)).await;
                     super::destroy(&plan.run_dir).await?;
                 }
             }
@@ -202,11 +202,11 @@ impl Templates {
     /// for again.
     async fn make(&self, key: TemplateKey) {
         let Ok(_one_at_a_time) = self.making.try_acquire() else { return };
-        if self.open(&key).is_some() {
+        if self.open(&key).await.is_some() {
             return;
         }
         match make(&key, &self.place(&key), &self.disks, &self.make_tap).await {
-            Ok(()) => self.evict(),
+            Ok(()) => self.evict().await,
             Err(Failure::Boot(error)) => {
                 tracing::warn!(template = key.name, %error, "failed to start the VM of a template; trying again when it is wanted");
             }
@@ -217,11 +217,10 @@ impl Templates {
         }
     }
 
-    fn open(&self, key: &TemplateKey) -> Option<Template> {
+    async fn open(&self, key: &TemplateKey) -> Option<Template> {
         let folder = self.dir.join(&key.name);
-        let state = File::open(folder.join("state")).ok()?;
-        let memory = File::open(folder.join("memory")).ok()?;
-        Some(Template { state, memory })
+        let open = async |name| Some(tokio::fs::File::open(folder.join(name)).await.ok()?.into_std().await);
+        Some(Template { state: open("state").await?, memory: open("memory").await? })
     }
 
     fn place(&self, key: &TemplateKey) -> Place {
@@ -230,12 +229,16 @@ impl Templates {
 
     /// Removes the oldest templates. Clones keep the memory that they have mapped, so a
     /// template can be removed at any time.
-    fn evict(&self) {
-        let made = |folder: &PathBuf| fs::metadata(folder).and_then(|metadata| metadata.modified()).ok();
-        let mut all = entries(&self.dir);
-        all.sort_by_key(made);
+    async fn evict(&self) {
+        let mut all = entries(&self.dir).await;
+        all = blocking(move || {
+            let made = |folder: &PathBuf| fs::metadata(folder).and_then(|metadata| metadata.modified()).ok();
+            all.sort_by_cached_key(made);
+            all
+        })
+        .await;
         for folder in all.iter().take(all.len().saturating_sub(MAX)) {
-            remove(folder);
+            remove(folder).await;
         }
     }
 }
@@ -298,24 +301,30 @@ async fn make(
 ) -> Result<(), Failure> {
     let started = Instant::now();
     let work = place.folder.with_extension("new");
-    remove(&work);
+    remove(&work).await;
     super::destroy(&place.run_dir).await.map_err(Failure::Boot)?;
     let made = make_in(key, place, &work, disks, make_tap).await;
     if let Err(error) = super::destroy(&place.run_dir).await {
         tracing::warn!(template = key.name, %error, "failed to end the VM of a template");
     }
-    let made = made.and_then(|()| {
-        // A template that is there could not be opened, so it is damaged.
-        remove(&place.folder);
-        fs::rename(&work, &place.folder).map_err(|cause| Failure::Save(file("publish", &place.folder, cause)))
-    });
+    let made = match made {
+        Ok(()) => publish(&work, &place.folder).await,
+        failed => failed,
+    };
     if made.is_err() {
-        remove(&work);
+        remove(&work).await;
     } else {
         let took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         tracing::info!(template = key.name, took_ms, memory_mib = key.memory_mib, "template saved");
     }
     made
+}
+
+async fn publish(work: &Path, folder: &Path) -> Result<(), Failure> {
+    // A template that is there could not be opened, so it is damaged.
+    remove(folder).await;
+    let renamed = tokio::fs::rename(work, folder).await;
+    renamed.map_err(|cause| Failure::Save(file("publish", folder, cause)))
 }
 
 async fn make_in(
@@ -329,7 +338,7 @@ async fn make_in(
         let what = what.to_owned();
         move |cause: io::Error| file("make", &what, cause)
     };
-    fs::create_dir_all(work).map_err(failed(work)).map_err(Failure::Save)?;
+    tokio::fs::create_dir_all(work).await.map_err(failed(work)).map_err(Failure::Save)?;
     let disk = work.join("disk");
     disks
         .create(&disk, key.handler.disk_mib)
@@ -363,12 +372,14 @@ async fn make_in(
     drop(agent);
     hang_up(&control).await.map_err(Failure::Save)?;
 
-    let create = |name: &str| {
+    let create = async |name: &str| {
         let path = work.join(name);
-        File::create_new(&path).map_err(failed(&path)).map_err(Failure::Save)
+        let file = tokio::fs::File::create_new(&path).await.map_err(failed(&path)).map_err(Failure::Save)?;
+        Ok(file.into_std().await)
     };
-    control.save(create("state")?, create("memory")?).await.map_err(Failure::Save)?;
-    fs::remove_file(&disk).map_err(failed(&disk)).map_err(Failure::Save)
+    let (state, memory) = (create("state").await?, create("memory").await?);
+    control.save(state, memory).await.map_err(Failure::Save)?;
+    tokio::fs::remove_file(&disk).await.map_err(failed(&disk)).map_err(Failure::Save)
 }
 
 /// Waits until the guest has no connection open, because a clone could not go on with it.
@@ -387,13 +398,14 @@ fn file(stage: &'static str, path: &Path, cause: io::Error) -> Error {
     Error::File { stage, path: path.into(), cause }
 }
 
-fn entries(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).into_iter().flatten();
-    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+async fn entries(folder: &Path) -> Vec<PathBuf> {
+    let folder = folder.to_owned();
+    blocking(|| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect())
+        .await
 }
 
-fn remove(folder: &Path) {
-    match fs::remove_dir_all(folder) {
+async fn remove(folder: &Path) {
+    match tokio::fs::remove_dir_all(folder).await {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::warn!(path = %folder.display(), %error, "failed to remove a template");
         }
@@ -449,8 +461,8 @@ mod tests {
             fs::write(templates.dir.join(name).join("memory"), "").unwrap();
         }
         templates.recover().await;
-        assert_eq!(entries(&templates.dir), [templates.dir.join(&good.name)]);
-        assert!(templates.open(&good).is_some());
+        assert_eq!(entries(&templates.dir).await, [templates.dir.join(&good.name)]);
+        assert!(templates.open(&good).await.is_some());
     }
 
     #[test]
@@ -469,16 +481,16 @@ mod tests {
         assert!(lock(&templates.known).seen.len() <= MAX_SEEN);
     }
 
-    #[test]
-    fn the_oldest_templates_go() {
+    #[tokio::test]
+    async fn the_oldest_templates_go() {
         let folder = tempfile::tempdir().unwrap();
         let templates = templates(folder.path());
         for number in 0..MAX + 2 {
             fs::create_dir_all(templates.dir.join(number.to_string())).unwrap();
             std::thread::sleep(Duration::from_millis(20));
         }
-        templates.evict();
-        assert_eq!(entries(&templates.dir).len(), MAX);
+        templates.evict().await;
+        assert_eq!(entries(&templates.dir).await.len(), MAX);
         assert!(!templates.dir.join("0").exists() && !templates.dir.join("1").exists());
     }
 

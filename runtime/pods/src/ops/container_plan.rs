@@ -39,7 +39,8 @@ pub(crate) struct ContainerPlan {
 }
 
 impl ContainerPlan {
-    /// Plans the container `id` of a pod.
+    /// Plans the container `id` of a pod. Profiles, devices and volumes are files of the
+    /// host, some of which the client names.
     ///
     /// # Errors
     /// With the part of the request that the container cannot have, and the reason.
@@ -47,9 +48,20 @@ impl ContainerPlan {
         node: &Arc<Node>,
         sandbox: &SandboxOp<'_>,
         id: &ContainerId,
-        image: &Image,
+        config: cri::ContainerConfig,
+    ) -> Result<Self, Error> {
+        let (node, pod, id) = (node.clone(), Arc::clone(sandbox), id.clone());
+        sandbox.lane.run("plan container", move || Self::plan(&node, &pod, &id, config)).await?
+    }
+
+    /// This blocks.
+    fn plan(
+        node: &Node,
+        sandbox: &Sandbox,
+        id: &ContainerId,
         mut config: cri::ContainerConfig,
     ) -> Result<Self, Error> {
+        let image = image_of(node, &config)?;
         let pod_record = sandbox.record();
         let pod = &pod_record.config;
         privileged_only_in_privileged(pod, &config)?;
@@ -68,9 +80,7 @@ impl ContainerPlan {
         let mounts = if host.is_some() { Vec::new() } else { config.mounts.clone() };
         let volumes_in_use = sandbox.volumes();
         let trusted = handler.and_then(Handler::vm).map(|vm| vm.trusted_volumes.clone()).unwrap_or_default();
-        let in_use = volumes_in_use.clone();
-        let prepare = move || husk_volumes::prepare(&mounts, &in_use, &trusted);
-        let prepared = sandbox.lane.run("prepare volumes", prepare).await??;
+        let prepared = husk_volumes::prepare(&mounts, &volumes_in_use, &trusted)?;
         let volumes: Vec<_> = prepared.iter().map(|one| one.volume.clone()).collect();
         let input = oci::Input {
             hooks: &hooks,
@@ -94,7 +104,7 @@ impl ContainerPlan {
             id: id.clone(),
             sandbox_id: sandbox.id.clone(),
             image_id: image.id.to_string(),
-            image_tag: tag_of(image, &config),
+            image_tag: tag_of(&image, &config),
             image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.to_string()),
             image_slot: String::new(),
             image_rootfs: image.rootfs.clone(),
@@ -128,7 +138,7 @@ impl ContainerPlan {
 }
 
 /// The image that a container names, by any of its names.
-pub(crate) fn image_of(node: &Node, config: &cri::ContainerConfig) -> Result<Image, Error> {
+fn image_of(node: &Node, config: &cri::ContainerConfig) -> Result<Image, Error> {
     let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
     if name.is_empty() {
         return Err(Error::InvalidArgument("container configuration names no image".into()));

@@ -1,6 +1,7 @@
 //! Making a container: the image's disk and the volumes into the pod, the OCI
 //! configuration, `runc create` by the agent, the log.
 
+use std::mem;
 use std::sync::Arc;
 
 use husk_backend::{Claim, FileServer, RunningPod};
@@ -8,7 +9,7 @@ use husk_base::id::ContainerId;
 use husk_proto::{agent, cri};
 use husk_volumes::ImageVolume;
 
-use super::container_plan::{ContainerPlan, image_of};
+use super::container_plan::ContainerPlan;
 use super::log::open_log;
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus, remove_container, supervise, synced_volumes};
@@ -29,10 +30,9 @@ pub async fn create_container(
     let op = sandbox.lock_op(&mut unlocked).await;
     let running = ready_pod(&sandbox)?;
     runs_nothing_unknown(node, &sandbox)?;
-    let image = image_of(node, &config)?;
     let id = ContainerId::random();
     let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
-    let plan = ContainerPlan::new(node, &op, &id, &image, config).await?;
+    let mut plan = ContainerPlan::new(node, &op, &id, config).await?;
 
     let mut disks = running.disks.hold().await;
     let claims = disks.claim_all(plan.images.iter().map(std::path::PathBuf::as_path), &id);
@@ -54,7 +54,7 @@ pub async fn create_container(
         }
         // From here on others may use the disks too.
         drop(disks);
-        mount_volumes(node, &op, &running, &plan).await?;
+        mount_volumes(node, &op, &running, &mut plan).await?;
         oom_score::set(node, &sandbox);
         make(&sandbox, &running, &container, plan).await
     };
@@ -99,17 +99,22 @@ async fn mount_volumes(
     node: &Node,
     sandbox: &SandboxOp<'_>,
     running: &RunningPod,
-    plan: &ContainerPlan,
+    plan: &mut ContainerPlan,
 ) -> Result<(), Error> {
     for one in plan.volumes.iter().filter(|one| one.volume.synced) {
         synced_volumes::send(running, &one.volume).await?;
+    }
+    if plan.volumes.iter().all(|one| one.volume.synced) {
+        return Ok(());
     }
     let record = sandbox.record();
     let handler = node.config.handler(&record.handler).and_then(|(_, handler)| handler.vm());
     let program = handler.map(|handler| handler.file_server.as_path());
     let users = husk_oci::user_namespace(&record.config)?;
     let server = FileServer { handler: &record.handler, users, program };
-    Ok(plan.place.mount_volumes(running, server, &plan.volumes, &plan.volumes_in_use).await?)
+    let Some(mounts) = plan.place.volume_mounts(running, server).await? else { return Ok(()) };
+    let (volumes, in_use) = (mem::take(&mut plan.volumes), mem::take(&mut plan.volumes_in_use));
+    Ok(sandbox.lane.run("mount volumes", move || mounts.add(&volumes, &in_use)).await??)
 }
 
 /// The agent makes the container, and its output is followed from the first

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_backend::{Ending, RunningPod};
-use husk_base::cgroup;
+use husk_base::{blocking, cgroup};
 use husk_proto::agent::ShutdownRequest;
 
 use super::{clock, supervise};
@@ -130,7 +130,7 @@ pub async fn remove_sandbox(node: &Node, id: &str) -> Result<(), Error> {
     let op = sandbox.lock_op(&mut unlocked).await;
     stop(node, &op).await?;
     let containers = sandbox.containers();
-    forget(node, &op)?;
+    forget(node, &op).await?;
     let ids = containers.iter().map(|container| container.id.as_str());
     for id in ids.chain([sandbox.id.as_str()]) {
         sandbox.send_event(id, EventKind::Deleted);
@@ -169,7 +169,7 @@ pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -
     ended(sandbox, ending).await;
     forget_unmade(node, op).await?;
     network?;
-    place.close_volumes()?;
+    place.close_volumes().await?;
     let cgroup = sandbox.record().cgroup.clone();
     if let Some(cgroup) = cgroup {
         cgroup::remove(&cgroup).await.map_err(|cause| Error::File {
@@ -180,7 +180,7 @@ pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -
     }
     remove_layers(sandbox).await?;
     let scratch = sandbox.scratch();
-    match std::fs::remove_file(&scratch) {
+    match tokio::fs::remove_file(&scratch).await {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::File { stage: "remove sandbox disk", path: scratch, cause })
         }
@@ -204,12 +204,8 @@ async fn forget_unmade(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
 async fn remove_layers(sandbox: &Sandbox) -> Result<(), Error> {
     let layers = sandbox.layers();
     let path = layers.clone();
-    let removed = tokio::task::spawn_blocking(move || husk_base::remove_tree(&path)).await;
-    removed.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(|cause| Error::File {
-        stage: "remove writable layers",
-        path: layers,
-        cause,
-    })
+    let removed = blocking(move || husk_base::remove_tree(&path)).await;
+    removed.map_err(|cause| Error::File { stage: "remove writable layers", path: layers, cause })
 }
 
 /// Gives containers that still run their end, so that the last of their output
@@ -256,7 +252,7 @@ async fn run_poststop_hooks(sandbox: &Sandbox, running: &RunningPod) {
 /// With what could not be given back.
 pub(crate) async fn undo(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
     stop(node, op).await?;
-    forget(node, op)
+    forget(node, op).await
 }
 
 /// As [`undo`], again until it is done: nobody else would come back to it. What
@@ -291,8 +287,8 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
 ///
 /// # Errors
 /// The disk's.
-pub(crate) fn forget(node: &Node, sandbox: &SandboxOp<'_>) -> Result<(), Error> {
-    match std::fs::remove_dir_all(sandbox.directory()) {
+pub(crate) async fn forget(node: &Node, sandbox: &SandboxOp<'_>) -> Result<(), Error> {
+    match tokio::fs::remove_dir_all(sandbox.directory()).await {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
             return Err(Error::File {
                 stage: "remove sandbox record",

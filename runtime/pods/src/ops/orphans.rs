@@ -1,19 +1,32 @@
 //! Orphans: machines, volumes and networks that no record names. They end when
 //! huskd starts.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use husk_backend::Place;
-use husk_base::dirs;
 use husk_base::id::SandboxId;
+use husk_base::{blocking, dirs};
 use husk_volumes::SharedDir;
 
 use crate::Node;
 
 /// Ends machines, and gives back volumes and networks, that belong to none of
 /// the known sandboxes.
-pub(super) async fn end(node: &Node, known: &[SandboxId]) {
+pub(super) async fn end(node: &Arc<Node>, known: &[SandboxId]) {
+    end_machines(node, known).await;
+    let (closing, ids) = (node.clone(), known.to_vec());
+    blocking(move || close_volumes(&closing, &ids)).await;
+    detach_networks(node, known).await;
+}
+
+async fn end_machines(node: &Node, known: &[SandboxId]) {
     let run_dirs: Vec<_> = known.iter().map(|id| dirs::sandbox_run_dir(&node.config.run_dir, id)).collect();
-    for path in std::fs::read_dir(node.config.run_dir.join("sandboxes")).into_iter().flatten().flatten() {
-        let path = path.path();
+    let folder = node.config.run_dir.join("sandboxes");
+    let found = blocking(move || -> Vec<PathBuf> {
+        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    });
+    for path in found.await {
         if !run_dirs.contains(&path) {
             tracing::info!(path = %path.display(), "end a machine that no record speaks of");
             if let Err(error) = Place::destroy_orphan(&path).await {
@@ -21,6 +34,10 @@ pub(super) async fn end(node: &Node, known: &[SandboxId]) {
             }
         }
     }
+}
+
+/// This blocks.
+fn close_volumes(node: &Node, known: &[SandboxId]) {
     let shared: Vec<_> = known.iter().map(|id| SharedDir::of(&node.config.run_dir, id)).collect();
     for orphan in SharedDir::all(&node.config.run_dir) {
         if !shared.iter().any(|shared| shared.path() == orphan.path()) {
@@ -30,15 +47,15 @@ pub(super) async fn end(node: &Node, known: &[SandboxId]) {
             }
         }
     }
-    for id in node.network.recorded().unwrap_or_default() {
+}
+
+async fn detach_networks(node: &Node, known: &[SandboxId]) {
+    for id in node.network.recorded().await.unwrap_or_default() {
         if !known.iter().any(|other| other.as_str() == id) {
             tracing::info!(sandbox = id, "give back a network that no record speaks of");
             if let Err(error) = node.network.detach(&id).await {
-                tracing::warn!(
-                    sandbox = id,
-                    error = husk_base::chain(&error),
-                    "give back an orphaned network"
-                );
+                let error = husk_base::chain(&error);
+                tracing::warn!(sandbox = id, error, "give back an orphaned network");
             }
         }
     }

@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use husk_backend as backend;
 use husk_backend::{Place, RunningPod};
-use husk_base::dirs;
 use husk_base::id::{ContainerId, SandboxId};
 use husk_base::record::ReadError;
+use husk_base::{blocking, dirs};
 use husk_config::Handler;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -55,19 +55,15 @@ pub async fn recover(node: &Arc<Node>) -> std::io::Result<()> {
 
 pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std::io::Result<()> {
     let found = find(node).await?;
-    for unread in &found.unread {
-        unread.tell();
-        node.registry.add_unread(unread.clone());
-    }
-    for sandbox in &found.sandboxes {
-        register(node, sandbox);
-    }
+    let registering = node.clone();
+    let found = blocking(move || found.register(&registering)).await;
     let sandboxes = found.sandboxes.iter().map(|sandbox| sandbox.id.clone());
     let unread = found.unread.iter().map(|unread| SandboxId::from(unread.id.as_str()));
     let known: Vec<_> = sandboxes.chain(unread).collect();
     orphans::end(node, &known).await;
     for path in found.empty {
-        if let Err(error) = husk_base::remove_tree(&path) {
+        let removed = path.clone();
+        if let Err(error) = blocking(move || husk_base::remove_tree(&removed)).await {
             tracing::warn!(path = %path.display(), %error, "remove a sandbox that has no record");
         }
     }
@@ -114,10 +110,58 @@ struct Found {
     empty: Vec<PathBuf>,
 }
 
-async fn find(node: &Node) -> std::io::Result<Found> {
+impl Found {
+    /// Makes the sandboxes known, with their containers. This blocks.
+    fn register(self, node: &Node) -> Self {
+        for unread in &self.unread {
+            unread.tell();
+            node.registry.add_unread(unread.clone());
+        }
+        for sandbox in &self.sandboxes {
+            register(node, sandbox);
+        }
+        self
+    }
+}
+
+/// An entry of the folder of sandboxes.
+enum Entry {
+    Sandbox(Sandbox),
+    /// A sandbox whose record does not read.
+    Unread(Unread),
+    /// A folder that has the name of a sandbox, and no record.
+    NoRecord(PathBuf, SandboxId),
+}
+
+async fn find(node: &Arc<Node>) -> std::io::Result<Found> {
+    let reading = node.clone();
+    let mut found = Found::default();
+    for entry in blocking(move || entries(&reading)).await? {
+        match entry {
+            Entry::Sandbox(sandbox) => found.sandboxes.push(Arc::new(sandbox)),
+            Entry::Unread(unread) => found.unread.push(unread),
+            Entry::NoRecord(path, id) => {
+                // The record is the first thing written into the folder: nothing else
+                // was made, unless somebody has removed it since.
+                if Place::anything_lives(&dirs::sandbox_run_dir(&node.config.run_dir, &id)).await {
+                    let record = path.join(RECORD);
+                    let why = std::io::Error::from(ErrorKind::NotFound).to_string();
+                    found.unread.push(Unread::sandbox(id.as_str(), &record, &why));
+                } else {
+                    tracing::warn!(path = %path.display(), "there is no record of a sandbox: its folder is removed");
+                    found.empty.push(path);
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Reads the folder of sandboxes, and each sandbox's record. This blocks.
+fn entries(node: &Node) -> std::io::Result<Vec<Entry>> {
     let folder = node.sandboxes_dir();
     std::fs::create_dir_all(&folder)?;
-    let mut found = Found::default();
+    let mut entries = Vec::new();
     for entry in std::fs::read_dir(&folder)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -125,23 +169,15 @@ async fn find(node: &Node) -> std::io::Result<Found> {
             tracing::warn!(path = %path.display(), "this is no sandbox's, and is left where it is");
             continue;
         }
-        let run_dir = dirs::sandbox_run_dir(&node.config.run_dir, &SandboxId::from(name.as_str()));
-        match Sandbox::load(path.clone(), node.events.clone()) {
-            Ok(sandbox) => found.sandboxes.push(Arc::new(sandbox)),
-            // The record is the first thing written into the folder: nothing else
-            // was made, unless somebody has removed it since.
-            Err(ReadError::File(error))
-                if error.kind() == ErrorKind::NotFound && !Place::anything_lives(&run_dir).await =>
-            {
-                tracing::warn!(path = %path.display(), "there is no record of a sandbox: its folder is removed");
-                found.empty.push(path);
+        entries.push(match Sandbox::load(path.clone(), node.events.clone()) {
+            Ok(sandbox) => Entry::Sandbox(sandbox),
+            Err(ReadError::File(error)) if error.kind() == ErrorKind::NotFound => {
+                Entry::NoRecord(path, SandboxId::from(name.as_str()))
             }
-            Err(error) => {
-                found.unread.push(Unread::sandbox(&name, &path.join(RECORD), &error.to_string()));
-            }
-        }
+            Err(error) => Entry::Unread(Unread::sandbox(&name, &path.join(RECORD), &error.to_string())),
+        });
     }
-    Ok(found)
+    Ok(entries)
 }
 
 /// Makes a sandbox known, with its containers. One that was never ready has

@@ -50,18 +50,19 @@ pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
 }
 
 /// Unmounts what no other container of the pod uses.
-fn release_volumes(node: &Node, sandbox: &SandboxOp<'_>, container: &Container) -> Result<(), Error> {
+async fn release_volumes(node: &Node, sandbox: &SandboxOp<'_>, container: &Container) -> Result<(), Error> {
     if !node.registry.unread_of(&sandbox.id).is_empty() {
         // Nobody can say what those use: volumes go with the pod.
         return Ok(());
     }
     let others = sandbox.containers();
     let others = others.iter().filter(|other| other.id != container.id);
-    let in_use: Vec<_> = others.flat_map(|other| other.record().volumes.clone()).collect();
+    let others: Vec<_> = others.map(|other| other.record()).collect();
+    let in_use = |name: &str| others.iter().any(|other| other.volumes.iter().any(|one| one.name == name));
     let record = container.record();
-    let names = record.volumes.iter().map(|volume| volume.name.as_str());
-    let unused = names.filter(|name| !in_use.iter().any(|other| other.name == *name));
-    Ok(sandbox.place(&node.config.run_dir).release_volumes(unused)?)
+    let names = record.volumes.iter().map(|volume| volume.name.clone());
+    let unused = names.filter(|name| !in_use(name)).collect();
+    Ok(sandbox.place(&node.config.run_dir).release_volumes(unused).await?)
 }
 
 /// Removes a container in whatever state it is, half-made ones included. Can be
@@ -129,7 +130,7 @@ async fn leave_pod(sandbox: &Sandbox, container: &Container) -> Result<(), Error
 /// Gives back what it has of the host, and forgets it.
 async fn release(node: &Node, sandbox: &SandboxOp<'_>, container: &Arc<Container>) -> Result<(), Error> {
     container.abort_tasks();
-    release_volumes(node, sandbox, container)?;
+    release_volumes(node, sandbox, container).await?;
     container.forget().await?;
     node.registry.remove_container(container);
     oom_score::set(node, sandbox);

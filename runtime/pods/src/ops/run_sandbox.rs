@@ -93,7 +93,7 @@ async fn undo(node: &Node, sandbox: &SandboxOp<'_>, name: Reservation<'_>) -> Re
         name.keep();
         return Ok(());
     }
-    lifecycle::forget(node, sandbox)
+    lifecycle::forget(node, sandbox).await
 }
 
 /// Starts what the pod runs in, tells its agent what it is, and records it.

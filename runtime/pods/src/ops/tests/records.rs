@@ -89,7 +89,7 @@ async fn a_container_whose_record_does_not_read_is_not_made_again() {
     // It goes with its pod.
     let pod = node.registry.sandbox(pod.id.as_str()).unwrap();
     let mut unlocked = Unlocked::new();
-    lifecycle::forget(&node, &pod.lock_op(&mut unlocked).await).unwrap();
+    lifecycle::forget(&node, &pod.lock_op(&mut unlocked).await).await.unwrap();
     assert!(node.registry.unread().is_empty());
     node.registry.reserve(name, "other").unwrap().keep();
 }
