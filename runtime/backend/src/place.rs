@@ -110,7 +110,7 @@ impl Place {
             self.kill_unreachable_vmm()?;
         }
         let Err(error) = husk_vm::destroy(&self.run_dir).await else { return Ok(()) };
-        tracing::warn!(sandbox = %self.id, %error, "the VMM does not end when asked; killing it");
+        tracing::warn!(%error, "the VMM does not end when asked; killing it");
         match cgroup.map(cgroup::kill) {
             Some(Ok(())) => Ok(husk_vm::destroy(&self.run_dir).await?),
             Some(Err(_)) | None => Err(error.into()),
@@ -122,7 +122,7 @@ impl Place {
         let Some(cgroup) = self.cgroup.as_deref().filter(|cgroup| husk_vm::is_in_group(cgroup)) else {
             return Ok(());
         };
-        tracing::warn!(sandbox = %self.id, "the VMM has no socket any more; killing it");
+        tracing::warn!("the VMM has no socket any more; killing it");
         cgroup::kill(cgroup).map_err(|cause| {
             let path = cgroup.to_owned();
             Error::from(husk_vm::Error::File { stage: "kill the processes of", path, cause })

@@ -4,12 +4,13 @@ use std::panic::resume_unwind;
 
 /// Makes calls that may block, on a thread of their own, and returns their result. A disk
 /// that holds up a worker would hold up every task of huskd. The calls run to their end,
-/// also when nobody waits for them any more.
+/// also when nobody waits for them any more, and their log lines are in the caller's span.
 ///
 /// # Panics
 /// When the calls do.
 pub async fn blocking<T: Send + 'static>(calls: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(calls).await {
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(calls)).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => resume_unwind(panic),

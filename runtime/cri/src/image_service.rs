@@ -16,6 +16,7 @@ use husk_proto::cri::{
     StreamImagesRequest, StreamImagesResponse, UInt64Value,
 };
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
 
 use crate::batches::in_batches;
 use crate::status;
@@ -97,11 +98,12 @@ impl ImageService for Images {
         let name = named(request.image).map_err(refused)?;
         let auth = credentials(&name, request.auth).map_err(refused)?;
         let (store, trim) = (self.store.clone(), self.trim);
-        let pull = tokio::spawn(async move {
+        let pull = async move {
             let pulled = store.pull(&name, auth).await;
             trim();
             pulled
-        });
+        };
+        let pull = tokio::spawn(pull.in_current_span());
         let pulled = pull.await.map_err(|error| refused(Error::Internal(error.to_string())))?;
         Ok(Response::new(PullImageResponse { image_ref: pulled.map_err(|error| refused(error.into()))? }))
     }

@@ -12,6 +12,7 @@ use husk_pods::{Error, Node, ops};
 use husk_proto::cri::runtime_service_server::RuntimeService;
 use husk_proto::cri::*;
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
 
 use crate::batches::in_batches;
 use crate::{
@@ -45,7 +46,11 @@ fn answer<T>(result: Result<T, Error>) -> Answer<T> {
 async fn to_its_end<T: Send + 'static>(
     rpc: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Answer<T> {
-    answer(tokio::spawn(rpc).await.unwrap_or_else(|error| Err(Error::Internal(error.to_string()))))
+    answer(
+        tokio::spawn(rpc.in_current_span())
+            .await
+            .unwrap_or_else(|error| Err(Error::Internal(error.to_string()))),
+    )
 }
 
 fn not_yet<T>(rpc: &str) -> Answer<T> {

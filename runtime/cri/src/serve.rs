@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use husk_pods::Node;
+use husk_pods::{Node, span};
 use husk_proto::cri::image_service_server::ImageServiceServer;
 use husk_proto::cri::runtime_service_server::RuntimeServiceServer;
 use tokio::net::{UnixListener, UnixStream};
@@ -23,7 +23,7 @@ pub(crate) const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 
 /// How long requests under way may take to end once huskd is to stop. Some wait
 /// for a container's end or for a registry; whoever asks again asks the next
-/// huskd, which takes up or takes apart whatever they had begun.
+/// huskd, which takes up or tears down whatever they had begun.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
 
 /// Serves until `stop` resolves, and a little longer for requests under way. After
@@ -43,7 +43,10 @@ pub async fn serve(node: Arc<Node>, trim: fn(), stop: impl Future<Output = ()>) 
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     let (told, stopping) = oneshot::channel();
-    let serving = Server::builder().add_service(runtime).add_service(images).serve_with_incoming_shutdown(
+    // The last part of a path is the RPC's name (gRPC over HTTP/2, "Requests").
+    let mut server = Server::builder()
+        .trace_fn(|request| span::rpc(request.uri().path().rsplit('/').next().unwrap_or_default()));
+    let serving = server.add_service(runtime).add_service(images).serve_with_incoming_shutdown(
         UnixListenerStream::new(listener),
         async move {
             stop.await;

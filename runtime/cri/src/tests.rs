@@ -1,24 +1,39 @@
-//! Every list that can be had as a stream is the same both ways.
+//! Every list that can be had as a stream is the same both ways, and what is served is logged
+//! with its ids.
 
-use std::sync::Arc;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::TryStreamExt;
 use husk_agent_client::fake::Fake;
+use husk_base::lock;
 use husk_config::Config;
 use husk_pods::Node;
 use husk_pods::test_util::{pod_of, running};
 use husk_proto::agent::{self, ContainerStat, InterfaceStat, MachineStat};
+use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
 use husk_proto::cri::runtime_service_server::RuntimeService;
 use husk_proto::cri::*;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
 use tonic::Request;
+use tonic::transport::Endpoint;
+use tower::service_fn;
 
 use crate::runtime_service::{Answer, Items, Runtime};
 
+/// The service of [`node`].
+async fn runtime(folder: &Path) -> Runtime {
+    Runtime::new(node(folder).await)
+}
+
 /// A node with three pods of one container each.
-async fn runtime(folder: &std::path::Path) -> Runtime {
+async fn node(folder: &Path) -> Arc<Node> {
     let mut config =
         Config { state_dir: folder.join("state"), run_dir: folder.join("run"), ..Config::default() };
+    config.socket = folder.join("huskd.sock");
     config.streaming.address = "127.0.0.1:0".parse().unwrap();
     let node = Arc::new(Node::open(config).unwrap());
     for id in ["one", "two", "three"] {
@@ -38,7 +53,7 @@ async fn runtime(folder: &std::path::Path) -> Runtime {
         node.registry.add_sandbox(sandbox.clone());
         node.registry.add_container(sandbox, container);
     }
-    Runtime::new(node)
+    node
 }
 
 fn empty<T: Default>() -> Request<T> {
@@ -114,4 +129,59 @@ async fn streams_filter_as_lists_do() {
     let [message] =
         all(runtime.stream_container_stats(Request::new(request)).await).await.try_into().unwrap();
     assert_eq!(message.container_stats.len(), 1);
+}
+
+/// Lines that were logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        lock(&self.0).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    /// The first line with this text, or nothing.
+    fn line(&self, text: &str) -> String {
+        let log = String::from_utf8(lock(&self.0).clone()).unwrap();
+        log.lines().find(|line| line.contains(text)).unwrap_or_default().to_owned()
+    }
+}
+
+#[tokio::test]
+async fn a_line_of_an_rpc_has_its_name_and_the_ids_that_it_is_about() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(folder.path()).await;
+    let (log, socket) = (Log::default(), node.config.socket.clone());
+    let writer = log.clone();
+    let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone());
+    let _logging = tracing::subscriber::set_default(lines.finish());
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(crate::serve(node.clone(), || {}, async move { drop(stopped.await) }));
+    while log.line("serving CRI v1").is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let connect = service_fn(move |_| {
+        let socket = socket.clone();
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    let channel = Endpoint::from_static("http://husk").connect_with_connector(connect).await.unwrap();
+    let mut client = RuntimeServiceClient::new(channel);
+
+    // By the beginning of its id, as a person gives it.
+    client.remove_container(RemoveContainerRequest { container_id: "c-of-o".into() }).await.unwrap();
+    let line = log.line("container removed");
+    assert!(line.contains("rpc=RemoveContainer sandbox=one container=c-of-one"), "{line}");
+    client.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: "two".into() }).await.unwrap();
+    let line = log.line("pod removed");
+    assert!(line.contains("rpc=RemovePodSandbox sandbox=two"), "{line}");
+
+    drop(client);
+    drop(stop);
+    serving.await.unwrap().unwrap();
 }

@@ -105,8 +105,9 @@ async fn in_thread<T: Send + 'static>(
     turn: OwnedSemaphorePermit,
     call: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, NoResult> {
+    let span = tracing::Span::current();
     let call = move || {
-        let result = call();
+        let result = span.in_scope(call);
         drop(turn);
         result
     };

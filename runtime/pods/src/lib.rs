@@ -13,6 +13,7 @@ mod lane;
 pub mod model;
 mod node;
 pub mod ops;
+pub mod span;
 #[cfg(any(test, feature = "test-util"))]
 pub mod test_util;
 

@@ -7,12 +7,14 @@ use husk_base::id::ContainerId;
 use husk_base::record::{Durability, ReadError};
 use husk_base::{lock, now};
 use tokio::task::JoinSet;
+use tracing::{Instrument, Span};
 
 use super::container_record::{ContainerRecord, Exit, State};
 use super::cpu_rate::CpuRate;
 use super::op::{ContainerOp, ContainerTurn, Unlocked};
 use super::stored::Stored;
 use super::{fanout, log};
+use crate::span;
 
 /// A container of the node.
 #[derive(Debug)]
@@ -98,7 +100,7 @@ impl Container {
         // A huskd that starts again asks the agent, or finds the machine gone.
         let (written, _unsettled) = next.commit_anyway().await;
         if let Err(error) = written {
-            tracing::warn!(container = %self.id, %error, "write container record");
+            tracing::warn!(container = %self.id, %error, "failed to write the record of a container");
         }
         tell();
         true
@@ -120,9 +122,14 @@ impl Container {
         *lock(&self.log) = file;
     }
 
+    /// The span of a task that works for the container.
+    pub(crate) fn span(&self) -> Span {
+        span::container(&self.record().sandbox_id, &self.id)
+    }
+
     /// Runs `work` for as long as the container is known.
     pub fn spawn_task(&self, work: impl Future<Output = ()> + Send + 'static) {
-        lock(&self.tasks).spawn(work);
+        lock(&self.tasks).spawn(work.instrument(self.span()));
     }
 
     /// Ends all such work.

@@ -12,6 +12,7 @@ use husk_base::lock;
 use super::container::Container;
 use super::sandbox::Sandbox;
 use super::unread::Unread;
+use crate::span;
 
 /// The node's sandboxes and containers.
 #[derive(Debug, Default)]
@@ -187,7 +188,8 @@ impl Registry {
         inner.names.retain(|_, holder| holder != container.id.as_str());
     }
 
-    /// The sandbox with this id, or the only one whose id starts so.
+    /// The sandbox with this id, or the only one whose id starts so. The present RPC is
+    /// about it.
     ///
     /// # Errors
     /// None, or more than one.
@@ -195,10 +197,12 @@ impl Registry {
         let inner = lock(&self.inner);
         by_prefix(&inner.sandboxes, "sandbox", id, SandboxId::from(id), SandboxId::as_str)
             .cloned()
+            .inspect(|sandbox| span::note_sandbox(&sandbox.id))
             .map_err(|error| inner.or_unread(error, "sandbox"))
     }
 
-    /// The container with this id, or the only one whose id starts so.
+    /// The container with this id, or the only one whose id starts so. The present RPC is
+    /// about it.
     ///
     /// # Errors
     /// None, or more than one.
@@ -206,6 +210,7 @@ impl Registry {
         let inner = lock(&self.inner);
         by_prefix(&inner.containers, "container", id, ContainerId::from(id), ContainerId::as_str)
             .cloned()
+            .inspect(|(sandbox, container)| span::note_container(&sandbox.id, &container.id))
             .map_err(|error| inner.or_unread(error, "container"))
     }
 

@@ -13,6 +13,7 @@ use husk_base::record::{Durability, ReadError};
 use husk_base::{blocking, lock, now};
 use husk_volumes::Volume;
 use serde::Serialize;
+use tracing::Span;
 
 use super::container::Container;
 use super::container_record::{Exit, State};
@@ -22,6 +23,7 @@ use super::op::{BeforeSandbox, SandboxOp};
 use super::sandbox_record::SandboxRecord;
 use super::stored::Stored;
 use crate::lane::Lane;
+use crate::span;
 
 /// Releases that the programs of a pod are of, as far as they have said it. They
 /// may be older than this huskd, or newer: see ADR 9.
@@ -131,7 +133,7 @@ impl Sandbox {
         change(&mut next);
         let (written, _unsettled) = next.commit_anyway().await;
         if let Err(error) = written {
-            tracing::warn!(sandbox = %self.id, %error, "write sandbox record");
+            tracing::warn!(%error, "failed to write the record of a pod");
         }
     }
 
@@ -216,6 +218,11 @@ impl Sandbox {
     /// The sandbox's folder under the state directory.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The span of a task that works for the pod.
+    pub(crate) fn span(&self) -> Span {
+        span::sandbox(&self.id)
     }
 
     /// The folder of the writable layers of a host pod.

@@ -13,6 +13,7 @@ use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_streaming::{Client, ExitStatus, Incoming, Outgoing, Session, StreamOptions};
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 
 use super::exec::{check, resize};
 use super::ready::pod_of_running;
@@ -31,7 +32,8 @@ pub fn attach(node: &Arc<Node>, container_id: &str, wanted: StreamOptions) -> Re
     let (sandbox, container) = node.registry.container(container_id)?;
     check("attach", wanted)?;
     let running = pod_of_running("attach", &sandbox, &container)?;
-    let run = |client| async move { run(&running.agent, &container, client).await }.boxed();
+    let span = container.span();
+    let run = |client| async move { run(&running.agent, &container, client).await }.instrument(span).boxed();
     Ok(node.streaming.offer(Session::Attach(wanted, Box::new(run)))?)
 }
 

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::model::{Container, log};
 
@@ -69,7 +70,7 @@ impl Capture {
         let mut opened = Vec::new();
         for kind in kinds(container) {
             let stream = agent.open_stream(&header(container, *kind)).await.inspect_err(|error| {
-                tracing::warn!(container = %container.id, %error, "open an output; it is asked for again");
+                tracing::warn!(%error, "failed to open an output of a container; it is asked for again");
             });
             opened.push(stream.ok());
         }
@@ -83,7 +84,7 @@ impl Capture {
         for (kind, opened) in kinds(container).iter().zip(opened) {
             let (agent, container) = (agent.clone(), container.clone());
             let stream = Stream { agent, container, kind: *kind, rest: told.clone(), enough: enough.clone() };
-            streams.spawn(stream.copy(opened));
+            streams.spawn(stream.copy(opened).in_current_span());
         }
         if kinds(container).len() == 1 {
             container.output.stderr.end();
@@ -150,7 +151,7 @@ impl Stream {
             match again {
                 Ok(stream) => opened = Some(stream),
                 Err(error) => {
-                    tracing::debug!(container = %container.id, %error, "ask again for an output");
+                    tracing::debug!(%error, "failed to open an output of a container again");
                 }
             }
         }

@@ -8,6 +8,7 @@ use futures::future::{BoxFuture, Shared};
 use husk_agent_client::{self as agent, Agent};
 use husk_proto::agent::{ExecProcessRequest, SignalProcessRequest};
 use tonic::{Code, Response, Status};
+use tracing::Instrument;
 
 /// Most time until it is known whether a command was started, so that it can be
 /// killed: longer than the agent waits for runc.
@@ -41,7 +42,7 @@ impl Command {
                 Err(_) => Err(Status::deadline_exceeded("the command was not started")),
             }
         };
-        let started = tokio::spawn(start)
+        let started = tokio::spawn(start.in_current_span())
             .map(|done| done.unwrap_or_else(|error| Err(Status::internal(error.to_string()))))
             .boxed()
             .shared();
@@ -74,16 +75,16 @@ impl Drop for Command {
             signal: libc::SIGKILL.unsigned_abs(),
             all: false,
         };
-        runtime.spawn(async move {
+        let kill = async move {
             match started.await {
                 // It does not run.
                 Err(status) if status.code() != Code::DeadlineExceeded => return,
                 _ => {}
             }
-            let container = kill.container_id.clone();
             if let Err(error) = agent.call("kill", async |mut agent| agent.signal_process(kill).await).await {
-                tracing::warn!(container, %error, "kill a command that nobody waits for");
+                tracing::warn!(%error, "failed to kill a command that nobody waits for");
             }
-        });
+        };
+        runtime.spawn(kill.in_current_span());
     }
 }

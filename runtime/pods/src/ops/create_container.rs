@@ -14,7 +14,7 @@ use super::log::open_log;
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus, remove_container, supervise, synced_volumes};
 use crate::model::{Container, EventKind, Sandbox, SandboxOp, State, Unlocked, names};
-use crate::{Error, Node};
+use crate::{Error, Node, span};
 
 /// Makes a container, or leaves nothing behind.
 ///
@@ -31,6 +31,7 @@ pub async fn create_container(
     let running = ready_pod(&sandbox)?;
     runs_nothing_unknown(node, &sandbox)?;
     let id = ContainerId::random();
+    span::note_container(&sandbox.id, &id);
     let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
     let mut plan = ContainerPlan::new(node, &op, &id, config).await?;
 
@@ -61,13 +62,13 @@ pub async fn create_container(
     // The pod may have ended meanwhile: whoever recorded that left this one out.
     let made = made.await.and_then(|()| ready_pod(&sandbox).map(drop));
     if let Err(error) = made {
-        tracing::warn!(container = %id, %error, "container was not made; undoing");
+        tracing::warn!(%error, "container was not made; undoing");
         undo(node, &op, &container).await;
         return Err(error);
     }
     name.keep();
     sandbox.send_event(id.as_str(), EventKind::Created);
-    tracing::info!(container = %id, sandbox = %sandbox.id, "container created");
+    tracing::info!("container created");
     Ok(id)
 }
 
@@ -88,8 +89,7 @@ fn runs_nothing_unknown(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
 /// Tears down what was not made: now, or in the background until it is done.
 async fn undo(node: &Arc<Node>, sandbox: &SandboxOp<'_>, container: &Arc<Container>) {
     if let Err(undo) = remove_container::tear_down(node, sandbox, container).await {
-        let id = &container.id;
-        tracing::warn!(container = %id, error = %undo, "undo a container that was not made; trying again");
+        tracing::warn!(error = %undo, "failed to undo a container that was not made; trying again");
         remove_container::retry_tear_down(node, sandbox, container);
     }
 }

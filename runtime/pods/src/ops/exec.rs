@@ -9,6 +9,7 @@ use husk_proto::agent::stream::{Kind, StreamHeader};
 use husk_proto::agent::{ExecProcessRequest, ResizeTerminalRequest};
 use husk_streaming::{Client, ExitStatus, Session, Sizes, StreamOptions, pump};
 use tokio::net::UnixStream;
+use tracing::Instrument;
 
 use super::command::{Command, process_id};
 use super::ready::pod_of_running;
@@ -37,8 +38,10 @@ pub fn exec(
         terminal: wanted.terminal,
         stdin: wanted.stdin,
     };
+    let span = container.span();
     let run = |client| {
-        async move { run(&running.agent, start, client).await.unwrap_or_else(ExitStatus::Failed) }.boxed()
+        let work = async move { run(&running.agent, start, client).await.unwrap_or_else(ExitStatus::Failed) };
+        work.instrument(span).boxed()
     };
     Ok(node.streaming.offer(Session::Exec(wanted, Box::new(run)))?)
 }
@@ -126,7 +129,7 @@ pub(crate) async fn resize(
             };
             let resized = agent.call("resize", async |mut agent| agent.resize_terminal(request).await);
             if let Err(error) = resized.await {
-                tracing::debug!(container = container_id, %error, "resize terminal");
+                tracing::debug!(%error, "failed to resize a terminal");
             }
         }
     }

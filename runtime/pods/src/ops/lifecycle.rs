@@ -6,6 +6,7 @@ use std::time::Duration;
 use husk_backend::{Ending, RunningPod};
 use husk_base::{blocking, cgroup};
 use husk_proto::agent::ShutdownRequest;
+use tracing::Instrument;
 
 use super::{clock, supervise};
 use crate::model::{
@@ -30,10 +31,10 @@ const AT_THE_LATEST: Duration = Duration::from_secs(60);
 /// Watches a pod, so that its end is known when nobody asked for it, and keeps its
 /// clock. Asks, too, which releases its programs are of.
 pub(crate) fn watch(sandbox: &Arc<Sandbox>, running: &Arc<RunningPod>) {
-    tokio::spawn(ask_versions(sandbox.clone(), running.clone()));
+    tokio::spawn(ask_versions(sandbox.clone(), running.clone()).instrument(sandbox.span()));
     let (sandbox, backend, agent) = (sandbox.clone(), running.backend.clone(), running.agent.clone());
-    let record = sandbox.record();
-    tokio::spawn(async move {
+    let (record, span) = (sandbox.record(), sandbox.span());
+    let watch = async move {
         let clock = async {
             if backend.has_clock() { clock::keep(&agent).await } else { std::future::pending().await }
         };
@@ -44,9 +45,10 @@ pub(crate) fn watch(sandbox: &Arc<Sandbox>, running: &Arc<RunningPod>) {
         if sandbox.record().phase != Phase::Ready {
             return;
         }
-        tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "machine ended unasked");
+        tracing::warn!(problem = ending.problem, "pod ended unasked");
         ended(&sandbox, &ending).await;
-    });
+    };
+    tokio::spawn(watch.instrument(span));
 }
 
 /// Notes which releases a pod's programs are of, for people. None is refused: what
@@ -55,13 +57,13 @@ async fn ask_versions(sandbox: Arc<Sandbox>, running: Arc<RunningPod>) {
     let mut versions = Versions::default();
     if let Some((protocol, release)) = running.backend.vmm_version().await {
         if protocol > husk_vmm_api::PROTOCOL {
-            tracing::warn!(sandbox = %sandbox.id, release, "the pod's VMM is of a later release");
+            tracing::warn!(release, "the pod's VMM is of a later release");
         }
         versions.vmm = Some(Version { protocol, release });
     }
     if let Ok((protocol, release)) = running.agent.hello().await {
         if protocol > husk_proto::agent::PROTOCOL {
-            tracing::warn!(sandbox = %sandbox.id, release, "the pod's agent is of a later release");
+            tracing::warn!(release, "the pod's agent is of a later release");
         }
         versions.agent = Some(Version { protocol, release });
     }
@@ -112,7 +114,7 @@ pub async fn stop_sandbox(node: &Node, id: &str) -> Result<(), Error> {
     let mut unlocked = Unlocked::new();
     let op = sandbox.lock_op(&mut unlocked).await;
     stop(node, &op).await?;
-    tracing::info!(sandbox = %sandbox.id, "pod stopped");
+    tracing::info!("pod stopped");
     Ok(())
 }
 
@@ -135,7 +137,7 @@ pub async fn remove_sandbox(node: &Node, id: &str) -> Result<(), Error> {
     for id in ids.chain([sandbox.id.as_str()]) {
         sandbox.send_event(id, EventKind::Deleted);
     }
-    tracing::info!(sandbox = %sandbox.id, "pod removed");
+    tracing::info!("pod removed");
     Ok(())
 }
 
@@ -218,7 +220,7 @@ async fn kill_containers(sandbox: &Sandbox, running: &RunningPod) {
         .collect();
     let ends = containers.iter().map(|container| async {
         if let Err(error) = supervise::signal(running, &container.id, libc::SIGKILL, true).await {
-            tracing::debug!(container = %container.id, %error, "kill container");
+            tracing::debug!(container = %container.id, %error, "failed to kill a container");
             return;
         }
         let _ = tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()).await;
@@ -237,11 +239,11 @@ async fn run_poststop_hooks(sandbox: &Sandbox, running: &RunningPod) {
     match tokio::time::timeout(HOOKS_TIMEOUT, agent.shutdown(ShutdownRequest {})).await {
         Ok(Ok(_)) => {}
         Ok(Err(status)) => {
-            tracing::warn!(sandbox = %sandbox.id, message = status.message(), "run poststop hooks");
+            tracing::warn!(message = status.message(), "failed to run poststop hooks");
         }
         Err(_) => {
             let seconds = HOOKS_TIMEOUT.as_secs();
-            tracing::warn!(sandbox = %sandbox.id, seconds, "poststop hooks have not ended in time");
+            tracing::warn!(seconds, "poststop hooks have not ended in time");
         }
     }
 }
@@ -258,8 +260,8 @@ pub(crate) async fn undo(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
 /// As [`undo`], again until it is done: nobody else would come back to it. What
 /// keeps it from being done is shown in the runtime's status meanwhile.
 pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
-    let (node, sandbox) = (node.clone(), sandbox.clone());
-    tokio::spawn(async move {
+    let (node, sandbox, span) = (node.clone(), sandbox.clone(), sandbox.span());
+    let retry = async move {
         let mut pause = TRY_AGAIN;
         loop {
             let undone = {
@@ -271,7 +273,7 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
                 Ok(()) => break,
                 Err(error) => {
                     let error = husk_base::chain(&error);
-                    tracing::warn!(sandbox = %sandbox.id, error, "undo a pod that was never ready; trying again");
+                    tracing::warn!(error, "failed to undo a pod that was never ready; trying again");
                     node.registry.set_unfinished(&sandbox.id, Some(error));
                 }
             }
@@ -279,8 +281,9 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             pause = (pause * 2).min(AT_THE_LATEST);
         }
         node.registry.set_unfinished(&sandbox.id, None);
-        tracing::info!(sandbox = %sandbox.id, "a pod that was never ready is undone");
-    });
+        tracing::info!("a pod that was never ready is undone");
+    };
+    tokio::spawn(retry.instrument(span));
 }
 
 /// Removes what [`stop`] leaves: the records.

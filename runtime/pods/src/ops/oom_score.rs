@@ -15,7 +15,7 @@ pub(crate) fn set(node: &Node, sandbox: &Sandbox) {
     });
     let score = lowest(scores);
     if let Err(error) = sandbox.place(&node.config.run_dir).set_oom_score(score) {
-        tracing::debug!(sandbox = %sandbox.id, score, %error, "failed to set the OOM score of the pod's VMM");
+        tracing::debug!(score, %error, "failed to set the OOM score of the pod's VMM");
     }
 }
 

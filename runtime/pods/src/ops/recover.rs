@@ -19,6 +19,7 @@ use husk_config::Handler;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tracing::Instrument;
 
 use super::log::open_log;
 use super::{lifecycle, orphans, remove_container, start_container, supervise, synced_volumes};
@@ -71,11 +72,13 @@ pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std:
     let mut work = JoinSet::new();
     for sandbox in found.sandboxes {
         let (node, turns) = (node.clone(), turns.clone());
-        work.spawn(in_turn(turns, async move {
+        let span = sandbox.span();
+        let recovered = async move {
             if let Err(error) = recover_sandbox(&node, &sandbox).await {
-                tracing::warn!(sandbox = %sandbox.id, error = husk_base::chain(&error), "recover sandbox");
+                tracing::warn!(error = husk_base::chain(&error), "failed to recover a pod");
             }
-        }));
+        };
+        work.spawn(in_turn(turns, recovered.instrument(span)));
     }
     if timeout(patience, async { while work.join_next().await.is_some() {} }).await.is_err() {
         tracing::warn!(
@@ -218,7 +221,7 @@ async fn recover_sandbox(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     let mut unlocked = Unlocked::new();
     let op = sandbox.lock_op(&mut unlocked).await;
     if phase == Phase::Creating {
-        tracing::info!(sandbox = %sandbox.id, "take apart a sandbox that was never ready");
+        tracing::info!("tearing down a pod that was never ready");
         return lifecycle::undo(node, &op).await.inspect_err(|_| lifecycle::undo_later(node, sandbox));
     }
     // An earlier huskd may have ended before its stop did. When it did not,
@@ -241,16 +244,18 @@ async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error
         Err(error) => {
             let oom_kills = sandbox.record().oom_kills;
             let ending = sandbox.place(&node.config.run_dir).ending(&error, oom_kills);
-            tracing::warn!(sandbox = %sandbox.id, problem = ending.problem, "the sandbox's machine has gone");
+            tracing::warn!(problem = ending.problem, "the pod has gone");
             return lifecycle::stop_for(node, &op, &ending).await;
         }
     };
     sandbox.set_running(Some(running.clone()));
     lifecycle::watch(sandbox, &running);
     let containers = sandbox.containers();
-    let resumed = containers.iter().map(|container| resume(node, &op, &running, container));
+    let resumed = containers
+        .iter()
+        .map(|container| resume(node, &op, &running, container).instrument(container.span()));
     futures::future::join_all(resumed).await;
-    tracing::info!(sandbox = %sandbox.id, "took over a running sandbox");
+    tracing::info!("took over a running pod");
     Ok(())
 }
 
@@ -267,7 +272,7 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<RunningPod, backen
         let wanted = sandbox.record().phase == Phase::Ready;
         match reached {
             Err(error) if place.lives().await && wanted => {
-                tracing::warn!(sandbox = %sandbox.id, %error, "a pod that lives does not answer; asking again");
+                tracing::warn!(%error, "a pod that lives does not answer; asking again");
                 sandbox.set_unreached(Some(error.to_string()));
                 sleep(pause).await;
                 pause = (pause * 2).min(AT_THE_LATEST);
@@ -313,7 +318,7 @@ async fn resume(
     match container.record().state {
         State::Creating => {
             if let Err(error) = remove_container::tear_down(node, sandbox, container).await {
-                tracing::warn!(container = %container.id, %error, "take apart a container that was never made");
+                tracing::warn!(%error, "failed to tear down a container that was never made; trying again");
                 remove_container::retry_tear_down(node, sandbox, container);
             }
         }
@@ -321,7 +326,7 @@ async fn resume(
         State::Created if !container.record().start_error.is_empty() => {}
         State::Created | State::Running => {
             if let Err(error) = open_log(sandbox, container).await {
-                tracing::warn!(container = %container.id, %error, "open log; output is lost from here on");
+                tracing::warn!(%error, "failed to open a container's log; output is lost from here on");
             }
             supervise::resume(sandbox, running, container).await;
             synced_volumes::follow(running, container);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent;
+use tracing::Instrument;
 
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus};
@@ -45,7 +46,7 @@ pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
         let _ = tokio::time::timeout(END, container.wait_exited()).await;
     }
     sandbox.send_event(container.id.as_str(), EventKind::Deleted);
-    tracing::info!(container = %container.id, "container removed");
+    tracing::info!("container removed");
     Ok(())
 }
 
@@ -83,7 +84,8 @@ pub(crate) async fn tear_down(
 /// come back to it, for no client knows it.
 pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, container: &Arc<Container>) {
     let (node, sandbox, container) = (node.clone(), sandbox.clone(), container.clone());
-    tokio::spawn(async move {
+    let span = container.span();
+    let retry = async move {
         let mut pause = TRY_AGAIN;
         loop {
             tokio::time::sleep(pause).await;
@@ -96,14 +98,15 @@ pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, containe
             }
             match tear_down(&node, &op, &container).await {
                 Ok(()) => {
-                    return tracing::info!(container = %container.id, "container that was not made is gone");
+                    return tracing::info!("container that was not made is gone");
                 }
                 Err(error) => {
-                    tracing::warn!(container = %container.id, %error, "undo a container that was not made");
+                    tracing::warn!(%error, "failed to undo a container that was not made; trying again");
                 }
             }
         }
-    });
+    };
+    tokio::spawn(retry.instrument(span));
 }
 
 /// Removes it from its pod, if that runs, and gives back its disks.
@@ -135,7 +138,7 @@ async fn release(node: &Node, sandbox: &SandboxOp<'_>, container: &Arc<Container
     node.registry.remove_container(container);
     oom_score::set(node, sandbox);
     if let Err(error) = pin_cpus::pin(node, sandbox) {
-        tracing::debug!(sandbox = %sandbox.id, %error, "pin what is left of the pod");
+        tracing::debug!(%error, "failed to pin what is left of a pod to CPUs");
     }
     Ok(())
 }

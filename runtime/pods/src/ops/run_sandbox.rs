@@ -14,7 +14,7 @@ use husk_proto::cri;
 use super::{check_sandbox, lifecycle};
 use crate::model::registry::Reservation;
 use crate::model::{BootTimes, EventKind, Phase, Sandbox, SandboxOp, SandboxRecord, Unlocked, names};
-use crate::{Error, Node};
+use crate::{Error, Node, span};
 
 /// Makes a pod, or leaves nothing behind.
 ///
@@ -35,6 +35,7 @@ pub async fn run_sandbox(
     check_sandbox::check(node, &config, handler.kind())?;
 
     let id = SandboxId::random();
+    span::note_sandbox(&id);
     let name = node.registry.reserve(names::sandbox(&config), id.as_str())?;
     let record = new_record(&id, handler_name, handler, config);
     let directory = node.sandboxes_dir().join(id.as_str());
@@ -43,7 +44,7 @@ pub async fn run_sandbox(
     let mut unlocked = Unlocked::new();
     let op = sandbox.lock_op(&mut unlocked).await;
     if let Err(error) = bring_up(node, &op, handler).await {
-        tracing::warn!(sandbox = %id, error = husk_base::chain(&error), "pod did not start; undoing");
+        tracing::warn!(error = husk_base::chain(&error), "pod did not start; undoing");
         undo(node, &op, name).await?;
         return Err(error);
     }
@@ -88,7 +89,10 @@ fn new_record(
 async fn undo(node: &Node, sandbox: &SandboxOp<'_>, name: Reservation<'_>) -> Result<(), Error> {
     if let Err(undo) = lifecycle::stop(node, sandbox).await {
         let undo = husk_base::chain(&undo);
-        tracing::warn!(sandbox = %sandbox.id, error = undo, "undo a pod that did not start; its client can stop and remove it");
+        tracing::warn!(
+            error = undo,
+            "failed to undo a pod that did not start; its client can stop and remove it"
+        );
         node.registry.add_sandbox(Arc::clone(sandbox));
         name.keep();
         return Ok(());
@@ -143,7 +147,6 @@ async fn bring_up(node: &Arc<Node>, sandbox: &SandboxOp<'_>, handler: &Handler) 
         .await?;
     lifecycle::watch(sandbox, &running);
     tracing::info!(
-        sandbox = %sandbox.id,
         pod = names::sandbox(config),
         kind = ?record.kind,
         network_ms = boot.network,

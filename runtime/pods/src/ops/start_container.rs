@@ -46,7 +46,7 @@ pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
         return Err(error);
     }
     sandbox.send_event(container.id.as_str(), EventKind::Started);
-    tracing::info!(container = %container.id, "container started");
+    tracing::info!("container started");
     Ok(())
 }
 
@@ -72,7 +72,7 @@ async fn give_up(sandbox: &Sandbox, running: &RunningPod, container: &Container,
         && let Err(error) = supervise::signal(running, &container.id, libc::SIGKILL, true).await
         && error.status.code() != tonic::Code::NotFound
     {
-        tracing::warn!(container = %container.id, %error, "end what could not be started; it counts as running");
+        tracing::warn!(%error, "failed to end a container that could not be started; it counts as running");
         return;
     }
     let exit = Exit {
@@ -89,12 +89,12 @@ async fn give_up(sandbox: &Sandbox, running: &RunningPod, container: &Container,
 pub(crate) async fn catch_up(sandbox: &Sandbox, running: &RunningPod, container: &Container) {
     match ask(running, container).await {
         Ok(()) => {
-            tracing::info!(container = %container.id, "started what an earlier huskd was about to start")
+            tracing::info!("started a container that an earlier huskd was about to start")
         }
         Err(error) => match error.status.code() {
             tonic::Code::FailedPrecondition | tonic::Code::NotFound => {}
             tonic::Code::Internal if !error.lost => give_up(sandbox, running, container, &error.into()).await,
-            _ => tracing::warn!(container = %container.id, %error, "see whether a container was started"),
+            _ => tracing::warn!(%error, "failed to see whether a container was started"),
         },
     }
 }

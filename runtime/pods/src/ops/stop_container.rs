@@ -51,7 +51,7 @@ async fn stop(sandbox: &Sandbox, container: &Arc<Container>, grace: Duration) ->
         running
     };
     if tokio::time::timeout(grace, container.wait_exited()).await.is_ok() {
-        tracing::info!(container = %container.id, "container stopped");
+        tracing::info!("container stopped");
         return Ok(());
     }
     match supervise::signal(&running, &container.id, libc::SIGKILL, true).await {
@@ -66,7 +66,7 @@ async fn stop(sandbox: &Sandbox, container: &Arc<Container>, grace: Duration) ->
             AFTER_KILL.as_secs()
         )));
     }
-    tracing::info!(container = %container.id, "container killed");
+    tracing::info!("container killed");
     Ok(())
 }
 

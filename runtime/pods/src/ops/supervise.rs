@@ -7,6 +7,7 @@ use husk_agent_client as agent;
 use husk_backend::RunningPod;
 use husk_base::id::ContainerId;
 use husk_proto::agent::SignalProcessRequest;
+use tracing::Instrument;
 
 use super::capture::{Capture, Rest};
 use crate::model::{Container, Exit, Sandbox};
@@ -22,7 +23,8 @@ pub(crate) async fn follow(
     container: &Arc<Container>,
 ) -> std::io::Result<()> {
     let output = Capture::start(&running.agent, container).await?;
-    tokio::spawn(await_end(sandbox.clone(), running.clone(), container.clone(), output));
+    let end = await_end(sandbox.clone(), running.clone(), container.clone(), output);
+    tokio::spawn(end.instrument(container.span()));
     Ok(())
 }
 
@@ -30,7 +32,8 @@ pub(crate) async fn follow(
 /// cannot be had at once is asked for again.
 pub(crate) async fn resume(sandbox: &Arc<Sandbox>, running: &Arc<RunningPod>, container: &Arc<Container>) {
     let output = Capture::resume(&running.agent, container).await;
-    tokio::spawn(await_end(sandbox.clone(), running.clone(), container.clone(), output));
+    let end = await_end(sandbox.clone(), running.clone(), container.clone(), output);
+    tokio::spawn(end.instrument(container.span()));
 }
 
 /// Tells whoever is attached that the output has ended, whyever it is not
@@ -60,7 +63,7 @@ async fn await_end(
     container.output.hurry();
     let kept = matches!(&ended, Some(Ok(end)) if end.output_kept);
     if !output.finish(if kept { Rest::Kept } else { Rest::None }).await {
-        tracing::warn!(container = %container.id, "output did not end with the container: the rest is lost");
+        tracing::warn!("output did not end with the container: the rest is lost");
     }
     match ended {
         Some(Ok(end)) => {
@@ -71,7 +74,7 @@ async fn await_end(
             let exit = Exit::unknown("the agent in the pod does not know this container any more");
             sandbox.container_ended(&container, exit).await;
         }
-        Some(Err(error)) => tracing::debug!(container = %container.id, %error, "wait for container"),
+        Some(Err(error)) => tracing::debug!(%error, "failed to wait for the end of a container"),
         None => {}
     }
 }

@@ -43,11 +43,11 @@ pub async fn update_container(
         record(&container, &old).await?;
         oom_score::set(node, &sandbox);
         if let Err(error) = pin_cpus::pin(node, &sandbox) {
-            tracing::warn!(container = %container.id, %error, "undo an update of resources");
+            tracing::warn!(%error, "failed to undo an update of resources");
         }
         return Err(error);
     }
-    tracing::info!(container = %container.id, "resources updated");
+    tracing::info!("resources updated");
     Ok(())
 }
 
@@ -190,7 +190,7 @@ pub async fn update_sandbox(
         }
     }
     sandbox.update(|record| record.config = config).await?;
-    tracing::info!(sandbox = %sandbox.id, "pod resources updated");
+    tracing::info!("pod resources updated");
     Ok(())
 }
 

@@ -48,11 +48,11 @@ pub async fn usage(sandbox: &Sandbox, containers: Vec<Arc<Container>>) -> Option
     let answer = match tokio::time::timeout(AGENT_LIMIT, asked).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(error)) => {
-            tracing::warn!(sandbox = %sandbox.id, %error, "no figures");
+            tracing::warn!(sandbox = %sandbox.id, %error, "failed to ask for the usage of a pod");
             return None;
         }
         Err(_) => {
-            tracing::warn!(sandbox = %sandbox.id, "no figures: the agent does not answer");
+            tracing::warn!(sandbox = %sandbox.id, "no usage of a pod: its agent did not answer in time");
             return None;
         }
     };
