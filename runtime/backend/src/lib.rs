@@ -5,6 +5,7 @@
 //! its [`Place`]; [`start`] turns a plan into the first.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,7 @@
 //! [`husk_pods`], and the answer back; [`status`] chooses the gRPC code of an error.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 mod attach;
 mod batches;

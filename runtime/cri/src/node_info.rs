@@ -65,6 +65,7 @@ fn condition(kind: &str, reason: &str, problem: Option<String>) -> RuntimeCondit
 }
 
 /// The reason for which the default handler cannot start pods. This blocks.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn runtime_problem(node: &Node) -> Option<String> {
     let (_, handler) = node.config.handler("")?;
     let missing =

@@ -11,6 +11,7 @@ use husk_agent_client::fake::Fake;
 use husk_base::lock;
 use husk_config::Config;
 use husk_pods::Node;
+use husk_pods::model::Exit;
 use husk_pods::test_util::{pod_of, running};
 use husk_proto::agent::{self, ContainerStat, InterfaceStat, MachineStat};
 use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
@@ -173,6 +174,9 @@ async fn a_line_of_an_rpc_has_its_name_and_the_ids_that_it_is_about() {
     let channel = Endpoint::from_static("http://husk").connect_with_connector(connect).await.unwrap();
     let mut client = RuntimeServiceClient::new(channel);
 
+    for (sandbox, container) in node.registry.containers() {
+        sandbox.container_ended(&container, Exit::unknown("it has ended")).await;
+    }
     // By the beginning of its id, as a person gives it.
     client.remove_container(RemoveContainerRequest { container_id: "c-of-o".into() }).await.unwrap();
     let line = log.line("container removed");

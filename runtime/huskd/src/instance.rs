@@ -89,11 +89,7 @@ impl Instance {
         for (folder, found) in [(state_dir, in_state), (run_dir, in_run)] {
             if found.as_ref() != Some(&ours) {
                 let (path, identity) = (folder.join(IDENTITY), ours.clone());
-                blocking(move || {
-                    record::write(&path, &identity, &Unknown::default(), Durability::Acknowledged)
-                        .with_context(|| format!("write {}", path.display()))
-                })
-                .await?;
+                blocking(move || write_identity(&path, &identity)).await?;
             }
         }
         Ok(Self { _run_dir: run_lock, _state_dir: state_lock })
@@ -107,6 +103,7 @@ async fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
     blocking(move || wait_for_lock(&folder)).await
 }
 
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn wait_for_lock(folder: &Path) -> anyhow::Result<Flock<File>> {
     dirs::make(folder, TRAVERSE_ONLY).with_context(|| format!("make folder {}", folder.display()))?;
     let path = folder.join(LOCK);
@@ -140,12 +137,22 @@ fn wait_for_lock(folder: &Path) -> anyhow::Result<Flock<File>> {
 /// Whose a folder is; `None` if nobody has said it yet.
 async fn identity(folder: &Path) -> anyhow::Result<Option<Identity>> {
     let path = folder.join(IDENTITY);
-    let read = path.clone();
-    match blocking(move || record::read(&read)).await {
+    blocking(move || read_identity(&path)).await
+}
+
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+fn read_identity(path: &Path) -> anyhow::Result<Option<Identity>> {
+    match record::read(path) {
         Ok((identity, _)) => Ok(Some(identity)),
         Err(ReadError::File(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+fn write_identity(path: &Path, identity: &Identity) -> anyhow::Result<()> {
+    record::write(path, identity, &Unknown::default(), Durability::Acknowledged)
+        .with_context(|| format!("write {}", path.display()))
 }
 
 /// The folders of pods below a run folder in which somebody still listens.
@@ -168,6 +175,7 @@ async fn has_record_of(state_dir: &Path, living: &[PathBuf]) -> bool {
 }
 
 /// The entries of a folder; none of one that cannot be read.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 async fn below(folder: PathBuf) -> Vec<PathBuf> {
     blocking(|| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect())
         .await

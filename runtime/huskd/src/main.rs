@@ -1,5 +1,7 @@
 //! `huskd`: the CRI server of a node. Everything is wired here, and nothing owned.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;

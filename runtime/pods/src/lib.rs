@@ -7,6 +7,7 @@
 //! recovers what an earlier huskd left, calls an operation.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 mod error;
 mod lane;

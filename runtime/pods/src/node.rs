@@ -36,10 +36,11 @@ pub struct Node {
 }
 
 impl Node {
-    /// Opens what is on disk. Makes no VM and no network.
+    /// Opens what is on disk. Makes no VM and no network. This blocks.
     ///
     /// # Errors
     /// With the folder or file that cannot be used.
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub fn open(config: Config) -> anyhow::Result<Self> {
         use anyhow::Context;
         let network_dir = config.state_dir.join("network");

@@ -51,6 +51,7 @@ impl LogFile {
     /// # Errors
     /// The disk's; a symbolic link below the folder, and a log that is no
     /// regular file.
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub fn open(folder: &Path, path: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let file = append(folder, path)?;

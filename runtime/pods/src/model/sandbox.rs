@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use husk_backend::{Place, RunningPod};
 use husk_base::id::SandboxId;
 use husk_base::record::{Durability, ReadError};
-use husk_base::{blocking, lock, now};
+use husk_base::{lock, now};
 use husk_volumes::Volume;
 use serde::Serialize;
 use tracing::Span;
@@ -75,8 +75,7 @@ impl Sandbox {
     /// # Errors
     /// The disk's.
     pub async fn create(directory: PathBuf, record: SandboxRecord, events: Events) -> std::io::Result<Self> {
-        let containers = directory.join(CONTAINERS);
-        blocking(move || std::fs::create_dir_all(containers)).await?;
+        tokio::fs::create_dir_all(directory.join(CONTAINERS)).await?;
         let record = Stored::create(directory.join(RECORD), directory.parent(), record).await?;
         Ok(Self::with(directory, record, events))
     }

@@ -37,6 +37,7 @@ struct RecordFile {
 }
 
 impl RecordFile {
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     fn write<T: Serialize>(&self, record: &T, durability: Durability) -> io::Result<()> {
         if self.forgotten {
             return Ok(());
@@ -44,6 +45,15 @@ impl RecordFile {
         record::write(&self.path, record, &self.unknown, durability)?;
         match &self.outer {
             Some(folder) if durability == Durability::Acknowledged => std::fs::File::open(folder)?.sync_all(),
+            _ => Ok(()),
+        }
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+    fn remove(&mut self) -> io::Result<()> {
+        self.forgotten = true;
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
     }
@@ -64,6 +74,7 @@ impl<T: Clone + Serialize + DeserializeOwned + Send + Sync + 'static> Stored<T> 
     ///
     /// # Errors
     /// [`ReadError`].
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub(crate) fn load(path: PathBuf, outer: Option<&Path>) -> Result<Self, ReadError> {
         let (record, unknown) = record::read(&path)?;
         Ok(Self::with(path, outer, record, unknown))
@@ -104,14 +115,7 @@ impl<T: Clone + Serialize + DeserializeOwned + Send + Sync + 'static> Stored<T> 
     /// The disk's; it can be repeated.
     pub(crate) async fn remove(&self) -> io::Result<()> {
         let mut file = self.file.clone().lock_owned().await;
-        blocking(move || {
-            file.forgotten = true;
-            match std::fs::remove_file(&file.path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            }
-        })
-        .await
+        blocking(move || file.remove()).await
     }
 }
 

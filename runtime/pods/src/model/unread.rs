@@ -85,7 +85,8 @@ impl Unread {
         }
     }
 
-    /// Logs it, and keeps a copy of the record beside it.
+    /// Logs it, and keeps a copy of the record beside it. This blocks.
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub fn tell(&self) {
         if self.path.is_file()
             && let Err(error) = record::keep_bad(&self.path)
@@ -121,6 +122,7 @@ impl Unread {
 }
 
 /// What a record says of the name of its pod or container.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn salvaged<T: for<'a> Deserialize<'a> + Default + PartialEq>(path: &Path) -> Option<T> {
     let metadata = match record::salvage(path, "metadata")? {
         Salvaged::Whole(record) => record.pointer("/config/metadata")?.clone(),
@@ -131,6 +133,7 @@ fn salvaged<T: for<'a> Deserialize<'a> + Default + PartialEq>(path: &Path) -> Op
 }
 
 /// Which slots of its machine a container has filled.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn disks(path: &Path) -> Option<Vec<(String, PathBuf)>> {
     let Salvaged::Whole(record) = record::salvage(path, "image_slot")? else { return None };
     let text = |name: &str| record.get(name).and_then(Value::as_str).map(str::to_owned);

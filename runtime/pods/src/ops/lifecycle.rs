@@ -1,5 +1,7 @@
 //! The end of a pod, asked for or not.
 
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -183,7 +185,7 @@ pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -
     remove_layers(sandbox).await?;
     let scratch = sandbox.scratch();
     match tokio::fs::remove_file(&scratch).await {
-        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
             Err(Error::File { stage: "remove sandbox disk", path: scratch, cause })
         }
         _ => Ok(()),
@@ -204,10 +206,16 @@ async fn forget_unmade(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
 
 /// Removes what the containers of a host pod have written, which may be much.
 async fn remove_layers(sandbox: &Sandbox) -> Result<(), Error> {
-    let layers = sandbox.layers();
-    let path = layers.clone();
-    let removed = blocking(move || husk_base::remove_tree(&path)).await;
-    removed.map_err(|cause| Error::File { stage: "remove writable layers", path: layers, cause })
+    let path = sandbox.layers();
+    let removed = remove_tree(&path).await;
+    removed.map_err(|cause| Error::File { stage: "remove writable layers", path, cause })
+}
+
+/// Removes a folder with all that is in it.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+pub(super) async fn remove_tree(path: &Path) -> io::Result<()> {
+    let path = path.to_owned();
+    blocking(move || husk_base::remove_tree(&path)).await
 }
 
 /// Gives containers that still run their end, so that the last of their output
@@ -292,7 +300,7 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
 /// The disk's.
 pub(crate) async fn forget(node: &Node, sandbox: &SandboxOp<'_>) -> Result<(), Error> {
     match tokio::fs::remove_dir_all(sandbox.directory()).await {
-        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
             return Err(Error::File {
                 stage: "remove sandbox record",
                 path: sandbox.directory().into(),

@@ -1,7 +1,7 @@
 //! Orphans: machines, volumes and networks that no record names. They end when
 //! huskd starts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use husk_backend::Place;
@@ -23,10 +23,7 @@ pub(super) async fn end(node: &Arc<Node>, known: &[SandboxId]) {
 async fn end_machines(node: &Node, known: &[SandboxId]) {
     let run_dirs: Vec<_> = known.iter().map(|id| dirs::sandbox_run_dir(&node.config.run_dir, id)).collect();
     let folder = node.config.run_dir.join("sandboxes");
-    let found = blocking(move || -> Vec<PathBuf> {
-        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
-    });
-    for path in found.await {
+    for path in blocking(move || below(&folder)).await {
         if !run_dirs.contains(&path) {
             tracing::info!(path = %path.display(), "end a machine that no record speaks of");
             if let Err(error) = Place::destroy_orphan(&path).await {
@@ -36,7 +33,13 @@ async fn end_machines(node: &Node, known: &[SandboxId]) {
     }
 }
 
-/// This blocks.
+/// The entries of a folder; none of one that cannot be read. This blocks.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+fn below(folder: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// Unmounts volumes that no record names. This blocks.
 fn close_volumes(node: &Node, known: &[SandboxId]) {
     let shared: Vec<_> = known.iter().map(|id| SharedDir::of(&node.config.run_dir, id)).collect();
     for orphan in SharedDir::all(&node.config.run_dir) {

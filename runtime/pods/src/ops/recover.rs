@@ -63,8 +63,7 @@ pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std:
     let known: Vec<_> = sandboxes.chain(unread).collect();
     orphans::end(node, &known).await;
     for path in found.empty {
-        let removed = path.clone();
-        if let Err(error) = blocking(move || husk_base::remove_tree(&removed)).await {
+        if let Err(error) = lifecycle::remove_tree(&path).await {
             tracing::warn!(path = %path.display(), %error, "remove a sandbox that has no record");
         }
     }
@@ -161,6 +160,7 @@ async fn find(node: &Arc<Node>) -> std::io::Result<Found> {
 }
 
 /// Reads the folder of sandboxes, and each sandbox's record. This blocks.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn entries(node: &Node) -> std::io::Result<Vec<Entry>> {
     let folder = node.sandboxes_dir();
     std::fs::create_dir_all(&folder)?;
@@ -338,6 +338,7 @@ async fn resume(
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn load_containers(node: &Node, sandbox: &Arc<Sandbox>) -> std::io::Result<()> {
     for entry in std::fs::read_dir(sandbox.directory().join(CONTAINERS))? {
         let path = entry?.path();
