@@ -7,9 +7,10 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use husk_agent_client::Agent;
+use husk_base::FileError;
 use husk_hostpod::Supervisor;
 use husk_proto::agent::Rootfs;
 use husk_vm::Vmm;
@@ -79,11 +80,7 @@ impl Backend {
     /// The VMM's, or a file that cannot be read.
     pub async fn attach_image(&self, disk: &str, rootfs: &Path) -> Result<(), Error> {
         let Self::Vm(vmm) = self else { return Ok(()) };
-        let file = tokio::fs::File::open(rootfs).await.map_err(|cause| Error::File {
-            stage: "open image",
-            path: rootfs.into(),
-            cause,
-        })?;
+        let file = tokio::fs::File::open(rootfs).await.map_err(FileError::at("open image", rootfs))?;
         Ok(vmm.control.attach_disk(disk.to_owned(), file.into_std().await.into()).await?)
     }
 
@@ -137,49 +134,43 @@ impl Ending {
     }
 }
 
-/// A pod's backend failed at something.
+/// A pod's backend failed. The text says the stage first; a cause is the
+/// [source](std::error::Error::source).
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The VM.
+    /// The VM failed.
     #[error(transparent)]
     Vm(#[from] husk_vm::Error),
-    /// The supervisor of host containers.
+    /// The supervisor of host containers failed.
     #[error(transparent)]
     Host(#[from] husk_hostpod::Error),
-    /// The VM's writable disk.
+    /// The VM's writable disk cannot be made.
     #[error(transparent)]
     Disk(#[from] husk_vm::DiskError),
-    /// CNI, network namespace, tap.
-    #[error("network: {0}")]
+    /// CNI, the network namespace or a tap failed.
+    #[error("network")]
     Network(#[from] husk_network::Error),
-    /// Mounts of volumes.
+    /// A volume cannot be mounted or unmounted.
     #[error(transparent)]
     Volume(#[from] husk_volumes::Error),
-    /// The pod's configuration.
+    /// The pod's configuration cannot be had.
     #[error(transparent)]
     Spec(#[from] husk_oci::Error),
-    /// Programs of a handler's hooks.
+    /// The programs of a handler's hooks cannot be read.
     #[error(transparent)]
     Hooks(#[from] husk_oci::hooks::Error),
-    /// A container's AppArmor profile.
+    /// A container's AppArmor profile cannot be had.
     #[error(transparent)]
     AppArmor(#[from] husk_oci::apparmor::Error),
     /// The kernel gives no random numbers.
-    #[error("draw a seed for the machine's random numbers: getrandom: {0}")]
-    Seed(std::io::Error),
-    /// A file of the host.
-    #[error("{stage}: {path}: {cause}")]
-    File {
-        /// The step.
-        stage: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The kernel's reason.
-        cause: std::io::Error,
-    },
-    /// The state that the pod or the node is in does not allow it.
+    #[error("draw a seed for the machine's random numbers: getrandom")]
+    Seed(#[source] std::io::Error),
+    /// A file of the host could not be opened or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The pod or the node is in a state that forbids it.
     #[error("{0}")]
-    Precondition(String),
+    WrongState(String),
 }
 
 #[cfg(test)]

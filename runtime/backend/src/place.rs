@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_base::id::{ContainerId, SandboxId};
-use husk_base::{cgroup, dirs};
+use husk_base::{FileError, cgroup, chain, dirs};
 use husk_config::{Handler, HostHandler, Kind};
 use husk_oci::apparmor::{self, Confinement};
 use husk_oci::{HostPod, choose_cpus};
@@ -87,7 +87,7 @@ impl Place {
         let says_why = exit.is_some();
         match Ending::of_vmm(exit, self.cgroup.as_deref(), oom_kills) {
             ending if self.kind == Kind::Vm && (says_why || ending.out_of_memory) => ending,
-            _ => Ending::of(error.to_string()),
+            _ => Ending::of(chain(error)),
         }
     }
 
@@ -110,7 +110,7 @@ impl Place {
             self.kill_unreachable_vmm()?;
         }
         let Err(error) = husk_vm::destroy(&self.run_dir).await else { return Ok(()) };
-        tracing::warn!(%error, "the VMM does not end when asked; killing it");
+        tracing::warn!(error = chain(&error), "the VMM does not end when asked; killing it");
         match cgroup.map(cgroup::kill) {
             Some(Ok(())) => Ok(husk_vm::destroy(&self.run_dir).await?),
             Some(Err(_)) | None => Err(error.into()),
@@ -123,10 +123,7 @@ impl Place {
             return Ok(());
         };
         tracing::warn!("the VMM has no socket any more; killing it");
-        cgroup::kill(cgroup).map_err(|cause| {
-            let path = cgroup.to_owned();
-            Error::from(husk_vm::Error::File { stage: "kill the processes of", path, cause })
-        })
+        Ok(cgroup::kill(cgroup).map_err(FileError::at("kill the processes of the control group", cgroup))?)
     }
 
     /// Ends whatever runs in a pod's run directory that no record speaks of.
@@ -209,16 +206,14 @@ impl Place {
                 if list.is_empty() {
                     continue;
                 }
-                return Err(Error::Precondition(
+                return Err(Error::WrongState(
                     "cpuset_cpus, cpuset_mems: the host has no control groups (version 2) to pin a pod with"
                         .into(),
                 ));
             };
-            if let Err(cause) = cgroup::set_list(cgroup, file, list)
-                && !list.is_empty()
-            {
-                let stage = "pin the pod to CPUs of the host";
-                return Err(Error::File { stage, path: cgroup.join(file), cause });
+            let set = cgroup::set_list(cgroup, file, list);
+            if !list.is_empty() {
+                set.map_err(FileError::at("pin the pod to CPUs of the host", &cgroup.join(file)))?;
             }
         }
         Ok(())

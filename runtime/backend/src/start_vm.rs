@@ -1,8 +1,10 @@
 //! Starts a pod in a VM.
 
 use std::io;
+use std::path::Path;
 use std::time::Instant;
 
+use husk_base::FileError;
 use husk_config::VmHandler;
 use husk_network::{Attachment, GuestInterface, Route};
 use husk_proto::agent::{self, CreateSandboxRequest};
@@ -46,11 +48,7 @@ pub(crate) async fn start(
         services.disks.create(&plan.scratch, handler.disk_mib).await?;
         // Without a tap the other branch has failed, and says why.
         let Ok(tap) = main_tap.await else { return std::future::pending().await };
-        let copy = tap.try_clone().map_err(|cause| Error::File {
-            stage: "pass tap",
-            path: "/dev/net/tun".into(),
-            cause,
-        })?;
+        let copy = tap.try_clone().map_err(FileError::at("pass tap", Path::new("/dev/net/tun")))?;
         let nic = Nic { tap: copy, mac: MAIN_MAC };
         Ok((services.templates.launch(&vm(vec![nic])).await?, tap))
     };

@@ -52,7 +52,7 @@ impl Place {
     ) -> Result<Option<VolumeMounts>, Error> {
         let Backend::Vm(vmm) = &running.backend else { return Ok(None) };
         let program = server.program.ok_or_else(|| {
-            Error::Precondition(format!("the configuration has no handler `{}` any more", server.handler))
+            Error::WrongState(format!("the configuration has no handler `{}` any more", server.handler))
         })?;
         let shared = SharedDir::of(&self.base, &self.id);
         let shared = blocking(move || shared.open().map(|()| shared)).await?;
@@ -68,7 +68,7 @@ impl Place {
         file_server::ensure(&vmm.control, plan).await?;
         let run_dir = self.run_dir.clone();
         let namespace = blocking(move || file_server::namespace(&run_dir)).await?;
-        let ended = || Error::Precondition("the pod's file server has ended: restart the pod".into());
+        let ended = || Error::WrongState("the pod's file server has ended: restart the pod".into());
         Ok(Some(VolumeMounts { shared, namespace: namespace.ok_or_else(ended)? }))
     }
 

@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn an_error_is_the_answer() {
-        let failed = in_batches::<Container, _>(Err(Error::Internal("x".into())), |batch| batch);
+        let failed = in_batches::<Container, _>(Err(Error::Broken("x".into())), |batch| batch);
         assert!(failed.is_err());
     }
 }

@@ -104,7 +104,7 @@ impl ImageService for Images {
             pulled
         };
         let pull = tokio::spawn(pull.in_current_span());
-        let pulled = pull.await.map_err(|error| refused(Error::Internal(error.to_string())))?;
+        let pulled = pull.await.map_err(|error| refused(Error::Broken(error.to_string())))?;
         Ok(Response::new(PullImageResponse { image_ref: pulled.map_err(|error| refused(error.into()))? }))
     }
 
@@ -153,7 +153,7 @@ fn refused(error: Error) -> Status {
 
 fn named(image: Option<ImageSpec>) -> Result<String, Error> {
     let name = image.map(|image| image.image).unwrap_or_default();
-    if name.is_empty() { Err(Error::InvalidArgument("the request names no image".into())) } else { Ok(name) }
+    if name.is_empty() { Err(Error::Invalid("the request names no image".into())) } else { Ok(name) }
 }
 
 /// What the client says about itself to the registry of `image`: nothing, when
@@ -174,7 +174,7 @@ fn credentials(image: &str, auth: Option<AuthConfig>) -> Result<Credentials, Err
         return Ok(Credentials::Basic(auth.username, auth.password));
     }
     if !auth.auth.is_empty() {
-        let wrong = || Error::InvalidArgument("`auth` is not base64 of `user:password`".into());
+        let wrong = || Error::Invalid("`auth` is not base64 of `user:password`".into());
         let bytes = base64::engine::general_purpose::STANDARD.decode(auth.auth).map_err(|_| wrong())?;
         let text = String::from_utf8(bytes).map_err(|_| wrong())?;
         let (user, password) = text.split_once(':').ok_or_else(wrong)?;
@@ -184,7 +184,7 @@ fn credentials(image: &str, auth: Option<AuthConfig>) -> Result<Credentials, Err
         return Ok(Credentials::Bearer(auth.registry_token));
     }
     if !auth.identity_token.is_empty() {
-        return Err(Error::Unimplemented("pull with an identity token is not supported yet".into()));
+        return Err(Error::Unsupported("pull with an identity token is not supported yet".into()));
     }
     Ok(Credentials::Anonymous)
 }

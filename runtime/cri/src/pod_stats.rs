@@ -29,7 +29,7 @@ pub(crate) async fn pod_sandbox_stats(
     let sandbox = node.registry.sandbox(&request.pod_sandbox_id)?;
     match of_sandbox(&sandbox).await {
         Some(stats) => Ok(PodSandboxStatsResponse { stats: Some(stats) }),
-        None => Err(Error::FailedPrecondition(format!(
+        None => Err(Error::WrongState(format!(
             "sandbox `{}` has no figures: its machine does not run, or does not answer",
             sandbox.id
         ))),

@@ -9,7 +9,7 @@ pub(crate) async fn run_pod_sandbox(
     node: &Arc<Node>,
     request: RunPodSandboxRequest,
 ) -> Result<RunPodSandboxResponse, Error> {
-    let config = request.config.ok_or_else(|| Error::InvalidArgument("no sandbox configuration".into()))?;
+    let config = request.config.ok_or_else(|| Error::Invalid("no sandbox configuration".into()))?;
     let id = ops::run_sandbox(node, config, &request.runtime_handler).await?;
     Ok(RunPodSandboxResponse { pod_sandbox_id: id.to_string() })
 }

@@ -49,7 +49,7 @@ async fn to_its_end<T: Send + 'static>(
     answer(
         tokio::spawn(rpc.in_current_span())
             .await
-            .unwrap_or_else(|error| Err(Error::Internal(error.to_string()))),
+            .unwrap_or_else(|error| Err(Error::Broken(error.to_string()))),
     )
 }
 

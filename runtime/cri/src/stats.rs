@@ -22,7 +22,7 @@ pub(crate) async fn container_stats(
     let usage = usage(&sandbox, vec![container.clone()]).await;
     match usage.and_then(|mut usage| usage.containers.pop()) {
         Some(usage) => Ok(ContainerStatsResponse { stats: Some(to_cri(&usage, &sandbox)) }),
-        None => Err(Error::FailedPrecondition(format!(
+        None => Err(Error::WrongState(format!(
             "container `{}` is {} and has no figures",
             container.id,
             container.record().state.word()

@@ -1,7 +1,5 @@
 //! The gRPC status of an error: the one place where codes are chosen.
 
-use std::io;
-
 use husk_oci::{apparmor, hooks};
 use husk_pods::Error;
 use husk_pods::model::LookupError;
@@ -15,16 +13,14 @@ pub(crate) fn of(error: &Error) -> Status {
 
 fn code(error: &Error) -> Code {
     match error {
-        Error::InvalidArgument(_) | Error::Spec(_) | Error::Cdi(_) | Error::ImageVolume(_) => {
-            Code::InvalidArgument
-        }
+        Error::Invalid(_) | Error::Spec(_) | Error::Cdi(_) | Error::ImageVolume(_) => Code::InvalidArgument,
         Error::Hooks(hooks::Error::TooLarge) => Code::FailedPrecondition,
         Error::Volume(husk_volumes::Error::Invalid { .. }) => Code::InvalidArgument,
         Error::Volume(husk_volumes::Error::Unsupported { .. }) => Code::Unimplemented,
-        Error::Unimplemented(_) => Code::Unimplemented,
-        Error::FailedPrecondition(_) => Code::FailedPrecondition,
-        Error::DeadlineExceeded(_) | Error::Vm(husk_vm::Error::Silent { .. }) => Code::DeadlineExceeded,
-        Error::ResourceExhausted(_) => Code::ResourceExhausted,
+        Error::Unsupported(_) => Code::Unimplemented,
+        Error::WrongState(_) => Code::FailedPrecondition,
+        Error::Timeout(_) | Error::Vm(husk_vm::Error::Silent { .. }) => Code::DeadlineExceeded,
+        Error::Full(_) => Code::ResourceExhausted,
         Error::NoImage(_) | Error::Lookup(LookupError::Unknown { .. }) => Code::NotFound,
         Error::Lookup(LookupError::Ambiguous { .. }) => Code::InvalidArgument,
         Error::Lookup(LookupError::Unread { .. }) => Code::FailedPrecondition,
@@ -36,16 +32,6 @@ fn code(error: &Error) -> Code {
         Error::AppArmor(apparmor::Error::File { .. }) => Code::Internal,
         Error::AppArmor(_) => Code::FailedPrecondition,
         Error::Image(error) => image_code(error),
-        Error::Record(cause)
-        | Error::File { cause, .. }
-        | Error::Vm(husk_vm::Error::File { cause, .. })
-        | Error::Host(husk_hostpod::Error::File { cause, .. })
-        | Error::Disk(husk_vm::DiskError::File { cause, .. })
-        | Error::Volume(husk_volumes::Error::File { cause, .. })
-            if cause.kind() == io::ErrorKind::StorageFull =>
-        {
-            Code::ResourceExhausted
-        }
         error if husk_base::is_full_disk(error) => Code::ResourceExhausted,
         _ => Code::Internal,
     }
@@ -70,6 +56,8 @@ fn image_code(error: &husk_image::Error) -> Code {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use husk_base::FileError;
 
     use super::*;
@@ -80,13 +68,13 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_called_so_wherever_it_strikes() {
-        let file = FileError { stage: "write", path: "/images/x".into(), source: full() };
-        let record = FileError { stage: "write", path: "/records/x".into(), source: full() };
+        let file = || FileError { stage: "write", path: "/x".into(), source: full() };
         for error in [
-            Error::Image(husk_image::Error::File(file)),
+            Error::Image(husk_image::Error::File(file())),
             Error::Image(husk_image::Error::Metadata(full())),
-            Error::Network(husk_network::Error::Record(record)),
-            Error::Record(full()),
+            Error::Network(husk_network::Error::Record(file())),
+            Error::File(file()),
+            Error::Volume(husk_volumes::Error::File { stage: "mount", path: "/x".into(), cause: full() }),
         ] {
             let status = of(&error);
             assert_eq!(status.code(), Code::ResourceExhausted, "{status}");

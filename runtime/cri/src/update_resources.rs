@@ -18,12 +18,10 @@ pub(crate) async fn of_container(
     // Whatever is wrong with the resources, a container that is not known comes first.
     node.registry.container(&request.container_id)?;
     if request.windows.is_some() {
-        return Err(Error::InvalidArgument(
-            "update resources: `windows`: this runtime has Linux containers".into(),
-        ));
+        return Err(Error::Invalid("update resources: `windows`: this runtime has Linux containers".into()));
     }
     let asked = request.linux.ok_or_else(|| {
-        Error::InvalidArgument("update resources: the request has no resources of a Linux container".into())
+        Error::Invalid("update resources: the request has no resources of a Linux container".into())
     })?;
     ops::update_container(node, &request.container_id, asked).await?;
     Ok(UpdateContainerResourcesResponse {})

@@ -44,6 +44,7 @@ pub enum Error {
         /// The file or directory.
         path: PathBuf,
         /// The kernel's reason.
+        #[source]
         cause: io::Error,
     },
     /// The host has no cgroup v2.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
-use husk_base::blocking;
+use husk_base::{blocking, chain};
 use husk_config::{Config, Handler};
 use husk_image::unpack;
 use husk_pods::{Node, ops};
@@ -66,7 +66,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let handlers = || node.config.handlers.values().filter_map(Handler::vm);
     for handler in handlers() {
         if let Err(error) = node.disks.prepared(handler.disk_mib).await {
-            tracing::warn!(%error, "pods will fail until this is mended");
+            let error = chain(&error);
+            tracing::warn!(error, "failed to prepare sandbox disks; no pod starts until this is mended");
         }
     }
     node.templates.recover().await;

@@ -1,103 +1,92 @@
 //! Reasons for which an operation can fail.
 
-use std::io;
-use std::path::PathBuf;
-
 use husk_backend as backend;
+use husk_base::{FileError, chain};
 use husk_oci::{apparmor, cdi, hooks};
 
 use crate::lane::{self, NoResult};
 use crate::model::{LookupError, NameTaken};
 
-/// An operation failed. The text says the stage first.
+/// An operation failed. The text says the stage first; a cause is the
+/// [source](std::error::Error::source), and whoever shows the error prints the chain.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request itself is wrong.
+    /// The request can never succeed.
     #[error("{0}")]
-    InvalidArgument(String),
-    /// The request needs something that is not built.
+    Invalid(String),
+    /// The request asks for something that Husk does not have.
     #[error("{0}")]
-    Unimplemented(String),
-    /// The present state does not allow the request.
+    Unsupported(String),
+    /// The pod, the container or the node is in a state that forbids it.
     #[error("{0}")]
-    FailedPrecondition(String),
-    /// The request took too long.
+    WrongState(String),
+    /// A limit on time has passed.
     #[error("{0}")]
-    DeadlineExceeded(String),
-    /// More than there is room for.
+    Timeout(String),
+    /// A bound of the node is reached.
     #[error("{0}")]
-    ResourceExhausted(String),
-    /// The image is not here.
+    Full(String),
+    /// A task or a message of huskd itself broke.
+    #[error("{0}")]
+    Broken(String),
+    /// The node does not have the image.
     #[error("image `{0}` not found: pull it first")]
     NoImage(String),
-    /// Images.
+    /// The image store failed.
     #[error(transparent)]
     Image(#[from] husk_image::Error),
-    /// No such sandbox or container.
+    /// An id does not lead to one pod or container.
     #[error(transparent)]
     Lookup(#[from] LookupError),
-    /// Made already, or being made.
+    /// The name belongs to another pod or container.
     #[error(transparent)]
     NameTaken(#[from] NameTaken),
-    /// The container's configuration.
+    /// The container's configuration cannot be had.
     #[error(transparent)]
     Spec(#[from] husk_oci::Error),
-    /// Programs of a handler's hooks.
+    /// The programs of a handler's hooks cannot be read.
     #[error(transparent)]
     Hooks(#[from] hooks::Error),
-    /// A device by its name.
+    /// A CDI device cannot be had.
     #[error(transparent)]
     Cdi(#[from] cdi::Error),
-    /// An image as a volume.
+    /// An image cannot be a volume.
     #[error(transparent)]
     ImageVolume(#[from] husk_volumes::image::Error),
-    /// The container's AppArmor profile.
+    /// The container's AppArmor profile cannot be had.
     #[error(transparent)]
     AppArmor(#[from] apparmor::Error),
-    /// CNI, netns, tap.
-    #[error("network: {0}")]
+    /// CNI, the network namespace or a tap failed.
+    #[error("network")]
     Network(#[from] husk_network::Error),
-    /// The VM.
+    /// The VM failed.
     #[error(transparent)]
     Vm(#[from] husk_vm::Error),
-    /// The supervisor of host containers.
+    /// The supervisor of host containers failed.
     #[error(transparent)]
     Host(#[from] husk_hostpod::Error),
-    /// The pod's agent.
-    #[error("agent: {0}")]
+    /// The pod's agent failed, or does not answer.
+    #[error("agent")]
     Agent(#[from] husk_agent_client::Error),
-    /// No URL for a stream.
+    /// A stream gets no URL.
     #[error(transparent)]
     Streaming(#[from] husk_streaming::TokenError),
-    /// The writable disk of a VM.
+    /// The writable disk of a VM cannot be made.
     #[error(transparent)]
     Disk(#[from] husk_vm::DiskError),
-    /// Volumes.
+    /// A volume cannot be had.
     #[error(transparent)]
     Volume(#[from] husk_volumes::Error),
-    /// A file of huskd's own.
-    #[error("{stage}: {path}: {cause}")]
-    File {
-        /// The step.
-        stage: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The kernel's reason.
-        cause: io::Error,
-    },
-    /// A record that could not be written.
-    #[error("write record: {0}")]
-    Record(#[from] io::Error),
-    /// A task of huskd ended before its time.
-    #[error("internal: {0}")]
-    Internal(String),
+    /// A file could not be read, written or removed.
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 impl From<lane::Failed> for Error {
     fn from(error: lane::Failed) -> Self {
         match error.why {
-            NoResult::Late(_) | NoResult::Busy => Self::DeadlineExceeded(error.to_string()),
-            NoResult::Broken => Self::Internal(error.to_string()),
+            NoResult::Late(_) | NoResult::Busy => Self::Timeout(error.to_string()),
+            NoResult::Broken => Self::Broken(error.to_string()),
         }
     }
 }
@@ -113,9 +102,9 @@ impl From<backend::Error> for Error {
             backend::Error::Spec(error) => error.into(),
             backend::Error::Hooks(error) => error.into(),
             backend::Error::AppArmor(error) => error.into(),
-            backend::Error::File { stage, path, cause } => Self::File { stage, path, cause },
-            error @ backend::Error::Seed(_) => Self::Internal(error.to_string()),
-            backend::Error::Precondition(problem) => Self::FailedPrecondition(problem),
+            backend::Error::File(error) => error.into(),
+            error @ backend::Error::Seed(_) => Self::Broken(chain(&error)),
+            backend::Error::WrongState(problem) => Self::WrongState(problem),
         }
     }
 }

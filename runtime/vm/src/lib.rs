@@ -64,6 +64,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// The kernel's reason.
+        #[source]
         cause: std::io::Error,
     },
     /// The VMM refused or failed at a request.

@@ -40,6 +40,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// The kernel's reason.
+        #[source]
         cause: io::Error,
     },
     /// `mke2fs` failed.

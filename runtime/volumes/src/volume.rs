@@ -41,6 +41,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// The kernel's reason.
+        #[source]
         cause: std::io::Error,
     },
 }

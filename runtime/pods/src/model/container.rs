@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_base::id::ContainerId;
 use husk_base::record::{Durability, ReadError};
-use husk_base::{lock, now};
+use husk_base::{FileError, chain, lock, now};
 use tokio::task::JoinSet;
 use tracing::{Instrument, Span};
 
@@ -39,7 +39,7 @@ impl Container {
     ///
     /// # Errors
     /// The disk's.
-    pub async fn create(sandbox_directory: &Path, record: ContainerRecord) -> std::io::Result<Self> {
+    pub async fn create(sandbox_directory: &Path, record: ContainerRecord) -> Result<Self, FileError> {
         let path = sandbox_directory.join("containers").join(format!("{}.json", record.id));
         Ok(Self::with(Stored::create(path, None, record).await?))
     }
@@ -80,7 +80,7 @@ impl Container {
     ///
     /// # Errors
     /// The disk's; the record is then unchanged.
-    pub async fn update(&self, change: impl FnOnce(&mut ContainerRecord)) -> std::io::Result<()> {
+    pub async fn update(&self, change: impl FnOnce(&mut ContainerRecord)) -> Result<(), FileError> {
         let mut next = self.record.change().await;
         change(&mut next);
         next.commit(Durability::Acknowledged).await
@@ -100,7 +100,7 @@ impl Container {
         // A huskd that starts again asks the agent, or finds the machine gone.
         let (written, _unsettled) = next.commit_anyway().await;
         if let Err(error) = written {
-            tracing::warn!(container = %self.id, %error, "failed to write the record of a container");
+            tracing::warn!(container = %self.id, error = chain(&error), "failed to write the record of a container");
         }
         tell();
         true
@@ -142,7 +142,7 @@ impl Container {
     ///
     /// # Errors
     /// The disk's; a record that is gone is no error.
-    pub async fn forget(&self) -> std::io::Result<()> {
+    pub async fn forget(&self) -> Result<(), FileError> {
         self.record.remove().await
     }
 }

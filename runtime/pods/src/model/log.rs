@@ -183,7 +183,7 @@ pub async fn copy(
                 Ok(()) => complained = false,
                 Err(error) if !complained => {
                     complained = true;
-                    tracing::warn!(log = %log.path.display(), %error, "container output is lost: write log");
+                    tracing::warn!(log = %log.path.display(), %error, "failed to write a container's log: its output is lost");
                 }
                 Err(_) => {}
             }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use husk_backend::{Place, RunningPod};
 use husk_base::id::SandboxId;
 use husk_base::record::{Durability, ReadError};
-use husk_base::{lock, now};
+use husk_base::{FileError, chain, lock, now};
 use husk_volumes::Volume;
 use serde::Serialize;
 use tracing::Span;
@@ -74,8 +74,14 @@ impl Sandbox {
     ///
     /// # Errors
     /// The disk's.
-    pub async fn create(directory: PathBuf, record: SandboxRecord, events: Events) -> std::io::Result<Self> {
-        tokio::fs::create_dir_all(directory.join(CONTAINERS)).await?;
+    pub async fn create(
+        directory: PathBuf,
+        record: SandboxRecord,
+        events: Events,
+    ) -> Result<Self, FileError> {
+        let containers = directory.join(CONTAINERS);
+        let made = tokio::fs::create_dir_all(&containers).await;
+        made.map_err(FileError::at("make folder", &containers))?;
         let record = Stored::create(directory.join(RECORD), directory.parent(), record).await?;
         Ok(Self::with(directory, record, events))
     }
@@ -120,7 +126,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// The disk's; the record is then unchanged.
-    pub async fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> std::io::Result<()> {
+    pub async fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> Result<(), FileError> {
         let mut next = self.record.change().await;
         change(&mut next);
         next.commit(Durability::Acknowledged).await
@@ -132,7 +138,7 @@ impl Sandbox {
         change(&mut next);
         let (written, _unsettled) = next.commit_anyway().await;
         if let Err(error) = written {
-            tracing::warn!(%error, "failed to write the record of a pod");
+            tracing::warn!(error = chain(&error), "failed to write the record of a pod");
         }
     }
 

@@ -10,8 +10,8 @@ use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use husk_base::blocking;
 use husk_base::record::{self, Durability, ReadError, Unknown};
+use husk_base::{FileError, blocking};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
@@ -38,22 +38,27 @@ struct RecordFile {
 
 impl RecordFile {
     #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
-    fn write<T: Serialize>(&self, record: &T, durability: Durability) -> io::Result<()> {
+    fn write<T: Serialize>(&self, record: &T, durability: Durability) -> Result<(), FileError> {
         if self.forgotten {
             return Ok(());
         }
-        record::write(&self.path, record, &self.unknown, durability)?;
-        match &self.outer {
-            Some(folder) if durability == Durability::Acknowledged => std::fs::File::open(folder)?.sync_all(),
-            _ => Ok(()),
-        }
+        record::write(&self.path, record, &self.unknown, durability)
+            .and_then(|()| match &self.outer {
+                Some(folder) if durability == Durability::Acknowledged => {
+                    std::fs::File::open(folder)?.sync_all()
+                }
+                _ => Ok(()),
+            })
+            .map_err(FileError::at("write record", &self.path))
     }
 
     #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
-    fn remove(&mut self) -> io::Result<()> {
+    fn remove(&mut self) -> Result<(), FileError> {
         self.forgotten = true;
         match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(FileError::at("remove record", &self.path)(error))
+            }
             _ => Ok(()),
         }
     }
@@ -64,7 +69,7 @@ impl<T: Clone + Serialize + DeserializeOwned + Send + Sync + 'static> Stored<T> 
     ///
     /// # Errors
     /// The disk's.
-    pub(crate) async fn create(path: PathBuf, outer: Option<&Path>, record: T) -> io::Result<Self> {
+    pub(crate) async fn create(path: PathBuf, outer: Option<&Path>, record: T) -> Result<Self, FileError> {
         let stored = Self::with(path, outer, record, Unknown::default());
         stored.change().await.commit(Durability::Whole).await?;
         Ok(stored)
@@ -113,7 +118,7 @@ impl<T: Clone + Serialize + DeserializeOwned + Send + Sync + 'static> Stored<T> 
     ///
     /// # Errors
     /// The disk's; it can be repeated.
-    pub(crate) async fn remove(&self) -> io::Result<()> {
+    pub(crate) async fn remove(&self) -> Result<(), FileError> {
         let mut file = self.file.clone().lock_owned().await;
         blocking(move || file.remove()).await
     }
@@ -135,7 +140,7 @@ impl<T: Serialize + Send + Sync + 'static> Change<T> {
     ///
     /// # Errors
     /// The disk's; the record is then unchanged.
-    pub(crate) async fn commit(self, durability: Durability) -> io::Result<()> {
+    pub(crate) async fn commit(self, durability: Durability) -> Result<(), FileError> {
         let Self { next, published, file } = self;
         blocking(move || {
             file.write(&next, durability)?;
@@ -147,7 +152,7 @@ impl<T: Serialize + Send + Sync + 'static> Change<T> {
 
     /// Makes a change that is true whether or not it can be written: a full disk keeps
     /// nothing alive. A huskd that starts again compares the record with what it finds.
-    pub(crate) async fn commit_anyway(self) -> (io::Result<()>, Unsettled) {
+    pub(crate) async fn commit_anyway(self) -> (Result<(), FileError>, Unsettled) {
         let Self { next, published, file } = self;
         blocking(move || {
             let written = file.write(&next, Durability::Whole);
@@ -189,7 +194,7 @@ mod tests {
         list: Vec<u32>,
     }
 
-    async fn push(record: Arc<Stored<Numbers>>, number: u32) -> io::Result<()> {
+    async fn push(record: Arc<Stored<Numbers>>, number: u32) -> Result<(), FileError> {
         let mut change = record.change().await;
         change.list.push(number);
         change.commit(Durability::Acknowledged).await

@@ -91,7 +91,7 @@ impl Unread {
         if self.path.is_file()
             && let Err(error) = record::keep_bad(&self.path)
         {
-            tracing::warn!(path = %self.path.display(), %error, "copy a record that does not read");
+            tracing::warn!(path = %self.path.display(), %error, "failed to copy a record that does not read");
         }
         tracing::error!(
             id = self.id,

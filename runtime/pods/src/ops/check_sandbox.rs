@@ -34,7 +34,7 @@ fn check_namespaces(config: &cri::PodSandboxConfig, node: &Node, kind: Kind) -> 
         ("ipc", options.map(|options| options.ipc)),
     ] {
         if mode == Some(cri::NamespaceMode::Node as i32) {
-            return Err(Error::InvalidArgument(format!(
+            return Err(Error::Invalid(format!(
                 "the pod asks for the host's {what} namespace, which a pod in a virtual machine cannot have: {}",
                 instead(node)
             )));
@@ -53,13 +53,13 @@ fn instead(node: &Node) -> String {
 
 fn check_config(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Error> {
     if config.metadata.as_ref().is_none_or(|metadata| metadata.name.is_empty()) {
-        return Err(Error::InvalidArgument("sandbox metadata needs a name".into()));
+        return Err(Error::Invalid("sandbox metadata needs a name".into()));
     }
     if config.windows.is_some() {
-        return Err(Error::InvalidArgument("sandbox `windows`: this runtime has Linux pods".into()));
+        return Err(Error::Invalid("sandbox `windows`: this runtime has Linux pods".into()));
     }
     if config.hostname.len() > MAX_HOSTNAME {
-        return Err(Error::InvalidArgument(format!("sandbox `hostname` has more than {MAX_HOSTNAME} bytes")));
+        return Err(Error::Invalid(format!("sandbox `hostname` has more than {MAX_HOSTNAME} bytes")));
     }
     bandwidth(config)?;
     let Some(security) = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()) else {
@@ -71,13 +71,13 @@ fn check_config(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Error>
         oci::shareable(options, on_host)?;
         let shared = [options.network, options.pid, options.ipc].contains(&(cri::NamespaceMode::Node as i32));
         if oci::user_namespace(config)?.is_some() && shared {
-            return Err(Error::InvalidArgument(
+            return Err(Error::Invalid(
                 "sandbox `userns_options`: a pod in the host's network, pid or ipc namespace has the host's users"
                     .into(),
             ));
         }
         if options.pid == cri::NamespaceMode::Target as i32 {
-            return Err(Error::InvalidArgument(
+            return Err(Error::Invalid(
                 "sandbox pid namespace mode TARGET: a pod has no container to share one with yet".into(),
             ));
         }
@@ -93,7 +93,7 @@ fn check_config(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Error>
 pub(crate) fn bandwidth(config: &cri::PodSandboxConfig) -> Result<Bandwidth, Error> {
     let rate = |name: &str| {
         let rate = config.annotations.get(name).map(|text| network::rate(text)).transpose();
-        rate.map_err(|why| Error::InvalidArgument(format!("annotation `{name}`: {why}")))
+        rate.map_err(|why| Error::Invalid(format!("annotation `{name}`: {why}")))
     };
     Ok(Bandwidth {
         ingress: rate("kubernetes.io/ingress-bandwidth")?,

@@ -141,7 +141,7 @@ impl ContainerPlan {
 fn image_of(node: &Node, config: &cri::ContainerConfig) -> Result<Image, Error> {
     let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
     if name.is_empty() {
-        return Err(Error::InvalidArgument("container configuration names no image".into()));
+        return Err(Error::Invalid("container configuration names no image".into()));
     }
     resolve(node, name)
 }
@@ -163,7 +163,7 @@ fn privileged_only_in_privileged(
     let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     let pod = pod.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     if security.is_some_and(|security| security.privileged) && !pod.is_some_and(|pod| pod.privileged) {
-        return Err(Error::InvalidArgument(
+        return Err(Error::Invalid(
             "container `privileged`: its pod is not; set `privileged` in the pod's security context too"
                 .into(),
         ));
@@ -187,7 +187,7 @@ fn log_path(pod: &cri::PodSandboxConfig, config: &cri::ContainerConfig) -> Resul
     }
     let inside = Path::new(&config.log_path);
     if inside.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
-        return Err(Error::InvalidArgument(format!(
+        return Err(Error::Invalid(format!(
             "log_path `{}` must be a path inside the pod's log directory",
             config.log_path
         )));

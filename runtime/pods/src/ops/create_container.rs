@@ -2,10 +2,12 @@
 //! configuration, `runc create` by the agent, the log.
 
 use std::mem;
+use std::path::Path;
 use std::sync::Arc;
 
 use husk_backend::{Claim, FileServer, RunningPod};
 use husk_base::id::ContainerId;
+use husk_base::{FileError, chain};
 use husk_proto::{agent, cri};
 use husk_volumes::ImageVolume;
 
@@ -62,7 +64,7 @@ pub async fn create_container(
     // The pod may have ended meanwhile: whoever recorded that left this one out.
     let made = made.await.and_then(|()| ready_pod(&sandbox).map(drop));
     if let Err(error) = made {
-        tracing::warn!(%error, "container was not made; undoing");
+        tracing::warn!(error = chain(&error), "container was not made; undoing");
         undo(node, &op, &container).await;
         return Err(error);
     }
@@ -77,7 +79,7 @@ pub async fn create_container(
 fn runs_nothing_unknown(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
     let unread = node.registry.unread_of(&sandbox.id);
     match unread.iter().find(|unread| unread.name.is_none() || unread.disks.is_none()) {
-        Some(unread) => Err(Error::FailedPrecondition(format!(
+        Some(unread) => Err(Error::WrongState(format!(
             "the pod has a container `{}` of which nothing is known: {}",
             unread.id,
             unread.advice()
@@ -89,7 +91,7 @@ fn runs_nothing_unknown(node: &Node, sandbox: &Sandbox) -> Result<(), Error> {
 /// Tears down what was not made: now, or in the background until it is done.
 async fn undo(node: &Arc<Node>, sandbox: &SandboxOp<'_>, container: &Arc<Container>) {
     if let Err(undo) = remove_container::tear_down(node, sandbox, container).await {
-        tracing::warn!(error = %undo, "failed to undo a container that was not made; trying again");
+        tracing::warn!(error = chain(&undo), "failed to undo a container that was not made; trying again");
         remove_container::retry_tear_down(node, sandbox, container);
     }
 }
@@ -129,7 +131,8 @@ async fn make(
     open_log(sandbox, container).await?;
     let request = agent::CreateContainerRequest {
         container_id: container.id.to_string(),
-        spec_json: serde_json::to_vec(&plan.spec).map_err(|error| Error::Internal(error.to_string()))?,
+        spec_json: serde_json::to_vec(&plan.spec)
+            .map_err(|error| Error::Broken(format!("create container: {error}")))?,
         rootfs: Some(running.backend.rootfs(&record.image_slot, &record.image_rootfs)),
         image_volumes: record.image_volumes.iter().map(|volume| image_volume_of(running, volume)).collect(),
         user: Some(plan.user),
@@ -153,11 +156,9 @@ async fn make(
             .await?;
         return Ok(());
     }
-    supervise::follow(sandbox, running, container).await.map_err(|cause| Error::File {
-        stage: "open container output",
-        path: container.id.as_str().into(),
-        cause,
-    })?;
+    let followed = supervise::follow(sandbox, running, container).await;
+    let id = Path::new(container.id.as_str());
+    followed.map_err(FileError::at("open the output of container", id))?;
     synced_volumes::follow(running, container);
     container
         .update(|record| {

@@ -27,7 +27,7 @@ pub fn exec(
 ) -> Result<String, Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
     if args.is_empty() {
-        return Err(Error::InvalidArgument("exec: no command".into()));
+        return Err(Error::Invalid("exec: no command".into()));
     }
     check("exec", wanted)?;
     let running = pod_of_running("exec", &sandbox, &container)?;
@@ -49,12 +49,12 @@ pub fn exec(
 /// Streams that can be had together.
 pub(crate) fn check(rpc: &str, wanted: StreamOptions) -> Result<(), Error> {
     if wanted.terminal && wanted.stderr {
-        return Err(Error::InvalidArgument(format!(
+        return Err(Error::Invalid(format!(
             "{rpc}: with a terminal, stderr is part of stdout: ask for one of `tty` and `stderr`"
         )));
     }
     if !(wanted.stdin || wanted.stdout || wanted.stderr) {
-        return Err(Error::InvalidArgument(format!("{rpc}: none of stdin, stdout and stderr is asked for")));
+        return Err(Error::Invalid(format!("{rpc}: none of stdin, stdout and stderr is asked for")));
     }
     Ok(())
 }

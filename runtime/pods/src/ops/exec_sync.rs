@@ -51,7 +51,7 @@ pub async fn exec_sync(
 ) -> Result<Output, Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
     if args.is_empty() {
-        return Err(Error::InvalidArgument("exec: no command".into()));
+        return Err(Error::Invalid("exec: no command".into()));
     }
     let running = pod_of_running("exec", &sandbox, &container)?;
     let start = ExecProcessRequest {
@@ -75,7 +75,7 @@ async fn run(
     let answer = command.answer(max_output, held);
     let Some(limit) = limit else { return answer.await };
     tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| {
-        Err(Error::DeadlineExceeded(format!(
+        Err(Error::Timeout(format!(
             "exec: the command did not end within {} s and is killed",
             limit.as_secs()
         )))
@@ -95,7 +95,7 @@ impl Command {
 
     async fn read(&self, kind: Kind, room: &Mutex<Room<'_>>) -> Result<Vec<u8>, Error> {
         let failed =
-            |error: std::io::Error| Error::Internal(format!("exec: read {kind:?} of the command: {error}"));
+            |error: std::io::Error| Error::Broken(format!("exec: read {kind:?} of the command: {error}"));
         let (container_id, process_id) = (self.container_id.clone(), self.process_id.clone());
         let header = StreamHeader { kind, container_id, process_id };
         let mut stream = self.agent.open_stream(&header).await.map_err(failed)?;
@@ -131,7 +131,7 @@ impl Room<'_> {
         let kept = bytes.min(self.answer);
         let permit = u32::try_from(kept).ok().and_then(|kept| self.node.try_acquire_many(kept).ok());
         let permit = permit.ok_or_else(|| {
-            Error::ResourceExhausted(format!(
+            Error::Full(format!(
                 "exec: the commands that run on this node have more than {} MiB of output waiting for their end: run \
                  fewer at a time, or have them write less",
                 MAX_HELD >> 20
@@ -189,7 +189,7 @@ mod tests {
         let (fake, agent, _folder) = serve(fake, PATIENCE).await;
         let held = Semaphore::new(2000);
         let error = run(&agent, command(), None, MAX_OUTPUT, &held).await.unwrap_err();
-        assert!(matches!(error, Error::ResourceExhausted(_)), "{error}");
+        assert!(matches!(error, Error::Full(_)), "{error}");
         assert_eq!(kills(&fake).await, [("e".to_owned(), 9)]);
         assert_eq!(held.available_permits(), 2000);
     }
@@ -215,7 +215,7 @@ mod tests {
             let error = run(&agent, command(), limit, MAX_OUTPUT, &HELD).await.unwrap_err();
             let late = match &error {
                 Error::Agent(error) => error.status.code() == tonic::Code::DeadlineExceeded,
-                error => matches!(error, Error::DeadlineExceeded(_)),
+                error => matches!(error, Error::Timeout(_)),
             };
             assert!(late, "{error}");
             assert_eq!(lock(&fake.signals).len(), 0, "it does not run yet");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_backend::{Ending, RunningPod};
-use husk_base::{blocking, cgroup};
+use husk_base::{FileError, blocking, cgroup, chain};
 use husk_proto::agent::ShutdownRequest;
 use tracing::Instrument;
 
@@ -176,17 +176,14 @@ pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -
     place.close_volumes().await?;
     let cgroup = sandbox.record().cgroup.clone();
     if let Some(cgroup) = cgroup {
-        cgroup::remove(&cgroup).await.map_err(|cause| Error::File {
-            stage: "remove control group",
-            path: cgroup,
-            cause,
-        })?;
+        let removed = cgroup::remove(&cgroup).await;
+        removed.map_err(FileError::at("remove control group", &cgroup))?;
     }
     remove_layers(sandbox).await?;
     let scratch = sandbox.scratch();
     match tokio::fs::remove_file(&scratch).await {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
-            Err(Error::File { stage: "remove sandbox disk", path: scratch, cause })
+            Err(FileError::at("remove sandbox disk", &scratch)(cause).into())
         }
         _ => Ok(()),
     }
@@ -208,7 +205,7 @@ async fn forget_unmade(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
 async fn remove_layers(sandbox: &Sandbox) -> Result<(), Error> {
     let path = sandbox.layers();
     let removed = remove_tree(&path).await;
-    removed.map_err(|cause| Error::File { stage: "remove writable layers", path, cause })
+    Ok(removed.map_err(FileError::at("remove writable layers", &path))?)
 }
 
 /// Removes a folder with all that is in it.
@@ -228,7 +225,7 @@ async fn kill_containers(sandbox: &Sandbox, running: &RunningPod) {
         .collect();
     let ends = containers.iter().map(|container| async {
         if let Err(error) = supervise::signal(running, &container.id, libc::SIGKILL, true).await {
-            tracing::debug!(container = %container.id, %error, "failed to kill a container");
+            tracing::debug!(container = %container.id, error = chain(&error), "failed to kill a container");
             return;
         }
         let _ = tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()).await;
@@ -280,7 +277,7 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             match undone {
                 Ok(()) => break,
                 Err(error) => {
-                    let error = husk_base::chain(&error);
+                    let error = chain(&error);
                     tracing::warn!(error, "failed to undo a pod that was never ready; trying again");
                     node.registry.set_unfinished(&sandbox.id, Some(error));
                 }
@@ -301,11 +298,7 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
 pub(crate) async fn forget(node: &Node, sandbox: &SandboxOp<'_>) -> Result<(), Error> {
     match tokio::fs::remove_dir_all(sandbox.directory()).await {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::File {
-                stage: "remove sandbox record",
-                path: sandbox.directory().into(),
-                cause,
-            });
+            return Err(FileError::at("remove sandbox record", sandbox.directory())(cause).into());
         }
         _ => {}
     }

@@ -4,6 +4,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use husk_base::FileError;
+
 use crate::model::log::LogFile;
 use crate::model::{Container, Sandbox, State};
 use crate::{Error, Node};
@@ -20,7 +22,7 @@ pub(crate) async fn open_log(sandbox: &Sandbox, container: &Container) -> Result
     let stage = "open container log";
     let (folder, place) = (sandbox.record().config.log_directory.clone(), path.clone());
     let opened = sandbox.lane.run(stage, move || LogFile::open(Path::new(&folder), &place)).await?;
-    let log = opened.map_err(|cause| Error::File { stage, path, cause })?;
+    let log = opened.map_err(FileError::at(stage, &path))?;
     container.set_log(Some(Arc::new(log)));
     Ok(())
 }
@@ -33,7 +35,7 @@ pub async fn reopen_log(node: &Node, container_id: &str) -> Result<(), Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
     let record = container.record();
     if record.state != State::Running {
-        return Err(Error::FailedPrecondition(format!(
+        return Err(Error::WrongState(format!(
             "reopen log: container `{}` is {}",
             container.id,
             record.state.word()
@@ -43,7 +45,7 @@ pub async fn reopen_log(node: &Node, container_id: &str) -> Result<(), Error> {
         let stage = "reopen container log";
         let path = record.log_path.clone();
         let reopened = sandbox.lane.run(stage, move || log.reopen()).await?;
-        reopened.map_err(|cause| Error::File { stage, path, cause })?;
+        reopened.map_err(FileError::at(stage, &path))?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use husk_backend::Place;
 use husk_base::id::SandboxId;
-use husk_base::{blocking, dirs};
+use husk_base::{blocking, chain, dirs};
 use husk_volumes::SharedDir;
 
 use crate::Node;
@@ -25,9 +25,9 @@ async fn end_machines(node: &Node, known: &[SandboxId]) {
     let folder = node.config.run_dir.join("sandboxes");
     for path in blocking(move || below(&folder)).await {
         if !run_dirs.contains(&path) {
-            tracing::info!(path = %path.display(), "end a machine that no record speaks of");
+            tracing::info!(path = %path.display(), "ending a pod that no record names");
             if let Err(error) = Place::destroy_orphan(&path).await {
-                tracing::warn!(path = %path.display(), %error, "end an orphaned machine");
+                tracing::warn!(path = %path.display(), error = chain(&error), "failed to end an orphaned pod");
             }
         }
     }
@@ -44,9 +44,9 @@ fn close_volumes(node: &Node, known: &[SandboxId]) {
     let shared: Vec<_> = known.iter().map(|id| SharedDir::of(&node.config.run_dir, id)).collect();
     for orphan in SharedDir::all(&node.config.run_dir) {
         if !shared.iter().any(|shared| shared.path() == orphan.path()) {
-            tracing::info!(path = %orphan.path().display(), "unmount volumes that no record speaks of");
+            tracing::info!(path = %orphan.path().display(), "unmounting volumes that no record names");
             if let Err(error) = orphan.close() {
-                tracing::warn!(path = %orphan.path().display(), %error, "unmount orphaned volumes");
+                tracing::warn!(path = %orphan.path().display(), error = chain(&error), "failed to unmount orphaned volumes");
             }
         }
     }
@@ -55,10 +55,10 @@ fn close_volumes(node: &Node, known: &[SandboxId]) {
 async fn detach_networks(node: &Node, known: &[SandboxId]) {
     for id in node.network.recorded().await.unwrap_or_default() {
         if !known.iter().any(|other| other.as_str() == id) {
-            tracing::info!(sandbox = id, "give back a network that no record speaks of");
+            tracing::info!(sandbox = id, "releasing a network that no record names");
             if let Err(error) = node.network.detach(&id).await {
-                let error = husk_base::chain(&error);
-                tracing::warn!(sandbox = id, error, "give back an orphaned network");
+                let error = chain(&error);
+                tracing::warn!(sandbox = id, error, "failed to release an orphaned network");
             }
         }
     }

@@ -10,10 +10,10 @@ use crate::model::{Container, Phase, Sandbox, State};
 /// The pod of a sandbox that is ready for containers.
 pub(crate) fn ready_pod(sandbox: &Sandbox) -> Result<Arc<RunningPod>, Error> {
     if sandbox.record().phase != Phase::Ready {
-        return Err(Error::FailedPrecondition(format!("sandbox `{}` is not ready", sandbox.id)));
+        return Err(Error::WrongState(format!("sandbox `{}` is not ready", sandbox.id)));
     }
     sandbox.running().ok_or_else(|| {
-        Error::FailedPrecondition(format!(
+        Error::WrongState(format!(
             "sandbox `{}`: its agent has not answered since huskd started: try again, or stop the pod",
             sandbox.id
         ))
@@ -29,7 +29,7 @@ pub(crate) fn pod_of_running(
     let record = container.record();
     if record.state != State::Running {
         let (id, word) = (&container.id, record.state.word());
-        return Err(Error::FailedPrecondition(format!("{rpc}: container `{id}` is {word}")));
+        return Err(Error::WrongState(format!("{rpc}: container `{id}` is {word}")));
     }
     ready_pod(sandbox)
 }

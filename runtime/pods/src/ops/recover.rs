@@ -14,7 +14,7 @@ use husk_backend as backend;
 use husk_backend::{Place, RunningPod};
 use husk_base::id::{ContainerId, SandboxId};
 use husk_base::record::ReadError;
-use husk_base::{blocking, dirs};
+use husk_base::{blocking, chain, dirs};
 use husk_config::Handler;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -64,7 +64,7 @@ pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std:
     orphans::end(node, &known).await;
     for path in found.empty {
         if let Err(error) = lifecycle::remove_tree(&path).await {
-            tracing::warn!(path = %path.display(), %error, "remove a sandbox that has no record");
+            tracing::warn!(path = %path.display(), %error, "failed to remove the folder of a pod that has no record");
         }
     }
     let turns = Arc::new(Semaphore::new(AT_ONCE));
@@ -74,7 +74,7 @@ pub(super) async fn recover_within(node: &Arc<Node>, patience: Duration) -> std:
         let span = sandbox.span();
         let recovered = async move {
             if let Err(error) = recover_sandbox(&node, &sandbox).await {
-                tracing::warn!(error = husk_base::chain(&error), "failed to recover a pod");
+                tracing::warn!(error = chain(&error), "failed to recover a pod");
             }
         };
         work.spawn(in_turn(turns, recovered.instrument(span)));
@@ -207,7 +207,7 @@ async fn check_networks(node: Arc<Node>) {
         if sandbox.record().phase == Phase::Ready
             && let Err(error) = node.network.check(sandbox.id.as_str()).await
         {
-            let error = husk_base::chain(&error);
+            let error = chain(&error);
             tracing::warn!(sandbox = %sandbox.id, error, "the pod's network is not as it was");
         }
     }
@@ -272,8 +272,9 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<RunningPod, backen
         let wanted = sandbox.record().phase == Phase::Ready;
         match reached {
             Err(error) if place.lives().await && wanted => {
-                tracing::warn!(%error, "a pod that lives does not answer; asking again");
-                sandbox.set_unreached(Some(error.to_string()));
+                let error = chain(&error);
+                tracing::warn!(error, "a pod that lives does not answer; asking again");
+                sandbox.set_unreached(Some(error));
                 sleep(pause).await;
                 pause = (pause * 2).min(AT_THE_LATEST);
             }
@@ -318,7 +319,10 @@ async fn resume(
     match container.record().state {
         State::Creating => {
             if let Err(error) = remove_container::tear_down(node, sandbox, container).await {
-                tracing::warn!(%error, "failed to tear down a container that was never made; trying again");
+                tracing::warn!(
+                    error = chain(&error),
+                    "failed to tear down a container that was never made; trying again"
+                );
                 remove_container::retry_tear_down(node, sandbox, container);
             }
         }
@@ -326,7 +330,10 @@ async fn resume(
         State::Created if !container.record().start_error.is_empty() => {}
         State::Created | State::Running => {
             if let Err(error) = open_log(sandbox, container).await {
-                tracing::warn!(%error, "failed to open a container's log; output is lost from here on");
+                tracing::warn!(
+                    error = chain(&error),
+                    "failed to open a container's log; output is lost from here on"
+                );
             }
             supervise::resume(sandbox, running, container).await;
             synced_volumes::follow(running, container);

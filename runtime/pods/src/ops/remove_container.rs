@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_base::chain;
 use husk_proto::agent;
 use tracing::Instrument;
 
@@ -101,7 +102,10 @@ pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, containe
                     return tracing::info!("container that was not made is gone");
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "failed to undo a container that was not made; trying again");
+                    tracing::warn!(
+                        error = chain(&error),
+                        "failed to undo a container that was not made; trying again"
+                    );
                 }
             }
         }
@@ -138,7 +142,7 @@ async fn release(node: &Node, sandbox: &SandboxOp<'_>, container: &Arc<Container
     node.registry.remove_container(container);
     oom_score::set(node, sandbox);
     if let Err(error) = pin_cpus::pin(node, sandbox) {
-        tracing::debug!(%error, "failed to pin what is left of a pod to CPUs");
+        tracing::debug!(error = chain(&error), "failed to pin what is left of a pod to CPUs");
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use husk_backend::{StartPlan, VmSize};
 use husk_base::id::SandboxId;
-use husk_base::{cgroup, now};
+use husk_base::{cgroup, chain, now};
 use husk_config::Handler;
 use husk_network::{PodRef, PortMapping, Protocol};
 use husk_proto::cri;
@@ -27,7 +27,7 @@ pub async fn run_sandbox(
 ) -> Result<SandboxId, Error> {
     let (handler_name, handler) = node.config.handler(runtime_handler).ok_or_else(|| {
         let known: Vec<_> = node.config.handlers.keys().map(String::as_str).collect();
-        Error::InvalidArgument(format!(
+        Error::Invalid(format!(
             "unknown runtime handler `{runtime_handler}`: configured are {}",
             known.join(", ")
         ))
@@ -44,7 +44,7 @@ pub async fn run_sandbox(
     let mut unlocked = Unlocked::new();
     let op = sandbox.lock_op(&mut unlocked).await;
     if let Err(error) = bring_up(node, &op, handler).await {
-        tracing::warn!(error = husk_base::chain(&error), "pod did not start; undoing");
+        tracing::warn!(error = chain(&error), "pod did not start; undoing");
         undo(node, &op, name).await?;
         return Err(error);
     }
@@ -88,7 +88,7 @@ fn new_record(
 /// is its client's to stop and remove.
 async fn undo(node: &Node, sandbox: &SandboxOp<'_>, name: Reservation<'_>) -> Result<(), Error> {
     if let Err(undo) = lifecycle::stop(node, sandbox).await {
-        let undo = husk_base::chain(&undo);
+        let undo = chain(&undo);
         tracing::warn!(
             error = undo,
             "failed to undo a pod that did not start; its client can stop and remove it"
@@ -184,8 +184,7 @@ fn pod_ref<'a>(
 }
 
 fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>, Error> {
-    let wrong =
-        |what: &str, value: &dyn std::fmt::Display| Error::InvalidArgument(format!("{what} `{value}`"));
+    let wrong = |what: &str, value: &dyn std::fmt::Display| Error::Invalid(format!("{what} `{value}`"));
     let port = |port: i32| u16::try_from(port).map_err(|_| wrong("port", &port));
     let mut mappings = Vec::new();
     // A mapping without a port on the host only documents the container's.

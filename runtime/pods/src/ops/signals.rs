@@ -8,16 +8,17 @@ use crate::Error;
 /// else SIGTERM.
 pub(crate) fn stop_signal(config: &cri::ContainerConfig, image: Option<&str>) -> Result<i32, Error> {
     let asked = cri::Signal::try_from(config.stop_signal)
-        .map_err(|_| Error::InvalidArgument(format!("unknown stop_signal {}", config.stop_signal)))?;
+        .map_err(|_| Error::Invalid(format!("unknown stop_signal {}", config.stop_signal)))?;
     if asked != cri::Signal::RuntimeDefault {
         let name = asked.as_str_name();
         let name = name.strip_prefix("SIGNAL_").unwrap_or(name);
-        return number(name).ok_or_else(|| Error::InvalidArgument(format!("unknown stop_signal {name}")));
+        return number(name).ok_or_else(|| Error::Invalid(format!("unknown stop_signal {name}")));
     }
     match image {
         None | Some("") => Ok(libc::SIGTERM),
-        Some(name) => number(name)
-            .ok_or_else(|| Error::InvalidArgument(format!("the image's stop signal `{name}` is unknown"))),
+        Some(name) => {
+            number(name).ok_or_else(|| Error::Invalid(format!("the image's stop signal `{name}` is unknown")))
+        }
     }
 }
 

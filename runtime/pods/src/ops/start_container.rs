@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use husk_backend::RunningPod;
-use husk_base::now;
+use husk_base::{chain, now};
 use husk_proto::agent;
 
 use super::ready::ready_pod;
@@ -25,7 +25,7 @@ pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
     let container = container.lock_op(&mut unlocked).await;
     let record = container.record();
     if record.state != State::Created {
-        return Err(Error::FailedPrecondition(format!(
+        return Err(Error::WrongState(format!(
             "container `{}` is {}, and only a created one can be started",
             container.id,
             record.state.word()
@@ -53,7 +53,7 @@ pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
 async fn start(running: &RunningPod, container: &ContainerOp<'_>) -> Result<(), Error> {
     let known = &container.record().start_error;
     if !known.is_empty() {
-        return Err(Error::FailedPrecondition(format!("start container: {known}")));
+        return Err(Error::WrongState(format!("start container: {known}")));
     }
     Ok(ask(running, container).await?)
 }
@@ -75,12 +75,8 @@ async fn give_up(sandbox: &Sandbox, running: &RunningPod, container: &Container,
         tracing::warn!(%error, "failed to end a container that could not be started; it counts as running");
         return;
     }
-    let exit = Exit {
-        code: CANNOT_START,
-        finished_at: now(),
-        reason: "StartError".into(),
-        message: error.to_string(),
-    };
+    let exit =
+        Exit { code: CANNOT_START, finished_at: now(), reason: "StartError".into(), message: chain(error) };
     sandbox.container_ended(container, exit).await;
 }
 

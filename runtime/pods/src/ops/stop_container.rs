@@ -60,7 +60,7 @@ async fn stop(sandbox: &Sandbox, container: &Arc<Container>, grace: Duration) ->
         sent => sent?,
     }
     if tokio::time::timeout(AFTER_KILL, container.wait_exited()).await.is_err() {
-        return Err(Error::DeadlineExceeded(format!(
+        return Err(Error::Timeout(format!(
             "container `{}` did not end within {} s of SIGKILL",
             container.id,
             AFTER_KILL.as_secs()

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use husk_backend::VmSize;
+use husk_base::chain;
 use husk_proto::agent::UpdateContainerRequest;
 use husk_proto::cri::LinuxContainerResources;
 
@@ -35,7 +36,8 @@ pub async fn update_container(
     sandbox.place(&node.config.run_dir).choose_cpus(&mut resources, &new);
     let update = UpdateContainerRequest {
         container_id: container.id.to_string(),
-        resources_json: serde_json::to_vec(&resources).map_err(|error| Error::Internal(error.to_string()))?,
+        resources_json: serde_json::to_vec(&resources)
+            .map_err(|error| Error::Broken(format!("update resources: {error}")))?,
         oom_score_adj: husk_oci::oom_score_adj(&new)?.unwrap_or(0),
     };
     record(&container, &new).await?;
@@ -43,7 +45,7 @@ pub async fn update_container(
         record(&container, &old).await?;
         oom_score::set(node, &sandbox);
         if let Err(error) = pin_cpus::pin(node, &sandbox) {
-            tracing::warn!(%error, "failed to undo an update of resources");
+            tracing::warn!(error = chain(&error), "failed to undo an update of resources");
         }
         return Err(error);
     }
@@ -144,7 +146,7 @@ fn check_size(
         ("MiB of memory", mib(old), mib(new), u64::from(size.memory_mib)),
     ] {
         if new != old && new > most {
-            return Err(Error::FailedPrecondition(format!(
+            return Err(Error::WrongState(format!(
                 "update resources: the limit takes {new} {what}, the pod's machine has {most} and cannot grow while it \
                  runs: make the pod anew"
             )));
@@ -182,7 +184,7 @@ pub async fn update_sandbox(
     {
         let wanted = VmSize::of(&config, handler);
         if wanted.vcpus > size.vcpus || wanted.memory_mib > size.memory_mib {
-            return Err(Error::FailedPrecondition(format!(
+            return Err(Error::WrongState(format!(
                 "update pod resources: they need a machine of {} vCPUs and {} MiB, this one has {} and {} and cannot \
                  grow while it runs: make the pod anew",
                 wanted.vcpus, wanted.memory_mib, size.vcpus, size.memory_mib
