@@ -19,8 +19,8 @@ pub struct ImageDisks {
 #[derive(Debug)]
 struct Use {
     rootfs: PathBuf,
-    /// None for a disk that could not be emptied: whatever is in it, nobody
-    /// counts on it.
+    /// The containers that use the image; none for a disk that could not be emptied,
+    /// on which nobody counts.
     holders: BTreeSet<ContainerId>,
 }
 
@@ -44,7 +44,7 @@ impl Claim {
 }
 
 impl ImageDisks {
-    /// All empty.
+    /// The disks of a VM that has just started: all empty.
     #[must_use]
     pub fn new(count: u8) -> Self {
         Self { used: Mutex::default(), names: Some(husk_vm::slot_names(count)) }
@@ -182,7 +182,7 @@ mod tests {
         held.claim(one, &b).unwrap();
         assert!(!held.release("image-0", &a));
         assert!(!held.release("image-0", &a), "the other still has it");
-        // It could not be detached, and nobody may take what may be in it.
+        // The disk could not be detached, and nobody may take what may be in it.
         assert!(held.release("image-0", &b));
         assert_eq!(held.claim(one, &c), Some(Claim::Attach("image-1".into())));
         assert_eq!(held.claim(Path::new("2"), &c), None);

@@ -77,7 +77,7 @@ impl Backend {
     /// itself.
     ///
     /// # Errors
-    /// The VMM's, or a file that cannot be read.
+    /// The VMM refuses it, or the file does not open.
     pub async fn attach_image(&self, disk: &str, rootfs: &Path) -> Result<(), Error> {
         let Self::Vm(vmm) = self else { return Ok(()) };
         let file = tokio::fs::File::open(rootfs).await.map_err(FileError::at("open image", rootfs))?;
@@ -87,7 +87,7 @@ impl Backend {
     /// Empties a disk of the VM.
     ///
     /// # Errors
-    /// The VMM's.
+    /// The VMM refuses it.
     pub async fn detach_image(&self, disk: String) -> Result<(), Error> {
         match self {
             Self::Vm(vmm) => Ok(vmm.control.detach_disk(disk).await?),
@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(ending(0), killed);
         std::fs::write(&events, "max 3\noom 2\noom_kill 1\noom_group_kill 0\n").unwrap();
         assert!(ending(0).out_of_memory && ending(0).problem.contains("memory on the node ran out"));
-        // What came before the pod was ready has not killed it.
+        // A kill before the pod was ready has not ended it.
         assert_eq!(ending(1), killed);
         assert_eq!(Ending::of_vmm(None, None, 0), killed);
     }

@@ -183,7 +183,7 @@ impl Place {
     /// scores of their own.
     ///
     /// # Errors
-    /// The kernel's, for a score that huskd may not lower to.
+    /// The kernel refuses it: huskd may not lower the score to this.
     pub fn set_oom_score(&self, score: i64) -> io::Result<()> {
         match (self.kind, &self.cgroup) {
             (Kind::Vm, Some(cgroup)) => cgroup::set_oom_score(cgroup, score),

@@ -18,11 +18,11 @@ use crate::{Backend, Error, ImageDisks, Place, RunningPod, start_vm};
 /// Parts of the node that a start needs.
 #[derive(Clone, Copy, Debug)]
 pub struct Services<'a> {
-    /// Pod networks.
+    /// The networks of pods.
     pub network: &'a Network,
-    /// Saved VMs.
+    /// The templates from which VMs are cloned.
     pub templates: &'a Arc<Templates>,
-    /// Writable disks of VMs.
+    /// The writable disks of VMs.
     pub disks: &'a SandboxDisks,
 }
 
@@ -46,7 +46,7 @@ pub struct StartPlan<'a> {
 /// A pod that was started.
 #[derive(Debug)]
 pub struct Started {
-    /// The pod.
+    /// The pod, which runs.
     pub running: RunningPod,
     /// The words for its agent about the pod, as far as they depend on the
     /// backend and the network.
@@ -79,7 +79,7 @@ pub struct Times {
 /// Starts a pod.
 ///
 /// # Errors
-/// With the step in it. Whatever was started is left to [`Place::destroy`], and the
+/// The error names the step in it. Whatever was started is left to [`Place::destroy`], and the
 /// network to its own `detach`.
 pub async fn start(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Started, Error> {
     match plan.handler {

@@ -33,7 +33,7 @@ impl VolumeMounts {
     /// blocks, for as long as the file system of a volume does not answer.
     ///
     /// # Errors
-    /// With what could not be done.
+    /// The error names what could not be done.
     pub fn add(&self, prepared: &[Prepared], in_use: &[Volume]) -> Result<(), Error> {
         Ok(self.shared.bind(self.namespace.as_fd(), prepared, in_use)?)
     }
@@ -44,7 +44,7 @@ impl Place {
     /// `None` for a host pod, whose containers have the host's files anyhow.
     ///
     /// # Errors
-    /// With what could not be done.
+    /// The error names what could not be done.
     pub async fn volume_mounts(
         &self,
         running: &RunningPod,
@@ -75,7 +75,7 @@ impl Place {
     /// Unmounts the volumes with these names.
     ///
     /// # Errors
-    /// With what could not be done; it can be repeated.
+    /// The error names what could not be done; it can be repeated.
     pub async fn release_volumes(&self, names: Vec<String>) -> Result<(), Error> {
         let shared = SharedDir::of(&self.base, &self.id);
         let run_dir = self.run_dir.clone();
@@ -93,7 +93,7 @@ impl Place {
     /// gone with it.
     ///
     /// # Errors
-    /// With what could not be done.
+    /// The error names what could not be done.
     pub async fn close_volumes(&self) -> Result<(), Error> {
         let shared = SharedDir::of(&self.base, &self.id);
         Ok(blocking(move || shared.close()).await?)

@@ -1,4 +1,4 @@
-//! What there is to know of containers: ContainerStatus, ListContainers.
+//! The status of containers: ContainerStatus, ListContainers.
 
 use std::collections::HashMap;
 

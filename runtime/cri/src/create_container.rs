@@ -1,4 +1,4 @@
-//! CreateContainer.
+//! CreateContainer: makes a container, and answers with its id.
 
 use std::sync::Arc;
 

@@ -81,7 +81,7 @@ fn every_field_has_a_place() {
             reached.extend(kinds.filter(|kind| messages.contains_key(kind) && !kind.starts_with("Windows")));
         }
     }
-    // Its two fields are the headings of sections.
+    // The two fields of this message are the headings of sections.
     seen.remove("LinuxContainerConfig");
     assert!(seen.len() > 15, "{seen:?}");
     for message in seen {
@@ -95,7 +95,7 @@ fn every_field_has_a_place() {
             .flat_map(|(_, cells)| words(cells[0]))
             .collect();
         for (field, _) in &messages[message] {
-            // What a number is in is said by the field that has it.
+            // A number is explained with the field that has it.
             let known = message == "Int64Value"
                 || named.contains(field)
                 || (*field == "linux" && DOCUMENT.contains("\n### `linux.resources`\n"));

@@ -21,7 +21,7 @@ use tracing::Instrument;
 use crate::batches::in_batches;
 use crate::status;
 
-/// The service.
+/// The ImageService of one node.
 #[derive(Debug)]
 pub struct Images {
     store: Arc<ImageStore>,
@@ -73,7 +73,7 @@ impl ImageService for Images {
         Ok(Response::new(ListImagesResponse { images: self.list(wanted).await.map_err(refused)? }))
     }
 
-    /// One that is not here is no error: the answer has no image then.
+    /// An image that is not here is no error: the answer has none then.
     async fn image_status(
         &self,
         request: Request<ImageStatusRequest>,
@@ -89,7 +89,7 @@ impl ImageService for Images {
         Ok(Response::new(ImageStatusResponse { image: image.as_ref().map(|image| self.to_cri(image)), info }))
     }
 
-    /// Goes on when the client does not wait: the next one who asks has less to do.
+    /// Pulls on when the client does not wait: the next client that asks waits less.
     async fn pull_image(
         &self,
         request: Request<PullImageRequest>,
@@ -156,8 +156,8 @@ fn named(image: Option<ImageSpec>) -> Result<String, Error> {
     if name.is_empty() { Err(Error::Invalid("the request names no image".into())) } else { Ok(name) }
 }
 
-/// What the client says about itself to the registry of `image`: nothing, when
-/// it says that for another.
+/// The credentials of the client for the registry of `image`: none, when the client
+/// gives them for another.
 fn credentials(image: &str, auth: Option<AuthConfig>) -> Result<Credentials, Error> {
     use base64::Engine;
     let Some(auth) = auth else { return Ok(Credentials::Anonymous) };

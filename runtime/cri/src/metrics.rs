@@ -27,7 +27,7 @@ const DISK: &str = "scratch";
 
 const NANOS: u64 = 1_000_000_000;
 
-/// One metric: what it is called and how it is found in a `T`.
+/// One metric: its name, and how its value is found in a `T`.
 struct Family<T: 'static> {
     name: &'static str,
     help: &'static str,
@@ -38,14 +38,14 @@ struct Family<T: 'static> {
     value: fn(&T) -> Option<u64>,
 }
 
-/// What there is to know of one container.
+/// The figures and limits of one container.
 struct Sample {
     stat: ContainerStat,
     resources: LinuxContainerResources,
     started_at: i64,
 }
 
-/// What a pod's machine costs its node.
+/// The cost of a pod's machine to its node.
 struct Cost {
     vmm: Option<cgroup::Usage>,
     guest: husk_proto::agent::MachineStat,
@@ -204,7 +204,7 @@ static INTERFACE: &[Family<InterfaceStat>] = &[
 
 const OF_INTERFACE: &[(&str, &str)] = &[("interface", "")];
 
-/// What the virtual machine adds to its containers.
+/// The metrics of the virtual machine, beside those of its containers.
 static COST: &[Family<Cost>] = &[
     counter("husk_vmm_cpu_usage_seconds_total", "Processor time of the pod's VMM, seconds.", |c: &Cost| {
         c.vmm.map(|vmm| vmm.cpu_nanos / NANOS)

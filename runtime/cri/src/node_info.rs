@@ -1,4 +1,4 @@
-//! What there is to know of the runtime: Version, Status, RuntimeConfig,
+//! The runtime as a whole: Version, Status, RuntimeConfig,
 //! UpdateRuntimeConfig.
 
 use std::collections::HashMap;
@@ -90,7 +90,7 @@ fn verbose(node: &Node) -> HashMap<String, String> {
     let unread = node.registry.unread().into_iter().map(|unread| {
         json!({ "what": unread.what, "id": unread.id, "name": unread.name, "path": unread.path, "why": unread.why })
     });
-    // What somebody has to look after; empty on a node that is well.
+    // Somebody has to look after these; there are none on a node that is well.
     info.insert("unread_records".to_owned(), Value::from_iter(unread).to_string());
     let unfinished = node.registry.unfinished();
     let unfinished = unfinished.iter().map(|(id, why)| json!({ "id": id.as_str(), "why": why }));

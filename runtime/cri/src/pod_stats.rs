@@ -1,4 +1,4 @@
-//! What pods use: PodSandboxStats, ListPodSandboxStats, StreamPodSandboxStats.
+//! Usage of pods: PodSandboxStats, ListPodSandboxStats, StreamPodSandboxStats.
 //!
 //! Processor and memory are what the pod costs its node: the control group of
 //! its VMM, in which the machine's own kernel and devices count too. Network
@@ -100,7 +100,7 @@ fn memory(timestamp: i64, cost: Option<&cgroup::Usage>, machine: &MachineStat) -
     cri::MemoryUsage {
         timestamp,
         working_set_bytes: value(cost.map_or(used, |cost| cost.current.saturating_sub(cost.inactive_file))),
-        // What the guest can still hand out, whatever the host has.
+        // The guest can still hand out as much, whatever the host has.
         available_bytes: value(machine.memory_available_bytes),
         usage_bytes: value(cost.map_or(used, |cost| cost.current)),
         rss_bytes: cost.and_then(|cost| value(cost.anonymous)),

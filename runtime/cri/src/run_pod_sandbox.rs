@@ -1,4 +1,4 @@
-//! RunPodSandbox.
+//! RunPodSandbox: starts a pod, and answers with its id.
 
 use std::sync::Arc;
 

@@ -20,14 +20,14 @@ use crate::{
     run_pod_sandbox, sandboxes, stats, status, update_resources,
 };
 
-/// The service.
+/// The RuntimeService of one node.
 #[derive(Debug)]
 pub struct Runtime {
     node: Arc<Node>,
 }
 
 impl Runtime {
-    /// Serves `node`.
+    /// Serves the pods and containers of `node`.
     #[must_use]
     pub const fn new(node: Arc<Node>) -> Self {
         Self { node }
@@ -332,7 +332,7 @@ impl RuntimeService for Runtime {
         Ok(Response::new(container_events::listen(&self.node)))
     }
 
-    // What follows is not built yet.
+    // The rest is not built yet.
 
     async fn checkpoint_container(
         &self,

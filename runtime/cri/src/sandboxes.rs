@@ -1,4 +1,4 @@
-//! What there is to know of pods: PodSandboxStatus, ListPodSandbox.
+//! The status of pods: PodSandboxStatus, ListPodSandbox.
 
 use std::collections::HashMap;
 use std::sync::Arc;

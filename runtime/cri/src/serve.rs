@@ -56,7 +56,7 @@ pub async fn serve(node: Arc<Node>, trim: fn(), stop: impl Future<Output = ()>) 
     );
     let enough = async {
         if stopping.await.is_err() {
-            // It ends by itself.
+            // The server ends by itself.
             std::future::pending::<()>().await;
         }
         sleep(LAST_REQUESTS).await;

@@ -1,5 +1,5 @@
-//! What containers use: ContainerStats, ListContainerStats,
-//! StreamContainerStats. The guest counts.
+//! Usage of containers: ContainerStats, ListContainerStats, StreamContainerStats. The
+//! guest counts it.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! UpdateContainerResources, UpdatePodSandboxResources.
+//! UpdateContainerResources, UpdatePodSandboxResources: new limits for what runs.
 //!
 //! A request changes what it names; a number that is 0 and a text that is empty
 //! stay as they were (CRI `api.proto`).

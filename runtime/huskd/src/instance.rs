@@ -1,6 +1,6 @@
 //! One huskd to a run folder and a state folder, and the two belong together.
 //!
-//! What lives in the run folder and has no record in the state folder is ended
+//! A pod that lives in the run folder and has no record in the state folder is ended
 //! when huskd starts. So it must be certain beforehand that the state folder is the
 //! right one: its disk may not be mounted yet, the configuration may have changed,
 //! or a second huskd may have been started.
@@ -21,16 +21,16 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-/// Held by the huskd that uses a folder.
+/// The file that the huskd which uses a folder holds locked.
 const LOCK: &str = "huskd.lock";
 
-/// Says whose a folder is.
+/// The file with a folder's identity.
 const IDENTITY: &str = "huskd.json";
 
 /// How long a huskd that is about to end is waited for.
 const PREDECESSOR: Duration = Duration::from_secs(3);
 
-/// What is kept in both folders.
+/// The identity that both folders hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Identity {
     id: String,
@@ -134,7 +134,7 @@ fn wait_for_lock(folder: &Path) -> anyhow::Result<Flock<File>> {
     }
 }
 
-/// Whose a folder is; `None` if nobody has said it yet.
+/// The identity of a folder; `None` if it has none yet.
 async fn identity(folder: &Path) -> anyhow::Result<Option<Identity>> {
     let path = folder.join(IDENTITY);
     blocking(move || read_identity(&path)).await
@@ -242,7 +242,7 @@ mod tests {
         Instance::claim(&here).await.unwrap_err();
         fs::create_dir_all(here.state_dir.join("sandboxes").join(id.as_str())).unwrap();
         drop(Instance::claim(&here).await.unwrap());
-        // They are known from now on.
+        // The pods are known from now on.
         Instance::claim(&config(folder.path(), "unmounted", "run")).await.unwrap_err();
     }
 }

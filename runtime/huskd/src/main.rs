@@ -51,7 +51,7 @@ fn main() -> anyhow::Result<ExitCode> {
         .build()
         .context("start threads")?;
     let ended = runtime.block_on(run(arguments));
-    // What a thread still removes is removed at the next start.
+    // The next start removes what a thread has not yet removed.
     runtime.shutdown_timeout(LAST_THREADS);
     ended.map(|()| ExitCode::SUCCESS)
 }
@@ -67,7 +67,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     for handler in handlers() {
         if let Err(error) = node.disks.prepared(handler.disk_mib).await {
             let error = chain(&error);
-            tracing::warn!(error, "failed to prepare sandbox disks; no pod starts until this is mended");
+            tracing::warn!(
+                error,
+                "failed to prepare sandbox disks; no pod of a VM starts until this is fixed"
+            );
         }
     }
     node.templates.recover().await;

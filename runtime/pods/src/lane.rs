@@ -17,7 +17,7 @@ const WIDTH: usize = 4;
 /// How long a file call is waited for, the wait for its turn included.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Why no result came.
+/// The reason for which there is no result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoResult {
     /// Neither this call nor one before it returned in time.
@@ -38,9 +38,9 @@ pub enum NoResult {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{stage}: {why}")]
 pub struct Failed {
-    /// The stage.
+    /// The stage, as the client reads it.
     pub stage: &'static str,
-    /// Why there is no result.
+    /// The reason for which there is no result.
     pub why: NoResult,
 }
 
@@ -137,7 +137,7 @@ mod tests {
             let error = pod.run("open volume", hung(until)).await.unwrap_err();
             assert_eq!((error.stage, error.why), ("open volume", NoResult::Late(0)));
         }
-        // Its turns are taken: not even a call that would return is begun.
+        // The turns are taken: not even a call that would return is begun.
         pod.run("open volume", || panic!("there is no turn for this call")).await.unwrap_err();
         assert_eq!(pod.run_now(|| ()).await, Err(NoResult::Busy));
         assert_eq!(other.run("open volume", || 7).await.unwrap(), 7);

@@ -17,15 +17,15 @@ use crate::model::{Events, Registry};
 /// One node's parts. Each looks after itself; operations bring them together.
 #[derive(Debug)]
 pub struct Node {
-    /// The configuration.
+    /// The configuration that huskd started with.
     pub config: Config,
-    /// Images.
+    /// The images of the node.
     pub images: Arc<ImageStore>,
-    /// Pod networks.
+    /// The networks of pods.
     pub network: Network,
-    /// Sandboxes and containers.
+    /// The pods and containers of the node.
     pub registry: Registry,
-    /// Sandbox disks.
+    /// The writable disks of VMs.
     pub disks: Arc<SandboxDisks>,
     /// VMs from which those of pods are cloned.
     pub templates: Arc<Templates>,
@@ -39,13 +39,13 @@ impl Node {
     /// Opens what is on disk. Makes no VM and no network. This blocks.
     ///
     /// # Errors
-    /// With the folder or file that cannot be used.
+    /// The error names the folder or file that cannot be used.
     #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub fn open(config: Config) -> anyhow::Result<Self> {
         use anyhow::Context;
         let network_dir = config.state_dir.join("network");
         let scratch_dir = config.state_dir.join("scratch");
-        // What pods are told in secret is in records, on disks and in machines'
+        // Secrets of pods are in records, on disks and in machines'
         // memory. Through the run directory, the users of host pods with user
         // namespaces reach their own files.
         for (folder, mode) in [

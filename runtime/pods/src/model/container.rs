@@ -38,7 +38,7 @@ impl Container {
     /// folder.
     ///
     /// # Errors
-    /// The disk's.
+    /// The disk refuses it.
     pub async fn create(sandbox_directory: &Path, record: ContainerRecord) -> Result<Self, FileError> {
         let path = sandbox_directory.join("containers").join(format!("{}.json", record.id));
         Ok(Self::with(Stored::create(path, None, record).await?))
@@ -48,7 +48,7 @@ impl Container {
     /// blocks.
     ///
     /// # Errors
-    /// [`ReadError`].
+    /// The record cannot be used, see [`ReadError`].
     pub fn load(path: PathBuf) -> Result<Self, ReadError> {
         Ok(Self::with(Stored::load(path, None)?))
     }
@@ -79,7 +79,7 @@ impl Container {
     /// Changes the record, on disk first, so that a power cut does not undo it.
     ///
     /// # Errors
-    /// The disk's; the record is then unchanged.
+    /// The disk refuses it; the record is then unchanged.
     pub async fn update(&self, change: impl FnOnce(&mut ContainerRecord)) -> Result<(), FileError> {
         let mut next = self.record.change().await;
         change(&mut next);
@@ -141,7 +141,7 @@ impl Container {
     /// not bring it back.
     ///
     /// # Errors
-    /// The disk's; a record that is gone is no error.
+    /// The disk refuses it; a record that is gone is no error.
     pub async fn forget(&self) -> Result<(), FileError> {
         self.record.remove().await
     }

@@ -17,7 +17,7 @@ pub struct ContainerRecord {
     pub sandbox_id: SandboxId,
     /// The configuration that the client asked for.
     pub config: cri::ContainerConfig,
-    /// Id of the image.
+    /// The id of the image.
     pub image_id: String,
     /// A tag of the image, for people; empty if it had none.
     #[serde(default)]
@@ -31,7 +31,7 @@ pub struct ContainerRecord {
     /// The images that are volumes of it.
     #[serde(default)]
     pub image_volumes: Vec<ImageVolume>,
-    /// Volumes: files of the host that it has.
+    /// The volumes: files of the host that the container has.
     #[serde(default)]
     pub volumes: Vec<Volume>,
     /// Where its log goes; empty for nowhere.
@@ -40,9 +40,9 @@ pub struct ContainerRecord {
     pub stop_signal: i32,
     /// Process id of its first process in the guest; 0 before it has one.
     pub guest_pid: u32,
-    /// Nanoseconds since 1970, 0 while it has not happened.
+    /// The time of the creation, nanoseconds since 1970.
     pub created_at: i64,
-    /// Nanoseconds since 1970, 0 while it has not started.
+    /// The time of the start, nanoseconds since 1970; 0 before it.
     pub started_at: i64,
     /// The user of its first process, by numbers; `None` before it has one.
     #[serde(default)]
@@ -51,7 +51,7 @@ pub struct ContainerRecord {
     /// such container in the guest then.
     #[serde(default)]
     pub start_error: String,
-    /// Hooks run once it has been deleted.
+    /// Whether hooks run once the container has been deleted.
     #[serde(default)]
     pub poststop: bool,
     /// Where it is in its life.
@@ -70,26 +70,26 @@ impl ContainerRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// Being made; not shown to clients. After a crash it is taken apart.
+    /// The container is being made, and not shown to clients. After a crash it is torn down.
     Creating,
-    /// Made, not started.
+    /// The container was made, and not started.
     Created,
-    /// Started.
+    /// The container was started.
     Running,
-    /// Ended.
+    /// The container has ended.
     Exited(Exit),
 }
 
 /// How a container ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// 0 to 255.
+    /// The exit code, 0 to 255.
     pub code: i32,
-    /// Nanoseconds since 1970.
+    /// The time of the end, nanoseconds since 1970.
     pub finished_at: i64,
     /// "Completed", "Error", "OOMKilled", or what happened to the machine.
     pub reason: String,
-    /// For people.
+    /// An explanation for people; may be empty.
     pub message: String,
 }
 
@@ -140,7 +140,7 @@ impl State {
         }
     }
 
-    /// In a word, for error messages.
+    /// Names the state, for error messages.
     #[must_use]
     pub const fn word(&self) -> &'static str {
         match self {

@@ -32,14 +32,14 @@ pub enum EventKind {
     Deleted,
 }
 
-/// One event.
+/// A change, and the pod as it was after it.
 #[derive(Clone, Debug)]
 pub struct Event {
     /// The id of the container, or of the pod if it happened to the pod itself.
     pub id: String,
-    /// The change.
+    /// The kind of the change.
     pub kind: EventKind,
-    /// Nanoseconds since 1970.
+    /// The time of the change, nanoseconds since 1970.
     pub at: i64,
     /// The pod after it.
     pub sandbox: Arc<SandboxRecord>,
@@ -86,7 +86,7 @@ impl Events {
         }
     }
 
-    /// Everything from now on.
+    /// Listens to everything from now on.
     #[must_use]
     pub fn listen(&self) -> EventStream {
         let listener = (self.0.events.subscribe(), self.0.closed.subscribe(), false);

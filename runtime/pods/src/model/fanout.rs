@@ -21,14 +21,14 @@ use husk_base::lock;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
-/// What waits for one client, in units of [`UNIT`].
+/// Most output that waits for one client, in units of [`UNIT`].
 const QUEUE_UNITS: u32 = 256;
 
-/// What more may wait for it at the end of its container: several times what
+/// Most output that may wait besides at the end of the container: several times what
 /// pipes and sockets hold between a container and its log.
 const DRAIN_UNITS: u32 = 1024;
 
-/// What the smallest piece counts as, bytes.
+/// The smallest piece counts as this many bytes.
 const UNIT: usize = 1024;
 
 /// How long a client may hold the container up.
@@ -37,9 +37,9 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Both outputs of a container.
 #[derive(Debug, Default)]
 pub struct Output {
-    /// With a terminal, everything.
+    /// Standard output; with a terminal, everything.
     pub stdout: Fanout,
-    /// The rest.
+    /// Standard error; nothing with a terminal.
     pub stderr: Fanout,
 }
 
@@ -50,14 +50,14 @@ impl Output {
         self.stderr.hurry();
     }
 
-    /// There is no more to say.
+    /// Ends the output for every client: there is no more.
     pub fn end(&self) {
         self.stdout.end();
         self.stderr.end();
     }
 }
 
-/// One output.
+/// One output of a container.
 #[derive(Debug, Default)]
 pub struct Fanout(Mutex<Subscribers>);
 
@@ -94,14 +94,14 @@ impl Subscriber {
     }
 }
 
-/// Why a client gets no more.
+/// The reason for which a client gets no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lost {
     Late,
     Gone,
 }
 
-/// What one client gets.
+/// The output as one client gets it.
 #[derive(Debug)]
 pub struct Subscription {
     queue: mpsc::UnboundedReceiver<Piece>,
@@ -114,7 +114,7 @@ impl Subscription {
         self.queue.recv().await.map(|(bytes, _place)| bytes)
     }
 
-    /// That was not the output's end: this client was too slow.
+    /// Whether the end was not the output's own: this client was too slow.
     #[must_use]
     pub fn was_dropped(&self) -> bool {
         self.dropped.load(Ordering::Relaxed)
@@ -122,7 +122,7 @@ impl Subscription {
 }
 
 impl Fanout {
-    /// What is said from now on.
+    /// Subscribes a client to all output from now on.
     #[must_use]
     pub fn subscribe(&self) -> Subscription {
         let (sender, queue) = mpsc::unbounded_channel();
@@ -156,7 +156,7 @@ impl Fanout {
         join_all(sent).await;
     }
 
-    /// Nobody is waited for from now on, not even by who does so already.
+    /// Waits for no client from now on, and ends the waits that have begun.
     fn hurry(&self) {
         let mut subscribers = lock(&self.0);
         if !std::mem::replace(&mut subscribers.hurried, true) {
@@ -166,7 +166,7 @@ impl Fanout {
         }
     }
 
-    /// There is no more to say.
+    /// Ends the output for every client: there is no more.
     pub fn end(&self) {
         let mut subscribers = lock(&self.0);
         subscribers.ended = true;
@@ -178,13 +178,13 @@ impl Fanout {
 mod tests {
     use super::*;
 
-    /// The longest.
+    /// The longest piece.
     const PIECE: [u8; 16 * 1024] = [b'x'; 16 * 1024];
 
-    /// How many of them wait.
+    /// The number of pieces that wait at most.
     const IN_ROOM: usize = QUEUE_UNITS as usize * UNIT / PIECE.len();
 
-    /// How much is still to come.
+    /// Counts the pieces that are still to come.
     async fn rest(client: &mut Subscription) -> usize {
         let mut count = 0;
         while client.next().await.is_some() {
@@ -254,7 +254,7 @@ mod tests {
                 output.end();
             }
         });
-        // It takes so much that it is never late.
+        // The client takes so much that it is never late.
         let mut taken = 0;
         for _ in 0..4 {
             tokio::time::sleep(SEND_TIMEOUT - Duration::from_secs(1)).await;

@@ -49,8 +49,8 @@ impl LogFile {
     /// folders that are not there.
     ///
     /// # Errors
-    /// The disk's; a symbolic link below the folder, and a log that is no
-    /// regular file.
+    /// The disk refuses it, a symbolic link is below the folder, or the log is no regular
+    /// file.
     #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub fn open(folder: &Path, path: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
@@ -150,7 +150,7 @@ fn open_below(folder: &OwnedFd, name: &OsStr, flags: OFlags, mode: Mode) -> io::
 /// never blocks the container. Answers with how many bytes there were.
 ///
 /// # Errors
-/// The stream's.
+/// The stream broke.
 pub async fn copy(
     mut from: impl AsyncRead + Unpin,
     name: &str,

@@ -3,14 +3,14 @@
 
 use husk_proto::cri;
 
-/// A pod's.
+/// The name of a pod.
 #[must_use]
 pub fn sandbox(config: &cri::PodSandboxConfig) -> String {
     let pod = config.metadata.clone().unwrap_or_default();
     format!("{}_{}_{}_{}", pod.name, pod.namespace, pod.uid, pod.attempt)
 }
 
-/// A container's in its pod.
+/// The name of a container in its pod.
 #[must_use]
 pub fn container(config: &cri::ContainerConfig, pod: &cri::PodSandboxConfig) -> String {
     let own = config.metadata.clone().unwrap_or_default();

@@ -4,7 +4,7 @@
 //! A function that counts on a lock takes the token of it. Locks are taken in the order
 //! container, pod, image disks, and the types hold the first two to it: the container's
 //! lock is taken with [`Unlocked`] in hand, which whoever holds a pod's has given away.
-//! What each of them guards is in CONTRIBUTING.md, "Locks".
+//! CONTRIBUTING.md, "Locks", says which operations take them.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -60,7 +60,7 @@ pub(crate) struct ContainerOp<'a> {
     lock: MutexGuard<'a, ContainerTurn>,
 }
 
-/// What only the operation that holds a container's lock knows of it.
+/// The state of a container that only the operation which holds its lock sees.
 #[derive(Debug, Default)]
 pub(crate) struct ContainerTurn {
     /// The stop signal was sent.

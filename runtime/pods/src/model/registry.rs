@@ -30,7 +30,7 @@ struct Inner {
 }
 
 impl Inner {
-    /// What is told of an id that leads to nothing: it may be that of something
+    /// The error for an id that leads to nothing: the id may belong to something
     /// whose record does not read.
     fn or_unread(&self, error: LookupError, wanted: &str) -> LookupError {
         let LookupError::Unknown { what, id } = &error else { return error };
@@ -42,7 +42,7 @@ impl Inner {
     }
 }
 
-/// An id that does not lead to one thing.
+/// An id does not lead to one pod or container.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LookupError {
     /// Nothing has this id.
@@ -50,42 +50,43 @@ pub enum LookupError {
     Unknown {
         /// "sandbox" or "container".
         what: &'static str,
-        /// As the client gave it.
+        /// The id as the client gave it.
         id: String,
     },
-    /// The record of what has this id does not read.
+    /// The record of the pod or container with this id does not read.
     #[error("{what} `{id}`: {advice}")]
     Unread {
         /// "sandbox" or "container".
         what: &'static str,
-        /// As the client gave it.
+        /// The id as the client gave it.
         id: String,
-        /// What to do.
+        /// The way out, in words.
         advice: String,
     },
-    /// Several ids start with it.
+    /// Several ids start with the one that was given.
     #[error("{what} id `{id}` is ambiguous: give more of its characters")]
     Ambiguous {
         /// "sandbox" or "container".
         what: &'static str,
-        /// As the client gave it.
+        /// The id as the client gave it.
         id: String,
     },
 }
 
-/// The name is taken.
+/// The name is held by another pod or container.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("name `{name}` is reserved for `{holder}`{advice}")]
 pub struct NameTaken {
-    /// The name.
+    /// The name that was asked for.
     pub name: String,
-    /// Id of what holds it.
+    /// The id of the pod or container that holds the name.
     pub holder: String,
-    /// What to do about a holder whose record does not read; else empty.
+    /// The way out if the holder's record does not read; else empty.
     pub advice: String,
 }
 
-/// A name held for something being made. Given back when dropped, unless kept.
+/// A name that is held for a pod or container being made. The name is released when this is
+/// dropped, unless it is kept.
 #[derive(Debug)]
 pub struct Reservation<'a> {
     registry: &'a Registry,
@@ -111,7 +112,7 @@ impl Registry {
     /// Holds `name` for `id`.
     ///
     /// # Errors
-    /// When it is held already.
+    /// The name is held already.
     pub fn reserve(&self, name: String, id: &str) -> Result<Reservation<'_>, NameTaken> {
         let mut inner = lock(&self.inner);
         if let Some(holder) = inner.names.get(&name) {
@@ -147,7 +148,7 @@ impl Registry {
         inner.unread.insert(unread.id.clone(), unread);
     }
 
-    /// All whose records do not read.
+    /// Lists all pods and containers whose records do not read.
     pub fn unread(&self) -> Vec<Unread> {
         lock(&self.inner).unread.values().cloned().collect()
     }
@@ -192,7 +193,7 @@ impl Registry {
     /// about it.
     ///
     /// # Errors
-    /// None, or more than one.
+    /// No id starts so, or more than one does.
     pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, LookupError> {
         let inner = lock(&self.inner);
         by_prefix(&inner.sandboxes, "sandbox", id, SandboxId::from(id), SandboxId::as_str)
@@ -205,7 +206,7 @@ impl Registry {
     /// about it.
     ///
     /// # Errors
-    /// None, or more than one.
+    /// No id starts so, or more than one does.
     pub fn container(&self, id: &str) -> Result<(Arc<Sandbox>, Arc<Container>), LookupError> {
         let inner = lock(&self.inner);
         by_prefix(&inner.containers, "container", id, ContainerId::from(id), ContainerId::as_str)
@@ -214,12 +215,12 @@ impl Registry {
             .map_err(|error| inner.or_unread(error, "container"))
     }
 
-    /// All sandboxes.
+    /// Lists all sandboxes.
     pub fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
         lock(&self.inner).sandboxes.values().cloned().collect()
     }
 
-    /// All containers, each with its sandbox.
+    /// Lists all containers, each with its sandbox.
     pub fn containers(&self) -> Vec<(Arc<Sandbox>, Arc<Container>)> {
         lock(&self.inner).containers.values().cloned().collect()
     }

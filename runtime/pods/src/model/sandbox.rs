@@ -29,9 +29,9 @@ use crate::span;
 /// may be older than this huskd, or newer: see ADR 9.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Versions {
-    /// The VMM's; none for a host pod.
+    /// The VMM's version; none for a host pod.
     pub vmm: Option<Version>,
-    /// The agent's.
+    /// The version of the pod's agent.
     pub agent: Option<Version>,
 }
 
@@ -44,7 +44,7 @@ pub struct Version {
     pub release: String,
 }
 
-/// One sandbox.
+/// A pod sandbox of the node.
 #[derive(Debug)]
 pub struct Sandbox {
     /// The sandbox's id.
@@ -55,9 +55,9 @@ pub struct Sandbox {
     running: Mutex<Option<Arc<RunningPod>>>,
     unreached: Mutex<Option<String>>,
     versions: Mutex<Versions>,
-    /// Its file calls on paths that the client names.
+    /// The pod's file calls on paths that the client names.
     pub(crate) lane: Lane,
-    /// How much processor time it takes.
+    /// How much processor time the pod takes.
     pub cpu_rate: CpuRate,
     containers: Mutex<Vec<Arc<Container>>>,
     directory: PathBuf,
@@ -66,14 +66,14 @@ pub struct Sandbox {
 /// The name of the file with the record.
 pub(crate) const RECORD: &str = "sandbox.json";
 
-/// The name of the folder with those of its containers.
+/// The name of the folder with the records of its containers.
 pub(crate) const CONTAINERS: &str = "containers";
 
 impl Sandbox {
     /// A sandbox about to be made, with its record on disk in `directory`.
     ///
     /// # Errors
-    /// The disk's.
+    /// The disk refuses it.
     pub async fn create(
         directory: PathBuf,
         record: SandboxRecord,
@@ -89,7 +89,7 @@ impl Sandbox {
     /// The sandbox whose record is in `directory`, which is read at once: this blocks.
     ///
     /// # Errors
-    /// [`ReadError`].
+    /// The record cannot be used, see [`ReadError`].
     pub fn load(directory: PathBuf, events: Events) -> Result<Self, ReadError> {
         let record = Stored::load(directory.join(RECORD), directory.parent())?;
         Ok(Self::with(directory, record, events))
@@ -125,7 +125,7 @@ impl Sandbox {
     /// Changes the record, on disk first, so that a power cut does not undo it.
     ///
     /// # Errors
-    /// The disk's; the record is then unchanged.
+    /// The disk refuses it; the record is then unchanged.
     pub async fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> Result<(), FileError> {
         let mut next = self.record.change().await;
         change(&mut next);
@@ -158,38 +158,38 @@ impl Sandbox {
         Place::new(run_dir, self.id.clone(), record.kind, record.cgroup.clone())
     }
 
-    /// Why this huskd cannot reach the machine that runs it, while that is so: it
+    /// The reason for which this huskd cannot reach the pod, while that is so: the pod
     /// lives, and has not answered since huskd started.
     pub fn unreached(&self) -> Option<String> {
         lock(&self.unreached).clone()
     }
 
-    /// Says why it cannot be reached, or that it can.
+    /// Notes the reason for which the pod cannot be reached; `None` if it can.
     pub fn set_unreached(&self, why: Option<String>) {
         *lock(&self.unreached) = why;
     }
 
-    /// Releases that its programs are of.
+    /// The releases that the pod's programs are of.
     pub fn versions(&self) -> Versions {
         lock(&self.versions).clone()
     }
 
-    /// Says which releases its programs are of.
+    /// Notes which releases the pod's programs are of.
     pub fn set_versions(&self, versions: Versions) {
         *lock(&self.versions) = versions;
     }
 
-    /// The containers in it.
+    /// The containers in the pod.
     pub fn containers(&self) -> Vec<Arc<Container>> {
         lock(&self.containers).clone()
     }
 
-    /// Adds one.
+    /// Adds a container to the pod.
     pub fn add_container(&self, container: Arc<Container>) {
         lock(&self.containers).push(container);
     }
 
-    /// Takes one away.
+    /// Takes a container from the pod.
     pub fn drop_container(&self, container: &Container) {
         lock(&self.containers).retain(|other| other.id != container.id);
     }
@@ -215,7 +215,7 @@ impl Sandbox {
         container.record_exit(exit, || self.send_event(container.id.as_str(), EventKind::Stopped)).await;
     }
 
-    /// Volumes of its containers.
+    /// The volumes of all containers of the pod.
     pub fn volumes(&self) -> Vec<Volume> {
         self.containers().iter().flat_map(|container| container.record().volumes.clone()).collect()
     }

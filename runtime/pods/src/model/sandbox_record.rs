@@ -15,12 +15,12 @@ pub struct SandboxRecord {
     pub id: SandboxId,
     /// The configuration that the client asked for.
     pub config: cri::PodSandboxConfig,
-    /// Name of its runtime handler, never empty.
+    /// The name of its runtime handler, never empty.
     pub handler: String,
     /// The kind of its handler, whatever the handler of that name may be later.
     #[serde(default)]
     pub kind: Kind,
-    /// Nanoseconds since 1970.
+    /// The time of the request, nanoseconds since 1970.
     pub created_at: i64,
     /// How far it is.
     pub phase: Phase,
@@ -53,11 +53,11 @@ pub struct SandboxRecord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Being made; not shown to clients. After a crash it is taken apart.
+    /// The pod is being made, and not shown to clients. After a crash it is torn down.
     Creating,
     /// The pod runs.
     Ready,
-    /// Stopped, or its machine has ended.
+    /// The pod was stopped, or has ended by itself.
     NotReady,
 }
 
@@ -74,6 +74,6 @@ pub struct BootTimes {
     pub agent: u64,
     /// The agent's work on the sandbox.
     pub configure: u64,
-    /// Everything.
+    /// The whole start.
     pub total: u64,
 }

@@ -68,7 +68,7 @@ impl<T: Clone + Serialize + DeserializeOwned + Send + Sync + 'static> Stored<T> 
     /// Writes a new record to `path`. Nobody was promised yet that it stays.
     ///
     /// # Errors
-    /// The disk's.
+    /// The disk refuses it.
     pub(crate) async fn create(path: PathBuf, outer: Option<&Path>, record: T) -> Result<Self, FileError> {
         let stored = Self::with(path, outer, record, Unknown::default());
         stored.change().await.commit(Durability::Whole).await?;
@@ -78,7 +78,7 @@ impl<T: Clone + Serialize + DeserializeOwned + Send + Sync + 'static> Stored<T> 
     /// Reads the record at `path`. This blocks.
     ///
     /// # Errors
-    /// [`ReadError`].
+    /// The record cannot be used, see [`ReadError`].
     #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub(crate) fn load(path: PathBuf, outer: Option<&Path>) -> Result<Self, ReadError> {
         let (record, unknown) = record::read(&path)?;
@@ -117,7 +117,7 @@ impl<T: Clone + Serialize + DeserializeOwned + Send + Sync + 'static> Stored<T> 
     /// back. Succeeds when it is gone already.
     ///
     /// # Errors
-    /// The disk's; it can be repeated.
+    /// The disk refuses it; it can be repeated.
     pub(crate) async fn remove(&self) -> Result<(), FileError> {
         let mut file = self.file.clone().lock_owned().await;
         blocking(move || file.remove()).await
@@ -139,7 +139,7 @@ impl<T: Serialize + Send + Sync + 'static> Change<T> {
     /// Makes the change, on disk first.
     ///
     /// # Errors
-    /// The disk's; the record is then unchanged.
+    /// The disk refuses it; the record is then unchanged.
     pub(crate) async fn commit(self, durability: Durability) -> Result<(), FileError> {
         let Self { next, published, file } = self;
         blocking(move || {

@@ -18,13 +18,13 @@ use super::names;
 pub struct Unread {
     /// "sandbox" or "container".
     pub what: &'static str,
-    /// Its id.
+    /// The id of the pod or container.
     pub id: String,
     /// The pod of a container.
     pub sandbox: Option<SandboxId>,
     /// Where the record is.
     pub path: PathBuf,
-    /// Why it cannot be used.
+    /// The reason for which the record cannot be used.
     pub why: String,
     /// The name that it holds, if that could be told.
     pub name: Option<String>,
@@ -85,7 +85,7 @@ impl Unread {
         }
     }
 
-    /// Logs it, and keeps a copy of the record beside it. This blocks.
+    /// Logs that the record does not read, and keeps a copy of the record beside it. This blocks.
     #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     pub fn tell(&self) {
         if self.path.is_file()
@@ -103,7 +103,7 @@ impl Unread {
         );
     }
 
-    /// What a client can be told.
+    /// Tells a client what has become of the pod or container, and the way out.
     #[must_use]
     pub fn advice(&self) -> String {
         let (what, path, why) = (self.what, self.path.display(), &self.why);
@@ -121,7 +121,7 @@ impl Unread {
     }
 }
 
-/// What a record says of the name of its pod or container.
+/// Reads the name of a pod or container from a record that does not read as a whole.
 #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn salvaged<T: for<'a> Deserialize<'a> + Default + PartialEq>(path: &Path) -> Option<T> {
     let metadata = match record::salvage(path, "metadata")? {
@@ -132,7 +132,7 @@ fn salvaged<T: for<'a> Deserialize<'a> + Default + PartialEq>(path: &Path) -> Op
     T::deserialize(metadata).ok().filter(|metadata| *metadata != T::default())
 }
 
-/// Which slots of its machine a container has filled.
+/// Reads from such a record which slots of its machine a container has filled.
 #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn disks(path: &Path) -> Option<Vec<(String, PathBuf)>> {
     let Salvaged::Whole(record) = record::salvage(path, "image_slot")? else { return None };

@@ -66,7 +66,7 @@ async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> ExitS
             None => false,
         };
         if !whole || once && !terminal {
-            // It goes on to see what the container makes of it.
+            // The client goes on to see what the container makes of it.
             std::future::pending().await
         }
         tokio::time::sleep(LAST_ANSWER).await;
@@ -80,12 +80,12 @@ async fn run(agent: &Agent, container: &Arc<Container>, client: Client) -> ExitS
     }
 }
 
-/// What became of one of the container's outputs.
+/// How far one of the container's outputs was shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shown {
     /// The client did not ask for it.
     NotWanted,
-    /// To its end.
+    /// The output was shown to its end.
     Whole,
 }
 

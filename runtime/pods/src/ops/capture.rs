@@ -27,10 +27,10 @@ const LAST_BYTES: Duration = Duration::from_secs(10);
 /// long each time.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
-/// How long that becomes.
+/// The longest pause between two tries.
 const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
-/// What is left of a container's output once it has ended.
+/// The rest of a container's output once the container has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rest {
     /// Nothing: it was handed over to its last byte.
@@ -98,7 +98,7 @@ impl Capture {
         self.rest.send_replace(Some(rest));
         let drained = async |streams: &mut JoinSet<_>| while streams.join_next().await.is_some() {};
         let whole = timeout(LAST_BYTES, drained(&mut self.streams)).await.is_ok();
-        // What waits then waits for the stream alone.
+        // A stream that still waits then waits for its connection alone.
         self.enough.cancel();
         drained(&mut self.streams).await;
         whole
@@ -131,7 +131,7 @@ impl Stream {
         let mut pause = ASK_AGAIN;
         loop {
             if let Some(stream) = opened.take() {
-                // What is asked for after the end comes at once, or not at all.
+                // A stream that is opened after the end has its bytes at once, or none.
                 let had_ended = self.rest.borrow().is_some();
                 let copied = log::copy(stream, name, log.as_ref(), attached, &self.enough).await;
                 match copied {

@@ -14,7 +14,7 @@ const MAX_HOSTNAME: usize = 64;
 /// Checks a pod's configuration.
 ///
 /// # Errors
-/// With the field that cannot be honoured.
+/// The error names the field that cannot be honoured.
 pub(crate) fn check(node: &Node, config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Error> {
     check_namespaces(config, node, kind)?;
     check_config(config, kind)
@@ -89,7 +89,7 @@ fn check_config(config: &cri::PodSandboxConfig, kind: Kind) -> Result<(), Error>
 /// them, and no fields.
 ///
 /// # Errors
-/// With the annotation that is no rate.
+/// The error names the annotation that is no rate.
 pub(crate) fn bandwidth(config: &cri::PodSandboxConfig) -> Result<Bandwidth, Error> {
     let rate = |name: &str| {
         let rate = config.annotations.get(name).map(|text| network::rate(text)).transpose();

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 const EVERY: Duration = Duration::from_secs(30);
 
 /// Most time that the agent gets for an answer. A later one says little.
-const PATIENCE: Duration = Duration::from_secs(5);
+const AGENT_LIMIT: Duration = Duration::from_secs(5);
 
 /// So far apart they may be, nanoseconds.
 const NEAR_ENOUGH: i64 = 10_000_000;
@@ -41,7 +41,7 @@ async fn compare(agent: &Agent) -> Result<(), tonic::Status> {
 
 async fn adjust(agent: &Agent, by_nanos: i64) -> Result<i64, tonic::Status> {
     let mut agent = agent.unlimited();
-    let answer = timeout(PATIENCE, agent.adjust_clock(AdjustClockRequest { by_nanos })).await;
+    let answer = timeout(AGENT_LIMIT, agent.adjust_clock(AdjustClockRequest { by_nanos })).await;
     let answer = answer.map_err(|_| tonic::Status::deadline_exceeded("no answer in time"))?;
     Ok(answer?.into_inner().time_unix_nanos)
 }
@@ -84,7 +84,7 @@ mod tests {
         assert_eq!(correction(asked_at, took, asked_at + 49 * MS), None);
         assert_eq!(correction(asked_at, took, asked_at + 60 * MS), Some(-40 * MS));
         assert_eq!(correction(asked_at, took, asked_at - 3_600_000 * MS), Some(3_600_020 * MS));
-        // What a guest says may be anything.
+        // A guest may say anything.
         assert_eq!(correction(asked_at, took, i64::MIN), Some(i64::MAX));
         assert!(correction(asked_at, took, i64::MAX).is_some());
     }

@@ -55,7 +55,7 @@ impl Command {
         self.agent.call("exec", async move |_| started.await.map(Response::new)).await
     }
 
-    /// Its streams are somebody else's now: it ends by them.
+    /// Leaves the command to whoever has its streams: it ends by them.
     pub(crate) fn leave(mut self) {
         self.ended = true;
     }
@@ -77,7 +77,7 @@ impl Drop for Command {
         };
         let kill = async move {
             match started.await {
-                // It does not run.
+                // The command does not run.
                 Err(status) if status.code() != Code::DeadlineExceeded => return,
                 _ => {}
             }

@@ -43,7 +43,7 @@ impl ContainerPlan {
     /// host, some of which the client names.
     ///
     /// # Errors
-    /// With the part of the request that the container cannot have, and the reason.
+    /// The error names the part of the request that the container cannot have, and the reason.
     pub async fn new(
         node: &Arc<Node>,
         sandbox: &SandboxOp<'_>,

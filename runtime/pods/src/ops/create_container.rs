@@ -21,7 +21,7 @@ use crate::{Error, Node, span};
 /// Makes a container, or leaves nothing behind.
 ///
 /// # Errors
-/// With the part of the request that the container cannot have, or the step that failed.
+/// The error names the part of the request that the container cannot have, or the step that failed.
 pub async fn create_container(
     node: &Arc<Node>,
     sandbox_id: &str,

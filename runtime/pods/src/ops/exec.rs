@@ -145,7 +145,7 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TEST_LIMIT: Duration = Duration::from_secs(20);
 
     /// A command whose output nobody wants: how it goes, and what it is sent.
     async fn exec(fake: Fake, limit: Duration) -> (String, Vec<(String, u32)>) {
@@ -157,13 +157,13 @@ mod tests {
         let gone = CancellationToken::new();
         let client = Client { stdin: None, sizes: None, stdout: None, stderr: None, gone };
         let error = run(&agent, start, client).await.unwrap_err();
-        (error, tokio::time::timeout(PATIENCE, fake.signals(1)).await.unwrap())
+        (error, tokio::time::timeout(TEST_LIMIT, fake.signals(1)).await.unwrap())
     }
 
     #[tokio::test]
     async fn a_command_without_streams_is_killed() {
         let fake = Fake { without_streams: true, endless: true, ..Fake::default() };
-        let (error, signals) = exec(fake, PATIENCE).await;
+        let (error, signals) = exec(fake, TEST_LIMIT).await;
         assert!(error.contains("out of streams"), "{error}");
         assert_eq!(signals, [("e".to_owned(), 9)]);
     }

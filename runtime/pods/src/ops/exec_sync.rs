@@ -27,11 +27,11 @@ const PIECE: usize = 16 * 1024;
 /// Output of a command, and its end.
 #[derive(Debug)]
 pub struct Output {
-    /// Standard output.
+    /// All that the command wrote to its standard output.
     pub stdout: Vec<u8>,
-    /// Standard error.
+    /// All that the command wrote to its standard error.
     pub stderr: Vec<u8>,
-    /// The exit code.
+    /// The exit code of the command.
     pub exit_code: i32,
 }
 
@@ -154,7 +154,7 @@ mod tests {
 
     const MAX_OUTPUT: usize = 1 << 20;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TEST_LIMIT: Duration = Duration::from_secs(20);
 
     fn command() -> ExecProcessRequest {
         ExecProcessRequest { container_id: "c".into(), process_id: "e".into(), ..Default::default() }
@@ -168,16 +168,16 @@ mod tests {
     }
 
     async fn kills(fake: &Fake) -> Vec<(String, u32)> {
-        tokio::time::timeout(PATIENCE, fake.signals(1)).await.unwrap()
+        tokio::time::timeout(TEST_LIMIT, fake.signals(1)).await.unwrap()
     }
 
     #[tokio::test]
     async fn an_answer_holds_as_much_of_both_outputs_as_it_has_room_for() {
         let much = vec![b'x'; MAX_OUTPUT * 3 / 4];
         let fake = Fake { stdout: much.clone(), stderr: much, ..Fake::default() };
-        let (fake, agent, _folder) = serve(fake, PATIENCE).await;
+        let (fake, agent, _folder) = serve(fake, TEST_LIMIT).await;
         let held = Semaphore::new(MAX_HELD);
-        let answer = run(&agent, command(), Some(PATIENCE), MAX_OUTPUT, &held).await.unwrap();
+        let answer = run(&agent, command(), Some(TEST_LIMIT), MAX_OUTPUT, &held).await.unwrap();
         assert_eq!(answer.stdout.len() + answer.stderr.len(), MAX_OUTPUT);
         assert_eq!(held.available_permits(), MAX_HELD, "all is given back");
         assert_eq!(lock(&fake.signals).len(), 0, "it ended by itself");
@@ -186,7 +186,7 @@ mod tests {
     #[tokio::test]
     async fn what_would_be_too_much_for_the_node_is_refused_and_killed() {
         let fake = Fake { stdout: vec![b'x'; 3000], endless: true, ..Fake::default() };
-        let (fake, agent, _folder) = serve(fake, PATIENCE).await;
+        let (fake, agent, _folder) = serve(fake, TEST_LIMIT).await;
         let held = Semaphore::new(2000);
         let error = run(&agent, command(), None, MAX_OUTPUT, &held).await.unwrap_err();
         assert!(matches!(error, Error::Full(_)), "{error}");
@@ -196,7 +196,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_command_is_killed_when_its_caller_has_gone() {
-        let (fake, agent, _folder) = serve(Fake { endless: true, ..Fake::default() }, PATIENCE).await;
+        let (fake, agent, _folder) = serve(Fake { endless: true, ..Fake::default() }, TEST_LIMIT).await;
         let call = tokio::spawn(async move { run(&agent, command(), None, MAX_OUTPUT, &HELD).await });
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(!call.is_finished());
@@ -209,7 +209,7 @@ mod tests {
     async fn the_start_counts_too_and_what_has_started_too_late_is_killed() {
         // First the caller's limit passes, then huskd's for the agent.
         let short = Duration::from_millis(300);
-        for (limit, agent_limit) in [(Some(short), PATIENCE), (None, short)] {
+        for (limit, agent_limit) in [(Some(short), TEST_LIMIT), (None, short)] {
             let fake = Fake { start_takes: Duration::from_secs(1), endless: true, ..Fake::default() };
             let (fake, agent, _folder) = serve(fake, agent_limit).await;
             let error = run(&agent, command(), limit, MAX_OUTPUT, &HELD).await.unwrap_err();
@@ -226,7 +226,7 @@ mod tests {
     #[tokio::test]
     async fn a_command_without_streams_is_killed() {
         let fake = Fake { without_streams: true, endless: true, ..Fake::default() };
-        let (fake, agent, _folder) = serve(fake, PATIENCE).await;
+        let (fake, agent, _folder) = serve(fake, TEST_LIMIT).await;
         let error = run(&agent, command(), None, MAX_OUTPUT, &HELD).await.unwrap_err().to_string();
         assert!(error.contains("out of streams"), "{error}");
         assert_eq!(kills(&fake).await, [("e".to_owned(), 9)]);

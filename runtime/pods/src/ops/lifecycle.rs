@@ -27,7 +27,7 @@ const HOOKS_TIMEOUT: Duration = Duration::from_secs(25);
 /// each time.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// How long that becomes.
+/// The longest pause between two tries.
 const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Watches a pod, so that its end is known when nobody asked for it, and keeps its
@@ -107,7 +107,7 @@ pub(crate) async fn ended(sandbox: &Sandbox, ending: &Ending) {
 /// known has nothing to give back.
 ///
 /// # Errors
-/// With what could not be given back; stopping again tries again.
+/// The error names what could not be given back; stopping again tries again.
 pub async fn stop_sandbox(node: &Node, id: &str) -> Result<(), Error> {
     let sandbox = match node.registry.sandbox(id) {
         Err(LookupError::Unknown { .. }) => return Ok(()),
@@ -124,7 +124,7 @@ pub async fn stop_sandbox(node: &Node, id: &str) -> Result<(), Error> {
 /// not known is removed already.
 ///
 /// # Errors
-/// With what could not be given back or removed; it can be repeated.
+/// The error names what could not be given back or removed; it can be repeated.
 pub async fn remove_sandbox(node: &Node, id: &str) -> Result<(), Error> {
     let sandbox = match node.registry.sandbox(id) {
         Err(LookupError::Unknown { .. }) => return Ok(()),
@@ -148,7 +148,7 @@ pub async fn remove_sandbox(node: &Node, id: &str) -> Result<(), Error> {
 /// repeated, and does its work after a crash as well.
 ///
 /// # Errors
-/// With what could not be given back; stopping again tries again.
+/// The error names what could not be given back; stopping again tries again.
 pub(crate) async fn stop(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
     stop_for(node, op, &Ending::default()).await
 }
@@ -156,7 +156,7 @@ pub(crate) async fn stop(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
 /// Like [`stop`], for a sandbox that has ended by itself.
 ///
 /// # Errors
-/// Those of [`stop`].
+/// The errors are those of [`stop`].
 pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -> Result<(), Error> {
     let sandbox: &Sandbox = op;
     let running = sandbox.running();
@@ -189,7 +189,7 @@ pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -
     }
 }
 
-/// Forgets containers that were never made, and could not be taken apart while
+/// Forgets containers that were never made, and could not be torn down while
 /// there was a machine.
 async fn forget_unmade(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
     for container in op.containers() {
@@ -253,17 +253,17 @@ async fn run_poststop_hooks(sandbox: &Sandbox, running: &RunningPod) {
     }
 }
 
-/// Takes a sandbox apart that was never ready: no client knows it.
+/// Tears down a pod that was never ready: no client knows it.
 ///
 /// # Errors
-/// With what could not be given back.
+/// The error names what could not be given back.
 pub(crate) async fn undo(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
     stop(node, op).await?;
     forget(node, op).await
 }
 
-/// As [`undo`], again until it is done: nobody else would come back to it. What
-/// keeps it from being done is shown in the runtime's status meanwhile.
+/// Repeats [`undo`] until it is done: nobody else would come back to the pod. The
+/// runtime's status shows meanwhile why it is not done.
 pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let (node, sandbox, span) = (node.clone(), sandbox.clone(), sandbox.span());
     let retry = async move {
@@ -294,7 +294,7 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
 /// Removes what [`stop`] leaves: the records.
 ///
 /// # Errors
-/// The disk's.
+/// The disk refuses it.
 pub(crate) async fn forget(node: &Node, sandbox: &SandboxOp<'_>) -> Result<(), Error> {
     match tokio::fs::remove_dir_all(sandbox.directory()).await {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {

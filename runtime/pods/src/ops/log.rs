@@ -13,7 +13,7 @@ use crate::{Error, Node};
 /// Opens the log of a container, if its client wants one.
 ///
 /// # Errors
-/// The disk's, or that it does not answer.
+/// The disk refuses it, or does not answer.
 pub(crate) async fn open_log(sandbox: &Sandbox, container: &Container) -> Result<(), Error> {
     let path = container.record().log_path.clone();
     if path.as_os_str().is_empty() {

@@ -41,7 +41,7 @@ const TURN: Duration = Duration::from_secs(5);
 /// twice as long each time.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// How long that becomes.
+/// The longest pause between two tries.
 const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Brings records and reality together. A sandbox that gives trouble is logged
@@ -326,7 +326,7 @@ async fn resume(
                 remove_container::retry_tear_down(node, sandbox, container);
             }
         }
-        // Its program cannot be started; the agent knows nothing of it.
+        // The program cannot be started, and the agent knows nothing of the container.
         State::Created if !container.record().start_error.is_empty() => {}
         State::Created | State::Running => {
             if let Err(error) = open_log(sandbox, container).await {

@@ -16,17 +16,17 @@ use crate::{Error, Node};
 /// end.
 const END: Duration = Duration::from_secs(5);
 
-/// How soon a container that could not be taken apart is tried again, and then
+/// How soon a container that could not be torn down is tried again, and then
 /// twice as long each time.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// How long that becomes.
+/// The longest pause between two tries.
 const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Removes a container. One that is not known is removed already.
 ///
 /// # Errors
-/// With what could not be removed; it can be repeated.
+/// The error names what could not be removed; it can be repeated.
 pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
     let (sandbox, container) = match node.registry.container(id) {
         Err(LookupError::Unknown { .. }) => return Ok(()),
@@ -43,7 +43,7 @@ pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
         release(node, &sandbox, &container).await?;
     }
     if started {
-        // It has ended, as the agent said; its end is told before its removal.
+        // The agent said that it has ended: the end is told before the removal.
         let _ = tokio::time::timeout(END, container.wait_exited()).await;
     }
     sandbox.send_event(container.id.as_str(), EventKind::Deleted);
@@ -71,7 +71,7 @@ async fn release_volumes(node: &Node, sandbox: &SandboxOp<'_>, container: &Conta
 /// repeated.
 ///
 /// # Errors
-/// With what could not be removed; the record stays then.
+/// The error names what could not be removed; the record stays then.
 pub(crate) async fn tear_down(
     node: &Node,
     sandbox: &SandboxOp<'_>,
@@ -94,7 +94,7 @@ pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, containe
             let mut unlocked = Unlocked::new();
             let op = sandbox.lock_op(&mut unlocked).await;
             if sandbox.record().phase != Phase::Ready {
-                // It goes with its pod.
+                // The container goes with its pod.
                 return;
             }
             match tear_down(&node, &op, &container).await {

@@ -33,7 +33,7 @@ pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
     }
     let running = ready_pod(&sandbox)?;
     let started_at = now();
-    // It may run to its end before the agent's answer is here, so it counts as
+    // The container may run to its end before the agent's answer is here, so it counts as
     // running from now on.
     container
         .update(|record| {

@@ -38,7 +38,7 @@ async fn stop(sandbox: &Sandbox, container: &Arc<Container>, grace: Duration) ->
             return Ok(());
         }
         let running = match ready_pod(sandbox) {
-            // It has gone, and the container with it.
+            // The pod has gone, and the container with it.
             Err(_) if sandbox.record().phase != Phase::Ready => return Ok(()),
             found => found?,
         };
@@ -55,7 +55,7 @@ async fn stop(sandbox: &Sandbox, container: &Arc<Container>, grace: Duration) ->
         return Ok(());
     }
     match supervise::signal(&running, &container.id, libc::SIGKILL, true).await {
-        // It is being removed, or is already.
+        // The container is being removed, or is already.
         Err(error) if matches!(error.status.code(), Code::FailedPrecondition | Code::NotFound) => {}
         sent => sent?,
     }

@@ -59,7 +59,7 @@ async fn await_end(
         ended = running.agent.wait_process(container.id.as_str(), "") => Some(ended),
         () = container.wait_exited() => None,
     };
-    // Its log does not wait for who is attached any more.
+    // The log does not wait for attached clients any more.
     container.output.hurry();
     let kept = matches!(&ended, Some(Ok(end)) if end.output_kept);
     if !output.finish(if kept { Rest::Kept } else { Rest::None }).await {
@@ -82,7 +82,7 @@ async fn await_end(
 /// Sends a signal to a container's init, or to all its processes.
 ///
 /// # Errors
-/// The agent's.
+/// The agent refuses it.
 pub(crate) async fn signal(
     running: &RunningPod,
     id: &ContainerId,

@@ -14,7 +14,7 @@ use crate::model::Container;
 /// Copies a volume into the VM as it is now, unless it is there.
 ///
 /// # Errors
-/// The agent's, or one of the host's files as an internal error.
+/// The agent refuses it, or a file of the host does not read, as an internal error.
 pub(crate) async fn send(running: &RunningPod, volume: &Volume) -> Result<(), agent::Error> {
     const STAGE: &str = "copy volume";
     let read = async {

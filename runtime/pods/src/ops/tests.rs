@@ -87,7 +87,7 @@ async fn a_mute_guest_holds_up_nobody_and_is_not_ended_at_once() {
     assert_eq!(mute.record().phase, Phase::Ready);
     let mut unlocked = Unlocked::new();
     let op = tokio::time::timeout(limit, mute.lock_op(&mut unlocked)).await.expect("it can be stopped");
-    // What is not known to have left the machine is not forgotten.
+    // A container that is not known to have left the machine is not forgotten.
     let (_, inside) = node.registry.container(inside.id.as_str()).unwrap();
     let refused = tear_down(&node, &op, &inside).await.unwrap_err();
     assert!(refused.to_string().contains("has not answered"), "{refused}");

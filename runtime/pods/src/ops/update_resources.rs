@@ -79,7 +79,7 @@ async fn apply(
     let updated =
         running.agent.call("update resources", async |mut agent| agent.update_container(update).await).await;
     match updated {
-        // It has ended meanwhile.
+        // The container has ended meanwhile.
         Err(error) if error.status.code() == tonic::Code::FailedPrecondition => Ok(()),
         other => Ok(other.map(drop)?),
     }
@@ -133,7 +133,7 @@ fn check_size(
     new: &LinuxContainerResources,
     size: VmSize,
 ) -> Result<(), Error> {
-    /// The kernel's, where none is named; microseconds.
+    /// The kernel's period where none is named, microseconds.
     const PERIOD: u64 = 100_000;
     let cpus = |limit: &LinuxContainerResources| {
         let period = if limit.cpu_period > 0 { limit.cpu_period.unsigned_abs() } else { PERIOD };
@@ -160,7 +160,7 @@ fn check_size(
 /// names as its parent, where the client sets them itself.
 ///
 /// # Errors
-/// What does not fit.
+/// The limits do not fit into the pod's machine.
 pub async fn update_sandbox(
     node: &Arc<Node>,
     sandbox_id: &str,
@@ -283,7 +283,7 @@ mod tests {
         ] {
             assert_eq!(check_size(&none, &new, size).is_ok(), fits, "{new:?}");
         }
-        // What was so before does not stand in the way of what else changes.
+        // A limit that was there before does not stand in the way of another change.
         let before = limits(1024, 300_000, 100_000);
         let shares = LinuxContainerResources { cpu_shares: 9, ..before.clone() };
         assert!(check_size(&before, &shares, size).is_ok());

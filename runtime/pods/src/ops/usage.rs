@@ -23,7 +23,7 @@ pub struct Usage {
 /// Usage of a container.
 #[derive(Debug)]
 pub struct ContainerUsage {
-    /// The container.
+    /// The record of the container.
     pub record: Arc<ContainerRecord>,
     /// The agent's numbers.
     pub stat: ContainerStat,

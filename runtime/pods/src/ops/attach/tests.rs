@@ -1,5 +1,5 @@
-//! What becomes of a container's input when its client vanishes, with an agent
-//! that only takes connections.
+//! A container's input when its client vanishes, with an agent that only takes
+//! connections.
 
 use bytes::Bytes;
 use husk_proto::cri::ContainerConfig;

@@ -86,7 +86,7 @@ async fn a_container_whose_record_does_not_read_is_not_made_again() {
     let [unread] = &node.registry.unread_of(&pod.id)[..] else { panic!("one record does not read") };
     assert_eq!(unread.disks, Some(vec![("image-0".into(), PathBuf::new())]));
     assert!(matches!(node.registry.container(app.id.as_str()), Err(LookupError::Unread { .. })));
-    // It goes with its pod.
+    // The record goes with its pod.
     let pod = node.registry.sandbox(pod.id.as_str()).unwrap();
     let mut unlocked = Unlocked::new();
     lifecycle::forget(&node, &pod.lock_op(&mut unlocked).await).await.unwrap();
@@ -117,7 +117,7 @@ async fn what_a_later_release_has_added_to_a_record_survives_this_one() {
     record["of_the_future"] = 1.into();
     record["boot"]["of_the_future"] = 2.into();
     std::fs::write(&path, record.to_string()).unwrap();
-    // Its machine has gone, which is noted in the record.
+    // The record notes that the machine has gone.
     recover(&node).await.unwrap();
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     assert_eq!(record["phase"], "not_ready");
