@@ -109,9 +109,9 @@ mod tests {
     use husk_agent_client::fake::Fake;
 
     use super::*;
+    use crate::model::Events;
     use crate::model::fanout::SEND_TIMEOUT;
     use crate::model::log::LogFile;
-    use crate::model::Events;
     use crate::test_util::{pod_of, running};
 
     /// Sooner than anybody is late.
