@@ -77,6 +77,7 @@ lint: ## formatting, clippy, licences, advisories, ruff, shellcheck, and the doc
 	@tests/support/deps lint
 	tests/support/layers
 	cargo fmt --all --check
+	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	tests/support/lint
 	tests/support/cargo-deny
 	tests/support/book
