@@ -21,7 +21,7 @@ mod users;
 
 pub use control::Control;
 pub use process::Process;
-pub use sandbox_disks::{Error as DiskError, SandboxDisks};
+pub use sandbox_disks::{DiskBounds, Error as DiskError, SandboxDisks, disk_bounds};
 
 /// The name of the VMM's program, as the kernel has it.
 const PROGRAM: &str = "husk-vmm";

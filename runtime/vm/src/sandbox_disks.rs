@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ const MKFS_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Bytes of the disk for each inode, as mke2fs(8) has it for most disks: trees of
 /// small files (`node_modules`, a package manager's cache) must not run out of
-/// inodes long before the disk is full. Unused inodes take no space.
-const BYTES_PER_INODE: &str = "16384";
+/// inodes long before the disk is full. Inodes that nobody uses take no space.
+const BYTES_PER_INODE: u64 = 16384;
 
 /// The prepared file systems, one for each size.
 #[derive(Debug)]
@@ -90,7 +90,7 @@ impl SandboxDisks {
         let disk = tokio::fs::File::create(&new).await.map_err(file("make", &new))?;
         disk.set_len(mib * 1024 * 1024).await.map_err(file("make", &new))?;
         let mut mkfs = Command::new("mke2fs");
-        mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", BYTES_PER_INODE])
+        mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", &BYTES_PER_INODE.to_string()])
             .args(["-O", "^has_journal,^resize_inode"])
             // The new file is one hole, which reads as zeros: neither mke2fs nor the guest
             // has to write zeros.
@@ -110,7 +110,28 @@ impl SandboxDisks {
     }
 }
 
-/// Copies a file's data, and leaves its holes as holes.
+/// The most that a guest can have on its sandbox disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskBounds {
+    /// Bytes of the disk that are on the host.
+    pub bytes: u64,
+    /// Inodes of its filesystem.
+    pub inodes: u64,
+}
+
+/// The bounds of the disk at `path`. They come from the file on the host, of which
+/// the guest can write the content and nothing else.
+///
+/// # Errors
+/// The file system's.
+pub fn disk_bounds(path: &Path) -> io::Result<DiskBounds> {
+    let file = std::fs::metadata(path)?;
+    // The unit of `st_blocks` is 512 bytes on every file system (stat(2)).
+    let bytes = file.blocks().saturating_mul(512);
+    Ok(DiskBounds { bytes, inodes: file.len() / BYTES_PER_INODE })
+}
+
+/// Copies what the file holds, and leaves its holes holes.
 fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = dirs::private_file(to)?;
@@ -148,8 +169,6 @@ fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]
@@ -181,6 +200,8 @@ mod tests {
             let mut inodes = [0u8; 4];
             File::open(&path).unwrap().read_exact_at(&mut inodes, 1024).unwrap();
             assert_eq!(u32::from_le_bytes(inodes), (1 << 30) / 16384);
+            let bounds = disk_bounds(&path).unwrap();
+            assert_eq!(bounds, DiskBounds { bytes: metadata.blocks() * 512, inodes: 65_536 });
         }
     }
 
