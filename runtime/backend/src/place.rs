@@ -46,7 +46,8 @@ impl Place {
             Kind::Vm => {
                 husk_vm::lives(&self.run_dir).await
                     || (!husk_vm::has_socket(&self.run_dir)
-                        && self.cgroup.as_deref().is_some_and(husk_vm::is_in_group))
+                        && (self.cgroup.as_deref().is_some_and(husk_vm::is_in_group)
+                            || husk_vm::has_process(&self.run_dir)))
             }
             Kind::Host => husk_hostpod::lives(&self.run_dir).await,
         }

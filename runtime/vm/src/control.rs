@@ -131,20 +131,20 @@ impl Control {
     /// ended already is no error.
     ///
     /// # Errors
-    /// The VMM is there and does not end in time.
-    pub async fn kill(&self) -> Result<(), Error> {
+    /// When the VMM is there and does not end within `limit`.
+    pub async fn kill(&self, limit: Duration) -> Result<(), Error> {
         let control = self.clone();
         blocking(move || {
             let stage = "kill";
-            let deadline = Instant::now() + CONTROL_TIMEOUT;
+            let deadline = Instant::now() + limit;
             let mut pause = Duration::ZERO;
             // A VMM with too many clients hangs up too, but still listens.
-            while let Some(socket) = control.connect(stage, CONTROL_TIMEOUT)? {
-                ask_to_end(&socket).map_err(|error| failed(stage, &error))?;
+            while let Some(socket) = control.connect(stage, limit)? {
+                ask_to_end(&socket).map_err(|error| failed(stage, &error, limit))?;
                 if Instant::now() > deadline {
                     let cause = format!(
                         "the VMM hung up for {} s, and listens still: end other clients of {}",
-                        CONTROL_TIMEOUT.as_secs(),
+                        limit.as_secs(),
                         control.path.display()
                     );
                     return Err(Error::Control { stage, cause });
@@ -178,8 +178,8 @@ impl Control {
                 .connect(stage, limit)?
                 .ok_or_else(|| Error::Control { stage, cause: "the VMM has ended".into() })?;
             let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-            socket::send(socket.as_fd(), &request, &fds).map_err(|error| failed(stage, &error))?;
-            socket::receive_from::<Response>(socket.as_fd()).map_err(|error| failed(stage, &error))
+            socket::send(socket.as_fd(), &request, &fds).map_err(|error| failed(stage, &error, limit))?;
+            socket::receive_from::<Response>(socket.as_fd()).map_err(|error| failed(stage, &error, limit))
         })
         .await?;
         Ok(answer.map(|answer| match answer.message {
@@ -234,10 +234,10 @@ async fn blocking<T: Send + 'static>(
         .unwrap_or_else(|error| Err(Error::Control { stage: "control", cause: error.to_string() }))
 }
 
-fn failed(stage: &'static str, error: &socket::Error) -> Error {
+fn failed(stage: &'static str, error: &socket::Error, limit: Duration) -> Error {
     let cause = match error {
         socket::Error::Socket(Errno::EAGAIN) => {
-            format!("no answer within {} s", CONTROL_TIMEOUT.as_secs())
+            format!("no answer within {} s", limit.as_secs())
         }
         other => other.to_string(),
     };
@@ -294,7 +294,7 @@ pub(crate) mod tests {
             count.fetch_add(1, Ordering::Relaxed);
             drop(listener);
         });
-        Control::new(path).kill().await.unwrap();
+        Control::new(path).kill(CONTROL_TIMEOUT).await.unwrap();
         assert_eq!(asked.load(Ordering::Relaxed), 1);
         vmm.join().unwrap();
     }
@@ -303,9 +303,9 @@ pub(crate) mod tests {
     async fn a_vmm_that_has_ended_already_is_no_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vmm.sock");
-        Control::new(path.clone()).kill().await.unwrap();
+        Control::new(path.clone()).kill(CONTROL_TIMEOUT).await.unwrap();
         drop(listener(&path));
         assert!(path.exists());
-        Control::new(path).kill().await.unwrap();
+        Control::new(path).kill(CONTROL_TIMEOUT).await.unwrap();
     }
 }

@@ -13,6 +13,7 @@ use husk_vmm_api::{Exit, Info, Request, Response, words};
 
 mod control;
 pub mod file_server;
+mod force;
 pub mod launch;
 mod process;
 mod sandbox_disks;
@@ -169,6 +170,13 @@ pub async fn lives(run_dir: &Path) -> bool {
     Control::new(control_path(run_dir)).listens().await
 }
 
+/// Whether the VMM of the machine in `run_dir` is among the host's processes, as far as
+/// it can be told without its socket.
+#[must_use]
+pub fn has_process(run_dir: &Path) -> bool {
+    force::is_there(run_dir)
+}
+
 /// Whether there is a control socket in `run_dir`, with or without a VMM.
 #[must_use]
 pub fn has_socket(run_dir: &Path) -> bool {
@@ -198,15 +206,28 @@ pub fn out_of_memory(cgroup: Option<&Path>, before: u64) -> Option<String> {
     ))
 }
 
-/// Ends the VMM that still listens in `run_dir`, and removes the folder.
-/// Succeeds when there is nothing.
+/// Ends the VMM that is still there of the machine in `run_dir`, and removes the folder:
+/// by its socket, or by its process if it does not end when asked. Succeeds when there is
+/// nothing.
 ///
 /// # Errors
 /// A VMM is there and does not end, or the folder cannot be removed.
 pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
+    destroy_within(run_dir, CONTROL_TIMEOUT).await
+}
+
+/// As [`destroy`]; `limit` is how long a VMM that listens may take to end.
+async fn destroy_within(run_dir: &Path, limit: Duration) -> Result<(), Error> {
     let path = control_path(run_dir);
-    if path.exists() {
-        Control::new(path).kill().await?;
+    if !path.exists() {
+        if force::kill(run_dir).await? {
+            tracing::warn!(path = %path.display(), "killed a VMM that had no socket any more");
+        }
+    } else if let Err(error) = Control::new(path.clone()).kill(limit).await {
+        if !force::kill(run_dir).await? {
+            return Err(error);
+        }
+        tracing::warn!(path = %path.display(), %error, "killed a VMM that did not end when asked");
     }
     users::release(run_dir);
     match tokio::fs::remove_dir_all(run_dir).await {

@@ -78,7 +78,8 @@ fn failed(cause: impl std::fmt::Display) -> Error {
     Error::Control { stage: FIND, cause: cause.to_string() }
 }
 
-fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+/// A descriptor of the process that has this number now.
+pub(super) fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     let pid = pid.try_into().ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }

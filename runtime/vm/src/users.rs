@@ -59,15 +59,19 @@ pub fn claim(run_dir: &Path) -> io::Result<u32> {
     Err(io::Error::other("every user is taken"))
 }
 
+/// The user of the machine in `run_dir`, if it has one that is no other machine's.
+pub fn of(run_dir: &Path) -> Option<u32> {
+    let user = fs::read_to_string(run_dir.join(RECORD)).ok()?.trim().parse().ok()?;
+    let owner = owner(&claims(run_dir).join(format!("{user}"))).ok()?;
+    (owner == run_dir && (FIRST..FIRST + COUNT).contains(&user)).then_some(user)
+}
+
 /// Releases the user of a VM whose VMM has ended, before its directory is removed.
 /// A claim that stays does no harm.
 pub fn release(run_dir: &Path) {
-    let Ok(user) = fs::read_to_string(run_dir.join(RECORD)) else { return };
-    let Ok(user) = user.trim().parse::<u32>() else { return };
     let _one = lock(&CLAIMING);
-    let claim = claims(run_dir).join(user.to_string());
-    if owner(&claim).is_ok_and(|owner| owner == run_dir) {
-        let _ = fs::remove_file(claim);
+    if let Some(user) = of(run_dir) {
+        let _ = fs::remove_file(claims(run_dir).join(user.to_string()));
     }
 }
 
@@ -107,8 +111,9 @@ mod tests {
         let users: Vec<u32> = machines.iter().map(|machine| claim(machine).unwrap()).collect();
         assert!(users[0] != users[1] && users[1] != users[2] && users[0] != users[2], "{users:?}");
         assert_eq!(users[1], users[0] + 1);
-        for user in users {
+        for (user, machine) in users.into_iter().zip(&machines) {
             assert!((FIRST..FIRST + COUNT).contains(&user));
+            assert_eq!(of(machine), Some(user));
         }
     }
 
@@ -131,6 +136,7 @@ mod tests {
         // A VM does not release the user of another.
         let third = machine(base.path(), "sandboxes", "Aa");
         fs::write(third.join(RECORD), user.to_string()).unwrap();
+        assert_eq!(of(&third), None);
         release(&third);
         assert_ne!(claim(&third).unwrap(), user);
     }
