@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use husk_spawn::helper;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::Deserialize;
@@ -162,7 +163,7 @@ impl Plugins {
     ) -> Result<Value, Error> {
         let program = self.find(plugin)?;
         let path = std::env::join_paths(&self.directories).unwrap_or_else(|_| OsString::new());
-        let mut command = Command::new(program);
+        let mut command = Command::from(helper(program));
         if !matches!(verb, Verb::Status | Verb::Gc) {
             command
                 .env("CNI_CONTAINERID", target.sandbox_id)
@@ -337,6 +338,17 @@ mod tests {
         .unwrap();
         assert_eq!(answer["env"], "ADD abc /run/netns/x eth0 A=B");
         assert_eq!(answer["in"], json!({"name": "n", "type": "fake"}));
+    }
+
+    #[tokio::test]
+    async fn a_plugin_is_not_spared_as_huskd_is_when_memory_runs_out() {
+        const SCORE: &str = "/proc/self/oom_score_adj";
+        let before = std::fs::read_to_string(SCORE).unwrap();
+        // Raising it needs no privilege.
+        std::fs::write(SCORE, "100").unwrap();
+        let answer = call("printf '%s' \"$(cat /proc/self/oom_score_adj)\"", LONG).await;
+        std::fs::write(SCORE, before).unwrap();
+        assert_eq!(answer.unwrap(), 0);
     }
 
     #[tokio::test]

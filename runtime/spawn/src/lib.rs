@@ -1,5 +1,6 @@
 //! Starts the programs that outlive huskd: a pod's VMM, its file server, the
-//! supervisor of its host containers.
+//! supervisor of its host containers. A program that huskd waits for (mkfs, a CNI
+//! plugin) is a [`helper`].
 //!
 //! All that a program begins with is in place before its first instruction: its
 //! session, control group, limits and descriptors. So there is no moment in which
@@ -12,9 +13,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+mod helper;
 mod reaper;
 #[cfg(test)]
 mod tests;
+
+pub use helper::helper;
 
 /// Bytes of stack that a process has until it runs its program.
 const STACK: usize = 64 * 1024;

@@ -68,8 +68,10 @@ fn a_program_is_no_safer_from_the_kernel_than_others() {
         fs::write(SCORE, "100").unwrap();
     }
     let (_, text) = told("cat /proc/self/oom_score_adj >&2", |shell| shell);
+    let helped = helper("/bin/cat").arg(SCORE).output().unwrap();
     fs::write(SCORE, before).unwrap();
     assert_eq!(text, "0\n");
+    assert_eq!(helped.stdout, b"0\n");
 }
 
 #[test]

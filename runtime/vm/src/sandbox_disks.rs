@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_base::{blocking, dirs};
+use husk_spawn::helper;
 use tokio::process::Command;
 
 /// The longest time that making the file system may take.
@@ -89,7 +90,7 @@ impl SandboxDisks {
         let new = path.with_extension("new");
         let disk = tokio::fs::File::create(&new).await.map_err(file("make", &new))?;
         disk.set_len(mib * 1024 * 1024).await.map_err(file("make", &new))?;
-        let mut mkfs = Command::new("mke2fs");
+        let mut mkfs = Command::from(helper("mke2fs"));
         mkfs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", &BYTES_PER_INODE.to_string()])
             .args(["-O", "^has_journal,^resize_inode"])
             // The new file is one hole, which reads as zeros: neither mke2fs nor the guest

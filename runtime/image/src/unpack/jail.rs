@@ -78,8 +78,6 @@ pub(super) fn enter(workspace: &Path, largest: u64) -> Result<(), Error> {
     // Otherwise the process would be named "exe", after its program.
     let _ = rustix::thread::set_name(c"husk-unpack");
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(at("end with huskd"))?;
-    // The kernel spares huskd when memory runs out, but need not spare this process.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "0");
     for (resource, most) in [
         (Resource::Core, 0),
         (Resource::Nofile, OPEN_FILES),

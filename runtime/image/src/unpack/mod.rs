@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 
 use husk_base::{FileError, chain};
+use husk_spawn::helper;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
@@ -75,7 +76,7 @@ pub(super) async fn unpack(
     let broken = |cause: String| Error::Unpacker { reference: reference.to_owned(), cause };
     let request = serde_json::to_vec(&Request { limits: limits.clone(), diff_ids });
     let request = request.map_err(|error| broken(error.to_string()))?;
-    let mut child = Command::new(program)
+    let mut child = Command::from(helper(program))
         .arg0(NAME)
         .arg(workspace)
         .env_clear()
