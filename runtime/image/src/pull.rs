@@ -206,10 +206,8 @@ impl Pull<'_> {
         let _unpack = self.store.gates.unpack(&self.name).await?;
         let (program, limits) = (&self.store.config.unpacker, &self.store.config.limits);
         let holes = unpack::unpack(program, workspace, limits, diff_ids, &self.name).await?;
-        let packed = workspace.join("rootfs.erofs");
-        erofs::pack(&unpack::files(workspace), &packed, holes).await?;
-        // The file is on disk before it gets its final name, which means that it
-        // is complete.
+        let packed = erofs::pack(program, workspace, limits.bytes, holes).await?;
+        // The file is on disk before it gets the name that says that it is whole.
         let synced = packed.clone();
         blocking(move || std::fs::File::open(&synced).and_then(|file| file.sync_all()))
             .await

@@ -114,3 +114,87 @@ fn a_layer_that_lies_is_told() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(!output.status.success() && text.contains("refused") && text.contains("damaged"), "{text}");
 }
+
+/// The packer in a folder, with a shell script in the place of `mkfs.erofs`.
+fn pack_with_script(folder: &Path, script: &str) -> Command {
+    let programs = folder.join("programs");
+    std::fs::create_dir_all(&programs).unwrap();
+    let program = programs.join("mkfs.erofs");
+    std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut packer = Command::new(env!("CARGO_BIN_EXE_husk-unpack"));
+    packer.arg("--pack").arg(folder).arg("1048576").env("PATH", &programs);
+    packer
+}
+
+#[test]
+fn mkfs_erofs_has_its_input_and_its_output_and_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = folder.path().join("files");
+    std::fs::create_dir_all(files.join("closed")).unwrap();
+    std::fs::write(files.join("closed/secret"), "read\n").unwrap();
+    for path in ["closed", "closed/secret"].map(|name| files.join(name)) {
+        std::os::unix::fs::chown(&path, Some(1001), Some(1001)).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o500)).unwrap();
+    }
+    std::fs::create_dir(folder.path().join("tmp")).unwrap();
+    let gate = folder.path().join("tmp/gate");
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    // A shell that starts no process has these words. Each redirection is a line of its own
+    // program, because one that fails ends the shell.
+    let script = "read said </files/closed/secret; echo $said >/rootfs.erofs
+        command exec 3>/files/new && echo wrote >>/rootfs.erofs
+        command exec 3</etc/passwd && echo left >>/rootfs.erofs
+        command exec 3>/usr/husk-test && echo damaged >>/rootfs.erofs
+        for file in /*; do echo $file; done >>/rootfs.erofs
+        read said </tmp/gate";
+    let mut child = pack_with_script(folder.path(), script).stderr(Stdio::null()).spawn().unwrap();
+    let process = Path::new("/proc").join(child.id().to_string());
+    let written = || std::fs::read_to_string(folder.path().join("rootfs.erofs")).unwrap_or_default();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !written().contains("/usr\n") {
+        assert!(Instant::now() < deadline && child.try_wait().unwrap().is_none(), "{}", written());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let status = std::fs::read_to_string(process.join("status")).unwrap();
+    let namespaces = ["net", "mnt", "ipc", "uts"].map(|namespace| {
+        let of = |process: &Path| std::fs::read_link(process.join("ns").join(namespace)).unwrap();
+        of(&process) != of(Path::new("/proc/self"))
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(&format!("{name}:")));
+        line.unwrap().trim().to_owned()
+    };
+    // DAC_READ_SEARCH.
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        assert_eq!(field(set), "0000000000000004", "{set}");
+    }
+    assert_eq!((field("NoNewPrivs"), field("Seccomp")), ("1".to_owned(), "2".to_owned()));
+    assert_eq!(namespaces, [true; 4]);
+    let written = written();
+    let (said, root) = written.split_once('\n').unwrap();
+    assert_eq!(said, "read");
+    for entry in root.lines() {
+        let top = folder.path().components().nth(1).unwrap().as_os_str().to_str().unwrap();
+        let known =
+            ["files", "rootfs.erofs", "tmp", "usr", "bin", "sbin", "lib", "lib64", "etc", "nix", "gnu"];
+        let name = entry.trim_start_matches('/');
+        assert!(known.contains(&name) || name == top, "{written}");
+    }
+}
+
+#[test]
+fn mkfs_erofs_that_fails_or_is_not_there_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("files")).unwrap();
+    let output = pack_with_script(folder.path(), "echo oh >&2; exit 3").output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(3), b"oh\n".as_slice()));
+    std::fs::remove_file(folder.path().join("programs/mkfs.erofs")).unwrap();
+    let mut packer = Command::new(env!("CARGO_BIN_EXE_husk-unpack"));
+    packer.arg("--pack").arg(folder.path()).arg("1048576").env("PATH", folder.path());
+    let output = packer.output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("not found"));
+}

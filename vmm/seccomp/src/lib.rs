@@ -41,8 +41,33 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// The flags of `clone` with which `pthread_create` makes a thread. A new
-/// process never has them all.
+/// The further system calls of a program that is started with the list in place: its loader
+/// maps code, and its C library asks for the properties of the system.
+const PROGRAM_START: &[i64] = &[
+    libc::SYS_execve,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_arch_prctl,
+    libc::SYS_set_tid_address,
+    libc::SYS_rt_sigaction,
+    libc::SYS_prlimit64,
+    libc::SYS_getrlimit,
+    libc::SYS_getrusage,
+    libc::SYS_uname,
+    libc::SYS_sysinfo,
+    libc::SYS_getppid,
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getegid,
+    libc::SYS_umask,
+    libc::SYS_dup,
+    libc::SYS_dup2,
+    libc::SYS_dup3,
+    libc::SYS_membarrier,
+];
+
+/// Flags of a thread as `pthread_create` makes it; no process has them.
 const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -95,7 +120,19 @@ impl List {
             .first_is(libc::SYS_rt_sigaction, SIGSETXID)
     }
 
-    /// Allows calls with any arguments.
+    /// The system calls of a program that the calling process is going to execute. It can map
+    /// code, copy descriptors, and execute other programs, with the same list.
+    ///
+    /// # Errors
+    /// None that depends on anything but this program.
+    pub fn of_program() -> Result<Self, BackendError> {
+        let mut list = Self::new()?.calls(PROGRAM_START);
+        let copy = SeccompCondition::new(1, Dword, Eq, libc::F_DUPFD as u64)?;
+        list.0.entry(libc::SYS_fcntl).or_default().push(SeccompRule::new(vec![copy])?);
+        Ok(list)
+    }
+
+    /// Adds calls with any arguments.
     #[must_use]
     pub fn calls(mut self, calls: &[i64]) -> Self {
         self.0.extend(calls.iter().map(|call| (*call, Vec::new())));

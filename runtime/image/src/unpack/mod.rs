@@ -20,6 +20,9 @@ use super::Error;
 use super::layer::{Failure, Limits, Unpacker};
 
 mod jail;
+mod packer;
+
+pub(super) use packer::{PACK, PACKED};
 
 /// The name under which huskd unpacks.
 pub const NAME: &str = "husk-unpack";
@@ -60,7 +63,7 @@ pub(super) fn layer_path(workspace: &Path, number: usize) -> PathBuf {
 }
 
 /// The folder into which layers are unpacked.
-pub(super) fn files(workspace: &Path) -> PathBuf {
+fn files(workspace: &Path) -> PathBuf {
     workspace.join(FILES)
 }
 
@@ -156,10 +159,14 @@ pub fn is_asked() -> bool {
     std::env::args_os().next().is_some_and(|name| name == NAME)
 }
 
-/// The main function of the process that unpacks. Its argument is the folder of
-/// a pull.
+/// The process that unpacks: its argument is the folder of a pull. Or the one that packs.
 #[must_use]
 pub fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == PACK) {
+        eprintln!("{}", packer::main(arguments));
+        return ExitCode::FAILURE;
+    }
     let reply = serve();
     let done = matches!(reply, Reply::Done { .. });
     let text = serde_json::to_vec(&reply).unwrap_or_default();
