@@ -39,6 +39,24 @@ class Fields(PodTest):
         self.node.cri.remove_pod(pod)
         self.assertEqual([path.name for path in parent.iterdir() if path.is_dir()], [])
 
+    def test_a_pod_that_its_machine_does_not_fit_in_is_refused_or_warned_of(self):
+        parent = CGROUPS / "husk-small"
+        parent.mkdir()
+        self.addCleanup(parent.rmdir)
+        limit = parent / "memory.max"
+        limit.write_text(str(24 << 20))
+        linux = {"cgroup_parent": "/husk-small", "resources": {"memory_limit_in_bytes": 24 << 20}}
+        said = self.fails("runp", self.node.sandbox_file("small", linux=linux))
+        self.assertIn("no machine boots in less than", said)
+        self.assertIn("memory: 300Mi", said)
+        self.assertEqual(machines(), [])
+        limit.write_text(str(250 << 20))
+        pod, _ = self.pod(linux=linux)
+        self.assertIn("overhead.podFixed", self.node.crictl_json("inspectp", pod)["info"]["memory_warning"])
+        limit.write_text("max")
+        self.assertIsNone(self.node.crictl_json("inspectp", pod)["info"]["memory_warning"])
+        self.node.cri.remove_pod(pod)
+
     def test_a_process_is_what_its_client_says(self):
         pod, sandbox = self.pod()
         script = "pwd; echo $0 $1 $OF_CLIENT; tty; sleep 3600"

@@ -104,6 +104,17 @@ pub fn oom_kills(path: &Path) -> u64 {
     keyed(&std::fs::read_to_string(path.join("memory.events")).unwrap_or_default(), "oom_kill")
 }
 
+/// The lowest memory limit that holds for the group at `path`, in bytes, and the group that
+/// has it: itself, or one above. `None` without a limit.
+#[must_use]
+pub fn memory_limit(path: &Path) -> Option<(PathBuf, u64)> {
+    let limit = |group: &Path| {
+        let text = std::fs::read_to_string(group.join("memory.max")).ok()?;
+        Some((group.to_owned(), text.trim().parse().ok()?))
+    };
+    path.ancestors().filter_map(limit).min_by_key(|(_, limit)| *limit)
+}
+
 /// Has the group at `path` use the CPUs or memory nodes that `list` names;
 /// `file` is `cpuset.cpus` or `cpuset.mems`. An empty list stands for all that
 /// the parent has.
@@ -224,6 +235,21 @@ mod tests {
         std::fs::write(folder.path().join("memory.stat"), "anon 3\npgfault 2\n").unwrap();
         let memory = Memory { current: 4096, anonymous: 3, page_faults: 2, ..Memory::default() };
         assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: Some(memory) }));
+    }
+
+    #[test]
+    fn the_lowest_memory_limit_of_a_group_and_those_above_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let (pods, pod) = (folder.path().join("pods"), folder.path().join("pods/pod"));
+        std::fs::create_dir_all(&pod).unwrap();
+        // A group that is not made yet has those above.
+        let own = pod.join("husk-1");
+        assert_eq!(memory_limit(&own), None);
+        std::fs::write(pods.join("memory.max"), "4096\n").unwrap();
+        std::fs::write(pod.join("memory.max"), "max\n").unwrap();
+        assert_eq!(memory_limit(&own), Some((pods, 4096)));
+        std::fs::write(pod.join("memory.max"), "1024\n").unwrap();
+        assert_eq!(memory_limit(&own), Some((pod, 1024)));
     }
 
     #[test]

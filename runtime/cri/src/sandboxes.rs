@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use husk_base::now;
 use husk_pods::model::{Phase, Sandbox, SandboxRecord, State};
+use husk_pods::ops::memory_warning;
 use husk_pods::{Error, Node};
 use husk_proto::cri::{
     self, ListPodSandboxRequest, ListPodSandboxResponse, PodSandboxState, PodSandboxStatusRequest,
@@ -74,6 +75,7 @@ fn verbose(sandbox: &Sandbox) -> HashMap<String, String> {
         "cgroup": record.cgroup,
         "boot_milliseconds": record.boot,
         "problem": record.problem,
+        "memory_warning": memory_warning(&record),
         "unreached": sandbox.unreached(),
         "versions": sandbox.versions(),
         "config": record.config,

@@ -49,7 +49,7 @@ pub const MAIN_MAC: [u8; 6] = [0x02, 0x48, 0x75, 0x73, 0x6b, 0x00];
 const MAX_MTU: u16 = 65_521;
 
 /// The VMM's log, in the VM's run directory.
-const LOG: &str = "vmm.log";
+pub(crate) const LOG: &str = "vmm.log";
 
 /// A VM that is to be started.
 #[derive(Debug)]
@@ -171,11 +171,7 @@ impl Ends<'_> {
             done = step => done,
             exit = self.vmm.ended() => Err(match exit {
                 Some(exit) => exit.into(),
-                None => {
-                    let log = self.vmm.run_dir.join(LOG);
-                    let cause = format!("the VMM died: see {}", log.display());
-                    Error::Control { stage: "guest boot", cause }
-                }
+                None => Error::Killed { log: self.vmm.last_output() },
             }),
             () = tokio::time::sleep(limit) => {
                 self.vmm.control.log_inspection().await;

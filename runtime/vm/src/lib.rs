@@ -52,6 +52,13 @@ impl Vmm {
         self.process.ended().await;
         exit_record(&self.run_dir)
     }
+
+    /// The last line of its log. The log itself goes with the machine.
+    fn last_output(&self) -> String {
+        let log =
+            std::fs::File::open(self.run_dir.join(launch::LOG)).and_then(words::read).unwrap_or_default();
+        log.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned()
+    }
 }
 
 /// Something went wrong with a VM.
@@ -93,6 +100,12 @@ pub enum Error {
         detail: String,
         /// The end of the guest's console.
         console: String,
+    },
+    /// The VMM ended before the agent spoke, and left no record of the machine's end.
+    #[error("guest boot: the VMM was killed{}", if log.is_empty() { "" } else { ": " }.to_owned() + log)]
+    Killed {
+        /// The last output of the VMM.
+        log: String,
     },
     /// The agent was not ready in time.
     #[error("guest boot: timed out waiting for the agent after {seconds} s{}", console_tail(console))]

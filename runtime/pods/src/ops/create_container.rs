@@ -14,7 +14,7 @@ use husk_volumes::ImageVolume;
 use super::container_plan::ContainerPlan;
 use super::log::open_log;
 use super::ready::ready_pod;
-use super::{oom_score, pin_cpus, remove_container, supervise, synced_volumes};
+use super::{oom_score, pin_cpus, remove_container, supervise, synced_volumes, vm_memory};
 use crate::model::{Container, EventKind, Sandbox, SandboxOp, State, Unlocked, names};
 use crate::{Error, Node, span};
 
@@ -64,6 +64,7 @@ pub async fn create_container(
     // The pod may have ended meanwhile: whoever recorded that left this one out.
     let made = made.await.and_then(|()| ready_pod(&sandbox).map(drop));
     if let Err(error) = made {
+        let error = vm_memory::explain(&sandbox, &running, error).await;
         tracing::warn!(error = chain(&error), "container was not made; undoing");
         undo(node, &op, &container).await;
         return Err(error);

@@ -32,6 +32,7 @@ mod synced_volumes;
 mod tests;
 mod update_resources;
 mod usage;
+mod vm_memory;
 
 pub use attach::attach;
 pub use create_container::create_container;
@@ -48,3 +49,4 @@ pub use start_container::start_container;
 pub use stop_container::stop_container;
 pub use update_resources::{update_container, update_sandbox};
 pub use usage::{ContainerUsage, Usage, usage};
+pub use vm_memory::memory_warning;

@@ -11,7 +11,7 @@ use husk_config::Handler;
 use husk_network::{PodRef, PortMapping, Protocol};
 use husk_proto::cri;
 
-use super::{check_sandbox, lifecycle};
+use super::{check_sandbox, lifecycle, vm_memory};
 use crate::model::registry::Reservation;
 use crate::model::{BootTimes, EventKind, Phase, Sandbox, SandboxOp, SandboxRecord, Unlocked, names};
 use crate::{Error, Node, span};
@@ -38,12 +38,14 @@ pub async fn run_sandbox(
     span::note_sandbox(&id);
     let name = node.registry.reserve(names::sandbox(&config), id.as_str())?;
     let record = new_record(&id, handler_name, handler, config);
+    vm_memory::check(&record)?;
     let directory = node.sandboxes_dir().join(id.as_str());
     let sandbox = Arc::new(Sandbox::create(directory, record, node.events.clone()).await?);
 
     let mut unlocked = Unlocked::new();
     let op = sandbox.lock_op(&mut unlocked).await;
     if let Err(error) = bring_up(node, &op, handler).await {
+        let error = vm_memory::explain_start(&sandbox.record(), error);
         tracing::warn!(error = chain(&error), "pod did not start; undoing");
         undo(node, &op, name).await?;
         return Err(error);

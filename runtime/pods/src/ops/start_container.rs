@@ -7,7 +7,7 @@ use husk_base::{chain, now};
 use husk_proto::agent;
 
 use super::ready::ready_pod;
-use super::supervise;
+use super::{supervise, vm_memory};
 use crate::model::{Container, ContainerOp, EventKind, Exit, Sandbox, State, Unlocked};
 use crate::{Error, Node};
 
@@ -42,6 +42,7 @@ pub async fn start_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
         })
         .await?;
     if let Err(error) = start(&running, &container).await {
+        let error = vm_memory::explain(&sandbox, &running, error).await;
         give_up(&sandbox, &running, &container, &error).await;
         return Err(error);
     }
