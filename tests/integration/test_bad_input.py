@@ -35,6 +35,8 @@ class BadRequests(SharedPodTest):
         self.assertIn("network namespace", said)
         self.assertIn("hostname", self.fails("runp", self.node.sandbox_file("long", hostname="x" * 65)))
         self.assertIn("windows", self.fails("runp", self.node.sandbox_file("foreign", windows={})))
+        slice_parent = {"cgroup_parent": "kubepods-burstable-pod1.slice"}
+        self.assertIn("cgroup_driver", self.fails("runp", self.node.sandbox_file("slice", linux=slice_parent)))
         sysctl = self.node.sandbox_file("sysctl", linux={"sysctls": {"net.no.such": "1"}})
         self.assertIn("net.no.such", self.fails("runp", sysctl))
         pod, sandbox = self.pod()

@@ -165,6 +165,9 @@ pub enum Error {
     /// The kernel gives no random numbers.
     #[error("draw a seed for the machine's random numbers: getrandom")]
     Seed(#[source] std::io::Error),
+    /// The scope of systemd that is the pod's control group cannot be had.
+    #[error(transparent)]
+    Systemd(#[from] husk_systemd::Error),
     /// A file of the host could not be opened or written.
     #[error(transparent)]
     File(#[from] FileError),

@@ -39,6 +39,35 @@ impl Place {
         Ok(self.cgroup.as_deref().ok_or(husk_hostpod::Error::NoCgroups)?)
     }
 
+    /// Has systemd make the pod's control group, if that is a scope. It stays for as long as
+    /// there is a process in it; until the pod has its own, the answer keeps it.
+    ///
+    /// # Errors
+    /// systemd does not make it.
+    pub(crate) async fn start_scope(&self) -> Result<Option<husk_systemd::Scope>, Error> {
+        let Some(cgroup) = self.cgroup.as_deref().filter(|path| husk_systemd::units(path).is_some()) else {
+            return Ok(None);
+        };
+        let description = format!("pod {} of husk", self.id.short());
+        Ok(Some(husk_systemd::start(cgroup, &description).await?))
+    }
+
+    /// Removes the pod's control group, once nothing is in it. Succeeds when there is none.
+    ///
+    /// # Errors
+    /// The kernel's, `EBUSY` when a process stays in it.
+    pub async fn remove_cgroup(&self) -> Result<(), Error> {
+        let Some(cgroup) = self.cgroup.as_deref() else { return Ok(()) };
+        let there = tokio::fs::try_exists(cgroup).await.unwrap_or(false);
+        cgroup::remove(cgroup).await.map_err(FileError::at("remove control group", cgroup))?;
+        // systemd ends a scope by itself once it is empty; this only makes it soon.
+        if there && let Err(error) = husk_systemd::stop(cgroup).await {
+            let error = chain(&error);
+            tracing::warn!(sandbox = %self.id, error, "failed to stop the pod's scope; systemd ends it when it notices");
+        }
+        Ok(())
+    }
+
     /// Whether its VMM or its supervisor listens. One that is slow to answer does,
     /// and one whose socket somebody has removed lives all the same.
     pub async fn lives(&self) -> bool {

@@ -82,6 +82,7 @@ pub struct Times {
 /// The error names the step in it. Whatever was started is left to [`Place::destroy`], and the
 /// network to its own `detach`.
 pub async fn start(services: Services<'_>, plan: &StartPlan<'_>) -> Result<Started, Error> {
+    let _scope = plan.place.start_scope().await?;
     match plan.handler {
         Handler::Vm(handler) => start_vm::start(services, plan, handler).await,
         Handler::Host(handler) => start_host(services, plan, handler).await,

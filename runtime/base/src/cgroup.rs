@@ -8,14 +8,18 @@ use crate::id::SandboxId;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// The path of a sandbox's control group: under the parent that the client
-/// names, else under `/husk`. `None` where the host has no cgroup v2.
+/// The root of the host's control groups; `None` where the host has no cgroup v2.
+#[must_use]
+pub fn root() -> Option<&'static Path> {
+    let root = Path::new(ROOT);
+    root.join("cgroup.controllers").exists().then_some(root)
+}
+
+/// The path of a sandbox's control group that huskd makes itself: under the parent that the
+/// client names, else under `/husk`. `None` where the host has no cgroup v2.
 #[must_use]
 pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
-    let root = Path::new(ROOT);
-    if !root.join("cgroup.controllers").exists() {
-        return None;
-    }
+    let root = root()?;
     let parent = if parent.is_empty() { "husk" } else { parent };
     let below = Path::new(parent)
         .components()
@@ -27,11 +31,15 @@ pub fn path(parent: &str, id: &SandboxId) -> Option<PathBuf> {
     Some(root.join(below).join(format!("husk-{}", id.short())))
 }
 
-/// Makes a group, and has the kernel count what is used in it.
+/// Makes a group, and has the kernel count what is used in it. A scope of systemd must be
+/// there: in its tree systemd alone makes groups, and chooses what is counted.
 ///
 /// # Errors
-/// The kernel's error.
+/// The kernel's error, or a scope that is not there.
 pub fn make(path: &Path) -> io::Result<()> {
+    if path.extension().is_some_and(|extension| extension == "scope") {
+        return path.metadata().map(drop);
+    }
     std::fs::create_dir_all(path)?;
     count(path);
     Ok(())
@@ -235,6 +243,16 @@ mod tests {
         std::fs::write(folder.path().join("memory.stat"), "anon 3\npgfault 2\n").unwrap();
         let memory = Memory { current: 4096, anonymous: 3, page_faults: 2, ..Memory::default() };
         assert_eq!(usage(folder.path()), Some(Usage { cpu_nanos: 7000, memory: Some(memory) }));
+    }
+
+    #[test]
+    fn a_scope_is_made_by_nobody_but_systemd() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = folder.path().join("a.slice/husk-1.scope");
+        assert_eq!(make(&scope).unwrap_err().kind(), io::ErrorKind::NotFound);
+        std::fs::create_dir_all(&scope).unwrap();
+        make(&scope).unwrap();
+        assert!(!folder.path().join("cgroup.subtree_control").exists());
     }
 
     #[test]

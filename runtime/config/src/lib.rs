@@ -32,6 +32,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// The runtime handler that an empty `runtime_handler` selects.
     pub default_handler: String,
+    /// The maker of control groups, and the form of a pod's parent group.
+    pub cgroup_driver: CgroupDriver,
     /// Networks of pods.
     pub network: Network,
     /// Registries, pulls and the image store.
@@ -43,6 +45,17 @@ pub struct Config {
     /// Runtime handlers that are enabled, by name.
     #[serde(skip_deserializing)]
     pub handlers: BTreeMap<String, Handler>,
+}
+
+/// The maker of the control groups of pods. It must be what the kubelet's `cgroupDriver` is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupDriver {
+    /// huskd: a pod's parent is a path of the cgroup file system.
+    #[default]
+    Cgroupfs,
+    /// systemd, asked over D-Bus: a pod's parent is a slice, and its group is a scope.
+    Systemd,
 }
 
 /// `[network]`: networks of pods.
@@ -112,6 +125,7 @@ impl Default for Config {
             state_dir: "/var/lib/husk".into(),
             run_dir: "/run/husk".into(),
             default_handler: DEFAULT_HANDLER.into(),
+            cgroup_driver: CgroupDriver::default(),
             network: Network::default(),
             images: Images::default(),
             streaming: Streaming::default(),

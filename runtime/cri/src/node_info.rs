@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use husk_base::blocking;
-use husk_config::Handler;
+use husk_config::{CgroupDriver as Driver, Handler};
 use husk_pods::Node;
 use husk_proto::cri::{
     CgroupDriver, LinuxRuntimeConfiguration, RuntimeCondition, RuntimeConfigResponse, RuntimeFeatures,
@@ -68,6 +68,9 @@ fn condition(kind: &str, reason: &str, problem: Option<String>) -> RuntimeCondit
 #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn runtime_problem(node: &Node) -> Option<String> {
     let (_, handler) = node.config.handler("")?;
+    if node.config.cgroup_driver == Driver::Systemd && !husk_systemd::is_init() {
+        return Some("cgroup_driver is \"systemd\", and this host is not run by systemd".into());
+    }
     let missing =
         |path: &PathBuf| (!path.exists()).then(|| format!("{} is missing: run `husk check`", path.display()));
     let vm = match handler {
@@ -98,12 +101,14 @@ fn verbose(node: &Node) -> HashMap<String, String> {
     info
 }
 
-/// Control groups are made by path. A kubelet that knows this call asks before
-/// it names one; any other must be configured to match.
-pub(crate) fn runtime_config() -> RuntimeConfigResponse {
-    RuntimeConfigResponse {
-        linux: Some(LinuxRuntimeConfiguration { cgroup_driver: CgroupDriver::Cgroupfs.into() }),
-    }
+/// Tells the cgroup driver. A kubelet that knows this call asks before it names a pod's parent
+/// group; any other must be configured to match.
+pub(crate) fn runtime_config(node: &Node) -> RuntimeConfigResponse {
+    let driver = match node.config.cgroup_driver {
+        Driver::Cgroupfs => CgroupDriver::Cgroupfs,
+        Driver::Systemd => CgroupDriver::Systemd,
+    };
+    RuntimeConfigResponse { linux: Some(LinuxRuntimeConfiguration { cgroup_driver: driver.into() }) }
 }
 
 /// The one thing a kubelet sends here is the node's pod CIDR, which CNI

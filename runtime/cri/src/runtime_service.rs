@@ -221,7 +221,7 @@ impl RuntimeService for Runtime {
     }
 
     async fn runtime_config(&self, _: Request<RuntimeConfigRequest>) -> Answer<RuntimeConfigResponse> {
-        Ok(Response::new(node_info::runtime_config()))
+        Ok(Response::new(node_info::runtime_config(&self.node)))
     }
 
     async fn pod_sandbox_stats(

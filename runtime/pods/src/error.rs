@@ -77,6 +77,9 @@ pub enum Error {
     /// A volume cannot be had.
     #[error(transparent)]
     Volume(#[from] husk_volumes::Error),
+    /// The scope of systemd that is the pod's control group cannot be had.
+    #[error(transparent)]
+    Systemd(#[from] husk_systemd::Error),
     /// A file could not be read, written or removed.
     #[error(transparent)]
     File(#[from] FileError),
@@ -102,6 +105,7 @@ impl From<backend::Error> for Error {
             backend::Error::Spec(error) => error.into(),
             backend::Error::Hooks(error) => error.into(),
             backend::Error::AppArmor(error) => error.into(),
+            backend::Error::Systemd(error) => error.into(),
             backend::Error::File(error) => error.into(),
             error @ backend::Error::Seed(_) => Self::Broken(chain(&error)),
             backend::Error::WrongState(problem) => Self::WrongState(problem),

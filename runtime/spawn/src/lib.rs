@@ -14,11 +14,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 mod helper;
+mod idle;
 mod reaper;
 #[cfg(test)]
 mod tests;
 
 pub use helper::helper;
+pub use idle::{Idle, idle};
 
 /// Bytes of stack that a process has until it runs its program.
 const STACK: usize = 64 * 1024;

@@ -102,3 +102,19 @@ fn a_failure_names_its_step_and_leaves_nothing() {
     assert!(refused.to_string().starts_with("join the control group: "), "{refused}");
     assert!(shell().cgroup(Path::new("/nonexistent")).is_err());
 }
+
+#[test]
+fn an_idle_process_is_there_until_it_is_let_go() {
+    let idle = idle().unwrap();
+    let process = |file: &str| fs::read_to_string(format!("/proc/{}/{file}", idle.pid()));
+    let start = Instant::now();
+    while process("comm").unwrap() != "husk-scope\n"
+        || fs::read_dir(format!("/proc/{}/fd", idle.pid())).unwrap().count() != 1
+    {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let pid = idle.pid();
+    drop(idle);
+    wait_gone(pid);
+}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_backend::{Ending, RunningPod};
-use husk_base::{FileError, blocking, cgroup, chain};
+use husk_base::{FileError, blocking, chain};
 use husk_proto::agent::ShutdownRequest;
 use tracing::Instrument;
 
@@ -174,11 +174,7 @@ pub(crate) async fn stop_for(node: &Node, op: &SandboxOp<'_>, ending: &Ending) -
     forget_unmade(node, op).await?;
     network?;
     place.close_volumes().await?;
-    let cgroup = sandbox.record().cgroup.clone();
-    if let Some(cgroup) = cgroup {
-        let removed = cgroup::remove(&cgroup).await;
-        removed.map_err(FileError::at("remove control group", &cgroup))?;
-    }
+    place.remove_cgroup().await?;
     remove_layers(sandbox).await?;
     let scratch = sandbox.scratch();
     match tokio::fs::remove_file(&scratch).await {

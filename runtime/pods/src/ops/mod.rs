@@ -23,6 +23,7 @@ mod ready;
 mod recover;
 mod remove_container;
 mod run_sandbox;
+mod sandbox_cgroup;
 mod signals;
 mod start_container;
 mod stop_container;

@@ -11,7 +11,7 @@ use husk_config::Handler;
 use husk_network::{PodRef, PortMapping, Protocol};
 use husk_proto::cri;
 
-use super::{check_sandbox, lifecycle, vm_memory};
+use super::{check_sandbox, lifecycle, sandbox_cgroup, vm_memory};
 use crate::model::registry::Reservation;
 use crate::model::{BootTimes, EventKind, Phase, Sandbox, SandboxOp, SandboxRecord, Unlocked, names};
 use crate::{Error, Node, span};
@@ -37,7 +37,8 @@ pub async fn run_sandbox(
     let id = SandboxId::random();
     span::note_sandbox(&id);
     let name = node.registry.reserve(names::sandbox(&config), id.as_str())?;
-    let record = new_record(&id, handler_name, handler, config);
+    let cgroup = sandbox_cgroup::choose(node.config.cgroup_driver, &config, &id)?;
+    let record = SandboxRecord { cgroup, ..new_record(&id, handler_name, handler, config) };
     vm_memory::check(&record)?;
     let directory = node.sandboxes_dir().join(id.as_str());
     let sandbox = Arc::new(Sandbox::create(directory, record, node.events.clone()).await?);
@@ -65,7 +66,6 @@ fn new_record(
     handler: &Handler,
     config: cri::PodSandboxConfig,
 ) -> SandboxRecord {
-    let parent = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
     let vm = handler.vm();
     SandboxRecord {
         id: id.clone(),
@@ -76,7 +76,7 @@ fn new_record(
         ips: Vec::new(),
         netns: Default::default(),
         vmm_pid: 0,
-        cgroup: cgroup::path(parent, id),
+        cgroup: None,
         oom_kills: 0,
         size: vm.map(|vm| VmSize::of(&config, vm)),
         image_slots: vm.map(|vm| vm.image_slots),
