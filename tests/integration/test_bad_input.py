@@ -37,6 +37,8 @@ class BadRequests(SharedPodTest):
         self.assertIn("windows", self.fails("runp", self.node.sandbox_file("foreign", windows={})))
         slice_parent = {"cgroup_parent": "kubepods-burstable-pod1.slice"}
         self.assertIn("cgroup_driver", self.fails("runp", self.node.sandbox_file("slice", linux=slice_parent)))
+        limit = {"husk.dev/limits.disk": "fast"}
+        self.assertIn("husk.dev/limits.disk", self.fails("runp", self.node.sandbox_file("fast", annotations=limit)))
         sysctl = self.node.sandbox_file("sysctl", linux={"sysctls": {"net.no.such": "1"}})
         self.assertIn("net.no.such", self.fails("runp", sysctl))
         pod, sandbox = self.pod()

@@ -11,6 +11,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::arch::x86_64::layout::MAX_VCPUS;
 use crate::arch::x86_64::{boot, cpuid, mptable, msr, regs};
 use crate::console::Console;
+use crate::devices::virtio::rate::Limiter;
 use crate::exit::ExitSignal;
 use crate::hypervisor::Hypervisor;
 use crate::machine::{Machine, Subscriber};
@@ -109,6 +110,7 @@ pub fn build(
         None => (None, None, None),
     };
     let mut devices = Devices::new(&hypervisor, &memory, saved_devices).map_err(at("create devices"))?;
+    console.limit(Limiter::new(config.console_limit.as_ref()));
     let serial = devices.add_legacy(exit, console, serial)?;
     devices.add_root(root_range)?;
     devices.add_disks(config, &mut fds)?;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_vmm_api::{CONSOLE_TAIL, ExitReason, SHUTDOWN_MARKER};
 
+use crate::devices::virtio::rate::Limiter;
 use crate::lock;
 
 /// The text with which every panic of Linux begins (`panic()` in
@@ -25,6 +26,9 @@ struct Tail {
     line: Vec<u8>,
     panic: Option<String>,
     shutdown: bool,
+    limiter: Option<Limiter>,
+    /// Bytes that the limiter did not let in since the last that it did.
+    dropped: u64,
 }
 
 impl Console {
@@ -33,6 +37,12 @@ impl Console {
     pub fn text(&self) -> String {
         let mut tail = lock(&self.0);
         String::from_utf8_lossy(tail.bytes.make_contiguous()).into_owned()
+    }
+
+    /// Bounds what is kept of the output: what comes faster is left out, so that it does not
+    /// push out what came before. Lines that say why a reset comes are noticed all the same.
+    pub fn limit(&self, limiter: Option<Limiter>) {
+        lock(&self.0).limiter = limiter;
     }
 
     /// The reason for which the guest pulled the reset line, according to its
@@ -50,15 +60,29 @@ impl Console {
 
 impl Tail {
     fn push(&mut self, byte: u8) {
-        if self.bytes.len() == CONSOLE_TAIL {
-            self.bytes.pop_front();
-        }
-        self.bytes.push_back(byte);
+        self.keep(byte);
         if byte == b'\n' || byte == b'\r' {
             self.end_of_line();
         } else if self.line.len() < LINE_MAX {
             self.line.push(byte);
         }
+    }
+
+    fn keep(&mut self, byte: u8) {
+        if let Some(limiter) = &mut self.limiter {
+            if limiter.wait().is_some() {
+                self.dropped = self.dropped.saturating_add(1);
+                return;
+            }
+            limiter.take(1);
+        }
+        let dropped = std::mem::take(&mut self.dropped);
+        if dropped > 0 {
+            self.bytes.extend(format!("\n[husk-vmm: {dropped} bytes left out]\n").bytes());
+        }
+        self.bytes.push_back(byte);
+        let above = self.bytes.len().saturating_sub(CONSOLE_TAIL);
+        self.bytes.drain(..above);
     }
 
     fn end_of_line(&mut self) {
@@ -114,6 +138,23 @@ mod tests {
         let (reason, detail) = after("[    0.1] Kernel panic - not syncing: no init\nhusk: shutdown\n");
         assert_eq!(reason, ExitReason::Panic);
         assert_eq!(detail, "Kernel panic - not syncing: no init");
+    }
+
+    #[test]
+    fn a_flood_does_not_push_out_what_came_before() {
+        let limit = husk_vmm_api::RateLimit { bytes_per_second: 20, bytes_burst: 20, ..Default::default() };
+        let mut console = Console::default();
+        console.limit(Limiter::new(Some(&limit)));
+        console.write_all(b"Linux version\n").unwrap();
+        console.write_all(&[b'x'; 4 * CONSOLE_TAIL]).unwrap();
+        console.write_all(b"\nKernel panic - not syncing: no init\n").unwrap();
+        let text = console.text();
+        assert!(text.starts_with("Linux version\n") && text.len() < 1000, "{text}");
+        assert_eq!(console.reason_for_reset(ExitReason::Reset).0, ExitReason::Panic);
+        std::thread::sleep(std::time::Duration::from_millis(150));
+        console.write_all(b"on").unwrap();
+        let text = console.text();
+        assert!(text.ends_with(" bytes left out]\non"), "{text}");
     }
 
     #[test]

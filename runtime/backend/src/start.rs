@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use husk_config::{Handler, HostHandler};
+use husk_config::{Handler, HostHandler, Limits};
 use husk_hostpod::launch;
 use husk_network::{Dns, Network, PodRef, resolv_conf};
 use husk_proto::agent::{self, CreateSandboxRequest};
@@ -37,6 +37,8 @@ pub struct StartPlan<'a> {
     pub config: &'a cri::PodSandboxConfig,
     /// The pod as its network knows it.
     pub network: PodRef<'a>,
+    /// How much a VM's devices may do.
+    pub limits: Limits,
     /// The file of a VM's writable disk; made here.
     pub scratch: PathBuf,
     /// The folder of a host pod's writable layers; made here.

@@ -31,6 +31,7 @@ pub(crate) async fn start(
         handler,
         vcpus,
         memory_mib,
+        limits: &plan.limits,
         run_dir: place.run_dir.clone(),
         scratch: plan.scratch.clone(),
         nics,

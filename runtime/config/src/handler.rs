@@ -116,6 +116,15 @@ pub struct Limits {
     pub network_out: Option<RateLimit>,
     /// Requests to the sandbox disk, and to each image disk by itself.
     pub disk: Option<RateLimit>,
+    /// Requests that make the sandbox disk durable; operations only.
+    pub flush: Option<RateLimit>,
+    /// Requests for files of volumes.
+    pub volumes: Option<RateLimit>,
+    /// Packets that the VM sends to huskd: answers of the agent, output of containers,
+    /// forwarded ports.
+    pub vsock: Option<RateLimit>,
+    /// Bytes of the guest's console that are kept; bytes only.
+    pub console: Option<RateLimit>,
 }
 
 /// The handlers that exist without a configuration file.
@@ -202,7 +211,7 @@ impl VmHandler {
         if self.disk_mib < 16 {
             return Err("disk_mib must be 16 or more".into());
         }
-        Ok(())
+        self.limits.check().map_err(|problem| format!("limits.{problem}"))
     }
 }
 

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 mod handler;
 mod hooks;
+mod limits;
 mod read;
 #[cfg(test)]
 mod reference;

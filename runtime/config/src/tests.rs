@@ -129,6 +129,8 @@ fn values_that_cannot_work_are_refused_by_name() {
         ("[handlers.kata-runtime]\ndisk_mib = 15", "handlers.kata-runtime.disk_mib must be 16 or more"),
         ("[handlers.kata-runtime]\nimage_slots = 13", "handlers.kata-runtime.image_slots must be 1 to 12"),
         ("[handlers.kata-runtime]\ntrusted_volumes = ['srv']", "trusted_volumes: path `srv` is not absolute"),
+        ("[handlers.kata-runtime.limits.flush]\nbytes_per_second = 1", "kata-runtime.limits.flush: bytes_"),
+        ("[handlers.kata-runtime.limits.console]\noperations_burst = 1", "limits.console: operations_"),
         (
             "[[handlers.kata-runtime.hooks.poststop]]\npath = 'x'",
             "kata-runtime.hooks: path `x` is not absolute",

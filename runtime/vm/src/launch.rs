@@ -11,7 +11,7 @@ use husk_agent_client::Agent;
 use husk_base::cgroup;
 use husk_base::dirs;
 use husk_base::id::SandboxId;
-use husk_config::VmHandler;
+use husk_config::{Limits, VmHandler};
 use husk_spawn::{Detached, Limit, Spawned};
 use husk_vmm_api::{DiskConfig, HostPort, NetConfig, TemplateConfig, VmConfig, VsockConfig};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -62,6 +62,8 @@ pub struct Plan<'a> {
     pub vcpus: u8,
     /// Guest memory, MiB.
     pub memory_mib: u32,
+    /// How much the VM's devices may do.
+    pub limits: &'a Limits,
     /// The directory for the VM's sockets; made here.
     pub run_dir: PathBuf,
     /// The file of the sandbox disk.
@@ -269,7 +271,7 @@ fn machine_config(
     let kernel = pass(open("open guest kernel", &plan.handler.kernel, false)?);
     let root = pass(open("open guest root filesystem", &plan.handler.rootfs, false)?);
     let scratch = pass(open("open sandbox disk", &plan.scratch, true)?);
-    let limits = &plan.handler.limits;
+    let limits = plan.limits;
     let mut nets = Vec::new();
     for nic in &plan.nics {
         let tap = nic.tap.try_clone().map_err(|cause| Error::File {
@@ -306,12 +308,15 @@ fn machine_config(
             file: scratch,
             read_only: false,
             limit: limits.disk,
+            flush_limit: limits.flush,
         }],
         slots: slot_names(plan.handler.image_slots),
         slot_limit: limits.disk,
+        console_limit: limits.console,
         nets,
-        vsock: Some(VsockConfig { cid: GUEST_CID, listener, host_port }),
+        vsock: Some(VsockConfig { cid: GUEST_CID, listener, host_port, limit: limits.vsock }),
         fs: Some(husk_proto::agent::paths::SHARED_TAG.into()),
+        fs_limit: limits.volumes,
         balloon: true,
         template,
     };

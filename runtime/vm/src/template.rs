@@ -351,6 +351,7 @@ async fn make_in(
         handler: &key.handler,
         vcpus: key.vcpus,
         memory_mib: key.memory_mib,
+        limits: &key.handler.limits,
         run_dir: place.run_dir.clone(),
         scratch: disk.clone(),
         nics: vec![Nic { tap, mac: MAIN_MAC }],

@@ -53,9 +53,16 @@ pub fn seeds() -> Vec<Vec<u8>> {
         kernel: 0,
         cmdline: "quiet".into(),
         root: 1,
-        disks: vec![DiskConfig { serial: "disk".into(), file: 2, read_only: false, limit: Some(limit) }],
+        disks: vec![DiskConfig {
+            serial: "disk".into(),
+            file: 2,
+            read_only: false,
+            limit: Some(limit),
+            flush_limit: Some(limit),
+        }],
         slots: vec!["image-0".into()],
         slot_limit: None,
+        console_limit: Some(limit),
         nets: vec![NetConfig {
             tap: 3,
             mac: [2, 0, 0, 0, 0, 1],
@@ -63,8 +70,14 @@ pub fn seeds() -> Vec<Vec<u8>> {
             receive_limit: None,
             send_limit: Some(limit),
         }],
-        vsock: Some(VsockConfig { cid: 3, listener: 4, host_port: Some(HostPort { port: 1024, socket: 5 }) }),
+        vsock: Some(VsockConfig {
+            cid: 3,
+            listener: 4,
+            host_port: Some(HostPort { port: 1024, socket: 5 }),
+            limit: Some(limit),
+        }),
         fs: Some("volumes".into()),
+        fs_limit: None,
         balloon: true,
         template: Some(TemplateConfig { state: 6, memory: 7 }),
     };

@@ -69,16 +69,16 @@ fn restore(state: DeviceState) {
             Balloon::restore(&state).map(Mutex::new).map(Arc::new).map(|device| work(device, transport)).ok()
         }
         Own::Fs(state) => {
-            Fs::restore(&state).map(Mutex::new).map(Arc::new).map(|device| work(device, transport)).ok()
+            Fs::restore(&state, None).map(Mutex::new).map(Arc::new).map(|device| work(device, transport)).ok()
         }
         Own::Vsock(state) => {
             let listener = LISTENER.1.try_clone().ok();
             listener
-                .and_then(|listener| Vsock::restore(&state, listener).ok())
+                .and_then(|listener| Vsock::restore(&state, listener, None).ok())
                 .map(|device| work(Arc::new(Mutex::new(device)), transport))
         }
         Own::Block(state) => {
-            let device = Block::restore(&state, Some(disk(false)), POOL.clone(), None).ok();
+            let device = Block::restore(&state, Some(disk(false)), POOL.clone(), [None, None]).ok();
             device.map(|device| work(device, transport))
         }
         // It needs a tap.

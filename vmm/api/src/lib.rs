@@ -161,6 +161,9 @@ pub struct VmConfig {
     /// The rate limit of each of `slots`.
     #[serde(default)]
     pub slot_limit: Option<RateLimit>,
+    /// How much of the guest's console is kept. It has bytes only.
+    #[serde(default)]
+    pub console_limit: Option<RateLimit>,
     /// Network interfaces.
     pub nets: Vec<NetConfig>,
     /// The vsock device, if the machine has one.
@@ -169,6 +172,9 @@ pub struct VmConfig {
     /// without a server, see [`Request::AttachFs`].
     #[serde(default)]
     pub fs: Option<String>,
+    /// How much may be asked of the file system device's server.
+    #[serde(default)]
+    pub fs_limit: Option<RateLimit>,
     /// Whether the machine has a balloon with free page reporting.
     pub balloon: bool,
     /// The snapshot that the machine starts from instead of booting. Everything
@@ -200,6 +206,9 @@ pub struct DiskConfig {
     /// The disk's rate limit.
     #[serde(default)]
     pub limit: Option<RateLimit>,
+    /// How often it may be flushed. It has operations only.
+    #[serde(default)]
+    pub flush_limit: Option<RateLimit>,
 }
 
 /// How much a device may do in a second, and how much at once after it was
@@ -246,6 +255,9 @@ pub struct VsockConfig {
     pub listener: FdIndex,
     /// The port of the host that the guest can connect to. A clone has none.
     pub host_port: Option<HostPort>,
+    /// How much the guest may send.
+    #[serde(default)]
+    pub limit: Option<RateLimit>,
 }
 
 /// The port of the host that a guest can connect to.

@@ -110,10 +110,10 @@ impl<'a> Devices<'a> {
         for disk in &config.disks {
             let file = fds.take(disk.file).map_err(at(STAGE))?;
             let file = Disk::new(file, disk.read_only).map_err(at(STAGE))?;
-            self.add_disk(&disk.serial, Some(file), disk.limit.as_ref())?;
+            self.add_disk(&disk.serial, Some(file), [disk.limit.as_ref(), disk.flush_limit.as_ref()])?;
         }
         for serial in &config.slots {
-            self.add_disk(serial, None, config.slot_limit.as_ref())?;
+            self.add_disk(serial, None, [config.slot_limit.as_ref(), None])?;
         }
         Ok(())
     }
@@ -124,12 +124,12 @@ impl<'a> Devices<'a> {
         &mut self,
         serial: &str,
         disk: Option<Disk>,
-        limit: Option<&RateLimit>,
+        limits: [Option<&RateLimit>; 2],
     ) -> Result<(), StageError> {
         const STAGE: &str = "create disks";
         let pool = self.pool.clone();
         let read_only = disk.as_ref().is_some_and(Disk::read_only);
-        let limiter = Limiter::new(limit);
+        let limiters = limits.map(Limiter::new);
         let (block, transport) = match (self.next_saved()?, disk) {
             (None, disk) => {
                 let block = match disk {
@@ -137,11 +137,12 @@ impl<'a> Devices<'a> {
                     None => Block::slot(serial, pool),
                 }
                 .map_err(at(STAGE))?;
-                lock(&block).limit(limiter).map_err(at(STAGE))?;
+                let [requests, flushes] = limiters;
+                lock(&block).limit(requests, flushes).map_err(at(STAGE))?;
                 (block, None)
             }
             (Some(DeviceState { own: Own::Block(state), transport }), disk) => {
-                (Block::restore(&state, disk, pool, limiter).map_err(at(TEMPLATE))?, Some(transport))
+                (Block::restore(&state, disk, pool, limiters).map_err(at(TEMPLATE))?, Some(transport))
             }
             (Some(_), _) => return Err(another("a disk")),
         };
@@ -189,10 +190,15 @@ impl<'a> Devices<'a> {
             Ok(HostPort { port: host.port, socket })
         });
         let host_port = host_port.transpose()?;
+        let limiter = Limiter::new(vsock.limit.as_ref());
         let (device, transport) = match self.next_saved()? {
-            None => (Vsock::new(vsock.cid, listener, host_port).map_err(at(STAGE))?, None),
+            None => {
+                let mut device = Vsock::new(vsock.cid, listener, host_port).map_err(at(STAGE))?;
+                device.limit(limiter).map_err(at(STAGE))?;
+                (device, None)
+            }
             Some(DeviceState { own: Own::Vsock(state), transport }) if state.cid == vsock.cid => {
-                (Vsock::restore(&state, listener).map_err(at(TEMPLATE))?, Some(transport))
+                (Vsock::restore(&state, listener, limiter).map_err(at(TEMPLATE))?, Some(transport))
             }
             Some(_) => return Err(another("a vsock device")),
         };
@@ -227,11 +233,17 @@ impl<'a> Devices<'a> {
     /// Adds the file system device. It gets an event loop of its own once its
     /// server is there.
     pub(super) fn add_fs(&mut self, config: &VmConfig) -> Result<(), StageError> {
+        const STAGE: &str = "create the file system device";
         let Some(tag) = &config.fs else { return Ok(()) };
+        let limiter = Limiter::new(config.fs_limit.as_ref());
         let (device, transport) = match self.next_saved()? {
-            None => (Fs::new(tag).map_err(at("create the file system device"))?, None),
+            None => {
+                let mut device = Fs::new(tag).map_err(at(STAGE))?;
+                device.limit(limiter).map_err(at(STAGE))?;
+                (device, None)
+            }
             Some(DeviceState { own: Own::Fs(state), transport }) if state.tag == *tag => {
-                (Fs::restore(&state).map_err(at(TEMPLATE))?, Some(transport))
+                (Fs::restore(&state, limiter).map_err(at(TEMPLATE))?, Some(transport))
             }
             Some(_) => return Err(another("a file system device")),
         };

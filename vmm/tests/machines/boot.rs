@@ -87,7 +87,8 @@ fn many_processors_and_memory_above_the_hole() {
 #[ignore = "boots machines, in a KVM host: see tests/README.md"]
 fn the_guest_reads_and_writes_its_disks() {
     let file = disk(16 << 20, 3 * 512, "written by the host");
-    let add = DiskConfig { serial: "data-0".into(), file: 2, read_only: false, limit: None };
+    let add =
+        DiskConfig { serial: "data-0".into(), file: 2, read_only: false, limit: None, flush_limit: None };
     let exit = Vmm::boot("disks", |config| config.disks.push(add), &[&file]).wait();
     assert_eq!(exit.reason, ExitReason::Shutdown, "{}", exit.console);
     assert!(exit.console.contains("root is /dev/root ro,"), "{}", exit.console);

@@ -147,9 +147,11 @@ impl Vmm {
             disks: Vec::new(),
             slots: Vec::new(),
             slot_limit: None,
+            console_limit: None,
             nets: Vec::new(),
             vsock: None,
             fs: None,
+            fs_limit: None,
             balloon: false,
             template: None,
         };

@@ -10,7 +10,13 @@ use crate::support::{Vmm, disk};
 const DISK: u64 = 1 << 20;
 
 fn with_disk(config: &mut VmConfig) {
-    config.disks.push(DiskConfig { serial: "data".into(), file: 2, read_only: false, limit: None });
+    config.disks.push(DiskConfig {
+        serial: "data".into(),
+        file: 2,
+        read_only: false,
+        limit: None,
+        flush_limit: None,
+    });
 }
 
 /// A saved machine: its configuration, its state, and its memory.

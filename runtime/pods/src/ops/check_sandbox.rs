@@ -1,7 +1,7 @@
 //! Checks of a pod's configuration: a field that cannot be honoured is refused by its
 //! name before anything is made. `docs/cri-fields.md` lists every field.
 
-use husk_config::Kind;
+use husk_config::{Handler, Kind, Limits};
 use husk_network::{self as network, Bandwidth};
 use husk_oci as oci;
 use husk_proto::cri;
@@ -99,6 +99,27 @@ pub(crate) fn bandwidth(config: &cri::PodSandboxConfig) -> Result<Bandwidth, Err
         ingress: rate("kubernetes.io/ingress-bandwidth")?,
         egress: rate("kubernetes.io/egress-bandwidth")?,
     })
+}
+
+/// How an annotation begins that lowers a rate limit of the pod; a device follows.
+const LIMIT: &str = "husk.dev/limits.";
+
+/// How much the pod's devices may do: as its handler has it, or less where an annotation
+/// asks for less.
+///
+/// # Errors
+/// With the annotation that is no limit, or that a host pod has.
+pub(crate) fn limits(config: &cri::PodSandboxConfig, handler: &Handler) -> Result<Limits, Error> {
+    let mut limits = handler.vm().map(|vm| vm.limits.clone()).unwrap_or_default();
+    for (name, text) in &config.annotations {
+        let Some(device) = name.strip_prefix(LIMIT) else { continue };
+        let wrong = |why: String| Error::Invalid(format!("annotation `{name}`: {why}"));
+        if handler.kind() == Kind::Host {
+            return Err(wrong("the devices of a pod without a virtual machine have no limits".into()));
+        }
+        limits.lower(device, text).map_err(wrong)?;
+    }
+    Ok(limits)
 }
 
 #[cfg(test)]
@@ -203,6 +224,23 @@ mod tests {
                 .to_string()
                 .contains("kubernetes.io/ingress-bandwidth")
         );
+    }
+
+    #[test]
+    fn an_annotation_lowers_a_limit_of_its_pod() {
+        let of = |name: &str, text: &str| cri::PodSandboxConfig {
+            annotations: [(name.to_owned(), text.to_owned()), ("husk.dev/other".into(), "x".into())].into(),
+            ..Default::default()
+        };
+        let handler = Handler::default_of(Kind::Vm);
+        let lowered = limits(&of("husk.dev/limits.flush", "operations_per_second = 20"), &handler).unwrap();
+        assert_eq!(lowered.flush.unwrap().operations_per_second, 20);
+        assert_eq!(Limits { flush: None, ..lowered }, Limits::default());
+        let error = limits(&of("husk.dev/limits.flush", "often"), &handler).unwrap_err().to_string();
+        assert!(error.contains("`husk.dev/limits.flush`") && error.contains("`often`"), "{error}");
+        let on_host = Handler::default_of(Kind::Host);
+        let error = limits(&of("husk.dev/limits.disk", "bytes_per_second = 1"), &on_host).unwrap_err();
+        assert!(error.to_string().contains("`husk.dev/limits.disk`"), "{error}");
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub async fn run_sandbox(
         ))
     })?;
     check_sandbox::check(node, &config, handler.kind())?;
+    check_sandbox::limits(&config, handler)?;
 
     let id = SandboxId::random();
     span::note_sandbox(&id);
@@ -114,6 +115,7 @@ async fn bring_up(node: &Arc<Node>, sandbox: &SandboxOp<'_>, handler: &Handler) 
         handler,
         config,
         network: pod_ref(&record, &mappings, handler)?,
+        limits: check_sandbox::limits(config, handler)?,
         scratch: sandbox.scratch(),
         layers: sandbox.layers(),
     };

@@ -83,13 +83,16 @@ fn boot(control: &OwnedFd, guest: &Guest, folder: &Path, ready: UnixStream) -> a
         disks: Vec::new(),
         slots: Vec::new(),
         slot_limit: None,
+        console_limit: None,
         nets: Vec::new(),
         vsock: Some(VsockConfig {
             cid: 3,
             listener: 2,
             host_port: Some(HostPort { port: READY_PORT, socket: 3 }),
+            limit: None,
         }),
         fs: None,
+        fs_limit: None,
         balloon: false,
         template: None,
     };

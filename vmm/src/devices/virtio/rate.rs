@@ -153,6 +153,49 @@ impl Limiter {
     }
 }
 
+/// A limiter with the timer of its waits, for the loop that serves the device.
+#[derive(Debug)]
+pub struct Throttle {
+    limiter: Limiter,
+    timer: TimerFd,
+}
+
+impl Throttle {
+    /// With a timer that nothing waits for yet; none for a device without limits.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub fn new(limiter: Option<Limiter>) -> io::Result<Option<Self>> {
+        limiter.map(|limiter| Ok(Self { limiter, timer: timer()? })).transpose()
+    }
+
+    /// Whether the device has to wait. The timer ends when it may go on.
+    pub fn is_closed(&mut self) -> bool {
+        let wait = self.limiter.wait();
+        if let Some(wait) = wait {
+            set(&self.timer, wait);
+        }
+        wait.is_some()
+    }
+
+    /// One operation with so many bytes was begun.
+    pub fn take(&mut self, bytes: u64) {
+        self.limiter.take(bytes);
+    }
+
+    /// The limiter, to be saved.
+    #[must_use]
+    pub const fn limiter(&self) -> &Limiter {
+        &self.limiter
+    }
+
+    /// The timer, to be watched.
+    #[must_use]
+    pub const fn timer(&self) -> &TimerFd {
+        &self.timer
+    }
+}
+
 /// Makes a timer for a device that has to wait.
 ///
 /// # Errors

@@ -16,11 +16,11 @@ use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::disk::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, Outcome};
 use super::pool::{IoPool, Watch};
-use super::request::{Request, total};
+use super::request::{Operation, Request, total};
 use super::{SECTOR, SERIAL_LENGTH};
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::{CONFIG_CHANGE, Interrupt, USED_RING};
-use crate::devices::virtio::rate::{self, Limiter};
+use crate::devices::virtio::rate::{Limiter, Throttle};
 use crate::lock;
 
 /// Entries of the queue. Linux preallocates requests for all of them, for each
@@ -85,13 +85,9 @@ pub struct Block {
     /// Set when no more requests are taken, because the machine is about to be
     /// saved.
     resting: bool,
-    limit: Option<Limit>,
-}
-
-/// The rate limit, and the timer that ends when the device may continue.
-struct Limit {
-    limiter: Limiter,
-    timer: TimerFd,
+    limit: Option<Throttle>,
+    /// How often the disk is flushed.
+    flush_limit: Option<Throttle>,
 }
 
 impl Block {
@@ -132,24 +128,28 @@ impl Block {
                 open: 0,
                 resting: false,
                 limit: None,
+                flush_limit: None,
             })
         })
     }
 
-    /// Sets the rate limit, before a driver has activated the device.
+    /// Sets the rate limits of all requests and of those that flush the disk, before a driver
+    /// has activated the device.
     ///
     /// # Errors
     /// The process has too many open files.
-    pub fn limit(&mut self, limiter: Option<Limiter>) -> io::Result<()> {
-        self.limit = match limiter {
-            Some(limiter) => Some(Limit { limiter, timer: rate::timer()? }),
-            None => None,
-        };
+    pub fn limit(&mut self, requests: Option<Limiter>, flushes: Option<Limiter>) -> io::Result<()> {
+        (self.limit, self.flush_limit) = (Throttle::new(requests)?, Throttle::new(flushes)?);
         Ok(())
     }
 
-    pub(super) fn limiter(&self) -> Option<&Limiter> {
-        self.limit.as_ref().map(|limit| &limit.limiter)
+    /// The limits of all requests, and of those that flush the disk.
+    pub(super) fn limiters(&self) -> [Option<&Limiter>; 2] {
+        [&self.limit, &self.flush_limit].map(|limit| limit.as_ref().map(Throttle::limiter))
+    }
+
+    fn timers(&self) -> Vec<&TimerFd> {
+        [&self.limit, &self.flush_limit].into_iter().flatten().map(Throttle::timer).collect()
     }
 
     /// Attaches a disk to a slot.
@@ -233,11 +233,8 @@ impl Block {
         if self.resting {
             return None;
         }
-        if let Some(Limit { limiter, timer }) = &mut self.limit
-            && let Some(wait) = limiter.wait()
-        {
-            // The pool listens to the timer as it does to the queue.
-            rate::set(timer, wait);
+        // The pool listens to the timer as it does to the queue.
+        if self.limit.as_mut().is_some_and(Throttle::is_closed) {
             return None;
         }
         let (activation, _) = self.activation.as_mut()?;
@@ -248,6 +245,15 @@ impl Block {
             let chain = queue.pop_descriptor_chain(&activation.memory)?;
             let head = chain.head_index();
             let request = Request::parse(chain);
+            let flushes = request.as_ref().is_ok_and(|request| request.operation == Operation::Flush);
+            if flushes && let Some(limit) = &mut self.flush_limit {
+                if limit.is_closed() {
+                    // The ring keeps it, and what is behind it.
+                    queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+                    return None;
+                }
+                limit.take(0);
+            }
             // Notifications stay on while a thread waits for the file, so that
             // another thread can begin with requests that come in the meantime.
             let more = queue.enable_notification(&activation.memory).unwrap_or(false);
@@ -260,7 +266,7 @@ impl Block {
                 }
                 self.open += 1;
                 if let Some(limit) = &mut self.limit {
-                    limit.limiter.take(total(&request.input) + total(&request.output));
+                    limit.take(total(&request.input) + total(&request.output));
                 }
                 return Some(Job {
                     request,
@@ -370,10 +376,9 @@ impl VirtioDevice for Block {
             return Err(failed("the driver has not set up its virtqueue".into()));
         };
         self.epoch += 1;
-        let timer = self.limit.as_ref().map(|limit| &limit.timer);
         let watch = self
             .pool
-            .watch(self.me.clone(), notification, timer)
+            .watch(self.me.clone(), notification, &self.timers())
             .map_err(|error| failed(error.to_string()))?;
         self.activation = Some((activation, watch));
         Ok(())
@@ -384,7 +389,7 @@ impl VirtioDevice for Block {
         if let Some((activation, watch)) = self.activation.take()
             && let Some(notification) = activation.queue_events.first()
         {
-            self.pool.unwatch(&watch, notification, self.limit.as_ref().map(|limit| &limit.timer));
+            self.pool.unwatch(&watch, notification, &self.timers());
         }
         // The driver may use the memory of its requests for other purposes as
         // soon as the reset is done (§2.1.2).

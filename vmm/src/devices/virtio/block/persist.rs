@@ -12,7 +12,7 @@ use crate::devices::virtio::rate::{Limiter, LimiterState};
 use crate::lock;
 
 /// The version of [`BlockState`].
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// A saved [`Block`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +22,7 @@ pub struct BlockState {
     kind: Kind,
     sectors: Option<u64>,
     limiter: LimiterState,
+    flush_limiter: LimiterState,
 }
 
 /// A saved block device cannot be restored.
@@ -52,16 +53,18 @@ impl Block {
     /// Saves the device as plain data.
     #[must_use]
     pub fn save(&self) -> BlockState {
+        let [limiter, flush_limiter] = self.limiters().map(Limiter::save);
         BlockState {
             version: VERSION,
             serial: *self.serial_bytes(),
             kind: self.kind(),
             sectors: self.disk().map(Disk::sectors),
-            limiter: Limiter::save(self.limiter()),
+            limiter,
+            flush_limiter,
         }
     }
 
-    /// Makes a device from its saved state, with a disk and a limit given anew. The
+    /// Makes a device from its saved state, with a disk and limits given anew. The
     /// disk of a slot may be another one than before; the driver must then be
     /// notified.
     ///
@@ -71,7 +74,7 @@ impl Block {
         state: &BlockState,
         disk: Option<Disk>,
         pool: IoPool,
-        limiter: Option<Limiter>,
+        limiters: [Option<Limiter>; 2],
     ) -> Result<Arc<Mutex<Self>>, BlockRestoreError> {
         if state.version != VERSION {
             return Err(BlockRestoreError::Version(state.version));
@@ -81,9 +84,11 @@ impl Block {
             let serial = String::from_utf8_lossy(&state.serial).trim_end_matches('\0').to_owned();
             return Err(BlockRestoreError::Disk { serial, found, saved: state.sectors });
         }
-        let limiter = Limiter::restore(limiter, &state.limiter).map_err(BlockRestoreError::Limits)?;
+        let [requests, flushes] = limiters;
+        let requests = Limiter::restore(requests, &state.limiter).map_err(BlockRestoreError::Limits)?;
+        let flushes = Limiter::restore(flushes, &state.flush_limiter).map_err(BlockRestoreError::Limits)?;
         let block = Self::build(state.serial, state.kind, disk, pool);
-        lock(&block).limit(limiter)?;
+        lock(&block).limit(requests, flushes)?;
         Ok(block)
     }
 }

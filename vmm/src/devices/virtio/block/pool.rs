@@ -58,8 +58,8 @@ impl IoPool {
         Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, state: Mutex::default() })))
     }
 
-    /// Serves `device` whenever `notification` is written to, and when its timer, if
-    /// it has one, has ended.
+    /// Serves `device` whenever `notification` is written to, and when one of its timers
+    /// has ended.
     ///
     /// # Errors
     /// The notification cannot be watched, or no thread can be made.
@@ -67,7 +67,7 @@ impl IoPool {
         &self,
         device: Weak<Mutex<Block>>,
         notification: &EventFd,
-        timer: Option<&TimerFd>,
+        timers: &[&TimerFd],
     ) -> io::Result<Watch> {
         let mut state = lock(&self.0.state);
         let token = state.next_token;
@@ -78,7 +78,7 @@ impl IoPool {
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
         let add = |fd: RawFd| self.0.epoll.ctl(ControlOperation::Add, fd, event);
         let added = add(notification.as_raw_fd())
-            .and_then(|()| timer.map_or(Ok(()), |timer| add(timer.as_fd().as_raw_fd())))
+            .and_then(|()| timers.iter().try_for_each(|timer| add(timer.as_fd().as_raw_fd())))
             .and_then(|()| if state.threads == 0 { self.spawn(&mut state) } else { Ok(()) });
         if added.is_err() {
             state.devices.remove(&token);
@@ -87,11 +87,11 @@ impl IoPool {
     }
 
     /// Stops serving a device.
-    pub(super) fn unwatch(&self, watch: &Watch, notification: &EventFd, timer: Option<&TimerFd>) {
+    pub(super) fn unwatch(&self, watch: &Watch, notification: &EventFd, timers: &[&TimerFd]) {
         lock(&self.0.state).devices.remove(&watch.token);
         // Each descriptor is watched for as long as the device's `Watch` lives.
-        let fds = [Some(notification.as_raw_fd()), timer.map(|timer| timer.as_fd().as_raw_fd())];
-        for fd in fds.into_iter().flatten() {
+        let timers = timers.iter().map(|timer| timer.as_fd().as_raw_fd());
+        for fd in timers.chain([notification.as_raw_fd()]) {
             let _ = self.0.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         }
     }

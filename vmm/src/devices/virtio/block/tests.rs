@@ -313,12 +313,17 @@ mod devices {
 
         /// Offers chains of read requests of one sector each, and notifies.
         fn read_sectors(&self, sectors: &[u64]) {
+            self.ask(&sectors.iter().map(|sector| (vb::VIRTIO_BLK_T_IN, *sector)).collect::<Vec<_>>());
+        }
+
+        /// Offers chains of requests, by their types and sectors, and notifies.
+        fn ask(&self, requests: &[(u32, u64)]) {
             let mock = MockSplitQueue::create(&self.memory, RING, QUEUE_SIZE);
             let mut descriptors = Vec::new();
-            for (index, sector) in sectors.iter().enumerate() {
+            for (index, (kind, sector)) in requests.iter().enumerate() {
                 let index = index as u64;
                 let header = HEADER + 16 * index;
-                self.memory.write_obj(vb::VIRTIO_BLK_T_IN, GuestAddress(header)).unwrap();
+                self.memory.write_obj(*kind, GuestAddress(header)).unwrap();
                 self.memory.write_obj(*sector, GuestAddress(header + 8)).unwrap();
                 self.memory.write_obj(0xffu8, GuestAddress(STATUS + index)).unwrap();
                 for (place, (address, length, flags)) in
@@ -379,7 +384,7 @@ mod devices {
     fn a_limit_lets_requests_wait_and_answers_them_all() {
         let limit = RateLimit { operations_per_second: 50, operations_burst: 2, ..RateLimit::default() };
         let block = with_disk(4);
-        block.lock().unwrap().limit(Limiter::new(Some(&limit))).unwrap();
+        block.lock().unwrap().limit(Limiter::new(Some(&limit)), None).unwrap();
         let start = Instant::now();
         let setup = Setup::new(block);
         setup.read_sectors(&[0, 1, 2, 3, 0, 1]);
@@ -389,6 +394,24 @@ mod devices {
         // A reset takes the timer out of the pool, and a new driver is served.
         setup.block.lock().unwrap().reset();
         setup.activate();
+    }
+
+    #[test]
+    fn flushes_wait_for_their_own_limit_and_are_all_answered() {
+        let limit = RateLimit { operations_per_second: 50, operations_burst: 1, ..RateLimit::default() };
+        let block = with_disk(4);
+        block.lock().unwrap().limit(None, Limiter::new(Some(&limit))).unwrap();
+        let setup = Setup::new(block);
+        let start = Instant::now();
+        setup.ask(&[(vb::VIRTIO_BLK_T_IN, 0), (vb::VIRTIO_BLK_T_FLUSH, 0), (vb::VIRTIO_BLK_T_IN, 1)]);
+        setup.wait_used(3);
+        assert!(start.elapsed() < Duration::from_secs(10));
+        setup.block.lock().unwrap().reset();
+        setup.activate();
+        let start = Instant::now();
+        setup.ask(&[(vb::VIRTIO_BLK_T_FLUSH, 0); 4]);
+        setup.wait_used(4);
+        assert!(start.elapsed() >= Duration::from_millis(59), "{:?}", start.elapsed());
     }
 
     #[test]
@@ -456,17 +479,17 @@ mod devices {
         let block = with_disk(4);
         let saved = block.lock().unwrap().save();
         let disk = |sectors| Some(Disk::new(fd(&disk_file(sectors)), false).unwrap());
-        let twin = Block::restore(&saved, disk(4), pool.clone(), None).unwrap();
+        let twin = Block::restore(&saved, disk(4), pool.clone(), [None, None]).unwrap();
         assert_eq!(twin.lock().unwrap().save(), saved);
         assert_eq!(twin.lock().unwrap().features(), block.lock().unwrap().features());
         for wrong in [None, disk(5)] {
             assert!(matches!(
-                Block::restore(&saved, wrong, pool.clone(), None),
+                Block::restore(&saved, wrong, pool.clone(), [None, None]),
                 Err(BlockRestoreError::Disk { .. })
             ));
         }
         let slot = Block::slot("s", pool.clone()).unwrap().lock().unwrap().save();
-        let filled = Block::restore(&slot, disk(7), pool, None).unwrap();
+        let filled = Block::restore(&slot, disk(7), pool, [None, None]).unwrap();
         assert_eq!(capacity(&filled), 7);
     }
 }

@@ -20,6 +20,7 @@ use crate::devices::virtio::buffers::{Buffers, IoVecs};
 use crate::devices::virtio::config;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::USED_RING;
+use crate::devices::virtio::rate::{Limiter, Throttle};
 use crate::devices::virtio::rings::{needs_interrupt, next_chain};
 use crate::devices::virtio::watch::QueueWatch;
 
@@ -81,6 +82,9 @@ pub struct Fs {
     /// server's names.
     session: bool,
     in_flight: InFlight,
+    /// How much the server may be asked. What must not wait behind other requests does
+    /// not wait for it either.
+    pub(super) limit: Option<Throttle>,
     activation: Option<Activation>,
 }
 
@@ -102,8 +106,18 @@ impl Fs {
             stalled: false,
             session: false,
             in_flight: InFlight::default(),
+            limit: None,
             activation: None,
         })
+    }
+
+    /// Limits what its server is asked, before the event loop knows the device.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub fn limit(&mut self, limiter: Option<Limiter>) -> io::Result<()> {
+        self.limit = Throttle::new(limiter)?;
+        Ok(())
     }
 
     /// Connects the server: a `SOCK_SEQPACKET` socket on which each packet is
@@ -156,16 +170,24 @@ impl Fs {
         let mut left = BATCH;
         for (index, queue) in queues.iter_mut().enumerate() {
             let before = queue.next_used();
+            let mut limit = self.limit.as_mut().filter(|_| index == REQUEST);
             while left > 0 && !self.stalled && !self.in_flight.is_full() {
+                if limit.as_mut().is_some_and(|limit| limit.is_closed()) {
+                    break;
+                }
                 let Ok(Some(chain)) = next_chain(queue, memory) else { break };
                 left -= 1;
                 let head = chain.head_index();
                 let request = Request::read(memory, chain);
+                let bytes = request.bytes();
                 let sent = match &self.server {
                     Server::Serving(socket) => request.send(socket.as_fd(), &mut self.in_flight, index, head),
                     Server::Waiting => Sent::Stalled,
                     Server::Gone => Sent::Failed(libc::EIO),
                 };
+                if let Some(limit) = limit.as_mut().filter(|_| !matches!(sent, Sent::Stalled)) {
+                    limit.take(bytes);
+                }
                 match sent {
                     Sent::Awaited => self.session |= request.header.is_some_and(|header| header.is_init()),
                     Sent::Done => return_chain(queue, memory, head, 0),
@@ -267,6 +289,12 @@ impl<'m> Request<'m> {
         let complete = input.read(0, &mut bytes) == IN_HEADER;
         let header = InHeader::read_from_bytes(&bytes).ok().filter(|_| complete);
         Self { header, input, output }
+    }
+
+    /// Bytes of the request, and of the room for its answer.
+    fn bytes(&self) -> u64 {
+        let room = self.output.iter().map(|(_, len)| *len as u64).fold(0, u64::saturating_add);
+        room.saturating_add(self.input.len() as u64)
     }
 
     fn send(&self, socket: BorrowedFd<'_>, in_flight: &mut InFlight, queue: usize, head: u16) -> Sent {

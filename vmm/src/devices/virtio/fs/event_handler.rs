@@ -1,7 +1,7 @@
 //! The file system device on an event loop of its own: its thread exists only
 //! in machines with volumes, because moving file data takes time.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, Mutex};
 use std::{io, thread};
 
@@ -10,9 +10,10 @@ use husk_vmm_api::words::say;
 use vmm_sys_util::epoll::EventSet;
 
 use super::device::Fs;
-use crate::devices::virtio::watch::{self, FIRST_TOKEN};
+use crate::devices::virtio::watch::{self, FIRST_TOKEN, Source};
 
 const SOCKET: u32 = FIRST_TOKEN;
+const TIMER: u32 = FIRST_TOKEN + 1;
 
 /// Bytes of the thread's stack. Only touched pages cost memory.
 const STACK: usize = 128 * 1024;
@@ -47,11 +48,20 @@ impl MutEventSubscriber for Fs {
         if let Some(socket) = self.socket() {
             watch::add(ops, Events::with_data_raw(socket.as_raw_fd(), SOCKET, EventSet::IN));
         }
+        if let Some(limit) = &self.limit {
+            let timer = limit.timer().as_fd().as_raw_fd();
+            watch::add(ops, Events::with_data_raw(timer, TIMER, EventSet::IN));
+        }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         self.watch.sync(ops);
-        self.watch.take(events);
+        if self.watch.take(events) == Source::Other(TIMER)
+            && let Some(limit) = &self.limit
+        {
+            // Waiting fails only if the timer was set again in the meantime.
+            let _ = limit.timer().wait();
+        }
         let stalled_before = self.stalled;
         let done = self.serve();
         if let Some(lost) = self.lost.take() {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
-use husk_vmm_api::{FsState, MAX_FUSE_MESSAGE};
+use husk_vmm_api::{FsState, MAX_FUSE_MESSAGE, RateLimit};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -17,6 +17,7 @@ use super::header::{IN_HEADER, InHeader, OUT_HEADER, OutHeader};
 use super::in_flight::MAX_IN_FLIGHT;
 use super::persist::{RestoreError, State};
 use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::rate::Limiter;
 use crate::devices::virtio::test_utils::{DriverQueue, Part, activation, memory, strange_rings};
 
 const INPUT: u64 = 0x10_0000;
@@ -35,11 +36,16 @@ struct Guest {
 
 impl Guest {
     fn new() -> Self {
+        Self::limited(None)
+    }
+
+    fn limited(limit: Option<RateLimit>) -> Self {
         let memory = memory();
         let (ours, server) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_NONBLOCK).unwrap();
         let mut device = Fs::new("husk").unwrap();
         device.attach(ours).unwrap();
+        device.limit(Limiter::new(limit.as_ref())).unwrap();
         let device = Arc::new(Mutex::new(device));
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(device.clone());
@@ -109,6 +115,33 @@ fn request(opcode: u32, unique: u64, body: usize) -> Vec<u8> {
 fn packet(unique: u64, body: &[u8]) -> Vec<u8> {
     let header = OutHeader { len: (OUT_HEADER + body.len()) as u32, error: 0, unique };
     [header.as_bytes(), body].concat()
+}
+
+#[test]
+fn requests_wait_for_their_limit_and_what_must_not_wait_does_not() {
+    let limit = RateLimit { operations_per_second: 20, operations_burst: 2, ..RateLimit::default() };
+    let mut guest = Guest::limited(Some(limit));
+    let start = Instant::now();
+    for unique in 0..5 {
+        guest.ask(REQUEST, GETATTR, unique, b"body", 64);
+    }
+    guest.run();
+    // All requests of this driver are at one place, so it is as long as the others.
+    guest.ask(HIPRIO, FORGET, 9, b"body", 0);
+    guest.run();
+    let at_once: Vec<u32> =
+        std::iter::from_fn(|| guest.received()).map(|(header, _)| header.opcode).collect();
+    if start.elapsed() < Duration::from_millis(50) {
+        assert_eq!(at_once, [GETATTR, GETATTR, FORGET]);
+    }
+    let mut count = at_once.len();
+    while count < 6 {
+        assert!(start.elapsed() < Duration::from_secs(20), "{count} came");
+        guest.events.run_with_timeout(10).unwrap();
+        count += std::iter::from_fn(|| guest.received()).count();
+    }
+    // The third of them waited for 50 ms, the fifth for 150.
+    assert!(start.elapsed() >= Duration::from_millis(149), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -260,17 +293,20 @@ fn a_saved_device_is_restored() {
     let mut guest = Guest::new();
     let saved = guest.device.lock().unwrap().save();
     let state: State = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
-    let restored = Fs::restore(&state).unwrap();
+    let restored = Fs::restore(&state, None).unwrap();
     assert_eq!((restored.save(), restored.state()), (state.clone(), FsState::Waiting));
     let mut tag = [0; 5];
     restored.read_config(0, &mut tag);
     assert_eq!(&tag, b"husk\0");
 
-    assert!(matches!(Fs::restore(&State { version: 9, ..state }).err().unwrap(), RestoreError::Version(9)));
+    assert!(matches!(
+        Fs::restore(&State { version: 9, ..state }, None).err().unwrap(),
+        RestoreError::Version(9)
+    ));
     guest.ask(REQUEST, INIT, 1, &[0; 64], 80);
     guest.run();
     let state = guest.device.lock().unwrap().save();
-    assert!(matches!(Fs::restore(&state).err().unwrap(), RestoreError::Session));
+    assert!(matches!(Fs::restore(&state, None).err().unwrap(), RestoreError::Session));
 }
 
 #[test]

@@ -16,6 +16,7 @@ use super::packet::{HEADER_LEN, Header};
 use crate::devices::virtio::buffers::Buffers;
 use crate::devices::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::devices::virtio::interrupt::USED_RING;
+use crate::devices::virtio::rate::{Limiter, Throttle};
 use crate::devices::virtio::rings::{needs_interrupt, next_chain};
 use crate::devices::virtio::watch::QueueWatch;
 
@@ -42,6 +43,8 @@ pub struct Vsock {
     pub(super) timer_is_set: bool,
     /// Whether the driver must still be told that all connections are gone.
     pub(super) owes_reset_event: bool,
+    /// How much the guest may send.
+    pub(super) limit: Option<Throttle>,
     activation: Option<Activation>,
 }
 
@@ -59,8 +62,18 @@ impl Vsock {
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             timer_is_set: false,
             owes_reset_event: false,
+            limit: None,
             activation: None,
         })
+    }
+
+    /// Limits what the guest sends, before the event loop knows the device.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub fn limit(&mut self, limiter: Option<Limiter>) -> io::Result<()> {
+        self.limit = Throttle::new(limiter)?;
+        Ok(())
     }
 
     /// Moves packets both ways, at most a batch.
@@ -72,7 +85,7 @@ impl Vsock {
             self.owes_reset_event = false;
         }
         let mut left = BATCH;
-        transmit(&mut self.muxer, memory, tx, &mut left);
+        transmit(&mut self.muxer, memory, tx, &mut self.limit, &mut left);
         let stalled = !self.muxer.can_receive();
         let mut room = BATCH;
         receive(&mut self.muxer, memory, rx, &mut room);
@@ -100,17 +113,31 @@ impl Vsock {
     }
 }
 
-/// Takes packets from the guest, at most `left`.
-fn transmit(muxer: &mut Muxer, memory: &GuestMemoryMmap, queue: &mut Queue, left: &mut usize) {
+/// Takes packets from the guest, `left` at most and no more than `limit` lets through.
+fn transmit(
+    muxer: &mut Muxer,
+    memory: &GuestMemoryMmap,
+    queue: &mut Queue,
+    limit: &mut Option<Throttle>,
+    left: &mut usize,
+) {
     while *left > 0 && muxer.can_receive() {
+        if limit.as_mut().is_some_and(Throttle::is_closed) {
+            return;
+        }
         let Ok(Some(chain)) = next_chain(queue, memory) else { return };
         *left -= 1;
         let head = chain.head_index();
+        let mut len = 0;
         if let Ok(buffers) = Buffers::readable(memory, chain) {
+            len = buffers.len().saturating_sub(HEADER_LEN);
             let mut header = Header::new_zeroed();
             if buffers.read(0, header.as_mut_bytes()) == HEADER_LEN {
                 muxer.receive(&header, &buffers);
             }
+        }
+        if let Some(limit) = limit {
+            limit.take(len as u64);
         }
         if queue.add_used(memory, head, 0).is_err() {
             break;

@@ -10,7 +10,7 @@ use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 use vmm_sys_util::epoll::EventSet;
 
 use super::device::Vsock;
-use super::muxer::{Change, TIMER};
+use super::muxer::{Change, LIMIT_TIMER, TIMER};
 use crate::devices::virtio::watch::{self, Source};
 
 /// How often deadlines are checked, while there are some.
@@ -20,6 +20,10 @@ impl MutEventSubscriber for Vsock {
     fn init(&mut self, ops: &mut EventOps) {
         self.watch.init(ops);
         watch::add(ops, Events::with_data_raw(self.timer.as_fd().as_raw_fd(), TIMER, EventSet::IN));
+        if let Some(limit) = &self.limit {
+            let timer = limit.timer().as_fd().as_raw_fd();
+            watch::add(ops, Events::with_data_raw(timer, LIMIT_TIMER, EventSet::IN));
+        }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -31,6 +35,12 @@ impl MutEventSubscriber for Vsock {
                 // Waiting fails only if the timer was stopped in the meantime.
                 let _ = self.timer.wait();
                 self.muxer.tick(Instant::now());
+            }
+            Source::Other(LIMIT_TIMER) => {
+                if let Some(limit) = &self.limit {
+                    // Waiting fails only if the timer was set again in the meantime.
+                    let _ = limit.timer().wait();
+                }
             }
             Source::Other(token) => self.muxer.host_event(token, events.event_set()),
             Source::Wake | Source::Queue(_) => {}

@@ -40,6 +40,8 @@ pub const HOST_PORTS: RangeInclusive<u32> = 1 << 30..=(1 << 31) - 1;
 pub const LISTENER: u32 = FIRST_TOKEN;
 /// The token of the device's timer.
 pub const TIMER: u32 = FIRST_TOKEN + 1;
+/// Token of the timer of the device's limit.
+pub const LIMIT_TIMER: u32 = FIRST_TOKEN + 2;
 const FIRST_HANDSHAKE: u32 = 0x1000;
 const FIRST_CONNECTION: u32 = 0x2000;
 

@@ -10,6 +10,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use husk_vmm_api::RateLimit;
 use vm_memory::{Bytes, GuestAddress};
 
 use self::guest::{CID, Guest, header, read_line};
@@ -19,6 +20,7 @@ use super::muxer::{MAX_CONNECTIONS, MAX_HANDSHAKES};
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::persist::{RestoreError, State};
 use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::rate::Limiter;
 use crate::devices::virtio::test_utils::Part;
 
 fn is_at_end(mut client: &UnixStream) -> bool {
@@ -53,6 +55,34 @@ fn a_host_client_talks_with_the_guest() {
     client.read_exact(&mut reply).unwrap();
     assert_eq!(&reply, b"pong");
     guest.expect_silence();
+}
+
+#[test]
+fn what_the_guest_says_waits_for_its_limit_and_arrives() {
+    let limit = RateLimit { operations_per_second: 20, operations_burst: 2, ..RateLimit::default() };
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("v")).unwrap();
+    let mut vsock = Vsock::new(CID as u32, listener, None).unwrap();
+    vsock.limit(Limiter::new(Some(&limit))).unwrap();
+    let mut guest = Guest::with_device(vsock, dir);
+    guest.post(64);
+    let (host, mut client) = guest.open(1024);
+    let start = Instant::now();
+    for byte in 0..5 {
+        guest.say(host, 1024, Op::Data, 0, &[byte]);
+    }
+    client.set_nonblocking(true).unwrap();
+    let mut heard = Vec::new();
+    while heard.len() < 5 {
+        assert!(start.elapsed() < Duration::from_secs(20), "{heard:?}");
+        guest.wait(10);
+        let mut bytes = [0; 8];
+        let count = client.read(&mut bytes).unwrap_or(0);
+        heard.extend_from_slice(&bytes[..count]);
+    }
+    assert_eq!(heard, [0, 1, 2, 3, 4]);
+    // The answer to the client was the first of the burst, so that four had to wait.
+    assert!(start.elapsed() >= Duration::from_millis(149), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -500,7 +530,7 @@ fn a_device_without_connections_tells_the_guest_nothing() {
     let state = Guest::new().lock().save();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v");
-    let restored = Vsock::restore(&state, UnixListener::bind(path).unwrap()).unwrap();
+    let restored = Vsock::restore(&state, UnixListener::bind(path).unwrap(), None).unwrap();
     let mut clone = Guest::with_device(restored, dir);
     clone.post(16);
     clone.event.add(&[Part::writable(0x10_0000, 4)]);
@@ -517,7 +547,7 @@ fn a_restored_device_tells_the_guest_that_its_connections_are_gone() {
     let state: State = bitcode::deserialize(&saved).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v");
-    let restored = Vsock::restore(&state, UnixListener::bind(path).unwrap()).unwrap();
+    let restored = Vsock::restore(&state, UnixListener::bind(path).unwrap(), None).unwrap();
     assert_eq!(restored.save(), State { connected: false, ..state.clone() });
     let mut clone = Guest::with_device(restored, dir);
     clone.post(16);
@@ -533,10 +563,10 @@ fn a_restored_device_tells_the_guest_that_its_connections_are_gone() {
 
     let refused = |name: &str, state: State| {
         let listener = UnixListener::bind(clone.dir.path().join(name)).unwrap();
-        Vsock::restore(&state, listener).err().unwrap()
+        Vsock::restore(&state, listener, None).err().unwrap()
     };
-    let error = refused("w", State { version: 4, ..state.clone() });
-    assert!(matches!(error, RestoreError::Version(4)), "{error}");
+    let error = refused("w", State { version: 9, ..state.clone() });
+    assert!(matches!(error, RestoreError::Version(9)), "{error}");
     let error = refused("x", State { next_host_port: 1024, ..state });
     assert!(matches!(error, RestoreError::Port(1024)), "{error}");
 }
@@ -549,7 +579,7 @@ fn a_restored_device_takes_no_port_that_the_guest_may_still_be_closing() {
     drop(client);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v");
-    let restored = Vsock::restore(&state, UnixListener::bind(path).unwrap()).unwrap();
+    let restored = Vsock::restore(&state, UnixListener::bind(path).unwrap(), None).unwrap();
     let mut clone = Guest::with_device(restored, dir);
     clone.post(16);
     assert_eq!(clone.open(1).0, host + 1);
