@@ -64,6 +64,15 @@ posix: deps-test build ## pjdfstest on a volume in a pod, results in target/posi
 fuzz: deps-test ## fuzz what reads hostile bytes; MINUTES=n shared by all targets, or TARGET=name alone; to target/fuzz
 	tests/fuzz/run $(if $(MINUTES),--minutes $(MINUTES)) $(addprefix --target ,$(TARGET))
 
+VICTIM ?= huskd
+.PHONY: crash
+crash: deps-test build ## huskd dies wherever it has done something; VICTIM=huskd|vmm|fs|disk PART=N/M REQUEST=name
+	cargo build --release --workspace --exclude husk-tests --bins --features huskd/crash-points
+	rm -rf target/crash && cp -a $(dist) target/crash
+	install -t target/crash/bin $(target)/release/huskd
+	$(kvm_host) --timeout 7200 --memory 8G -- $(HUSK_CACHE)/python/test/bin/python tests/crash/run \
+		--victim '$(VICTIM)' $(if $(PART),--part $(PART)) $(REQUEST)
+
 .PHONY: bench
 bench: deps-test build ## start-up times, memory, streams and volumes beside containerd's, to target/bench
 	@tests/support/deps bench

@@ -68,7 +68,7 @@ class Cri:
         # A daemon that was restarted is found at once.
         options += [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
         self.channel = grpc.insecure_channel(f"unix:{socket}", options=[*options, ("grpc.enable_http_proxy", 0)])
-        self.stub = api_pb2_grpc.RuntimeServiceStub(self.channel)
+        self.stubs = [api_pb2_grpc.RuntimeServiceStub(self.channel), api_pb2_grpc.ImageServiceStub(self.channel)]
 
     def call(self, name, **fields):
         """Calls the RPC of that name with the fields of its request."""
@@ -78,9 +78,13 @@ class Cri:
         except grpc.FutureTimeoutError:
             raise Failed(f"{name}: nobody listens on {self.socket}") from None
         try:
-            return getattr(self.stub, name)(request, timeout=SECONDS, wait_for_ready=True)
+            call = next(getattr(stub, name) for stub in self.stubs if hasattr(stub, name))
+            return call(request, timeout=SECONDS, wait_for_ready=True)
         except grpc.RpcError as error:
             raise Refused(error) from None
+
+    def pull(self, image):
+        return self.call("PullImage", image={"image": image}).image_ref
 
     # --- Pods ------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use husk_base::{chain, crash};
 use husk_proto::agent::agent_client::AgentClient;
 use husk_proto::agent::{GRPC_PORT, HelloRequest, STREAM_PORT, stream};
 use hyper_util::rt::TokioIo;
@@ -105,7 +106,10 @@ impl Agent {
         stage: &'static str,
         call: impl AsyncFnOnce(AgentClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
     ) -> Result<T, Error> {
-        match tokio::time::timeout(self.timeout, call(self.client.clone())).await {
+        crash::point(format_args!("agent to be asked: {stage}"));
+        let answer = tokio::time::timeout(self.timeout, call(self.client.clone())).await;
+        crash::point(format_args!("agent has answered: {stage}"));
+        match answer {
             Ok(Ok(response)) => {
                 let mut answer = response.into_inner();
                 answer.bound();
@@ -248,17 +252,6 @@ async fn read_line(socket: &mut UnixStream) -> io::Result<String> {
         }
     }
     Err(io::Error::other("answer too long"))
-}
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::crash;
 use crate::id::SandboxId;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -41,6 +42,7 @@ pub fn make(path: &Path) -> io::Result<()> {
         return path.metadata().map(drop);
     }
     std::fs::create_dir_all(path)?;
+    crash::point("control group made");
     count(path);
     Ok(())
 }
@@ -207,6 +209,7 @@ pub fn is_populated(path: &Path) -> bool {
 /// # Errors
 /// The kernel's error, `EBUSY` when a process stays in the group.
 pub async fn remove(path: &Path) -> io::Result<()> {
+    crash::point("control group to be removed");
     let mut tries = 0;
     loop {
         match remove_tree(path) {

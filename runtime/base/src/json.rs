@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::dirs;
+use crate::{crash, dirs};
 
 /// Reads a record.
 ///
@@ -25,10 +25,15 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
 pub fn write_json<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
     let new = path.with_extension("new");
     let text = serde_json::to_vec_pretty(record)?;
+    crash::point("record to be written");
     let written = dirs::private_file(&new)
         // A file system may carry out a rename before it has written the file.
         .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_data()))
-        .and_then(|()| std::fs::rename(&new, path));
+        .and_then(|()| {
+            crash::point("record written beside the old one");
+            std::fs::rename(&new, path)
+        });
+    crash::point("record replaced");
     if written.is_err() {
         // Half a record is of no use, and takes room that a full disk does not have.
         let _ = std::fs::remove_file(&new);

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod blocking;
 pub mod cgroup;
+pub mod crash;
 pub mod dirs;
 mod error;
 pub mod id;

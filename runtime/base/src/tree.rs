@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::crash;
+
 /// Removes `root` and everything in it, without following links; a root that is not there
 /// is removed already. Nobody may change the tree meanwhile.
 ///
@@ -14,6 +16,7 @@ pub fn remove(root: &Path) -> io::Result<()> {
     if !root.is_dir() || root.is_symlink() {
         return Ok(());
     }
+    crash::point("tree to be removed");
     // Each directory that is not empty moves up to the root before it is looked
     // into.
     let mut moved = 0u64;

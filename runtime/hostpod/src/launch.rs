@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_agent_client::Agent;
-use husk_base::{blocking, cgroup, dirs};
+use husk_base::{blocking, cgroup, crash, dirs};
 use husk_config::HostHandler;
 use husk_spawn::Detached;
 
@@ -53,6 +53,7 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> 
 
     // From here on only the supervisor holds the socket: once it has ended, nothing listens.
     let pid = spawn(plan, &own_group, socket, log).map_err(file("start supervisor", &plan.handler.agent))?;
+    crash::point("supervisor started");
     let timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let failed = |cause| Error::Supervisor { cause, log: last_lines(run_dir) };
     let agent = Agent::connect(socket_path, timeout).await.map_err(failed)?;
@@ -74,6 +75,7 @@ fn make_folders(run_dir: &Path, layers: &Path, cgroup: &Path, group: Option<u32>
     }
     let link = cgroup_link(run_dir);
     std::os::unix::fs::symlink(cgroup, &link).map_err(file("make link", &link))?;
+    crash::point("folder of a host pod made");
     make_mount(run_dir).map_err(file("make a mount of", run_dir))?;
     cgroup::make(cgroup).map_err(file("make control group", cgroup))?;
     let own_group = supervisor_group(cgroup);

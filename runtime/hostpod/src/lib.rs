@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_agent_client::{self as agent, Agent};
-use husk_base::{blocking, cgroup, remove_tree};
+use husk_base::{blocking, cgroup, crash, remove_tree};
 use husk_proto::agent::LIVENESS_PORT;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -181,6 +181,7 @@ pub async fn destroy(run_dir: &Path, cgroup: Option<&Path>) -> Result<(), Error>
     let link = cgroup_link(run_dir);
     let linked = tokio::fs::read_link(&link).await.ok();
     for group in cgroup.into_iter().chain(linked.as_deref()) {
+        crash::point("processes of a host pod to be killed");
         cgroup::kill(group).map_err(file("kill the processes of", group))?;
         let deadline = Instant::now() + KILL_TIMEOUT;
         while cgroup::is_populated(group) {
@@ -193,6 +194,7 @@ pub async fn destroy(run_dir: &Path, cgroup: Option<&Path>) -> Result<(), Error>
     }
     let run_dir = run_dir.to_owned();
     blocking(move || {
+        crash::point("folder of a host pod to be unmounted");
         give_up_mount(&run_dir).map_err(file("unmount", &run_dir))?;
         remove_tree(&run_dir).map_err(file("remove", &run_dir))
     })

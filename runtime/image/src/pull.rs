@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 use husk_base::id::hex;
-use husk_base::{blocking, chain, remove_tree};
+use husk_base::{blocking, chain, crash, remove_tree};
 use oci_spec::distribution::Reference;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use sha2::{Digest, Sha256};
@@ -141,6 +141,7 @@ impl ImageStore {
 impl Pull<'_> {
     async fn run(&self, workspace: &Path) -> Result<String, Error> {
         tokio::fs::create_dir_all(workspace).await.map_err(file("make folder", workspace))?;
+        crash::point("folder of a pull made");
         let (manifest, digest) = self.manifest(workspace).await?;
         let id = manifest.config().digest().to_string();
         let mut tags = BTreeSet::new();
@@ -203,11 +204,14 @@ impl Pull<'_> {
         let bytes = layers.iter().map(Descriptor::size).fold(0, u64::saturating_add);
         self.store.gates.has_room(&self.name, bytes)?;
         self.fetch(layers, workspace).await?;
+        crash::point("layers fetched");
         let _unpack = self.store.gates.unpack(&self.name).await?;
         let (program, limits) = (&self.store.config.unpacker, &self.store.config.limits);
         let holes = unpack::unpack(program, workspace, limits, diff_ids, &self.name).await?;
+        crash::point("layers unpacked");
         let packed = erofs::pack(program, workspace, limits.bytes, holes).await?;
-        // The file is on disk before it gets the name that says that it is whole.
+        // The file is on disk before it gets its final name, which means that it
+        // is complete.
         let synced = packed.clone();
         blocking(move || std::fs::File::open(&synced).and_then(|file| file.sync_all()))
             .await

@@ -2,6 +2,7 @@
 //! disconnect it, and asked how it is in between. See the CNI specification,
 //! section 3.
 
+use husk_base::crash;
 use serde_json::{Map, Value, json};
 
 use super::conflist::{NetworkList, plugin_type};
@@ -153,7 +154,10 @@ async fn call(
         reason,
     })?;
     let request = request(network, config, capabilities, result);
-    plugins.call(name, verb, target, &request).await
+    crash::point(format_args!("CNI plugin to be called: {name} {verb}"));
+    let answer = plugins.call(name, verb, target, &request).await;
+    crash::point(format_args!("CNI plugin has answered: {name} {verb}"));
+    answer
 }
 
 /// The configuration that a plugin gets on its standard input: its own, with

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use husk_base::{FileError, blocking, chain};
+use husk_base::{FileError, blocking, chain, crash};
 use serde_json::Value;
 use tokio::sync::{Mutex, oneshot};
 
@@ -265,6 +265,7 @@ impl Network {
                 _ => Error::Record(error),
             }
         })?;
+        crash::point("network recorded");
         let start = Instant::now();
         if let Err(error) = netns::create(&intent.netns).await {
             self.forget(pod.sandbox_id).await;
@@ -282,6 +283,7 @@ impl Network {
                 }
             }
         }
+        crash::point("tap made");
         let namespace = start.elapsed();
         let target = target(&intent, true);
         let result = match cni::add(&self.plugins, &intent.network, target, &intent.capabilities).await {
@@ -338,6 +340,7 @@ impl Network {
         let main = guest::Main { name: intent.interface.clone(), addresses: pod.addresses.clone() };
         let join = move || netns::with_netlink(async |netlink| guest::join(&netlink, &main, filtered).await);
         let joined = netns::run(&intent.netns, join).await?;
+        crash::point("taps joined");
         let mut guest = joined.map_err(guest::Error::rtnetlink).and_then(|joined| joined)?;
         // A plugin may leave it to the machine to configure its interface.
         if let Some(interface) = guest.interfaces.first_mut()

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use husk_base::crash;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -66,7 +67,9 @@ pub async fn create(path: &Path) -> Result<(), Error> {
             .create_new(true)
             .open(&pin)
             .map_err(|error| Error::new(&pin, "create", error))?;
+        crash::point("file of a network namespace made");
         let made = unshare_and_pin(&pin);
+        crash::point("network namespace pinned");
         if made.is_err() {
             let _ = remove(&pin);
         }

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use husk_base::crash;
 use husk_vmm_api::{Inspection, socket};
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -172,6 +173,7 @@ impl Control {
         fds: Vec<OwnedFd>,
         limit: Duration,
     ) -> Result<Option<Response>, Error> {
+        crash::point(format_args!("VMM to be asked: {stage}"));
         let control = self.clone();
         let answer = blocking(move || {
             let socket = control
@@ -182,6 +184,7 @@ impl Control {
             socket::receive_from::<Response>(socket.as_fd()).map_err(|error| failed(stage, &error, limit))
         })
         .await?;
+        crash::point(format_args!("VMM has answered: {stage}"));
         Ok(answer.map(|answer| match answer.message {
             // The VMM has a process namespace of its own, and does not know its number in ours.
             Response::Info(info) => Response::Info(Info { pid: answer.pid.unwrap_or(info.pid), ..info }),

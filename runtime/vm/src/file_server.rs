@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use husk_base::cgroup;
+use husk_base::crash;
 use husk_base::id::SandboxId;
 use husk_proto::agent::UserNamespace;
 use husk_spawn::{Detached, Limit};
@@ -72,6 +73,7 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
     let record = plan.run_dir.join(RECORD);
     let (started, process) =
         start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
+    crash::point("file server started");
     let log_path = log.clone();
     let socket = tokio::task::spawn_blocking(move || wait_ready(started, &log_path))
         .await
@@ -82,6 +84,7 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
         path: record,
         cause,
     })?;
+    crash::point("file server recorded");
     control.attach_fs(socket).await
 }
 

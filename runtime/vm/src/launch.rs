@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use husk_agent_client::Agent;
 use husk_base::cgroup;
+use husk_base::crash;
 use husk_base::dirs;
 use husk_base::id::SandboxId;
 use husk_config::{Limits, VmHandler};
@@ -107,6 +108,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     };
     // The VMM cannot open paths: all files are passed to it open.
     dirs::make(&plan.run_dir, dirs::ROOT_ONLY).map_err(file("make folder for sockets", &plan.run_dir))?;
+    crash::point("VM folder made");
     let control_path = control_path(&plan.run_dir);
     let vsock_path = vsock_path(&plan.run_dir);
     let exit_path = exit_path(&plan.run_dir);
@@ -118,6 +120,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let log_path = plan.run_dir.join(LOG);
     let log = record_file(&log_path).map_err(file("make VMM log", &log_path))?;
 
+    crash::point("VM sockets made");
     let user = users::claim(&plan.run_dir).map_err(file("choose the VMM's user", &plan.run_dir))?;
     if let Some(cgroup) = &plan.cgroup {
         cgroup::make(cgroup).map_err(file("make control group", cgroup))?;
@@ -125,6 +128,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     // From here on only the VMM holds its socket: once it has ended, nothing listens.
     let started_vmm = |cause| Error::File { stage: "start VMM", path: plan.handler.vmm.clone(), cause };
     let Spawned { pid, pidfd } = spawn(plan, user, control, exit, log).map_err(started_vmm)?;
+    crash::point("VMM started");
     let process = Process::watch(pidfd).map_err(started_vmm)?;
 
     let cloned = template.is_some();
@@ -132,6 +136,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let control = Control::new(control_path);
     control.boot(config, fds).await?;
     let booted = Instant::now();
+    crash::point("guest started");
 
     let vmm = Vmm::new(control.clone(), process, &plan.run_dir);
     let ends = Ends { vmm: &vmm };
@@ -141,6 +146,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
         ends.before(limit, spoken).await?;
     }
     let spoke = Instant::now();
+    crash::point("agent ready");
 
     let agent_timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
     let connected = async { Agent::connect(vsock_path, agent_timeout).await.map_err(Error::Agent) };

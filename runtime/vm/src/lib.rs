@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use husk_agent_client::Agent;
 use husk_base::cgroup;
+use husk_base::crash;
 use husk_vmm_api::{Exit, Info, Request, Response, words};
 
 mod control;
@@ -232,6 +233,7 @@ pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
 /// As [`destroy`]; `limit` is how long a VMM that listens may take to end.
 async fn destroy_within(run_dir: &Path, limit: Duration) -> Result<(), Error> {
     let path = control_path(run_dir);
+    crash::point("VMM to be ended");
     if !path.exists() {
         if force::kill(run_dir).await? {
             tracing::warn!(path = %path.display(), "killed a VMM that had no socket any more");
@@ -242,6 +244,7 @@ async fn destroy_within(run_dir: &Path, limit: Duration) -> Result<(), Error> {
         }
         tracing::warn!(path = %path.display(), %error, "killed a VMM that did not end when asked");
     }
+    crash::point("VMM ended");
     users::release(run_dir);
     match tokio::fs::remove_dir_all(run_dir).await {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use husk_base::{blocking, dirs};
+use husk_base::{blocking, crash, dirs};
 use husk_spawn::helper;
 use tokio::process::Command;
 
@@ -62,6 +62,7 @@ impl SandboxDisks {
     /// The step that failed; nothing is left at `path`.
     pub async fn create(&self, path: &Path, mib: u64) -> Result<(), Error> {
         let prepared = self.prepared(mib).await?;
+        crash::point("disk to be copied");
         let to = path.to_owned();
         blocking(move || {
             copy_sparse(&prepared, &to).map_err(|cause| {
@@ -106,6 +107,7 @@ impl SandboxDisks {
             let _ = tokio::fs::remove_file(&new).await;
             return Err(Error::Mkfs(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
         }
+        crash::point("file system of disks made");
         tokio::fs::rename(&new, &path).await.map_err(file("rename to", &path))?;
         Ok(path)
     }

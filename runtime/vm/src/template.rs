@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use husk_base::id::{SandboxId, hex};
-use husk_base::{blocking, lock};
+use husk_base::{blocking, crash, lock};
 use husk_config::VmHandler;
 use husk_proto::agent::ContainerStatsRequest;
 use sha2::{Digest, Sha256};
@@ -323,6 +323,7 @@ async fn make(
 async fn publish(work: &Path, folder: &Path) -> Result<(), Failure> {
     // A template that is there could not be opened, so it is damaged.
     remove(folder).await;
+    crash::point("template to be published");
     let renamed = tokio::fs::rename(work, folder).await;
     renamed.map_err(|cause| Failure::Save(file("publish", folder, cause)))
 }
@@ -373,6 +374,7 @@ async fn make_in(
     drop(agent);
     hang_up(&control).await.map_err(Failure::Save)?;
 
+    crash::point("template to be saved");
     let create = async |name: &str| {
         let path = work.join(name);
         let file = tokio::fs::File::create_new(&path).await.map_err(failed(&path)).map_err(Failure::Save)?;

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use husk_base::crash;
 use husk_base::id::SandboxId;
 use husk_base::mountinfo;
 use rustix::fs::{AtFlags, CWD, FileType, Mode as Permissions, OFlags, StatxFlags};
@@ -90,6 +91,7 @@ impl SharedDir {
             std::fs::File::create_new(&point).map(drop)
         };
         made.map_err(self.failed("make mount point", &point))?;
+        crash::point("mount point of a volume made");
         let tree = clone_tree(prepared.file()).map_err(failed("copy the mount of"))?;
         let all = Attributes {
             set: libc::MOUNT_ATTR_NOSUID
@@ -102,7 +104,9 @@ impl SharedDir {
             let own = Attributes { set: libc::MOUNT_ATTR_RDONLY, propagation: 0 };
             own.set(tree.as_fd(), false).map_err(failed("set up the mount of"))?;
         }
-        inside(namespace, || put(&tree, &place(name))).map_err(failed("mount"))
+        inside(namespace, || put(&tree, &place(name))).map_err(failed("mount"))?;
+        crash::point("volume mounted");
+        Ok(())
     }
 
     /// Unmounts a volume and removes its mount point. Without a namespace there is no mount.
@@ -112,6 +116,7 @@ impl SharedDir {
     /// The step that failed.
     pub fn release(&self, namespace: Option<BorrowedFd<'_>>, name: &str) -> Result<(), Error> {
         let point = self.path.join(name);
+        crash::point("volume to be unmounted");
         if let Some(namespace) = namespace {
             inside(namespace, || unmount(&place(name))).map_err(self.failed("unmount", &point))?;
         }
