@@ -116,21 +116,24 @@ impl SandboxDisks {
 /// The most that a guest can have on its sandbox disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskBounds {
-    /// Bytes of the disk that are on the host.
+    /// Bytes of the disk that are on the host, and those that may still wait in guest memory.
     pub bytes: u64,
     /// Inodes of its filesystem.
     pub inodes: u64,
 }
 
 /// The bounds of the disk at `path`. They come from the file on the host, of which
-/// the guest can write the content and nothing else.
+/// the guest can write the content and nothing else. A guest writes to its disk
+/// half a minute late: until then the data is in its `memory`, bytes. Without that
+/// figure, the size of the disk is the bound.
 ///
 /// # Errors
 /// The file system's.
-pub fn disk_bounds(path: &Path) -> io::Result<DiskBounds> {
+pub fn disk_bounds(path: &Path, memory: Option<u64>) -> io::Result<DiskBounds> {
     let file = std::fs::metadata(path)?;
     // The unit of `st_blocks` is 512 bytes on every file system (stat(2)).
-    let bytes = file.blocks().saturating_mul(512);
+    let on_host = file.blocks().saturating_mul(512);
+    let bytes = memory.map_or(u64::MAX, |memory| on_host.saturating_add(memory)).min(file.len());
     Ok(DiskBounds { bytes, inodes: file.len() / BYTES_PER_INODE })
 }
 
@@ -203,8 +206,12 @@ mod tests {
             let mut inodes = [0u8; 4];
             File::open(&path).unwrap().read_exact_at(&mut inodes, 1024).unwrap();
             assert_eq!(u32::from_le_bytes(inodes), (1 << 30) / 16384);
-            let bounds = disk_bounds(&path).unwrap();
-            assert_eq!(bounds, DiskBounds { bytes: metadata.blocks() * 512, inodes: 65_536 });
+            let on_host = metadata.blocks() * 512;
+            for (memory, bytes) in
+                [(Some(1 << 20), on_host + (1 << 20)), (Some(u64::MAX), 1 << 30), (None, 1 << 30)]
+            {
+                assert_eq!(disk_bounds(&path, memory).unwrap(), DiskBounds { bytes, inodes: 65_536 });
+            }
         }
     }
 

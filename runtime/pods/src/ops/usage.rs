@@ -79,12 +79,14 @@ pub async fn usage(sandbox: &Sandbox, containers: Vec<Arc<Container>>) -> Option
 /// The most that containers of a VM can have written, whatever their guest says. The
 /// agent of a host pod is no guest.
 async fn writable_disk(sandbox: &Sandbox) -> Option<DiskBounds> {
-    if sandbox.record().kind == Kind::Host {
+    let record = sandbox.record();
+    if record.kind == Kind::Host {
         return None;
     }
+    let memory = record.size.map(|size| u64::from(size.memory_mib) << 20);
     // A disk that cannot be looked at holds nothing that could be shown.
     let disk = sandbox.scratch();
-    Some(blocking(move || disk_bounds(&disk)).await.unwrap_or(DiskBounds { bytes: 0, inodes: 0 }))
+    Some(blocking(move || disk_bounds(&disk, memory)).await.unwrap_or(DiskBounds { bytes: 0, inodes: 0 }))
 }
 
 #[cfg(test)]
@@ -110,8 +112,13 @@ mod tests {
         std::os::unix::fs::FileExt::write_all_at(&disk, &[7; 300_000], 1 << 20).unwrap();
         let on_host = disk.metadata().unwrap().blocks() * 512;
         assert!((300_000..1 << 20).contains(&on_host));
-        for (said, shown) in [((u64::MAX, u64::MAX, i64::MAX), (on_host, 65_536)), ((4096, 3, 0), (4096, 3))]
-        {
+        // The guest's memory holds what it has not written to its disk yet.
+        let most = on_host + (256 << 20);
+        for (said, shown) in [
+            ((u64::MAX, u64::MAX, i64::MAX), (most, 65_536)),
+            ((4096, 3, 0), (4096, 3)),
+            ((3 << 20, 3, 0), (3 << 20, 3)),
+        ] {
             let stat = ContainerStat {
                 container_id: container.id.to_string(),
                 writable_layer_bytes: said.0,
