@@ -171,7 +171,8 @@ class Security(SharedPodTest):
         self.node.crictl("rm", container)
 
     def test_limits_reach_the_containers_cgroup(self):
-        pod, sandbox = self.pod()
+        # Its machine moves between processors, so no other test has this pod.
+        pod, sandbox = self.pod("limited")
         limits = {
             "memory_limit_in_bytes": 64 << 20,
             "memory_swap_limit_in_bytes": 96 << 20,
