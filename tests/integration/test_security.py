@@ -171,7 +171,7 @@ class Security(SharedPodTest):
         self.node.crictl("rm", container)
 
     def test_limits_reach_the_containers_cgroup(self):
-        # Its machine moves between processors, so no other test has this pod.
+        # The VM of this pod moves between processors, so no other test has it.
         pod, sandbox = self.pod("limited")
         limits = {
             "memory_limit_in_bytes": 64 << 20,
