@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
-use husk_base::{blocking, now};
+use husk_base::now;
 use husk_image::{Credentials, Image, ImageStore, full_name, is_at};
 use husk_pods::Error;
 use husk_proto::cri::image_service_server::ImageService;
@@ -46,19 +46,10 @@ impl Images {
     }
 
     async fn list(&self, wanted: String) -> Result<Vec<CriImage>, Error> {
-        let images = self.with_store(move |store| {
+        let images = self.store.beside(move |store| {
             if wanted.is_empty() { store.list() } else { Ok(store.resolve(&wanted)?.into_iter().collect()) }
         });
         Ok(images.await?.iter().map(|image| self.to_cri(image)).collect())
-    }
-
-    /// Reads or changes the store on a thread where that may block.
-    async fn with_store<T: Send + 'static>(
-        &self,
-        calls: impl FnOnce(&ImageStore) -> T + Send + 'static,
-    ) -> T {
-        let store = self.store.clone();
-        blocking(move || calls(&store)).await
     }
 }
 
@@ -80,7 +71,7 @@ impl ImageService for Images {
     ) -> Result<Response<ImageStatusResponse>, Status> {
         let request = request.into_inner();
         let name = named(request.image).map_err(refused)?;
-        let image = self.with_store(move |store| store.resolve(&name)).await;
+        let image = self.store.beside(move |store| store.resolve(&name)).await;
         let image = image.map_err(|error| refused(error.into()))?;
         let info = match &image {
             Some(image) if request.verbose => verbose(image),
@@ -113,7 +104,7 @@ impl ImageService for Images {
         request: Request<RemoveImageRequest>,
     ) -> Result<Response<RemoveImageResponse>, Status> {
         let name = named(request.into_inner().image).map_err(refused)?;
-        let removed = self.with_store(move |store| store.remove(&name)).await;
+        let removed = self.store.beside(move |store| store.remove(&name)).await;
         removed.map_err(|error| refused(error.into()))?;
         Ok(Response::new(RemoveImageResponse {}))
     }
@@ -122,7 +113,7 @@ impl ImageService for Images {
         &self,
         _: Request<ImageFsInfoRequest>,
     ) -> Result<Response<ImageFsInfoResponse>, Status> {
-        let info = self.with_store(ImageStore::fs_info).await;
+        let info = self.store.beside(ImageStore::fs_info).await;
         let usage = FilesystemUsage {
             timestamp: now(),
             fs_id: Some(FilesystemIdentifier { mountpoint: info.directory.display().to_string() }),

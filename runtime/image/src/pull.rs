@@ -151,10 +151,10 @@ impl Pull<'_> {
         let digests = BTreeSet::from([format!("{}@{digest}", reference::repository(&self.reference))]);
         let annotations = self.annotations(&manifest);
         let looked_up = id.clone();
-        if let Some(known) = self.with_store(move |store| store.by_id(&looked_up)).await? {
+        if let Some(known) = self.store.beside(move |store| store.by_id(&looked_up)).await? {
             let (tags, digests, annotations) = (tags.clone(), digests.clone(), annotations.clone());
             let known = ImageRecord { tags, digests, annotations, ..known };
-            if self.with_store(move |store| store.commit_existing(known)).await? {
+            if self.store.beside(move |store| store.commit_existing(known)).await? {
                 return Ok(id);
             }
         }
@@ -173,22 +173,13 @@ impl Pull<'_> {
             annotations,
         };
         let same = record.clone();
-        if !self.with_store(move |store| store.commit_existing(same)).await? {
+        if !self.store.beside(move |store| store.commit_existing(same)).await? {
             let make = self.make(layers, diff_ids, workspace);
             let packed = self.store.gates.while_there_is_room(&self.name, make).await?;
-            self.with_store(move |store| store.commit(record, &packed)).await?;
+            self.store.beside(move |store| store.commit(record, &packed)).await?;
         }
         tracing::info!(image = self.name, id, "image pulled");
         Ok(id)
-    }
-
-    /// Reads or changes the store on a thread where that may block.
-    async fn with_store<T: Send + 'static>(
-        &self,
-        calls: impl FnOnce(&ImageStore) -> T + Send + 'static,
-    ) -> T {
-        let store = self.store.clone();
-        blocking(move || calls(&store)).await
     }
 
     /// Fetches and unpacks the layers, and packs their files into one, which is on disk

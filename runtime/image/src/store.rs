@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use husk_base::{FileError, chain, dirs, lock, remove_tree};
+use husk_base::{FileError, blocking, chain, dirs, lock, remove_tree};
 
 use super::chain::ChainId;
 use super::gate::{Gates, InFlight};
@@ -174,6 +174,15 @@ impl ImageStore {
     /// The record of the image with this id, whether its file is here or not.
     pub(super) fn by_id(&self, id: &str) -> Result<Option<ImageRecord>, Error> {
         Ok(self.records()?.into_iter().find(|record| record.id == id))
+    }
+
+    /// Makes calls of the store on a thread where they may block.
+    pub async fn beside<T: Send + 'static>(
+        self: &Arc<Self>,
+        calls: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> T {
+        let store = self.clone();
+        blocking(move || calls(&store)).await
     }
 
     /// The number of names that are being pulled.

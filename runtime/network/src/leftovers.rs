@@ -10,6 +10,7 @@
 use std::fs;
 use std::time::Duration;
 
+use husk_base::blocking;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -40,9 +41,7 @@ pub async fn end(sandbox_id: &str) -> Result<(), Unending> {
     let deadline = Instant::now() + DEADLINE;
     loop {
         let marker = format!("CNI_CONTAINERID={sandbox_id}");
-        let found = tokio::task::spawn_blocking(move || of_call(marker.as_bytes()));
-        // A task that panicked has found nothing.
-        let pids = found.await.unwrap_or_default();
+        let pids = blocking(move || of_call(marker.as_bytes())).await;
         if pids.is_empty() {
             return Ok(());
         }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use husk_base::crash;
+use husk_base::{blocking, crash};
 use husk_vmm_api::{Inspection, socket};
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -227,14 +227,6 @@ fn ask_to_end(socket: &OwnedFd) -> Result<(), socket::Error> {
             Err(error) => return hung_up(error),
         }
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(Error::Control { stage: "control", cause: error.to_string() }))
 }
 
 fn failed(stage: &'static str, error: &socket::Error, limit: Duration) -> Error {

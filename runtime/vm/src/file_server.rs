@@ -9,9 +9,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use husk_base::cgroup;
-use husk_base::crash;
 use husk_base::id::SandboxId;
+use husk_base::{blocking, cgroup, crash};
 use husk_proto::agent::UserNamespace;
 use husk_spawn::{Detached, Limit};
 use husk_vmm_api::{FILE_SERVER_READY, FsState, words};
@@ -75,10 +74,11 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
         start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
     crash::point("file server started");
     let log_path = log.clone();
-    let socket = tokio::task::spawn_blocking(move || wait_ready(started, &log_path))
-        .await
-        .unwrap_or_else(|error| Err(io::Error::other(error)))
-        .map_err(|cause| Error::File { stage: STAGE, path: log, cause })?;
+    let socket = blocking(move || wait_ready(started, &log_path)).await.map_err(|cause| Error::File {
+        stage: STAGE,
+        path: log,
+        cause,
+    })?;
     tokio::fs::write(&record, process.to_string()).await.map_err(|cause| Error::File {
         stage: STAGE,
         path: record,

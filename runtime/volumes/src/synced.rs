@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_base::blocking;
 use husk_proto::agent::VolumeEntry;
 use rustix::fs::{Mode, OFlags};
 
@@ -93,11 +94,8 @@ pub enum Unread {
 /// The directory cannot be read, or is too large by now.
 pub async fn read(source: &Source) -> Result<Vec<VolumeEntry>, Unread> {
     let held = source.clone();
-    let entries = tokio::task::spawn_blocking(move || read::read(open(&held)?.as_fd()))
-        .await
-        .unwrap_or_else(|panic| Err(io::Error::other(panic)));
     let path = source.path.clone();
-    match entries {
+    match blocking(move || read::read(open(&held)?.as_fd())).await {
         Ok(Some(entries)) => Ok(entries),
         Ok(None) => Err(Unread::TooLarge { path }),
         Err(cause) => Err(Unread::File { path, cause }),
