@@ -1,9 +1,9 @@
 //! A process that does nothing, for a control group that must not be empty yet.
 
 use std::io::{self, PipeWriter};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
-use crate::{reaper, reset_oom_score};
+use crate::{pidfd, reaper, reset_oom_score};
 
 /// A process that does nothing. It ends when this is dropped, and with huskd.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ impl Idle {
     }
 }
 
-/// Makes one.
+/// Makes an idle process.
 ///
 /// # Errors
 /// No more processes or descriptors.
@@ -38,25 +38,16 @@ pub fn idle() -> io::Result<Idle> {
     if pid < 0 {
         return Err(io::Error::last_os_error());
     }
+    let pid = pid.cast_unsigned();
+    // Nobody has waited for the child yet, so its number is its own.
     reaper::add(pidfd(pid)?)?;
-    Ok(Idle { pid: pid.cast_unsigned(), _end: ours })
-}
-
-/// A descriptor of a child that nobody has waited for: its number is its own.
-fn pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: two numbers; the kernel has just made the descriptor, for nobody else.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
-        let fd = libc::c_int::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
+    Ok(Idle { pid, _end: ours })
 }
 
 /// Keeps nothing of huskd open but the pipe, and ends when the other end of it is closed.
 ///
 /// # Safety
-/// In a process of its own: it takes no memory and no lock, and does not return.
+/// Must be called in a process of its own. It takes no memory and no lock, and does not return.
 unsafe fn wait_for_end(pipe: libc::c_int) -> ! {
     // SAFETY: system calls, with pointers to what this stack and the program hold.
     unsafe {

@@ -13,6 +13,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
 mod helper;
 mod idle;
 mod reaper;
@@ -129,10 +131,10 @@ impl Detached {
         self
     }
 
-    /// Starts it. It is waited for when it ends, by nobody who has to think of it.
+    /// Starts the program. A thread of this crate waits for its end.
     ///
     /// # Errors
-    /// With what could not be done; nothing runs then.
+    /// The error names the step that failed; nothing runs then.
     pub fn spawn(self) -> io::Result<Spawned> {
         let null = File::options().read(true).write(true).open("/dev/null")?;
         let raw = |fd: Option<RawFd>| fd.unwrap_or(null.as_raw_fd());
@@ -165,6 +167,15 @@ impl Detached {
         reaper::add(spawned.pidfd.try_clone()?)?;
         Ok(spawned)
     }
+}
+
+/// A descriptor of the process that has this number now.
+///
+/// # Errors
+/// There is no such process, or this one cannot have more descriptors.
+pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+    let pid = pid.try_into().ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
 fn text(text: &OsStr) -> io::Result<CString> {
@@ -231,8 +242,8 @@ impl Start<'_> {
     /// Returns only the step that failed, with its error in `errno`.
     ///
     /// # Safety
-    /// In a process of its own, whose memory may be another's: nothing here takes
-    /// memory or a lock.
+    /// Must be called in a process of its own. The process may share another's memory, so
+    /// nothing here takes memory or a lock.
     unsafe fn run(&mut self) -> Result<std::convert::Infallible, &'static str> {
         let check = |step, result: c_int| if result < 0 { Err(step) } else { Ok(result) };
         // SAFETY: see above; each call gets numbers, or pointers to what lives.

@@ -8,12 +8,14 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_base::mountinfo;
-use nix::errno::Errno;
+use husk_spawn::pidfd;
+use rustix::io::Errno;
+use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::{Error, process, users};
 
@@ -36,7 +38,7 @@ pub fn is_there(run_dir: &Path) -> bool {
 /// whether there was one.
 ///
 /// # Errors
-/// It does not end, or cannot be looked for.
+/// The VMM does not end, or cannot be looked for.
 pub async fn kill(run_dir: &Path) -> Result<bool, Error> {
     let problem = |cause: String| Error::Control { stage: "kill", cause };
     let found = find(run_dir).map_err(|error| problem(format!("find the VMM in /proc: {error}")))?;
@@ -74,7 +76,7 @@ fn find(run_dir: &Path) -> io::Result<Vec<Found>> {
         if user_of(pid) != Some(user) {
             continue;
         }
-        let Ok(pidfd) = process::pidfd(pid) else { continue };
+        let Ok(pidfd) = pidfd(pid) else { continue };
         // The number may have become another's before it was opened.
         if user_of(pid) == Some(user) {
             found.push(Found { pid, pidfd });
@@ -92,13 +94,9 @@ fn user_of(pid: u32) -> Option<u32> {
 }
 
 fn send_sigkill(process: &OwnedFd) -> io::Result<()> {
-    let none = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: numbers, and no siginfo (pidfd_send_signal(2)).
-    let sent =
-        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), libc::SIGKILL, none, 0) };
-    match Errno::result(sent) {
+    match pidfd_send_signal(process, Signal::KILL) {
         // The process has ended meanwhile.
-        Ok(_) | Err(Errno::ESRCH) => Ok(()),
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
 }

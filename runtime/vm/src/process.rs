@@ -7,11 +7,12 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use husk_base::blocking;
+use husk_spawn::pidfd;
 use husk_vmm_api::{Request, socket};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -42,8 +43,7 @@ impl Process {
     /// The VMM does not answer. Whether it lives is unknown then.
     pub async fn of(control: &Control) -> Result<Self, Error> {
         let control = control.clone();
-        let found = tokio::task::spawn_blocking(move || find(&control)).await;
-        let pidfd = found.unwrap_or_else(|error| Err(failed(error)))?;
+        let pidfd = blocking(move || find(&control)).await?;
         Self::watch(pidfd).map_err(failed)
     }
 
@@ -76,12 +76,6 @@ impl Process {
 
 fn failed(cause: impl std::fmt::Display) -> Error {
     Error::Control { stage: FIND, cause: cause.to_string() }
-}
-
-/// A descriptor of the process that has this number now.
-pub(super) fn pidfd(pid: u32) -> io::Result<OwnedFd> {
-    let pid = pid.try_into().ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
 /// Finds the process that answers on a control socket.
