@@ -27,7 +27,7 @@ impl Limits {
     /// is lower already stays.
     ///
     /// # Errors
-    /// With the word that is wrong.
+    /// The error names the word that is wrong.
     pub fn lower(&mut self, device: &str, text: &str) -> Result<(), String> {
         let names = Self::DEVICES.join(", ");
         let limit = self.of_mut(device).ok_or_else(|| format!("`{device}` is not one of {names}"))?;
@@ -71,24 +71,18 @@ fn parse(text: &str) -> Result<RateLimit, String> {
 
 /// The limit that lets through no more than either.
 fn lowest(one: &RateLimit, other: &RateLimit) -> RateLimit {
-    let of = |limit: &RateLimit| {
-        [(limit.bytes_per_second, limit.bytes_burst), (limit.operations_per_second, limit.operations_burst)]
-    };
-    let [ours, theirs] = [of(one), of(other)];
-    let [bytes, operations] = [0, 1].map(|kind| match (ours.get(kind), theirs.get(kind)) {
-        (Some(ours), Some((0, _))) => *ours,
-        (Some((0, _)), Some(theirs)) => *theirs,
-        (Some(ours), Some(theirs)) => {
-            let burst = |limit: &(u64, u64)| if limit.1 == 0 { limit.0 } else { limit.1 };
-            (ours.0.min(theirs.0), burst(ours).min(burst(theirs)))
-        }
-        _ => (0, 0),
-    });
-    RateLimit {
-        bytes_per_second: bytes.0,
-        bytes_burst: bytes.1,
-        operations_per_second: operations.0,
-        operations_burst: operations.1,
+    let bytes = |limit: &RateLimit| (limit.bytes_per_second, limit.bytes_burst);
+    let operations = |limit: &RateLimit| (limit.operations_per_second, limit.operations_burst);
+    RateLimit::new(lower(bytes(one), bytes(other)), lower(operations(one), operations(other)))
+}
+
+/// The lower of two rates and the lower of two bursts. A rate of 0 is no limit.
+fn lower(one: (u64, u64), other: (u64, u64)) -> (u64, u64) {
+    let burst = |(rate, burst): (u64, u64)| if burst == 0 { rate } else { burst };
+    match (one.0, other.0) {
+        (_, 0) => one,
+        (0, _) => other,
+        _ => (one.0.min(other.0), burst(one).min(burst(other))),
     }
 }
 
@@ -96,25 +90,16 @@ fn lowest(one: &RateLimit, other: &RateLimit) -> RateLimit {
 mod tests {
     use super::*;
 
-    fn limit(bytes: (u64, u64), operations: (u64, u64)) -> RateLimit {
-        RateLimit {
-            bytes_per_second: bytes.0,
-            bytes_burst: bytes.1,
-            operations_per_second: operations.0,
-            operations_burst: operations.1,
-        }
-    }
-
     #[test]
     fn a_limit_is_lowered_and_never_raised() {
-        let mut limits = Limits { disk: Some(limit((1000, 0), (0, 0))), ..Limits::default() };
+        let mut limits = Limits { disk: Some(RateLimit::new((1000, 0), (0, 0))), ..Limits::default() };
         limits.lower("disk", "bytes_per_second = 2000, bytes_burst=10, operations_per_second=5").unwrap();
-        assert_eq!(limits.disk, Some(limit((1000, 10), (5, 0))));
+        assert_eq!(limits.disk, Some(RateLimit::new((1000, 10), (5, 0))));
         limits.lower("disk", "bytes_per_second=500,bytes_burst=9000").unwrap();
-        assert_eq!(limits.disk, Some(limit((500, 10), (5, 0))));
+        assert_eq!(limits.disk, Some(RateLimit::new((500, 10), (5, 0))));
         // No limit is no lower one.
         limits.lower("disk", "bytes_per_second = 0, operations_per_second = 0").unwrap();
-        assert_eq!(limits.disk, Some(limit((500, 10), (5, 0))));
+        assert_eq!(limits.disk, Some(RateLimit::new((500, 10), (5, 0))));
         for device in Limits::DEVICES {
             let text = if device == "console" { "bytes_per_second=7" } else { "operations_per_second=7" };
             let mut limits = Limits::default();

@@ -226,6 +226,19 @@ pub struct RateLimit {
     pub operations_burst: u64,
 }
 
+impl RateLimit {
+    /// A limit of rates and bursts: of bytes, and of operations.
+    #[must_use]
+    pub const fn new(bytes: (u64, u64), operations: (u64, u64)) -> Self {
+        Self {
+            bytes_per_second: bytes.0,
+            bytes_burst: bytes.1,
+            operations_per_second: operations.0,
+            operations_burst: operations.1,
+        }
+    }
+}
+
 /// A virtio network interface on a tap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetConfig {

@@ -161,7 +161,7 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// With a timer that nothing waits for yet; none for a device without limits.
+    /// Makes a throttle whose timer nothing waits for yet; none for a device without limits.
     ///
     /// # Errors
     /// The process has too many open files.
@@ -219,15 +219,6 @@ mod tests {
 
     use super::*;
 
-    fn limit(bytes: (u64, u64), operations: (u64, u64)) -> RateLimit {
-        RateLimit {
-            bytes_per_second: bytes.0,
-            bytes_burst: bytes.1,
-            operations_per_second: operations.0,
-            operations_burst: operations.1,
-        }
-    }
-
     /// A limiter with a clock that the test sets.
     struct Clock {
         limiter: Limiter,
@@ -250,7 +241,7 @@ mod tests {
 
     #[test]
     fn a_burst_is_free_and_the_rest_has_its_rate() {
-        let mut clock = Clock::new(&limit((1000, 500), (0, 0)));
+        let mut clock = Clock::new(&RateLimit::new((1000, 500), (0, 0)));
         for _ in 0..5 {
             clock.operate(100);
         }
@@ -274,7 +265,7 @@ mod tests {
 
     #[test]
     fn what_is_larger_than_the_burst_waits_afterwards() {
-        let mut clock = Clock::new(&limit((1000, 10), (0, 0)));
+        let mut clock = Clock::new(&RateLimit::new((1000, 10), (0, 0)));
         clock.operate(5010);
         assert_eq!(clock.now, Duration::ZERO);
         clock.operate(1);
@@ -283,7 +274,7 @@ mod tests {
 
     #[test]
     fn operations_are_counted_beside_bytes() {
-        let mut clock = Clock::new(&limit((1 << 40, 0), (10, 1)));
+        let mut clock = Clock::new(&RateLimit::new((1 << 40, 0), (10, 1)));
         for _ in 0..11 {
             clock.operate(4096);
         }
@@ -298,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_saved_limiter_goes_on_with_its_debt() {
-        let config = limit((1000, 100), (5, 5));
+        let config = RateLimit::new((1000, 100), (5, 5));
         let mut clock = Clock::new(&config);
         clock.operate(1100);
         let state = Limiter::save(Some(&clock.limiter));
@@ -309,7 +300,8 @@ mod tests {
         restored.operate(1);
         assert_eq!(restored.now, Duration::from_millis(1001));
         // Other limits count from now on, and another version is refused.
-        let smaller = Limiter::restore(Limiter::new(Some(&limit((0, 0), (5, 2)))), &state).unwrap().unwrap();
+        let smaller =
+            Limiter::restore(Limiter::new(Some(&RateLimit::new((0, 0), (5, 2)))), &state).unwrap().unwrap();
         assert_eq!(smaller.operations.unwrap().tokens, 2);
         assert!(Limiter::restore(None, &state).unwrap().is_none());
         assert_eq!(Limiter::restore(None, &LimiterState { version: 7, ..state }).unwrap_err(), 7);
@@ -322,7 +314,7 @@ mod tests {
             burst in 0u64..1 << 40,
             sizes in proptest::collection::vec(0u64..1 << 32, 1..50),
         ) {
-            let mut clock = Clock::new(&limit((rate, burst), (0, 0)));
+            let mut clock = Clock::new(&RateLimit::new((rate, burst), (0, 0)));
             let mut done = 0u128;
             for size in &sizes {
                 clock.operate(*size);
