@@ -26,7 +26,7 @@ mod volumes;
 pub use image_disks::{Claim, HeldDisks, ImageDisks};
 pub use place::Place;
 pub use start::{Services, StartPlan, Started, Times, start};
-pub use vm_size::VmSize;
+pub use vm_size::{VmSize, memory_limit_mib};
 pub use volumes::{FileServer, VolumeMounts};
 
 /// A pod that runs.
@@ -110,7 +110,7 @@ impl Backend {
 /// The reason for which a pod has ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ending {
-    /// In words; empty when it was asked to.
+    /// The reason in words; empty for a pod that was asked to end.
     pub problem: String,
     /// The node's kernel killed it for want of memory.
     pub out_of_memory: bool,

@@ -26,7 +26,14 @@ fn pod_resources(config: &cri::PodSandboxConfig) -> Option<&cri::LinuxContainerR
     config.linux.as_ref()?.resources.as_ref()
 }
 
-/// As many as the pod's CPU limit takes, at least the handler's number.
+/// The pod's memory limit, MiB; 0 without one.
+#[must_use]
+pub fn memory_limit_mib(config: &cri::PodSandboxConfig) -> u64 {
+    let limit = pod_resources(config).map_or(0, |limit| limit.memory_limit_in_bytes.max(0).unsigned_abs());
+    limit.div_ceil(1 << 20)
+}
+
+/// The number of vCPUs: as many as the pod's CPU limit takes, at least the handler's number.
 fn vcpus(config: &cri::PodSandboxConfig, handler: &VmHandler) -> u8 {
     let limit = pod_resources(config).filter(|limit| limit.cpu_quota > 0 && limit.cpu_period > 0);
     let wanted =
@@ -36,8 +43,7 @@ fn vcpus(config: &cri::PodSandboxConfig, handler: &VmHandler) -> u8 {
 
 /// The handler's own memory for the guest, and the pod's limit on top.
 fn memory_mib(config: &cri::PodSandboxConfig, handler: &VmHandler) -> u32 {
-    let limit = pod_resources(config).map_or(0, |limit| limit.memory_limit_in_bytes.max(0).unsigned_abs());
-    let limit = u32::try_from(limit.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+    let limit = u32::try_from(memory_limit_mib(config)).unwrap_or(u32::MAX);
     handler.memory_mib.saturating_add(limit)
 }
 

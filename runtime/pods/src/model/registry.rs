@@ -211,7 +211,10 @@ impl Registry {
         let inner = lock(&self.inner);
         by_prefix(&inner.containers, "container", id, ContainerId::from(id), ContainerId::as_str)
             .cloned()
-            .inspect(|(sandbox, container)| span::note_container(&sandbox.id, &container.id))
+            .inspect(|(sandbox, container)| {
+                span::note_sandbox(&sandbox.id);
+                span::note_container(&container.id);
+            })
             .map_err(|error| inner.or_unread(error, "container"))
     }
 

@@ -33,7 +33,7 @@ pub async fn create_container(
     let running = ready_pod(&sandbox)?;
     runs_nothing_unknown(node, &sandbox)?;
     let id = ContainerId::random();
-    span::note_container(&sandbox.id, &id);
+    span::note_container(&id);
     let name = node.registry.reserve(names::container(&config, &sandbox.record().config), id.as_str())?;
     let mut plan = ContainerPlan::new(node, &op, &id, config).await?;
 

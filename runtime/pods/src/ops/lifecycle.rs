@@ -10,6 +10,7 @@ use husk_base::{FileError, blocking, chain};
 use husk_proto::agent::ShutdownRequest;
 use tracing::Instrument;
 
+use super::pauses::Pauses;
 use super::{clock, supervise};
 use crate::model::{
     EventKind, Exit, LookupError, Phase, Sandbox, SandboxOp, State, Unlocked, Version, Versions,
@@ -22,13 +23,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most time that hooks get which run once a container has been deleted: a
 /// little more than the agent gives them.
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(25);
-
-/// How soon a pod that could not be undone is tried again, and then twice as long
-/// each time.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
-/// The longest pause between two tries.
-const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Watches a pod, so that its end is known when nobody asked for it, and keeps its
 /// clock. Asks, too, which releases its programs are of.
@@ -263,7 +257,7 @@ pub(crate) async fn undo(node: &Node, op: &SandboxOp<'_>) -> Result<(), Error> {
 pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let (node, sandbox, span) = (node.clone(), sandbox.clone(), sandbox.span());
     let retry = async move {
-        let mut pause = TRY_AGAIN;
+        let mut pauses = Pauses::new();
         loop {
             let undone = {
                 let mut unlocked = Unlocked::new();
@@ -278,8 +272,7 @@ pub(crate) fn undo_later(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
                     node.registry.set_unfinished(&sandbox.id, Some(error));
                 }
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(AT_THE_LATEST);
+            pauses.wait().await;
         }
         node.registry.set_unfinished(&sandbox.id, None);
         tracing::info!("a pod that was never ready is undone");

@@ -17,6 +17,7 @@ mod lifecycle;
 mod log;
 mod oom_score;
 mod orphans;
+mod pauses;
 mod pin_cpus;
 mod port_forward;
 mod ready;

@@ -18,10 +18,11 @@ use husk_base::{blocking, chain, dirs};
 use husk_config::Handler;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tracing::Instrument;
 
 use super::log::open_log;
+use super::pauses::Pauses;
 use super::{lifecycle, orphans, remove_container, start_container, supervise, synced_volumes};
 use crate::model::sandbox::{CONTAINERS, RECORD};
 use crate::model::unread::Unread;
@@ -36,13 +37,6 @@ const AT_ONCE: usize = 32;
 
 /// How long one of them keeps others waiting.
 const TURN: Duration = Duration::from_secs(5);
-
-/// How soon a machine that could not be taken over is tried again, and then
-/// twice as long each time.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
-/// The longest pause between two tries.
-const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Brings records and reality together. A sandbox that gives trouble is logged
 /// and kept as not ready, so that its client can stop and remove it; it never
@@ -265,7 +259,7 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<RunningPod, backen
     let place = sandbox.place(&node.config.run_dir);
     // Without a control group there is no host pod to reach.
     place.host_pod()?;
-    let mut pause = TRY_AGAIN;
+    let mut pauses = Pauses::new();
     loop {
         let reached = try_to_reach(node, sandbox, &place).await;
         // A client may have stopped it meanwhile.
@@ -275,8 +269,7 @@ async fn reach(node: &Node, sandbox: &Arc<Sandbox>) -> Result<RunningPod, backen
                 let error = chain(&error);
                 tracing::warn!(error, "a pod that lives does not answer; asking again");
                 sandbox.set_unreached(Some(error));
-                sleep(pause).await;
-                pause = (pause * 2).min(AT_THE_LATEST);
+                pauses.wait().await;
             }
             done => {
                 sandbox.set_unreached(None);

@@ -7,6 +7,7 @@ use husk_base::chain;
 use husk_proto::agent;
 use tracing::Instrument;
 
+use super::pauses::Pauses;
 use super::ready::ready_pod;
 use super::{oom_score, pin_cpus};
 use crate::model::{Container, EventKind, LookupError, Phase, Sandbox, SandboxOp, State, Unlocked};
@@ -15,13 +16,6 @@ use crate::{Error, Node};
 /// Most time from the removal of a container in its machine to the news of its
 /// end.
 const END: Duration = Duration::from_secs(5);
-
-/// How soon a container that could not be torn down is tried again, and then
-/// twice as long each time.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
-/// The longest pause between two tries.
-const AT_THE_LATEST: Duration = Duration::from_secs(60);
 
 /// Removes a container. One that is not known is removed already.
 ///
@@ -87,10 +81,9 @@ pub(crate) fn retry_tear_down(node: &Arc<Node>, sandbox: &Arc<Sandbox>, containe
     let (node, sandbox, container) = (node.clone(), sandbox.clone(), container.clone());
     let span = container.span();
     let retry = async move {
-        let mut pause = TRY_AGAIN;
+        let mut pauses = Pauses::new();
         loop {
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(AT_THE_LATEST);
+            pauses.wait().await;
             let mut unlocked = Unlocked::new();
             let op = sandbox.lock_op(&mut unlocked).await;
             if sandbox.record().phase != Phase::Ready {
@@ -187,7 +180,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(TRY_AGAIN * 10, gone).await.unwrap();
+        tokio::time::timeout(crate::ops::pauses::FIRST * 10, gone).await.unwrap();
         assert!(lock(&fake.refusals).is_empty());
     }
 

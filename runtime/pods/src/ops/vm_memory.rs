@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use husk_backend::RunningPod;
+use husk_backend::{RunningPod, memory_limit_mib};
 use husk_base::cgroup;
 
 use crate::Error;
@@ -30,7 +30,7 @@ struct Shortage {
     /// Guest memory and the rest.
     used_mib: u64,
     handler: String,
-    /// As `overhead.podFixed` of a RuntimeClass should be.
+    /// The memory of `overhead.podFixed` that the RuntimeClass should have.
     overhead_mib: u64,
 }
 
@@ -39,21 +39,15 @@ impl Shortage {
     fn of(record: &SandboxRecord) -> Option<Self> {
         let size = record.size?;
         let (group, allowed) = cgroup::memory_limit(record.cgroup.as_deref()?)?;
-        let guest_mib = u64::from(size.memory_mib);
-        let limits = record.config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
-        let limit = limits.map_or(0, |limits| limits.memory_limit_in_bytes.max(0).unsigned_abs());
-        Self {
+        let (allowed_mib, guest_mib) = (allowed >> 20, u64::from(size.memory_mib));
+        let used_mib = guest_mib + BESIDE_GUEST_MIB;
+        (allowed_mib < used_mib).then(|| Self {
             group,
-            allowed_mib: allowed >> 20,
-            used_mib: guest_mib + BESIDE_GUEST_MIB,
+            allowed_mib,
+            used_mib,
             handler: record.handler.clone(),
-            overhead_mib: guest_mib.saturating_sub(limit.div_ceil(1 << 20)) + BESIDE_GUEST_MIB,
-        }
-        .if_short()
-    }
-
-    fn if_short(self) -> Option<Self> {
-        (self.allowed_mib < self.used_mib).then_some(self)
+            overhead_mib: guest_mib.saturating_sub(memory_limit_mib(&record.config)) + BESIDE_GUEST_MIB,
+        })
     }
 
     fn advice(&self) -> String {
@@ -83,7 +77,7 @@ impl std::fmt::Display for Shortage {
 /// one that it may outgrow.
 ///
 /// # Errors
-/// With the limit, and the overhead that is missing.
+/// The error names the limit, and the overhead that is missing.
 pub(super) fn check(record: &SandboxRecord) -> Result<(), Error> {
     let Some(shortage) = Shortage::of(record) else { return Ok(()) };
     if shortage.allowed_mib < BOOT_MIB {
@@ -121,11 +115,9 @@ pub(super) async fn explain(sandbox: &Sandbox, running: &RunningPod, error: Erro
     if !matches!(&error, Error::Agent(agent) if agent.lost) && !matches!(&error, Error::Vm(_)) {
         return error;
     }
-    let (cgroup, oom_kills) = {
-        let record = sandbox.record();
-        (record.cgroup.clone(), record.oom_kills)
-    };
-    let ended = tokio::time::timeout(END_TIMEOUT, running.backend.wait(cgroup.as_deref(), oom_kills));
+    let record = sandbox.record();
+    let end = running.backend.wait(record.cgroup.as_deref(), record.oom_kills);
+    let ended = tokio::time::timeout(END_TIMEOUT, end);
     match ended.await {
         Ok(ending) if ending.out_of_memory => Error::Full(ending.problem),
         _ => error,
