@@ -53,7 +53,7 @@ class Templates(PodTest):
             state.write_bytes(b"HUSKSNAP, and then nonsense")
         self.running()
         self.assertFalse(self.pods_said()[-1])
-        self.assertIn("booting one instead", "\n".join(self.node.log_tail("huskd", 50)))
+        self.assertIn("failed to clone a VM; booting one instead", "\n".join(self.node.log_tail("huskd", 50)))
         # The template is made again when it is needed.
         self.pod()
         wait_until(lambda: saved() > before, 120, "wait for the template")

@@ -18,11 +18,10 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc  # noqa: E402
 from google.protobuf import json_format  # noqa: E402
-from node import Failed  # noqa: E402
+from node import CACHE, Failed  # noqa: E402
 
 SUPPORT = Path(__file__).resolve().parent
 PROTO = SUPPORT.parent.parent / "proto/cri/v1/api.proto"
-CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache" / "husk")
 # The time limit of a call: software emulation is slow.
 SECONDS = 240
 # The time limit for a daemon to listen; tests restart it now and then.

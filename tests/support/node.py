@@ -16,6 +16,7 @@ from pathlib import Path
 SUPPORT = Path(__file__).resolve().parent
 REPO = SUPPORT.parent.parent
 EXAMPLES = REPO / "docs/examples"
+CACHE = Path(os.environ.get("HUSK_CACHE") or Path.home() / ".cache/husk")
 CNI_PLUGINS = ("bridge", "host-local", "portmap", "loopback", "firewall", "tuning", "bandwidth")
 
 

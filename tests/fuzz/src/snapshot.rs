@@ -108,15 +108,6 @@ fn work<D: VirtioDevice + 'static>(device: Arc<Mutex<D>>, state: TransportState)
 #[must_use]
 #[allow(clippy::unwrap_used)]
 pub fn seeds() -> Vec<Vec<u8>> {
-    let memory = || GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-    let transport = |device: Arc<Mutex<dyn VirtioDevice>>, active: bool| {
-        let mut transport =
-            MmioTransport::new(device, memory(), EventFd::new(EFD_NONBLOCK).unwrap()).unwrap();
-        if active {
-            crate::guest::set_up(&mut transport);
-        }
-        transport.save()
-    };
     let mut seeds = Vec::new();
     for active in [false, true] {
         let rng = Arc::new(Mutex::new(Rng::new().unwrap()));
@@ -125,26 +116,11 @@ pub fn seeds() -> Vec<Vec<u8>> {
         let fs = Arc::new(Mutex::new(Fs::new("volumes").unwrap()));
         let balloon = Arc::new(Mutex::new(Balloon::new().unwrap()));
         let states = [
-            DeviceState {
-                transport: transport(rng.clone(), active),
-                own: Own::Rng(husk_vmm::lock(&rng).save()),
-            },
-            DeviceState {
-                transport: transport(vsock.clone(), active),
-                own: Own::Vsock(husk_vmm::lock(&vsock).save()),
-            },
-            DeviceState {
-                transport: transport(block.clone(), active),
-                own: Own::Block(husk_vmm::lock(&block).save()),
-            },
-            DeviceState {
-                transport: transport(fs.clone(), active),
-                own: Own::Fs(husk_vmm::lock(&fs).save()),
-            },
-            DeviceState {
-                transport: transport(balloon.clone(), active),
-                own: Own::Balloon(husk_vmm::lock(&balloon).save()),
-            },
+            state(rng, active, |rng| Own::Rng(rng.save())),
+            state(vsock, active, |vsock| Own::Vsock(vsock.save())),
+            state(block, active, |block| Own::Block(block.save())),
+            state(fs, active, |fs| Own::Fs(fs.save())),
+            state(balloon, active, |balloon| Own::Balloon(balloon.save())),
         ];
         for state in states {
             let mut file = Vec::new();
@@ -153,4 +129,20 @@ pub fn seeds() -> Vec<Vec<u8>> {
         }
     }
     seeds
+}
+
+/// The saved state of a device, whose driver has set it up if it is `active`.
+#[allow(clippy::unwrap_used)]
+fn state<D: VirtioDevice + 'static>(
+    device: Arc<Mutex<D>>,
+    active: bool,
+    own: impl FnOnce(&mut D) -> Own,
+) -> DeviceState {
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+    let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+    let mut transport = MmioTransport::new(device.clone(), memory, interrupt).unwrap();
+    if active {
+        crate::guest::set_up(&mut transport);
+    }
+    DeviceState { transport: transport.save(), own: own(&mut husk_vmm::lock(&device)) }
 }
