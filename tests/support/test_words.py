@@ -33,6 +33,11 @@ class Words(unittest.TestCase):
         ):
             self.assertEqual(self.lines(words.rust, text), [], text)
 
+    def test_sections_that_begin_badly(self):
+        for line in ("What systemd says.", "With the step.", "In words."):
+            self.assertEqual(self.lines(words.rust, f"/// Makes a unit.\n///\n/// # Errors\n/// {line}\n"), [1], line)
+        self.assertEqual(self.lines(words.rust, "/// Makes a unit.\n///\n/// # Errors\n/// systemd refuses it.\n/// In time.\n"), [])
+
     def test_doc_comments_of_one_word(self):
         self.assertEqual(self.lines(words.rust, "/// Bytes.\na: u64,\n/// Two words.\nb: u64,\n// One.\n//// Rule\n"), [1])
         self.assertEqual(self.lines(words.python, '"""Pods."""\n\n\ndef f():\n    """The pods."""\n'), [1])

@@ -13,7 +13,7 @@ impl Layers {
     /// `folder` exists and is empty.
     ///
     /// # Errors
-    /// In words.
+    /// The error says in words why there is no unpacker.
     pub fn new(folder: &Path, limits: &Limits) -> Result<Self, String> {
         Unpacker::new(folder, limits).map(Self).map_err(words)
     }
@@ -21,7 +21,7 @@ impl Layers {
     /// Applies the layer in a file.
     ///
     /// # Errors
-    /// In words.
+    /// The error says in words why the layer is refused.
     pub fn apply(&mut self, blob: &Path, diff_id: &str) -> Result<(), String> {
         self.0.apply(blob, diff_id).map_err(words)
     }
@@ -37,7 +37,7 @@ fn words(failure: Failure) -> String {
 /// Reads a manifest or an index. What is read can be written, and is then read as the same.
 ///
 /// # Panics
-/// It is another document after it was written.
+/// The document is another one after it was written.
 pub fn manifest(bytes: &[u8], media_type: Option<&str>) {
     let Ok(document) = Document::read(bytes, media_type) else { return };
     let written = match &document {
@@ -55,7 +55,7 @@ pub fn manifest(bytes: &[u8], media_type: Option<&str>) {
 /// Reads an image's configuration.
 ///
 /// # Panics
-/// It is another one after it was written.
+/// The configuration is another one after it was written.
 pub fn configuration(text: &str) {
     let Ok(first) = document::configuration(text) else { return };
     let Ok(written) = serde_json::to_string(&first) else { return };

@@ -92,7 +92,7 @@ impl Gates {
     /// Checks that writing `bytes` more leaves `min_free` bytes of the disk.
     ///
     /// # Errors
-    /// They do not.
+    /// Less would be left.
     pub(super) fn has_room(&self, reference: &str, bytes: u64) -> Result<(), Error> {
         // If the disk cannot be asked, the next write will say so.
         let Ok(disk) = rustix::fs::statvfs(&self.directory) else { return Ok(()) };

@@ -34,7 +34,7 @@ pub fn answer(bytes: &[u8]) {
 /// Reads the record of a pod's network.
 ///
 /// # Panics
-/// It is another one after it was written.
+/// The record is another one after it was written.
 pub fn record(bytes: &[u8]) {
     let Ok(intent) = serde_json::from_slice::<Intent>(bytes) else { return };
     let written = serde_json::to_vec(&intent).ok().map(|bytes| serde_json::from_slice::<Intent>(&bytes).ok());

@@ -57,10 +57,10 @@ pub async fn start(path: &Path, description: &str) -> Result<Scope, Error> {
     start_by(&Manager::connect().await?, path, description).await
 }
 
-/// As [`start`], by a connection that is there.
+/// Makes a scope as [`start`] does, by a connection that is there.
 ///
 /// # Errors
-/// Those of [`start`].
+/// The errors are those of [`start`].
 pub async fn start_by(manager: &Manager, path: &Path, description: &str) -> Result<Scope, Error> {
     let (scope, slice) = units(path).ok_or_else(|| Error::NoScope(path.to_owned()))?;
     let idle = husk_spawn::idle().map_err(Error::Idle)?;

@@ -95,7 +95,7 @@ impl Manager {
     /// Asks for a transient scope in `slice`, with one process in it.
     ///
     /// # Errors
-    /// What systemd says.
+    /// systemd refuses, or does not answer in time.
     pub async fn start_scope(
         &self,
         scope: &str,
@@ -126,7 +126,7 @@ impl Manager {
     /// Ends a unit. One that is not there is no error.
     ///
     /// # Errors
-    /// What systemd says.
+    /// systemd refuses, or does not answer in time.
     pub async fn stop(&self, unit: &str) -> Result<(), Error> {
         match self.call("stop a scope", "StopUnit", &(unit, "replace")).await {
             Err(Error::Bus { cause, .. }) if matches!(&*cause, zbus::Error::MethodError(name, ..) if name.as_str() == NO_SUCH_UNIT) => {

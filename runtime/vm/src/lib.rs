@@ -154,8 +154,8 @@ fn exit_path(run_dir: &Path) -> PathBuf {
 /// Takes over a VM that runs already, after a restart of huskd.
 ///
 /// # Errors
-/// Its VMM or its agent does not answer. Whether the VM lives is another
-/// question, see [`lives`].
+/// The VMM or the agent does not answer. Whether the VM lives is another question, see
+/// [`lives`].
 pub async fn reattach(run_dir: &Path, agent_timeout: Duration) -> Result<(Vmm, Agent), Error> {
     let control = Control::new(control_path(run_dir));
     let process = Process::of(&control).await?;

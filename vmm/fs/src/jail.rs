@@ -22,7 +22,7 @@ const OPEN_FILES: u64 = 1 << 20;
 /// thread.
 ///
 /// # Errors
-/// With what could not be done.
+/// The error names the step that failed.
 pub fn enter(root: &Path) -> anyhow::Result<usize> {
     end_when_asked();
     let open_files = raise_open_files();

@@ -79,7 +79,7 @@ impl MachineState {
     /// of vCPUs.
     ///
     /// # Errors
-    /// In words.
+    /// The error says in words what differs.
     pub fn check(&self, vcpus: u8) -> Result<(), String> {
         if self.version != VERSION {
             return Err(format!("machine state of version {} is not supported", self.version));

@@ -108,7 +108,7 @@ const LIMIT: &str = "husk.dev/limits.";
 /// asks for less.
 ///
 /// # Errors
-/// With the annotation that is no limit, or that a host pod has.
+/// The error names the annotation that is no limit, or that a host pod has.
 pub(crate) fn limits(config: &cri::PodSandboxConfig, handler: &Handler) -> Result<Limits, Error> {
     let mut limits = handler.vm().map(|vm| vm.limits.clone()).unwrap_or_default();
     for (name, text) in &config.annotations {

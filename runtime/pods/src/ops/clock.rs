@@ -46,8 +46,8 @@ async fn adjust(agent: &Agent, by_nanos: i64) -> Result<i64, tonic::Status> {
     Ok(answer?.into_inner().time_unix_nanos)
 }
 
-/// By how much the guest's clock is to be moved that showed `guest` at some
-/// moment between the question and the answer; `None` if it may be right.
+/// The nanoseconds by which to move a guest's clock that showed `guest` at some
+/// moment between the question and the answer; `None` if the clock may be right.
 fn correction(asked_at: i64, took: Duration, guest: i64) -> Option<i64> {
     let half = i64::try_from(took.as_nanos() / 2).unwrap_or(i64::MAX);
     let behind = asked_at.saturating_add(half).saturating_sub(guest);

@@ -154,8 +154,8 @@ fn image_volumes(node: &Node, config: &cri::ContainerConfig) -> Result<Vec<Image
     husk_volumes::image::wanted(&config.mounts, |image| Ok::<_, Error>(resolve(node, &image.image)?.rootfs))
 }
 
-/// As the interface has it: who may start privileged containers says so with
-/// the pod.
+/// Refuses a privileged container in a pod that is not privileged: CRI has clients say with
+/// the pod that its containers may be.
 fn privileged_only_in_privileged(
     pod: &cri::PodSandboxConfig,
     config: &cri::ContainerConfig,
