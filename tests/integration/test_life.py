@@ -6,6 +6,8 @@ from pods import PodTest, can_connect, json, leases, machines, os, signal, subpr
 class Life(PodTest):
     def test_a_container_runs_in_a_kernel_of_its_own_and_leaves_a_true_record(self):
         pod, container = self.running(command=["sh", "-c", "uname -r; echo oops >&2; exit 3"])
+        [made] = [line for line in self.node.log_tail("huskd", 50) if container in line and line.endswith("container created")]
+        self.assertEqual((made.count("sandbox="), made.count("container=")), (1, 1), made)
         status = self.wait_exited(container)
         self.assertEqual((status["exitCode"], status["reason"]), (3, "Error"))
         log = self.node.crictl("logs", container)
