@@ -54,7 +54,7 @@ impl Backend {
     /// is what `cgroup`, the pod's control group, had counted when the pod started.
     pub async fn wait(&self, cgroup: Option<&Path>, oom_kills: u64) -> Ending {
         match self {
-            Self::Vm(vmm) => Ending::of_vmm(vmm.ended().await, cgroup, oom_kills),
+            Self::Vm(vmm) => Ending::of_vmm(vmm.ended().await, cgroup, oom_kills).await,
             Self::Host(supervisor) => Ending::of(supervisor.wait().await),
         }
     }
@@ -125,8 +125,8 @@ impl Ending {
 
     /// The end of a VMM: `exit` is the record of the VM's end, which one that was
     /// killed had no time for.
-    fn of_vmm(exit: Option<Exit>, cgroup: Option<&Path>, oom_kills: u64) -> Self {
-        match (exit, husk_vm::out_of_memory(cgroup, oom_kills)) {
+    async fn of_vmm(exit: Option<Exit>, cgroup: Option<&Path>, oom_kills: u64) -> Self {
+        match (exit, husk_vm::out_of_memory(cgroup, oom_kills).await) {
             (Some(exit), _) => Self::of(husk_vm::Error::from(exit).to_string()),
             (None, Some(problem)) => Self { problem, out_of_memory: true },
             (None, None) => Self::of("the machine's VMM was killed"),
@@ -180,19 +180,20 @@ pub enum Error {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_vmm_that_the_kernel_killed_for_want_of_memory_is_told_from_others() {
+    #[tokio::test]
+    async fn a_vmm_that_the_kernel_killed_for_want_of_memory_is_told_from_others() {
         let folder = tempfile::tempdir().unwrap();
-        let ending = |before| Ending::of_vmm(None, Some(folder.path()), before);
+        let ending = async |before| Ending::of_vmm(None, Some(folder.path()), before).await;
         let killed = Ending::of("the machine's VMM was killed");
-        assert_eq!(ending(0), killed);
+        assert_eq!(ending(0).await, killed);
         let events = folder.path().join("memory.events");
         std::fs::write(&events, "low 0\nhigh 0\nmax 3\noom 2\noom_kill 0\noom_group_kill 0\n").unwrap();
-        assert_eq!(ending(0), killed);
+        assert_eq!(ending(0).await, killed);
         std::fs::write(&events, "max 3\noom 2\noom_kill 1\noom_group_kill 0\n").unwrap();
-        assert!(ending(0).out_of_memory && ending(0).problem.contains("memory on the node ran out"));
+        let ended = ending(0).await;
+        assert!(ended.out_of_memory && ended.problem.contains("memory on the node ran out"));
         // A kill before the pod was ready has not ended it.
-        assert_eq!(ending(1), killed);
-        assert_eq!(Ending::of_vmm(None, None, 0), killed);
+        assert_eq!(ending(1).await, killed);
+        assert_eq!(Ending::of_vmm(None, None, 0).await, killed);
     }
 }

@@ -63,7 +63,7 @@ impl Place {
         // systemd ends a scope by itself once it is empty; this only makes it soon.
         if there && let Err(error) = husk_systemd::stop(cgroup).await {
             let error = chain(&error);
-            tracing::warn!(sandbox = %self.id, error, "failed to stop the pod's scope; systemd ends it when it notices");
+            tracing::warn!(error, "failed to stop the pod's scope; systemd ends it when it notices");
         }
         Ok(())
     }
@@ -74,12 +74,21 @@ impl Place {
         match self.kind {
             Kind::Vm => {
                 husk_vm::lives(&self.run_dir).await
-                    || (!husk_vm::has_socket(&self.run_dir)
-                        && (self.cgroup.as_deref().is_some_and(husk_vm::is_in_group)
-                            || husk_vm::has_process(&self.run_dir)))
+                    || (!husk_vm::has_socket(&self.run_dir).await && self.has_vmm_process().await)
             }
             Kind::Host => husk_hostpod::lives(&self.run_dir).await,
         }
+    }
+
+    /// Whether a VMM without a socket is among the processes.
+    async fn has_vmm_process(&self) -> bool {
+        self.cgroup_with_vmm().await.is_some() || husk_vm::has_process(&self.run_dir).await
+    }
+
+    /// The pod's control group, if its VMM is in it.
+    async fn cgroup_with_vmm(&self) -> Option<&Path> {
+        let cgroup = self.cgroup.as_deref()?;
+        husk_vm::is_in_group(cgroup).await.then_some(cgroup)
     }
 
     /// Takes over a pod that runs already, after a restart of huskd. `image_disks`
@@ -111,11 +120,10 @@ impl Place {
 
     /// The end of a pod that cannot be reached: as its VMM or the kernel left word of
     /// it, or else `error`. `oom_kills` is as for [`Backend::wait`].
-    #[must_use]
-    pub fn ending(&self, error: &Error, oom_kills: u64) -> Ending {
-        let exit = husk_vm::exit_record(&self.run_dir);
+    pub async fn ending(&self, error: &Error, oom_kills: u64) -> Ending {
+        let exit = husk_vm::exit_record(&self.run_dir).await;
         let says_why = exit.is_some();
-        match Ending::of_vmm(exit, self.cgroup.as_deref(), oom_kills) {
+        match Ending::of_vmm(exit, self.cgroup.as_deref(), oom_kills).await {
             ending if self.kind == Kind::Vm && (says_why || ending.out_of_memory) => ending,
             _ => Ending::of(chain(error)),
         }
@@ -136,8 +144,8 @@ impl Place {
         if self.kind == Kind::Host {
             return Ok(husk_hostpod::destroy(&self.run_dir, cgroup).await?);
         }
-        if !husk_vm::has_socket(&self.run_dir) {
-            self.kill_unreachable_vmm()?;
+        if !husk_vm::has_socket(&self.run_dir).await {
+            self.kill_unreachable_vmm().await?;
         }
         let Err(error) = husk_vm::destroy(&self.run_dir).await else { return Ok(()) };
         tracing::warn!(error = chain(&error), "the VMM does not end when asked; killing it");
@@ -148,10 +156,8 @@ impl Place {
     }
 
     /// Kills a VMM that could not be asked to end, because its socket was removed.
-    fn kill_unreachable_vmm(&self) -> Result<(), Error> {
-        let Some(cgroup) = self.cgroup.as_deref().filter(|cgroup| husk_vm::is_in_group(cgroup)) else {
-            return Ok(());
-        };
+    async fn kill_unreachable_vmm(&self) -> Result<(), Error> {
+        let Some(cgroup) = self.cgroup_with_vmm().await else { return Ok(()) };
         tracing::warn!("the VMM has no socket any more; killing it");
         Ok(cgroup::kill(cgroup).map_err(FileError::at("kill the processes of the control group", cgroup))?)
     }

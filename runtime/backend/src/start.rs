@@ -143,8 +143,11 @@ fn host_dns(config: &cri::PodSandboxConfig, network: Dns) -> Option<agent::Dns> 
 }
 
 /// The host's, where neither client nor network says anything.
-pub(crate) fn or_hosts(config: &cri::PodSandboxConfig, network: Dns) -> Dns {
-    if asked_dns(config).is_none() && network == Dns::default() { resolv_conf::of_host() } else { network }
+pub(crate) async fn or_hosts(config: &cri::PodSandboxConfig, network: Dns) -> Dns {
+    match asked_dns(config).is_none() && network == Dns::default() {
+        true => resolv_conf::of_host().await,
+        false => network,
+    }
 }
 
 /// The client's configuration of DNS; one with nothing in it says nothing.
@@ -169,18 +172,19 @@ pub(crate) fn guest_dns(config: &cri::PodSandboxConfig, network: Dns) -> agent::
 mod tests {
     use super::*;
 
-    #[test]
-    fn name_service_that_is_asked_for_with_nothing_is_not_asked_for() {
+    #[tokio::test]
+    async fn name_service_that_is_asked_for_with_nothing_is_not_asked_for() {
         let network = || Dns { servers: vec!["10.0.0.1".into()], ..Dns::default() };
         let pod = |dns_config| cri::PodSandboxConfig { dns_config, ..Default::default() };
-        let servers = |pod: &cri::PodSandboxConfig| guest_dns(pod, or_hosts(pod, network())).servers;
+        let servers =
+            async |pod: &cri::PodSandboxConfig| guest_dns(pod, or_hosts(pod, network()).await).servers;
         let empty = pod(Some(cri::DnsConfig::default()));
-        assert_eq!(servers(&empty), ["10.0.0.1"]);
-        assert_eq!(servers(&pod(None)), ["10.0.0.1"]);
-        assert_eq!(or_hosts(&empty, Dns::default()), resolv_conf::of_host());
+        assert_eq!(servers(&empty).await, ["10.0.0.1"]);
+        assert_eq!(servers(&pod(None)).await, ["10.0.0.1"]);
+        assert_eq!(or_hosts(&empty, Dns::default()).await, resolv_conf::of_host().await);
         let options = cri::DnsConfig { options: vec!["ndots:5".into()], ..Default::default() };
         let asked = pod(Some(options));
-        assert_eq!(guest_dns(&asked, or_hosts(&asked, network())).options, ["ndots:5"]);
-        assert!(servers(&asked).is_empty(), "what is asked for stands alone");
+        assert_eq!(guest_dns(&asked, or_hosts(&asked, network()).await).options, ["ndots:5"]);
+        assert!(servers(&asked).await.is_empty(), "what is asked for stands alone");
     }
 }

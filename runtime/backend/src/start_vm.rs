@@ -59,7 +59,7 @@ pub(crate) async fn start(
     let mut guest_interfaces: Vec<_> = interfaces.iter().map(guest_interface).collect();
     if interfaces.len() > 1 {
         // The plugins made more than could be known: once more, with all.
-        tracing::info!(sandbox = %place.id, interfaces = interfaces.len(), "boot again for more interfaces");
+        tracing::info!(interfaces = interfaces.len(), "booting again for more interfaces");
         drop(launched);
         husk_vm::destroy(&place.run_dir).await?;
         let mut main_tap = Some(main_tap);
@@ -74,7 +74,7 @@ pub(crate) async fn start(
 
     let request = CreateSandboxRequest {
         hostname: husk_oci::host_name(config, false),
-        dns: Some(guest_dns(config, or_hosts(config, dns))),
+        dns: Some(guest_dns(config, or_hosts(config, dns).await)),
         interfaces: guest_interfaces,
         routes: routes.into_iter().map(guest_route).collect(),
         scratch_serial: launch::SCRATCH_SERIAL.into(),

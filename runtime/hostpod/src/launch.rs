@@ -13,7 +13,7 @@ use husk_config::HostHandler;
 use husk_spawn::Detached;
 
 use super::{
-    Error, Supervisor, cgroup_link, file, last_lines, log_path, make_mount, socket_path, supervisor_group,
+    Error, Supervisor, cgroup_link, connect, file, log_path, make_mount, socket_path, supervisor_group,
 };
 
 /// A host pod that is to be started.
@@ -46,8 +46,8 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> 
     let (folder, layers, cgroup, group) =
         (run_dir.clone(), plan.layers.clone(), plan.cgroup.clone(), plan.group);
     blocking(move || make_folders(&folder, &layers, &cgroup, group)).await?;
-    let socket_path = socket_path(run_dir);
-    let socket = UnixListener::bind(&socket_path).map_err(file("make socket", &socket_path))?;
+    let socket = socket_path(run_dir);
+    let socket = UnixListener::bind(&socket).map_err(file("make socket", &socket))?;
     let log = log_path(run_dir);
     let log = tokio::fs::File::create(&log).await.map_err(file("make log", &log))?.into_std().await;
 
@@ -55,13 +55,13 @@ pub async fn launch(plan: &Plan<'_>) -> Result<(Supervisor, Agent, u32), Error> 
     let pid = spawn(plan, &own_group, socket, log).map_err(file("start supervisor", &plan.handler.agent))?;
     crash::point("supervisor started");
     let timeout = Duration::from_secs(plan.handler.agent_timeout_seconds);
-    let failed = |cause| Error::Supervisor { cause, log: last_lines(run_dir) };
-    let agent = Agent::connect(socket_path, timeout).await.map_err(failed)?;
+    let agent = connect(run_dir, timeout).await?;
     let supervisor = Supervisor { run_dir: run_dir.clone(), cgroup: plan.cgroup.clone() };
     Ok((supervisor, agent, pid))
 }
 
 /// Makes the pod's folders and control groups. The call blocks.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn make_folders(run_dir: &Path, layers: &Path, cgroup: &Path, group: Option<u32>) -> Result<(), Error> {
     // The bundles hold the containers' environment, which may be secret.
     for path in [run_dir, layers] {

@@ -10,6 +10,7 @@
 //! run directory. That directory is a mount of its own, so that no mount below it
 //! appears on the host. On the host the directory holds plain files.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -105,7 +106,7 @@ impl Supervisor {
         if let Err(error) = cgroup::kill(&self.cgroup) {
             tracing::warn!(cgroup = %self.cgroup.display(), %error, "failed to end the processes that a supervisor left behind");
         }
-        format!("the pod's supervisor (husk-agent) ended{}", quoted(&last_lines(&self.run_dir)))
+        format!("the pod's supervisor (husk-agent) ended{}", quoted(&last_lines(&self.run_dir).await))
     }
 }
 
@@ -146,12 +147,21 @@ fn cgroup_link(run_dir: &Path) -> PathBuf {
 
 /// Whether a run directory is that of a host pod.
 #[must_use]
+#[expect(clippy::disallowed_methods, reason = "run directories are in memory (tmpfs)")]
 pub fn owns(run_dir: &Path) -> bool {
     cgroup_link(run_dir).is_symlink()
 }
 
-fn last_lines(run_dir: &Path) -> String {
-    let text = std::fs::read(log_path(run_dir)).unwrap_or_default();
+/// Connects to the supervisor of a pod.
+async fn connect(run_dir: &Path, timeout: Duration) -> Result<Agent, Error> {
+    match Agent::connect(socket_path(run_dir), timeout).await {
+        Ok(agent) => Ok(agent),
+        Err(cause) => Err(Error::Supervisor { cause, log: last_lines(run_dir).await }),
+    }
+}
+
+async fn last_lines(run_dir: &Path) -> String {
+    let text = tokio::fs::read(log_path(run_dir)).await.unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
     lines.get(lines.len().saturating_sub(LAST_LINES)..).unwrap_or_default().join("; ")
@@ -166,8 +176,7 @@ pub async fn reattach(
     cgroup: &Path,
     timeout: Duration,
 ) -> Result<(Supervisor, Agent), Error> {
-    let failed = |cause| Error::Supervisor { cause, log: last_lines(run_dir) };
-    let agent = Agent::connect(socket_path(run_dir), timeout).await.map_err(failed)?;
+    let agent = connect(run_dir, timeout).await?;
     let supervisor = Supervisor { run_dir: run_dir.to_owned(), cgroup: cgroup.to_owned() };
     Ok((supervisor, agent))
 }
@@ -193,12 +202,15 @@ pub async fn destroy(run_dir: &Path, cgroup: Option<&Path>) -> Result<(), Error>
         cgroup::remove(group).await.map_err(file("remove control group", group))?;
     }
     let run_dir = run_dir.to_owned();
-    blocking(move || {
-        crash::point("folder of a host pod to be unmounted");
-        give_up_mount(&run_dir).map_err(file("unmount", &run_dir))?;
-        remove_tree(&run_dir).map_err(file("remove", &run_dir))
-    })
-    .await
+    blocking(move || remove_folder(&run_dir)).await
+}
+
+/// Removes the run directory of a pod. The call blocks.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+fn remove_folder(run_dir: &Path) -> Result<(), Error> {
+    crash::point("folder of a host pod to be unmounted");
+    give_up_mount(run_dir).map_err(file("unmount", run_dir))?;
+    remove_tree(run_dir).map_err(file("remove", run_dir))
 }
 
 /// Makes the directory a mount of its own, from which no mount propagates.
@@ -250,13 +262,13 @@ mod tests {
         tokio::time::timeout(soon * 5, supervisor.wait()).await.unwrap();
     }
 
-    #[test]
-    fn the_end_of_the_log_is_quoted() {
+    #[tokio::test]
+    async fn the_end_of_the_log_is_quoted() {
         let folder = tempfile::tempdir().unwrap();
         let text: String = (0..20).map(|number| format!("line {number}\n\n")).collect();
         std::fs::write(log_path(folder.path()), text).unwrap();
-        let quote = last_lines(folder.path());
+        let quote = last_lines(folder.path()).await;
         assert!(quote.starts_with("line 12; ") && quote.ends_with("; line 19"), "{quote}");
-        assert_eq!(quoted(&last_lines(Path::new("/nonexistent"))), "");
+        assert_eq!(quoted(&last_lines(Path::new("/nonexistent")).await), "");
     }
 }

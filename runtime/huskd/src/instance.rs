@@ -195,7 +195,7 @@ mod tests {
     fn pod(run_dir: &Path, id: &SandboxId) -> OwnedFd {
         let run_dir = dirs::sandbox_run_dir(run_dir, id);
         fs::create_dir_all(&run_dir).unwrap();
-        husk_vm::launch::listen_seqpacket(&run_dir.join("vmm.sock")).unwrap()
+        husk_vm::listen_seqpacket(&run_dir.join("vmm.sock")).unwrap()
     }
 
     #[tokio::test]

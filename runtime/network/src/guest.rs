@@ -358,6 +358,7 @@ pub async fn probe(netlink: &rtnetlink::Handle) -> Result<(), Error> {
 
 /// The namespace's kernel must not send its own neighbour discovery and
 /// multicast reports into the guest.
+#[expect(clippy::disallowed_methods, reason = "it runs on a thread of its own")]
 fn quieten(interface: &str) -> io::Result<()> {
     // /proc/sys/net shows the namespace of the calling thread.
     match std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1") {

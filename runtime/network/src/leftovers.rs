@@ -49,10 +49,10 @@ pub async fn end(sandbox_id: &str) -> Result<(), Unending> {
             return Err(Unending { pids });
         }
         for pid in pids {
-            tracing::info!(sandbox_id, pid, "killing what is left of an interrupted CNI plugin");
+            tracing::info!(pid, "killing what is left of an interrupted CNI plugin");
             match kill(Pid::from_raw(pid), Signal::SIGKILL) {
                 Ok(()) | Err(Errno::ESRCH) => {}
-                Err(errno) => tracing::warn!(sandbox_id, pid, error = %errno, "kill a CNI plugin"),
+                Err(errno) => tracing::warn!(pid, error = %errno, "failed to kill a CNI plugin"),
             }
         }
         sleep(INTERVAL).await;
@@ -61,6 +61,7 @@ pub async fn end(sandbox_id: &str) -> Result<(), Unending> {
 
 /// Processes with this variable in their environment, and a command of CNI's. One
 /// that has ended and waits for its parent has no environment any more.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn of_call(marker: &[u8]) -> Vec<i32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());

@@ -13,6 +13,8 @@
 //! a reboot, or a change of `/etc/cni/net.d` it disconnects the pod with the
 //! configuration that had connected it.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -26,6 +28,7 @@ use tokio::sync::{Mutex, oneshot};
 mod arguments;
 mod attachment;
 mod cni;
+#[expect(clippy::disallowed_methods, reason = "its functions block, and say so")]
 mod conflist;
 mod filter;
 #[cfg(feature = "fuzzing")]
@@ -35,6 +38,7 @@ mod leftovers;
 mod netns;
 mod plugin;
 mod pod;
+#[expect(clippy::disallowed_methods, reason = "its functions block, and say so")]
 mod record;
 pub mod resolv_conf;
 mod result;
@@ -162,8 +166,8 @@ impl Network {
     ///
     /// # Errors
     /// The reason, and what to do about it.
-    pub fn ready(&self) -> Result<(), NotReady> {
-        self.installed().map(drop)
+    pub async fn ready(&self) -> Result<(), NotReady> {
+        self.installed().await.map(drop)
     }
 
     /// Whether pods can be connected, as the plugins themselves see it, too.
@@ -171,17 +175,16 @@ impl Network {
     /// # Errors
     /// The reason, and what to do about it.
     pub async fn status(&self) -> Result<(), NotReady> {
-        let looking = self.clone();
-        let network = blocking(move || looking.installed()).await?;
+        let network = self.installed().await?;
         cni::status(&self.plugins, &network).await.map_err(NotReady::because)
     }
 
     /// The configuration, if all of its plugins are there.
-    fn installed(&self) -> Result<NetworkList, NotReady> {
-        let network = conflist::load(&self.conf_dir).map_err(NotReady::because)?;
+    async fn installed(&self) -> Result<NetworkList, NotReady> {
+        let network = self.configuration().await.map_err(NotReady::because)?;
         for plugin in &network.plugins {
             let name = conflist::plugin_type(plugin).map_err(NotReady)?;
-            self.plugins.find(name).map_err(NotReady::because)?;
+            self.plugins.find(name).await.map_err(NotReady::because)?;
         }
         Ok(network)
     }
@@ -250,13 +253,8 @@ impl Network {
             network,
         };
         for capability in arguments::missing(&intent.capabilities, &intent.network.plugins) {
-            let (sandbox_id, network) = (pod.sandbox_id, &intent.network.name);
-            tracing::warn!(
-                sandbox_id,
-                network,
-                capability,
-                "no plugin of the pod's network has this capability"
-            );
+            let network = &intent.network.name;
+            tracing::warn!(network, capability, "no plugin of the pod's network has this capability");
         }
         let begun = intent.clone();
         self.with_records(move |records| records.begin(&begun)).await.map_err(|error| {
@@ -377,15 +375,15 @@ impl Network {
             Recorded::Unreadable(reason) => {
                 // The intent is synced before anything is made, so mostly
                 // nothing was. There is no plugin to call in any case.
-                tracing::warn!(sandbox_id, reason, "the record of a pod's network is unreadable");
-                netns::remove(&netns::path_of(sandbox_id))?;
+                tracing::warn!(reason, "the record of a pod's network is unreadable");
+                netns::remove(&netns::path_of(sandbox_id)).await?;
             }
             Recorded::Intent(intent, result) => {
                 if result.is_none() {
                     leftovers::end(sandbox_id).await?;
                 }
                 let (plugins, network) = (&self.plugins, &intent.network);
-                let here = target(&intent, netns::exists(&intent.netns));
+                let here = target(&intent, netns::exists(&intent.netns).await);
                 let deleted = cni::del(plugins, network, here, &intent.capabilities, result.as_ref()).await;
                 if let Err(error) = deleted {
                     if result.is_some() {
@@ -394,15 +392,11 @@ impl Network {
                     // ADD was interrupted, and some plugins fail over what they
                     // had not made yet. Without the namespace they give back
                     // what they hold outside of it.
-                    tracing::warn!(
-                        sandbox_id,
-                        error = chain(&error),
-                        "undoing an interrupted ADD without its namespace"
-                    );
-                    netns::remove(&intent.netns)?;
+                    tracing::warn!(error = chain(&error), "undoing an interrupted ADD without its namespace");
+                    netns::remove(&intent.netns).await?;
                     cni::del(plugins, network, target(&intent, false), &intent.capabilities, None).await?;
                 }
-                netns::remove(&intent.netns)?;
+                netns::remove(&intent.netns).await?;
             }
         }
         Ok(self.remove(sandbox_id).await?)
@@ -444,21 +438,21 @@ impl Network {
     /// while cleaning up behind it is logged.
     async fn clean_up(&self, intent: &Intent, undone: Result<(), plugin::Error>) {
         let sandbox_id = intent.sandbox_id.as_str();
-        if let Err(error) = netns::remove(&intent.netns) {
-            tracing::warn!(sandbox_id, error = chain(&error), "a network namespace stays");
+        if let Err(error) = netns::remove(&intent.netns).await {
+            tracing::warn!(error = chain(&error), "failed to remove a network namespace");
             return;
         }
         match undone {
             Ok(()) => self.forget(sandbox_id).await,
             Err(error) => {
-                tracing::warn!(sandbox_id, error = chain(&error), "the pod's network stays recorded")
+                tracing::warn!(error = chain(&error), "the pod's network stays recorded")
             }
         }
     }
 
     async fn forget(&self, sandbox_id: &str) {
         if let Err(error) = self.remove(sandbox_id).await {
-            tracing::warn!(sandbox_id, error = chain(&error), "the record of a pod's network stays");
+            tracing::warn!(error = chain(&error), "the record of a pod's network stays");
         }
     }
 }

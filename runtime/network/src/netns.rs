@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use husk_base::crash;
+use husk_base::{blocking, crash};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -49,15 +49,16 @@ pub fn path_of(sandbox_id: &str) -> PathBuf {
 
 /// True when a namespace is pinned at `path`; a file that is left of a crash
 /// between two steps is none.
-#[must_use]
-pub fn exists(path: &Path) -> bool {
-    statfs(path).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
+pub async fn exists(path: &Path) -> bool {
+    let path = path.to_owned();
+    blocking(move || statfs(&path).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)).await
 }
 
 /// Makes a namespace with its loopback interface up, and pins it at `path`.
 ///
 /// # Errors
 /// Nothing is left then.
+#[expect(clippy::disallowed_methods, reason = "it runs on a thread of its own")]
 pub async fn create(path: &Path) -> Result<(), Error> {
     let pin = path.to_owned();
     on_own_thread(path, move || {
@@ -71,7 +72,7 @@ pub async fn create(path: &Path) -> Result<(), Error> {
         let made = unshare_and_pin(&pin);
         crash::point("network namespace pinned");
         if made.is_err() {
-            let _ = remove(&pin);
+            let _ = unpin(&pin);
         }
         made
     })
@@ -96,6 +97,7 @@ fn unshare_and_pin(path: &Path) -> Result<(), Error> {
 ///
 /// # Errors
 /// When the namespace cannot be entered, or the deadline has passed.
+#[expect(clippy::disallowed_methods, reason = "it runs on a thread of its own")]
 pub async fn run<T: Send + 'static>(
     path: &Path,
     work: impl FnOnce() -> T + Send + 'static,
@@ -127,7 +129,14 @@ pub async fn run_in_new<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'st
 ///
 /// # Errors
 /// The kernel's.
-pub fn remove(path: &Path) -> Result<(), Error> {
+pub async fn remove(path: &Path) -> Result<(), Error> {
+    let path = path.to_owned();
+    blocking(move || unpin(&path)).await
+}
+
+/// As [`remove`]. The call blocks.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+fn unpin(path: &Path) -> Result<(), Error> {
     match umount2(path, MntFlags::MNT_DETACH) {
         // Not there, or a file that nothing was mounted on yet.
         Ok(()) | Err(Errno::ENOENT | Errno::EINVAL) => {}
@@ -157,6 +166,7 @@ pub fn with_netlink<T>(work: impl AsyncFnOnce(rtnetlink::Handle) -> T) -> io::Re
 /// Makes `/run/netns` a shared mount as `ip netns add` does. If it did so
 /// later, over pins of ours, they would stay below its mount and keep their
 /// namespaces for ever.
+#[expect(clippy::disallowed_methods, reason = "it runs on a thread of its own")]
 fn prepare_directory() -> io::Result<()> {
     static PREPARING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = PREPARING.lock();

@@ -136,9 +136,14 @@ impl Plugins {
     ///
     /// # Errors
     /// [`Error::NotFound`].
-    pub fn find(&self, plugin: &str) -> Result<PathBuf, Error> {
-        let mut candidates = self.directories.iter().map(|directory| directory.join(plugin));
-        candidates.find(|path| path.is_file()).ok_or_else(|| Error::NotFound {
+    pub async fn find(&self, plugin: &str) -> Result<PathBuf, Error> {
+        for directory in &self.directories {
+            let path = directory.join(plugin);
+            if tokio::fs::metadata(&path).await.is_ok_and(|found| found.is_file()) {
+                return Ok(path);
+            }
+        }
+        Err(Error::NotFound {
             plugin: plugin.to_owned(),
             directories: self
                 .directories
@@ -161,7 +166,7 @@ impl Plugins {
         target: Target<'_>,
         config: &Value,
     ) -> Result<Value, Error> {
-        let program = self.find(plugin)?;
+        let program = self.find(plugin).await?;
         let path = std::env::join_paths(&self.directories).unwrap_or_else(|_| OsString::new());
         let mut command = Command::from(helper(program));
         if !matches!(verb, Verb::Status | Verb::Gc) {
@@ -399,7 +404,7 @@ mod tests {
     #[tokio::test]
     async fn a_missing_plugin_is_named_with_the_directories() {
         let plugins = Plugins { directories: vec!["/nonexistent/bin".into()], timeout: LONG };
-        let text = plugins.find("bridge").unwrap_err().to_string();
+        let text = plugins.find("bridge").await.unwrap_err().to_string();
         assert!(text.contains("bridge") && text.contains("/nonexistent/bin"), "{text}");
     }
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use super::attachment::Dns;
-use husk_base::text_file;
+use husk_base::{blocking, text_file};
 
 const PATH: &str = "/etc/resolv.conf";
 
@@ -13,12 +13,13 @@ const PATH: &str = "/etc/resolv.conf";
 const MOST: u64 = 64 << 10;
 
 /// The host's, without servers that only the host itself reaches.
-#[must_use]
-pub fn of_host() -> Dns {
-    match text_file::read(Path::new(PATH), MOST) {
+pub async fn of_host() -> Dns {
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+    let text = blocking(|| text_file::read(Path::new(PATH), MOST)).await;
+    match text {
         Ok(text) => parse(&text),
         Err(error) => {
-            tracing::debug!(%error, "read {PATH}");
+            tracing::debug!(%error, "failed to read {PATH}");
             Dns::default()
         }
     }

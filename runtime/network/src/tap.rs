@@ -18,6 +18,7 @@ mod ioctl {
 ///
 /// # Errors
 /// The kernel's; `InvalidInput` for a name that no interface can have.
+#[expect(clippy::disallowed_methods, reason = "it runs on a thread of its own")]
 pub fn create(name: &str) -> io::Result<OwnedFd> {
     let tun = OpenOptions::new()
         .read(true)

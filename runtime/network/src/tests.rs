@@ -243,7 +243,7 @@ fn a_pod_on_a_bridge_is_reached_and_reaches_out() {
     Host::run(async |host| {
         host.configure(json!([host.bridge()]));
         let network = host.network();
-        network.ready().unwrap();
+        network.ready().await.unwrap();
         let attachment = attach(&network, &pod("abcdef0123456789", &[])).await.unwrap();
 
         // The changes that a VM needs do not count as a broken connection.
@@ -415,7 +415,7 @@ fn a_pod_is_disconnected_with_the_configuration_that_connected_it() {
         // Another daemon disconnects the pod after its configuration was removed.
         fs::remove_file(host.path("net.d/10-test.conflist")).unwrap();
         let network = host.network();
-        assert!(network.ready().unwrap_err().to_string().contains("no CNI configuration"));
+        assert!(network.ready().await.unwrap_err().to_string().contains("no CNI configuration"));
         assert_eq!(network.recorded().await.unwrap(), ["aa"]);
         network.detach("aa").await.unwrap();
         host.assert_clean().await;
@@ -434,7 +434,7 @@ fn plugins_are_told_when_the_namespace_has_gone() {
         host.configure(json!([host.bridge(), {"type": "logger"}]));
         let network = host.network();
         let attachment = attach(&network, &pod("aa", &[])).await.unwrap();
-        netns::remove(&attachment.netns).unwrap();
+        netns::remove(&attachment.netns).await.unwrap();
         drop(attachment);
         network.detach("aa").await.unwrap();
         assert_eq!(fs::read_to_string(log).unwrap(), "ADD [/run/netns/husk-aa]\nDEL []\n");
@@ -476,7 +476,7 @@ fn a_failing_plugin_is_named_and_everything_before_it_undone() {
         host.configure(json!([host.bridge(), {"type": "absent"}]));
         let error = attach(&host.network(), &pod("aa", &[])).await.unwrap_err().to_string();
         assert!(error.contains("CNI plugin absent is not in"), "{error}");
-        assert!(host.network().ready().unwrap_err().to_string().contains("absent"));
+        assert!(host.network().ready().await.unwrap_err().to_string().contains("absent"));
         host.assert_clean().await;
     });
 }

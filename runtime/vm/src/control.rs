@@ -150,6 +150,7 @@ impl Control {
                     );
                     return Err(Error::Control { stage, cause });
                 }
+                #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
                 std::thread::sleep(pause);
                 pause = TRY_AGAIN;
             }

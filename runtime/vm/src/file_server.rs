@@ -93,6 +93,7 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
 ///
 /// # Errors
 /// The file system's error.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 pub fn namespace(run_dir: &Path) -> Result<Option<OwnedFd>, Error> {
     let record = run_dir.join(RECORD);
     let recorded = match std::fs::read_to_string(&record) {
@@ -156,6 +157,7 @@ struct Process {
 }
 
 impl Process {
+    #[expect(clippy::disallowed_methods, reason = "a file of /proc waits for no disk")]
     fn of(pid: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name, field 2, may have any bytes in it; the start time is field 22.
@@ -178,6 +180,7 @@ impl std::fmt::Display for Process {
 
 /// Waits until the file server says that it is ready. A server that does not ends by itself,
 /// because the socket is closed here.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn wait_ready(socket: OwnedFd, log: &Path) -> io::Result<OwnedFd> {
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(START_SECONDS))?;
     let mut word = [0; 16];

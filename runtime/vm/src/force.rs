@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use husk_base::mountinfo;
+use husk_base::{blocking, mountinfo};
 use husk_spawn::pidfd;
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -30,8 +30,9 @@ struct Found {
 }
 
 /// Whether the VMM of the machine in `run_dir` is there.
-pub fn is_there(run_dir: &Path) -> bool {
-    find(run_dir).is_ok_and(|found| !found.is_empty())
+pub async fn is_there(run_dir: &Path) -> bool {
+    let run_dir = run_dir.to_owned();
+    blocking(move || find(&run_dir).is_ok_and(|found| !found.is_empty())).await
 }
 
 /// Kills the VMM of the machine in `run_dir`, and returns when it has ended. Answers
@@ -41,20 +42,19 @@ pub fn is_there(run_dir: &Path) -> bool {
 /// The VMM does not end, or cannot be looked for.
 pub async fn kill(run_dir: &Path) -> Result<bool, Error> {
     let problem = |cause: String| Error::Control { stage: "kill", cause };
-    let found = find(run_dir).map_err(|error| problem(format!("find the VMM in /proc: {error}")))?;
+    let owned = run_dir.to_owned();
+    let found = blocking(move || find(&owned)).await;
+    let found = found.map_err(|error| problem(format!("find the VMM in /proc: {error}")))?;
     for vmm in &found {
         send_sigkill(&vmm.pidfd).map_err(|error| problem(format!("process {}: {error}", vmm.pid)))?;
-        let freezer = freezer_of(vmm.pid);
-        if let Some(freezer) = &freezer
-            && let Err(error) = fs::write(freezer.join("freezer.state"), "THAWED")
-        {
-            tracing::warn!(pid = vmm.pid, cgroup = %freezer.display(), %error, "failed to thaw the VMM");
-        }
+        let pid = vmm.pid;
+        blocking(move || thaw(pid)).await;
         let process =
             process::Process::watch(vmm.pidfd.try_clone().map_err(|error| problem(error.to_string()))?);
         let process = process.map_err(|error| problem(error.to_string()))?;
         if tokio::time::timeout(KILL_TIMEOUT, process.ended()).await.is_err() {
-            let groups = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid)).unwrap_or_default();
+            let groups =
+                tokio::fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid)).await.unwrap_or_default();
             return Err(problem(format!(
                 "process {} does not end within {} s of SIGKILL: thaw its control groups, and those above \
                  them ({})",
@@ -65,6 +65,15 @@ pub async fn kill(run_dir: &Path) -> Result<bool, Error> {
         }
     }
     Ok(!found.is_empty())
+}
+
+/// Thaws a process that is frozen by a group of cgroup v1: there SIGKILL waits for that.
+fn thaw(pid: u32) {
+    if let Some(freezer) = freezer_of(pid)
+        && let Err(error) = fs::write(freezer.join("freezer.state"), "THAWED")
+    {
+        tracing::warn!(pid, cgroup = %freezer.display(), %error, "failed to thaw the VMM");
+    }
 }
 
 /// Processes that run as the user of the machine in `run_dir`: its VMM.
@@ -168,13 +177,13 @@ mod tests {
         let (vmm_of_stopped, mut vmm_of_other) = (vmm(&stopped), vmm(&other));
         let pid = nix::unistd::Pid::from_raw(vmm_of_stopped.0.id().cast_signed());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-        assert!(is_there(&stopped));
+        assert!(is_there(&stopped).await);
         // The VMM listens, and takes no request.
         let _socket = crate::control::tests::listener(&crate::control_path(&stopped));
         crate::destroy_within(&stopped, Duration::from_secs(1)).await.unwrap();
         ends(vmm_of_stopped).await;
         assert!(vmm_of_other.0.try_wait().unwrap().is_none());
-        assert!(!stopped.exists() && !is_there(&stopped));
+        assert!(!stopped.exists() && !is_there(&stopped).await);
     }
 
     #[tokio::test]
@@ -196,10 +205,10 @@ mod tests {
         assert!(killed.unwrap().unwrap());
     }
 
-    #[test]
-    fn a_machine_without_a_user_has_no_vmm_to_be_found() {
+    #[tokio::test]
+    async fn a_machine_without_a_user_has_no_vmm_to_be_found() {
         let base = tempfile::tempdir().unwrap();
-        assert!(!is_there(base.path()));
+        assert!(!is_there(base.path()).await);
         assert_eq!(mounted_freezer(b"1 2 0:3 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"), None);
         let two = b"31 24 0:27 /docker /a rw - cgroup cgroup rw,freezer\n32 24 0:27 / /b\\040c rw,nosuid shared:9 - cgroup cgroup rw,freezer\n";
         assert_eq!(mounted_freezer(two), Some(PathBuf::from("/b c")));

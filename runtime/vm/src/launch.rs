@@ -1,29 +1,23 @@
 //! Starts a VM: the VMM's process, the boot, the connection to the agent.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream as StdUnixStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use husk_agent_client::Agent;
-use husk_base::cgroup;
+use husk_base::blocking;
 use husk_base::crash;
-use husk_base::dirs;
 use husk_base::id::SandboxId;
 use husk_config::{Limits, VmHandler};
-use husk_spawn::{Detached, Limit, Spawned};
 use husk_vmm_api::{DiskConfig, HostPort, NetConfig, TemplateConfig, VmConfig, VsockConfig};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use super::template::Template;
-use super::{
-    Control, Error, Process, Vmm, control_path, exit_path, inspected_when_silent, record_file, slot_names,
-    users, vsock_path,
-};
+use super::vmm_process::{Started, VmmProcess};
+use super::{Control, Error, Process, Vmm, control_path, inspected_when_silent, slot_names, vsock_path};
 
 /// Serial number of the disk with the containers' writable layers.
 pub const SCRATCH_SERIAL: &str = "scratch";
@@ -102,38 +96,21 @@ pub struct Launched {
 /// [`super::destroy`].
 pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launched, Error> {
     let started = Instant::now();
+    let vsock_path = vsock_path(&plan.run_dir);
     let file = |stage, path: &Path| {
         let path = path.to_owned();
         move |cause: io::Error| Error::File { stage, path, cause }
     };
-    // The VMM cannot open paths: all files are passed to it open.
-    dirs::make(&plan.run_dir, dirs::ROOT_ONLY).map_err(file("make folder for sockets", &plan.run_dir))?;
-    crash::point("VM folder made");
-    let control_path = control_path(&plan.run_dir);
-    let vsock_path = vsock_path(&plan.run_dir);
-    let exit_path = exit_path(&plan.run_dir);
-
-    let control = listen_seqpacket(&control_path).map_err(file("make control socket", &control_path))?;
-    let vsock = UnixListener::bind(&vsock_path).map_err(file("make vsock socket", &vsock_path))?;
-    let (ready, theirs) = ready_pair().map_err(file("make vsock socket", &vsock_path))?;
-    let exit = record_file(&exit_path).map_err(file("make exit record", &exit_path))?;
-    let log_path = plan.run_dir.join(LOG);
-    let log = record_file(&log_path).map_err(file("make VMM log", &log_path))?;
-
-    crash::point("VM sockets made");
-    let user = users::claim(&plan.run_dir).map_err(file("choose the VMM's user", &plan.run_dir))?;
-    if let Some(cgroup) = &plan.cgroup {
-        cgroup::make(cgroup).map_err(file("make control group", cgroup))?;
-    }
-    // From here on only the VMM holds its socket: once it has ended, nothing listens.
-    let started_vmm = |cause| Error::File { stage: "start VMM", path: plan.handler.vmm.clone(), cause };
-    let Spawned { pid, pidfd } = spawn(plan, user, control, exit, log).map_err(started_vmm)?;
-    crash::point("VMM started");
-    let process = Process::watch(pidfd).map_err(started_vmm)?;
+    let process = VmmProcess::of(plan);
+    let Started { process, vsock, kernel, rootfs, scratch } = blocking(move || process.start()).await?;
+    let vmm_pid = process.pid;
+    let process = Process::watch(process.pidfd).map_err(file("start VMM", &plan.handler.vmm))?;
 
     let cloned = template.is_some();
-    let (config, fds) = machine_config(plan, template, vsock, theirs)?;
-    let control = Control::new(control_path);
+    let (ready, theirs) = ready_pair().map_err(file("make vsock socket", &vsock_path))?;
+    let files = Files { kernel, rootfs, scratch, vsock: vsock.into(), ready: theirs };
+    let (config, fds) = vm_config(plan, template, files)?;
+    let control = Control::new(control_path(&plan.run_dir));
     control.boot(config, fds).await?;
     let booted = Instant::now();
     crash::point("guest started");
@@ -154,7 +131,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     Ok(Launched {
         vmm,
         agent,
-        vmm_pid: pid,
+        vmm_pid,
         cloned,
         start: booted - started,
         kernel: spoke - booted,
@@ -179,7 +156,7 @@ impl Ends<'_> {
             done = step => done,
             exit = self.vmm.ended() => Err(match exit {
                 Some(exit) => exit.into(),
-                None => Error::Killed { log: self.vmm.last_output() },
+                None => Error::Killed { log: self.vmm.last_output().await },
             }),
             () = tokio::time::sleep(limit) => {
                 self.vmm.control.log_inspection().await;
@@ -207,76 +184,29 @@ async fn agent_ready(mut connection: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Makes a socket that listens as a VMM's control socket does.
-///
-/// # Errors
-/// The file system's error.
-pub fn listen_seqpacket(path: &Path) -> io::Result<OwnedFd> {
-    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&socket, Backlog::new(16)?)?;
-    Ok(socket)
+/// The open files that go with a VM's configuration.
+struct Files {
+    kernel: OwnedFd,
+    rootfs: OwnedFd,
+    scratch: OwnedFd,
+    vsock: OwnedFd,
+    /// The VMM's end of [`ready_pair`].
+    ready: OwnedFd,
 }
 
-/// The VMM's resource limits. It opens no files by itself once it faces its
-/// guest, and no other process has its user.
-fn limits(plan: &Plan<'_>) -> io::Result<[Limit; 5]> {
-    /// Enough for the connections of the vsock device, and for the disks.
-    const OPEN_FILES: u64 = 4096;
-    /// Enough for two event loops, four threads for all disks, and KVM's own threads.
-    const OTHER_THREADS: u64 = 24;
-    let threads = u64::from(plan.vcpus) + OTHER_THREADS;
-    // The VMM writes to the sandbox disk, or to the memory file of a template.
-    let disk = std::fs::metadata(&plan.scratch)?.len();
-    let memory = u64::from(plan.memory_mib) << 20;
-    Ok([
-        (libc::RLIMIT_FSIZE, disk.max(memory)),
-        (libc::RLIMIT_NOFILE, OPEN_FILES),
-        (libc::RLIMIT_NPROC, threads),
-        (libc::RLIMIT_MEMLOCK, 0),
-        (libc::RLIMIT_CORE, 0),
-    ])
-}
-
-/// Starts the VMM, which outlives huskd.
-fn spawn(plan: &Plan<'_>, user: u32, control: OwnedFd, exit: File, log: File) -> io::Result<Spawned> {
-    const CONTROL_FD: &str = "3";
-    const EXIT_FD: &str = "4";
-    let mut program = Detached::new(&plan.handler.vmm)?
-        .arguments(["--id", plan.id.as_str(), "--user", &user.to_string()])?
-        .arguments(["--control-fd", CONTROL_FD, "--exit-fd", EXIT_FD])?
-        .log(log)
-        .descriptor(control)
-        .descriptor(exit.into())
-        .limits(limits(plan)?)
-        .own_pids();
-    if let Some(cgroup) = &plan.cgroup {
-        program = program.cgroup(cgroup)?;
-    }
-    program.spawn()
-}
-
-fn machine_config(
+fn vm_config(
     plan: &Plan<'_>,
     template: Option<Template>,
-    vsock: UnixListener,
-    ready: OwnedFd,
+    files: Files,
 ) -> Result<(VmConfig, Vec<OwnedFd>), Error> {
     let mut fds = Vec::<OwnedFd>::new();
     let mut pass = |fd: OwnedFd| {
         fds.push(fd);
         fds.len() - 1
     };
-    let open = |stage, path: &Path, write: bool| {
-        File::options().read(true).write(write).open(path).map(OwnedFd::from).map_err(|cause| Error::File {
-            stage,
-            path: path.into(),
-            cause,
-        })
-    };
-    let kernel = pass(open("open guest kernel", &plan.handler.kernel, false)?);
-    let root = pass(open("open guest root filesystem", &plan.handler.rootfs, false)?);
-    let scratch = pass(open("open sandbox disk", &plan.scratch, true)?);
+    let kernel = pass(files.kernel);
+    let root = pass(files.rootfs);
+    let scratch = pass(files.scratch);
     let limits = plan.limits;
     let mut nets = Vec::new();
     for nic in &plan.nics {
@@ -293,10 +223,10 @@ fn machine_config(
             send_limit: limits.network_out,
         });
     }
-    let listener = pass(vsock.into());
+    let listener = pass(files.vsock);
     // The agent of a clone is ready already.
     let host_port = match template {
-        None => Some(HostPort { port: husk_proto::agent::READY_PORT, socket: pass(ready) }),
+        None => Some(HostPort { port: husk_proto::agent::READY_PORT, socket: pass(files.ready) }),
         Some(_) => None,
     };
     let template = template.map(|template| TemplateConfig {

@@ -4,26 +4,34 @@
 //! spoken to through its [`Control`] socket. Both outlive huskd: [`reattach`] finds
 //! them again, and [`destroy`] ends whatever is left.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_agent_client::Agent;
+use husk_base::blocking;
 use husk_base::cgroup;
 use husk_base::crash;
 use husk_vmm_api::{Exit, Info, Request, Response, words};
 
 mod control;
 pub mod file_server;
+#[expect(clippy::disallowed_methods, reason = "its functions block, and run where they may")]
 mod force;
 pub mod launch;
 mod process;
 mod sandbox_disks;
 pub mod template;
+#[expect(clippy::disallowed_methods, reason = "its functions block, and run where they may")]
 mod users;
+#[expect(clippy::disallowed_methods, reason = "its functions block, and run where they may")]
+mod vmm_process;
 
 pub use control::Control;
 pub use process::Process;
 pub use sandbox_disks::{DiskBounds, Error as DiskError, SandboxDisks, disk_bounds};
+pub use vmm_process::listen_seqpacket;
 
 /// The name of the VMM's program, as the kernel has it.
 const PROGRAM: &str = "husk-vmm";
@@ -51,13 +59,14 @@ impl Vmm {
     /// or without when the VMM was itself killed.
     pub async fn ended(&self) -> Option<Exit> {
         self.process.ended().await;
-        exit_record(&self.run_dir)
+        exit_record(&self.run_dir).await
     }
 
     /// The last line of its log. The log itself goes with the machine.
-    fn last_output(&self) -> String {
-        let log =
-            std::fs::File::open(self.run_dir.join(launch::LOG)).and_then(words::read).unwrap_or_default();
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+    async fn last_output(&self) -> String {
+        let path = self.run_dir.join(launch::LOG);
+        let log = blocking(move || std::fs::File::open(path).and_then(words::read).unwrap_or_default()).await;
         log.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned()
     }
 }
@@ -184,40 +193,45 @@ pub async fn lives(run_dir: &Path) -> bool {
     Control::new(control_path(run_dir)).listens().await
 }
 
-/// Whether the VMM of the machine in `run_dir` is among the host's processes, as far as
+/// Whether the VMM of the VM in `run_dir` is among the host's processes, as far as
 /// it can be told without its socket.
-#[must_use]
-pub fn has_process(run_dir: &Path) -> bool {
-    force::is_there(run_dir)
+pub async fn has_process(run_dir: &Path) -> bool {
+    force::is_there(run_dir).await
 }
 
 /// Whether there is a control socket in `run_dir`, with or without a VMM.
-#[must_use]
-pub fn has_socket(run_dir: &Path) -> bool {
-    control_path(run_dir).exists()
+pub async fn has_socket(run_dir: &Path) -> bool {
+    tokio::fs::try_exists(control_path(run_dir)).await.unwrap_or(false)
 }
 
 /// Whether a VMM is among the processes of a control group, by the name of its
 /// program. The answer is never a reason to signal a process.
-#[must_use]
-pub fn is_in_group(cgroup: &Path) -> bool {
-    let processes = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    processes.lines().any(|pid| {
-        let program = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        program.trim_end() == PROGRAM
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+pub async fn is_in_group(cgroup: &Path) -> bool {
+    let cgroup = cgroup.to_owned();
+    blocking(move || {
+        let processes = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        processes.lines().any(|pid| {
+            let program = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            program.trim_end() == PROGRAM
+        })
     })
+    .await
 }
 
 /// The problem of a VMM that left no exit record, if the kernel has killed it for want of
 /// memory since the pod's start, when its control group had counted `before` such kills.
-#[must_use]
-pub fn out_of_memory(cgroup: Option<&Path>, before: u64) -> Option<String> {
-    let cgroup = cgroup.filter(|cgroup| cgroup::oom_kills(cgroup) > before)?;
-    Some(format!(
-        "the pod's memory on the node ran out, and the kernel killed the machine's VMM: raise the pod's memory \
-         limit or the overhead of its RuntimeClass, or free memory of the node (the pod's control group is {})",
-        cgroup.display()
-    ))
+pub async fn out_of_memory(cgroup: Option<&Path>, before: u64) -> Option<String> {
+    let cgroup = cgroup?.to_owned();
+    let group = cgroup.clone();
+    let kills = blocking(move || cgroup::oom_kills(&group)).await;
+    (kills > before).then(|| {
+        format!(
+            "the pod's memory on the node ran out, and the kernel killed the machine's VMM: raise the pod's memory \
+             limit or the overhead of its RuntimeClass, or free memory of the node (the pod's control group is {})",
+            cgroup.display()
+        )
+    })
 }
 
 /// Ends the VMM that is still there of the machine in `run_dir`, and removes the folder:
@@ -234,7 +248,7 @@ pub async fn destroy(run_dir: &Path) -> Result<(), Error> {
 async fn destroy_within(run_dir: &Path, limit: Duration) -> Result<(), Error> {
     let path = control_path(run_dir);
     crash::point("VMM to be ended");
-    if !path.exists() {
+    if !has_socket(run_dir).await {
         if force::kill(run_dir).await? {
             tracing::warn!(path = %path.display(), "killed a VMM that had no socket any more");
         }
@@ -245,7 +259,8 @@ async fn destroy_within(run_dir: &Path, limit: Duration) -> Result<(), Error> {
         tracing::warn!(path = %path.display(), %error, "killed a VMM that did not end when asked");
     }
     crash::point("VMM ended");
-    users::release(run_dir);
+    let folder = run_dir.to_owned();
+    blocking(move || users::release(&folder)).await;
     match tokio::fs::remove_dir_all(run_dir).await {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::File { stage: "remove sockets", path: run_dir.into(), cause })
@@ -255,14 +270,19 @@ async fn destroy_within(run_dir: &Path, limit: Duration) -> Result<(), Error> {
 }
 
 /// The exit record that the VMM left behind, if it could.
-#[must_use]
-pub fn exit_record(run_dir: &Path) -> Option<Exit> {
-    let file = std::fs::File::open(exit_path(run_dir)).ok()?;
-    serde_json::from_str(&words::read(file).ok()?).ok()
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+pub async fn exit_record(run_dir: &Path) -> Option<Exit> {
+    let path = exit_path(run_dir);
+    blocking(move || {
+        let file = std::fs::File::open(path).ok()?;
+        serde_json::from_str(&words::read(file).ok()?).ok()
+    })
+    .await
 }
 
 /// Makes a file of `run_dir` that a process which faces a guest writes to, see
 /// [`words`]. The process maps the file, which therefore has to be readable as well.
+#[expect(clippy::disallowed_methods, reason = "run directories are in memory (tmpfs)")]
 fn record_file(path: &Path) -> std::io::Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)

@@ -65,10 +65,7 @@ impl SandboxDisks {
         crash::point("disk to be copied");
         let to = path.to_owned();
         blocking(move || {
-            copy_sparse(&prepared, &to).map_err(|cause| {
-                let _ = std::fs::remove_file(&to);
-                Error::File { stage: "copy to", path: to, cause }
-            })
+            copy_sparse(&prepared, &to).map_err(|cause| Error::File { stage: "copy to", path: to, cause })
         })
         .await
     }
@@ -125,10 +122,11 @@ pub struct DiskBounds {
 /// The bounds of the disk at `path`. They come from the file on the host, of which
 /// the guest can write the content and nothing else. A guest writes to its disk
 /// half a minute late: until then the data is in its `memory`, bytes. Without that
-/// figure, the size of the disk is the bound.
+/// figure, the size of the disk is the bound. The call blocks.
 ///
 /// # Errors
 /// The file system's.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 pub fn disk_bounds(path: &Path, memory: Option<u64>) -> io::Result<DiskBounds> {
     let file = std::fs::metadata(path)?;
     // The unit of `st_blocks` is 512 bytes on every file system (stat(2)).
@@ -137,8 +135,17 @@ pub fn disk_bounds(path: &Path, memory: Option<u64>) -> io::Result<DiskBounds> {
     Ok(DiskBounds { bytes, inodes: file.len() / BYTES_PER_INODE })
 }
 
-/// Copies what the file holds, and leaves its holes holes.
+/// Copies what the file holds, and leaves its holes holes. After an error nothing is left
+/// at `to`. The call blocks.
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    copy_data(from, to).inspect_err(|_| {
+        let _ = std::fs::remove_file(to);
+    })
+}
+
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+fn copy_data(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = dirs::private_file(to)?;
     let length = source.metadata()?.len();

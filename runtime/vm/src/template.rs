@@ -150,7 +150,7 @@ impl Templates {
 
     /// Makes the template for pods of the handler that have no limits, unless there is one.
     pub async fn prepare(&self, handler: &VmHandler) {
-        let Some(key) = TemplateKey::new(handler, handler.vcpus, handler.memory_mib) else { return };
+        let Some(key) = TemplateKey::of(handler, handler.vcpus, handler.memory_mib).await else { return };
         if self.open(&key).await.is_none() {
             self.make(key).await;
         }
@@ -162,15 +162,16 @@ impl Templates {
     /// As for [`launch::launch`].
     pub async fn launch(self: &Arc<Self>, plan: &Plan<'_>) -> Result<Launched, Error> {
         // A template has one network interface.
-        let key = || TemplateKey::new(plan.handler, plan.vcpus, plan.memory_mib);
-        let Some(key) = (plan.nics.len() == 1).then(key).flatten() else {
-            return launch::launch(plan, None).await;
+        let key = match plan.nics.len() {
+            1 => TemplateKey::of(plan.handler, plan.vcpus, plan.memory_mib).await,
+            _ => None,
         };
+        let Some(key) = key else { return launch::launch(plan, None).await };
         if let Some(template) = self.open(&key).await {
             match launch::launch(plan, Some(template)).await {
                 Ok(launched) => return Ok(launched),
                 Err(error) => {
-                    tracing::warn!(sandbox = %plan.id, %error, "failed to clone a VM; booting one instead");
+                    tracing::warn!(%error, "failed to clone a VM; booting one instead");
                     remove(&self.dir.join(&key.name)).await;
                     super::destroy(&plan.run_dir).await?;
                 }
@@ -231,8 +232,9 @@ impl Templates {
     /// template can be removed at any time.
     async fn evict(&self) {
         let mut all = entries(&self.dir).await;
+        #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+        let made = |folder: &PathBuf| fs::metadata(folder).and_then(|metadata| metadata.modified()).ok();
         all = blocking(move || {
-            let made = |folder: &PathBuf| fs::metadata(folder).and_then(|metadata| metadata.modified()).ok();
             all.sort_by_cached_key(made);
             all
         })
@@ -254,6 +256,13 @@ struct TemplateKey {
 
 impl TemplateKey {
     /// The key of a handler's VMs of this size; `None` for a handler without templates.
+    async fn of(handler: &VmHandler, vcpus: u8, memory_mib: u32) -> Option<Self> {
+        let handler = handler.clone();
+        blocking(move || Self::new(&handler, vcpus, memory_mib)).await
+    }
+
+    /// As [`Self::of`]. The call blocks.
+    #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
     fn new(handler: &VmHandler, vcpus: u8, memory_mib: u32) -> Option<Self> {
         if !handler.template {
             return None;
@@ -281,6 +290,7 @@ impl TemplateKey {
 }
 
 /// A name for this boot of the host.
+#[expect(clippy::disallowed_methods, reason = "a file of /proc waits for no disk")]
 fn host_boot() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.chars().take(8).collect()
@@ -401,6 +411,7 @@ fn file(stage: &'static str, path: &Path, cause: io::Error) -> Error {
     Error::File { stage, path: path.into(), cause }
 }
 
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
 async fn entries(folder: &Path) -> Vec<PathBuf> {
     let folder = folder.to_owned();
     blocking(|| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect())

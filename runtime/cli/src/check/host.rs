@@ -14,7 +14,7 @@ use crate::client;
 pub async fn check(report: &mut Report, config: &Config) {
     report.add("root", root());
     report.add("tap and tc", redirection().await);
-    report.add("cni", cni(config));
+    report.add("cni", cni(config).await);
     report.add("cgroup v2", cgroups());
 }
 
@@ -51,14 +51,14 @@ async fn redirection() -> Finding {
     }
 }
 
-fn cni(config: &Config) -> Finding {
+async fn cni(config: &Config) -> Finding {
     let network = Network::new(NetworkConfig {
         conf_dir: config.network.conf_dir.clone(),
         bin_dirs: config.network.bin_dirs.clone(),
         cache_dir: config.state_dir.join("network"),
         plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
     });
-    match network.ready() {
+    match network.ready().await {
         Ok(()) => Finding::Ok(format!("{}, and its plugins", config.network.conf_dir.display())),
         Err(reason) => {
             let plugins = config.network.bin_dirs.iter().any(|dir| dir.join("bridge").exists());

@@ -8,8 +8,9 @@ use husk_backend::Place;
 use husk_base::id::SandboxId;
 use husk_base::{blocking, chain, dirs};
 use husk_volumes::SharedDir;
+use tracing::Instrument;
 
-use crate::Node;
+use crate::{Node, span};
 
 /// Ends machines, and gives back volumes and networks, that belong to none of
 /// the known sandboxes.
@@ -55,11 +56,15 @@ fn close_volumes(node: &Node, known: &[SandboxId]) {
 async fn detach_networks(node: &Node, known: &[SandboxId]) {
     for id in node.network.recorded().await.unwrap_or_default() {
         if !known.iter().any(|other| other.as_str() == id) {
-            tracing::info!(sandbox = id, "releasing a network that no record names");
-            if let Err(error) = node.network.detach(&id).await {
-                let error = chain(&error);
-                tracing::warn!(sandbox = id, error, "failed to release an orphaned network");
-            }
+            let span = span::sandbox(&SandboxId::from(id.as_str()));
+            detach_network(node, &id).instrument(span).await;
         }
+    }
+}
+
+async fn detach_network(node: &Node, id: &str) {
+    tracing::info!("releasing a network that no record names");
+    if let Err(error) = node.network.detach(id).await {
+        tracing::warn!(error = chain(&error), "failed to release an orphaned network");
     }
 }

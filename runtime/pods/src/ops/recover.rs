@@ -237,7 +237,7 @@ async fn take_over(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), Error
         Ok(running) => Arc::new(running),
         Err(error) => {
             let oom_kills = sandbox.record().oom_kills;
-            let ending = sandbox.place(&node.config.run_dir).ending(&error, oom_kills);
+            let ending = sandbox.place(&node.config.run_dir).ending(&error, oom_kills).await;
             tracing::warn!(problem = ending.problem, "the pod has gone");
             return lifecycle::stop_for(node, &op, &ending).await;
         }

@@ -47,7 +47,7 @@ pub async fn run_sandbox(
     let mut unlocked = Unlocked::new();
     let op = sandbox.lock_op(&mut unlocked).await;
     if let Err(error) = bring_up(node, &op, handler).await {
-        let error = vm_memory::explain_start(&sandbox.record(), error);
+        let error = vm_memory::explain_start(&sandbox.record(), error).await;
         tracing::warn!(error = chain(&error), "pod did not start; undoing");
         undo(node, &op, name).await?;
         return Err(error);

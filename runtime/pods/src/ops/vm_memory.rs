@@ -101,10 +101,11 @@ pub fn memory_warning(record: &SandboxRecord) -> Option<String> {
 
 /// The error of a pod that did not come up: that its VMM was killed for want of memory, if
 /// it was, whatever failed for it.
-pub(super) fn explain_start(record: &SandboxRecord, error: Error) -> Error {
-    let killed = record.size.and_then(|_| husk_vm::out_of_memory(record.cgroup.as_deref(), 0));
-    match killed {
-        Some(problem) => Error::Full(format!("start the pod's machine: {problem}")),
+pub(super) async fn explain_start(record: &SandboxRecord, error: Error) -> Error {
+    // A host pod has no size.
+    let cgroup = record.cgroup.as_deref().filter(|_| record.size.is_some());
+    match husk_vm::out_of_memory(cgroup, 0).await {
+        Some(problem) => Error::Full(format!("start the pod's VM: {problem}")),
         None => error,
     }
 }
@@ -163,15 +164,15 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_pod_that_did_not_start_because_its_vmm_was_killed_is_told_so() {
+    #[tokio::test]
+    async fn a_pod_that_did_not_start_because_its_vmm_was_killed_is_told_so() {
         let folder = tempfile::tempdir().unwrap();
         let mut record = sandbox_record("p");
         record.cgroup = Some(folder.path().to_owned());
         let error = || Error::Broken("the VMM hung up".into());
-        assert!(matches!(explain_start(&record, error()), Error::Broken(_)));
+        assert!(matches!(explain_start(&record, error()).await, Error::Broken(_)));
         std::fs::write(folder.path().join("memory.events"), "oom 1\noom_kill 1\n").unwrap();
-        let Error::Full(text) = explain_start(&record, error()) else { panic!("another error") };
+        let Error::Full(text) = explain_start(&record, error()).await else { panic!("another error") };
         assert!(text.contains("the kernel killed the machine's VMM") && text.contains("overhead"), "{text}");
     }
 }

@@ -11,7 +11,7 @@ fn named(name: &str) -> cri::PodSandboxConfig {
 /// A socket on which a pod's VMM listens, as far as one can tell without asking it.
 fn vmm(run_dir: &Path) -> std::os::fd::OwnedFd {
     std::fs::create_dir_all(run_dir).unwrap();
-    husk_vm::launch::listen_seqpacket(&run_dir.join("vmm.sock")).unwrap()
+    husk_vm::listen_seqpacket(&run_dir.join("vmm.sock")).unwrap()
 }
 
 #[tokio::test]
