@@ -73,6 +73,13 @@ crash: deps-test build ## huskd dies wherever it has done something; VICTIM=husk
 	$(kvm_host) --timeout 7200 --memory 8G -- $(HUSK_CACHE)/python/test/bin/python tests/crash/run \
 		--victim '$(VICTIM)' $(if $(PART),--part $(PART)) $(REQUEST)
 
+# The release whose pods this one takes over: the one before it.
+FROM ?= 0.1.0
+.PHONY: upgrade
+upgrade: deps-test build ## this huskd over pods of an earlier release, and the way back; FROM=version, built from git's history
+	release=$$(tests/support/release '$(FROM)') && \
+		HUSK_UPGRADE_FROM=$$release $(kvm_host) --timeout 3600 --memory 8G -- tests/integration/run test_upgrade.py
+
 .PHONY: bench
 bench: deps-test build ## start-up times, memory, streams and volumes beside containerd's, to target/bench
 	@tests/support/deps bench
