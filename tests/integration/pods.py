@@ -106,6 +106,26 @@ class PodTest(unittest.TestCase):
         self.node.daemon.send_signal(signal.SIGKILL)
         self.node.daemon.wait()
 
+    def speak_while_huskd_dies(self, lines=60_000, deaths=4):
+        """A container prints numbered lines while huskd is killed and its log is rotated: each is there once, in order."""
+        count = f"i=0; while [ $i -lt {lines} ]; do echo line $i; i=$((i+1)); done"
+        _, container = self.running(command=["sh", "-c", count])
+        path = self.status(container)["logPath"]
+        logs = []
+        for death in range(deaths):
+            time.sleep(0.5 + death / 7)
+            self.kill_daemon()
+            self.node.start_daemon()
+            if death == 1:
+                logs.append(path + ".20260101-000000")
+                os.rename(path, logs[0])
+                self.node.crictl("logs", "--reopen", "--tail", "1", container)
+        self.assertEqual(self.wait_exited(container, 300)["exitCode"], 0)
+        said = [line.rstrip("\n").split(" ", 3)[1:] for log in [*logs, path] for line in open(log)]
+        expected = [["stdout", "F", f"line {number}"] for number in range(lines)]
+        wrong = next(((is_, want) for is_, want in zip(said, expected) if is_ != want), None)
+        self.assertEqual((len(said), wrong), (lines, None))
+
     def in_background(self, *arguments):
         """crictl, which is killed at the end of the test if it still runs."""
         command = [self.node.crictl_program, "--config", str(self.node.root / "crictl.yaml"), *arguments]

@@ -341,6 +341,9 @@ class Volumes(MappedVolumes, HostTest):
 
 
 class Death(HostTest):
+    def test_no_line_is_lost_or_repeated_when_huskd_is_killed(self):
+        self.speak_while_huskd_dies()
+
     def test_pods_live_on_when_the_daemon_dies(self):
         pod, container = self.running(command=["sh", "-c", "trap 'exit 9' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"])
         before = self.supervisors()

@@ -23,6 +23,9 @@ class Life(PodTest):
         lines = self.node.crictl("logs", container).splitlines()
         self.assertEqual((len(lines), lines[-1]), (20001, "end"))
 
+    def test_no_line_is_lost_or_repeated_when_huskd_is_killed(self):
+        self.speak_while_huskd_dies()
+
     def test_exec_answers_with_output_and_exit_code_and_has_a_time_limit(self):
         _, container = self.running()
         said = self.node.crictl("exec", "-s", container, "sh", "-c", "echo out; echo err >&2")

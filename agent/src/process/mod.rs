@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::connection::Connection;
 use crate::guest::cgroup::Cgroup;
 use crate::process::fd::AsyncFile;
-use crate::process::pump::{End, Input, OutputOwner};
+use crate::process::pump::{End, Input, OutputClient, OutputOwner};
 use crate::process::reaper::{Exit, Exited};
 use crate::process::stdio::Ends;
 
@@ -53,8 +53,8 @@ pub struct Process {
     exited: Exited,
     ended: watch::Receiver<Option<Outcome>>,
     stdin: Option<mpsc::Sender<Input<Connection>>>,
-    stdout: mpsc::Sender<Connection>,
-    stderr: Option<mpsc::Sender<Connection>>,
+    stdout: mpsc::Sender<OutputClient<Connection>>,
+    stderr: Option<mpsc::Sender<OutputClient<Connection>>>,
     terminal: Option<OwnedFd>,
     _tasks: Vec<AbortOnDropHandle<()>>,
 }
@@ -73,7 +73,7 @@ impl Process {
         let mut outputs = Vec::new();
 
         let terminal = ends.terminal.is_some();
-        let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<Connection>> {
+        let mut open = |end: OwnedFd| -> io::Result<mpsc::Sender<OutputClient<Connection>>> {
             let (clients, receiver) = mpsc::channel(1);
             // The client that asked for an exec is the only one of its output.
             let owner = match (role, terminal) {
@@ -196,18 +196,22 @@ impl Process {
     /// Connects a client to a stream, in place of the present one. If the
     /// stream has ended, the connection is closed, as at the end of any stream.
     pub async fn connect(&self, kind: Kind, connection: Connection, early: Vec<u8>) {
-        let output = match kind {
+        match kind {
             Kind::Stdin => {
                 if let Some(stdin) = &self.stdin {
                     let _ = stdin.send(Input { connection, early }).await;
                 }
-                return;
             }
-            Kind::Stdout => Some(&self.stdout),
-            Kind::Stderr => self.stderr.as_ref(),
-        };
+            Kind::Stdout | Kind::Stderr => self.connect_output(kind, connection, None).await,
+        }
+    }
+
+    /// As [`Self::connect`], for an output whose client has all bytes before `from`, if it
+    /// confirms what it has written.
+    pub async fn connect_output(&self, kind: Kind, connection: Connection, from: Option<u64>) {
+        let output = if kind == Kind::Stderr { self.stderr.as_ref() } else { Some(&self.stdout) };
         if let Some(output) = output {
-            let _ = output.send(connection).await;
+            let _ = output.send(OutputClient { connection, from }).await;
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use husk_proto::agent::stream::{Kind, MAX_HEADER, PortHeader, StreamHeader};
+use husk_proto::agent::stream::{Kind, MAX_HEADER, OutputHeader, PortHeader, StreamHeader};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
@@ -54,11 +54,13 @@ pub async fn serve(mut incoming: Incoming, agent: Arc<Agent>) {
 #[derive(Debug, PartialEq, Eq)]
 enum StreamRequest {
     Stream(StreamHeader),
+    Output(OutputHeader),
     Port(PortHeader),
 }
 
 enum Found {
     Stream(ProcessRef, Kind),
+    Output(ProcessRef, OutputHeader),
     Port(port::Target),
 }
 
@@ -70,7 +72,12 @@ async fn receive(
 ) -> std::io::Result<Option<port::Forward<Connection>>> {
     let found = match read_header(&mut connection).await {
         Ok((StreamRequest::Stream(header), early)) => {
-            find(agent, &header).map(|process| (Found::Stream(process, header.kind), early))
+            let process = find(agent, &header.container_id, &header.process_id, header.kind);
+            process.map(|process| (Found::Stream(process, header.kind), early))
+        }
+        Ok((StreamRequest::Output(header), early)) => {
+            let process = find(agent, &header.container_id, "", header.kind);
+            process.map(|process| (Found::Output(process, header), early))
         }
         Ok((StreamRequest::Port(PortHeader(port)), early)) => {
             port::connect(port).await.map(|target| (Found::Port(target), early))
@@ -81,6 +88,10 @@ async fn receive(
         Ok((Found::Stream(process, kind), early)) => {
             connection.write_all(b"OK\n").await?;
             process.connect(kind, connection, early).await;
+        }
+        Ok((Found::Output(process, header), _)) => {
+            connection.write_all(b"OK\n").await?;
+            process.connect_output(header.kind, connection, Some(header.from)).await;
         }
         Ok((Found::Port(target), early)) => {
             connection.write_all(b"OK\n").await?;
@@ -94,10 +105,10 @@ async fn receive(
     Ok(None)
 }
 
-fn find(agent: &Agent, header: &StreamHeader) -> Result<ProcessRef, String> {
-    let container = agent.containers.get(&header.container_id).map_err(|error| error.to_string())?;
-    let process = container.process(&header.process_id).map_err(|error| error.to_string())?;
-    process.check_stream(header.kind).map_err(str::to_owned)?;
+fn find(agent: &Agent, container_id: &str, process_id: &str, kind: Kind) -> Result<ProcessRef, String> {
+    let container = agent.containers.get(container_id).map_err(|error| error.to_string())?;
+    let process = container.process(process_id).map_err(|error| error.to_string())?;
+    process.check_stream(kind).map_err(str::to_owned)?;
     Ok(process)
 }
 
@@ -112,6 +123,9 @@ async fn read_header(connection: &mut (impl AsyncRead + Unpin)) -> Result<(Strea
             let line = std::str::from_utf8(&received).map_err(|error| error.to_string())?;
             if let Ok(port) = line.parse() {
                 return Ok((StreamRequest::Port(port), early));
+            }
+            if let Ok(output) = line.parse() {
+                return Ok((StreamRequest::Output(output), Vec::new()));
             }
             let header: StreamHeader = line.parse().map_err(|bad| format!("{bad}"))?;
             let early = match header.kind {
@@ -156,6 +170,13 @@ mod tests {
     async fn what_follows_a_port_is_for_the_port() {
         let read = read(b"PORT 80\nGET /").await.unwrap();
         assert_eq!(read, (StreamRequest::Port(PortHeader(80)), b"GET /".to_vec()));
+    }
+
+    #[tokio::test]
+    async fn an_output_is_asked_for_from_a_byte_on() {
+        let header = OutputHeader { kind: Kind::Stderr, container_id: "c1".into(), from: 4711 };
+        let read = read(b"OUTPUT stderr c1 4711\n").await.unwrap();
+        assert_eq!(read, (StreamRequest::Output(header), Vec::new()));
     }
 
     #[tokio::test]

@@ -3,15 +3,15 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_base::lock;
 use husk_proto::agent::agent_server::{Agent as Service, AgentServer};
-use husk_proto::agent::stream::{Kind, StreamHeader};
+use husk_proto::agent::stream::{BAD_HEADER, Kind, OutputHeader, StreamHeader};
 use husk_proto::agent::*;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,6 +28,10 @@ pub struct Fake {
     pub stdout: Vec<u8>,
     /// The standard error of every command.
     pub stderr: Vec<u8>,
+    /// The agent is of a release that knows no confirmations of output.
+    pub confirms_nothing: bool,
+    /// How much of the standard output of containers is confirmed.
+    pub confirmed: AtomicU64,
     /// Commands end when they are killed, and not before.
     pub endless: bool,
     /// No stream can be opened.
@@ -128,22 +132,63 @@ impl Fake {
     }
 
     async fn stream(self: Arc<Self>, mut socket: UnixStream) {
-        let header: StreamHeader = read_line(&mut socket).await.unwrap().parse().unwrap();
+        let line = read_line(&mut socket).await.unwrap();
+        if let Ok(header) = line.parse() {
+            return self.output(socket, header).await;
+        }
+        let header: StreamHeader = line.parse().unwrap();
         if self.without_streams {
             socket.write_all(b"ERR out of streams\n").await.unwrap();
             return;
         }
         socket.write_all(b"OK\n").await.unwrap();
-        let said = match header.kind {
-            Kind::Stderr => &self.stderr,
-            _ => match &self.more {
-                Some(more) if self.asked.fetch_add(1, Ordering::Relaxed) > 0 => more,
-                _ => &self.stdout,
-            },
-        };
         // The reader may hang up.
-        let _ = socket.write_all(said).await;
+        let _ = socket.write_all(&self.said(header.kind)).await;
         self.command_ends().await;
+    }
+
+    /// An output of a container: as much as its client has not confirmed.
+    async fn output(&self, mut socket: UnixStream, header: OutputHeader) {
+        if self.without_streams || self.confirms_nothing {
+            let reason = if self.confirms_nothing { BAD_HEADER } else { "out of streams" };
+            socket.write_all(format!("ERR {reason}\n").as_bytes()).await.unwrap();
+            return;
+        }
+        let said = self.said(header.kind);
+        let confirmed = if header.kind == Kind::Stdout { self.confirmed.load(Ordering::Relaxed) } else { 0 };
+        let start = header.from.max(confirmed).min(said.len() as u64);
+        let mut answer = b"OK\n".to_vec();
+        answer.extend(start.to_be_bytes());
+        answer.extend(said.get(usize::try_from(start).unwrap()..).unwrap());
+        let (mut reader, mut writer) = socket.split();
+        let send = async {
+            let _ = writer.write_all(&answer).await;
+            self.command_ends().await;
+            let _ = writer.shutdown().await;
+        };
+        let listen = async {
+            while let Ok(offset) = reader.read_u64().await {
+                if header.kind == Kind::Stdout {
+                    self.confirmed.fetch_max(offset, Ordering::Relaxed);
+                }
+            }
+        };
+        tokio::join!(send, listen);
+    }
+
+    /// What an output says. A second request for standard output adds to the first.
+    fn said(&self, kind: Kind) -> Vec<u8> {
+        match (kind, &self.more) {
+            (Kind::Stderr, _) => self.stderr.clone(),
+            (_, Some(more)) if self.asked.fetch_add(1, Ordering::Relaxed) > 0 => {
+                if self.confirms_nothing {
+                    more.clone()
+                } else {
+                    [&*self.stdout, more].concat()
+                }
+            }
+            _ => self.stdout.clone(),
+        }
     }
 
     async fn command_ends(&self) {

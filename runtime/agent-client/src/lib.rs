@@ -7,6 +7,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -50,6 +51,20 @@ pub struct Agent {
     vsock: PathBuf,
     timeout: Duration,
     silent: Option<Silent>,
+    /// The agent is of a release that knows no confirmations of output.
+    confirms_nothing: Arc<AtomicBool>,
+}
+
+/// An output of a container.
+#[derive(Debug)]
+pub enum Output {
+    /// The agent keeps what is sent until it is confirmed: the stream, and the number of
+    /// its first byte.
+    Confirmed(UnixStream, u64),
+    /// The stream of an agent that counts what it has sent as taken.
+    Unconfirmed(UnixStream),
+    /// The stream has ended, and all of it was confirmed.
+    Ended,
 }
 
 /// Called when the agent has not answered in time.
@@ -82,7 +97,14 @@ impl Agent {
             endpoint.connect_with_connector(connector.clone()).await.map_err(|error| chain(&error))?;
         let waits = endpoint.connect_with_connector_lazy(connector);
         let client = |channel| AgentClient::new(channel).max_decoding_message_size(bounds::MAX_ANSWER);
-        Ok(Self { client: client(channel), waits: client(waits), vsock, timeout, silent: None })
+        Ok(Self {
+            client: client(channel),
+            waits: client(waits),
+            vsock,
+            timeout,
+            silent: None,
+            confirms_nothing: Arc::default(),
+        })
     }
 
     /// Has `look` called, and waited for, when the agent does not answer a call
@@ -154,6 +176,36 @@ impl Agent {
         self.send_header(header).await?.map_err(|reason| {
             io::Error::other(format!("open {:?} of the process: agent says `{reason}`", header.kind))
         })
+    }
+
+    /// Opens an output of a container, from a byte on. An agent of an earlier release sends
+    /// it from wherever it is.
+    ///
+    /// # Errors
+    /// The agent refuses, or does not answer in time.
+    pub async fn open_output(&self, header: &stream::OutputHeader) -> io::Result<Output> {
+        if !self.confirms_nothing.load(Ordering::Relaxed) {
+            match self.send_header(header).await? {
+                Ok(mut socket) => {
+                    let start = tokio::time::timeout(CONNECT_TIMEOUT, socket.read_u64()).await;
+                    return match start.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                        Ok(start) => Ok(Output::Confirmed(socket, start)),
+                        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Output::Ended),
+                        Err(error) => Err(error),
+                    };
+                }
+                Err(reason) if reason.starts_with(stream::BAD_HEADER) => {
+                    self.confirms_nothing.store(true, Ordering::Relaxed);
+                }
+                Err(reason) => {
+                    let refused = format!("open {:?} of the container: agent says `{reason}`", header.kind);
+                    return Err(io::Error::other(refused));
+                }
+            }
+        }
+        let container_id = header.container_id.clone();
+        let plain = stream::StreamHeader { kind: header.kind, container_id, process_id: String::new() };
+        self.open_stream(&plain).await.map(Output::Unconfirmed)
     }
 
     /// Opens a connection to a port of the pod.
@@ -311,6 +363,30 @@ mod tests {
             let fake = fake::Fake { release: release.map(str::to_owned), ..Default::default() };
             let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
             assert_eq!(agent.hello().await.unwrap(), (expected.0, expected.1.to_owned()));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_knows_no_confirmations_sends_its_output_all_the_same() {
+        let header = stream::OutputHeader { kind: stream::Kind::Stdout, container_id: "c".into(), from: 2 };
+        for confirms_nothing in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let fake = fake::Fake { stdout: b"01234".to_vec(), confirms_nothing, ..Default::default() };
+            let agent = Arc::new(fake).serve(folder.path(), Duration::from_secs(20)).await;
+            for _ in 0..2 {
+                let mut said = String::new();
+                match agent.open_output(&header).await.unwrap() {
+                    Output::Unconfirmed(mut socket) if confirms_nothing => {
+                        socket.read_to_string(&mut said).await.unwrap();
+                        assert_eq!(said, "01234");
+                    }
+                    Output::Confirmed(mut socket, 2) if !confirms_nothing => {
+                        socket.read_to_string(&mut said).await.unwrap();
+                        assert_eq!(said, "234");
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
         }
     }
 

@@ -5,10 +5,12 @@ use std::io::{Read, Write};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::command::UNCLAIMED;
 use super::*;
 use crate::process::reaper::Exit;
 
@@ -20,7 +22,7 @@ fn ended() -> Option<Exit> {
 
 struct Output {
     process: File,
-    clients: mpsc::Sender<UnixStream>,
+    clients: mpsc::Sender<OutputClient<UnixStream>>,
     exit: watch::Sender<Option<Exit>>,
     kept: watch::Receiver<bool>,
     pump: tokio::task::JoinHandle<End>,
@@ -40,10 +42,24 @@ fn start(owner: OutputOwner) -> Output {
 }
 
 impl Output {
+    /// The process closes its end.
+    fn close(&mut self) {
+        self.process = File::open("/dev/null").unwrap();
+    }
+
     async fn connect(&self) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        self.clients.send(theirs).await.unwrap();
+        self.clients.send(OutputClient { connection: theirs, from: None }).await.unwrap();
         ours
+    }
+
+    /// Connects a client that confirms, and has all bytes before `from`. Returns the
+    /// number of the first byte that it gets.
+    async fn connect_from(&self, from: u64) -> (UnixStream, u64) {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        self.clients.send(OutputClient { connection: theirs, from: Some(from) }).await.unwrap();
+        let start = timeout(SOON, ours.read_u64()).await.unwrap().unwrap();
+        (ours, start)
     }
 }
 
@@ -111,10 +127,64 @@ async fn a_silent_stream_without_client_ends_with_its_process() {
 }
 
 #[tokio::test]
+async fn what_a_client_has_not_confirmed_is_sent_to_the_next() {
+    let mut stream = start_output();
+    let (mut client, start) = stream.connect_from(0).await;
+    assert_eq!(start, 0);
+    stream.process.write_all(b"one\ntwo\nthree\n").unwrap();
+    let mut read = [0; 14];
+    client.read_exact(&mut read).await.unwrap();
+    client.write_u64(4).await.unwrap();
+    // One dies with what it has read; the next knows by its log that it has a line more.
+    drop(client);
+    let (mut client, start) = stream.connect_from(8).await;
+    assert_eq!(start, 8);
+    let mut read = [0; 6];
+    client.read_exact(&mut read).await.unwrap();
+    assert_eq!(&read, b"three\n");
+    drop(client);
+    // One that knows nothing gets all that was never confirmed, whoever it is.
+    let (client, start) = stream.connect_from(0).await;
+    assert_eq!(start, 8);
+    drop(client);
+    stream.close();
+    stream.exit.send_replace(ended());
+    let mut client = stream.connect_from(8).await.0;
+    let mut rest = Vec::new();
+    timeout(SOON, client.read_to_end(&mut rest)).await.unwrap().unwrap();
+    assert_eq!(rest, b"three\n");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!stream.pump.is_finished(), "the end of the stream is not confirmed");
+    client.write_u64(14).await.unwrap();
+    timeout(SOON, stream.pump).await.unwrap().unwrap();
+    assert!(stream.kept.has_changed().is_err() && !*stream.kept.borrow());
+}
+
+#[tokio::test]
+async fn a_client_that_confirms_nothing_holds_the_process_up() {
+    let mut stream = start_output();
+    let (mut client, _) = stream.connect_from(0).await;
+    let reader = tokio::spawn(async move {
+        let mut all = Vec::new();
+        let mut piece = vec![0; 4096];
+        while let Ok(Ok(count)) = timeout(Duration::from_millis(300), client.read(&mut piece)).await {
+            all.extend_from_slice(&piece[..count]);
+        }
+        (client, all)
+    });
+    let sent = fill(&mut stream.process).await;
+    let (mut client, all) = reader.await.unwrap();
+    // The pipe of the process holds the rest.
+    assert!(all.len() < sent.len() && all.len() <= 160 * 1024, "{} of {}", all.len(), sent.len());
+    client.write_u64(all.len() as u64).await.unwrap();
+    assert_eq!(timeout(SOON, client.read_u8()).await.unwrap().unwrap(), sent[all.len()]);
+}
+
+#[tokio::test]
 async fn output_that_nobody_takes_is_kept_after_the_exit_to_its_last_byte() {
     let mut stream = start_output();
     let sent = fill(&mut stream.process).await;
-    drop(stream.process);
+    stream.close();
     tokio::time::pause();
     tokio::time::sleep(CLIENT_TIMEOUT * 3).await;
     assert!(!*stream.kept.borrow(), "while the process runs, its output just waits");
@@ -127,9 +197,8 @@ async fn output_that_nobody_takes_is_kept_after_the_exit_to_its_last_byte() {
     tokio::time::resume();
     // A client that breaks off does not end the stream.
     let (gone, _) = UnixStream::pair().unwrap();
-    stream.clients.send(gone).await.unwrap();
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    stream.clients.send(theirs).await.unwrap();
+    stream.clients.send(OutputClient { connection: gone, from: None }).await.unwrap();
+    let ours = stream.connect().await;
     assert!(read_to_end(ours).await == sent);
     assert_eq!(timeout(SOON, stream.pump).await.unwrap().unwrap(), End::Over);
 }

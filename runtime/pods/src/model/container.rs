@@ -5,16 +5,20 @@ use std::sync::{Arc, Mutex};
 
 use husk_base::id::ContainerId;
 use husk_base::record::{Durability, ReadError};
-use husk_base::{FileError, chain, lock, now};
+use husk_base::{FileError, blocking, chain, lock, now};
 use tokio::task::JoinSet;
 use tracing::{Instrument, Span};
 
 use super::container_record::{ContainerRecord, Exit, State};
 use super::cpu_rate::CpuRate;
 use super::op::{ContainerOp, ContainerTurn, Unlocked};
+use super::sandbox::CONTAINERS;
 use super::stored::Stored;
 use super::{fanout, log};
 use crate::span;
+
+/// The end of the name of the file beside a record that says how much is in the log.
+const POSITION: &str = "position";
 
 /// A container of the node.
 #[derive(Debug)]
@@ -23,6 +27,7 @@ pub struct Container {
     pub id: ContainerId,
     op_lock: tokio::sync::Mutex<ContainerTurn>,
     record: Stored<ContainerRecord>,
+    position: PathBuf,
     /// How much processor time the container takes.
     pub cpu_rate: CpuRate,
     log: Mutex<Option<Arc<log::LogFile>>>,
@@ -40,8 +45,9 @@ impl Container {
     /// # Errors
     /// The disk refuses it.
     pub async fn create(sandbox_directory: &Path, record: ContainerRecord) -> Result<Self, FileError> {
-        let path = sandbox_directory.join("containers").join(format!("{}.json", record.id));
-        Ok(Self::with(Stored::create(path, None, record).await?))
+        let path = sandbox_directory.join(CONTAINERS).join(format!("{}.json", record.id));
+        let position = path.with_extension(POSITION);
+        Ok(Self::with(Stored::create(path, None, record).await?, position))
     }
 
     /// The container whose record is the file `path`, which is read at once: this
@@ -50,12 +56,14 @@ impl Container {
     /// # Errors
     /// The record cannot be used, see [`ReadError`].
     pub fn load(path: PathBuf) -> Result<Self, ReadError> {
-        Ok(Self::with(Stored::load(path, None)?))
+        let position = path.with_extension(POSITION);
+        Ok(Self::with(Stored::load(path, None)?, position))
     }
 
-    fn with(record: Stored<ContainerRecord>) -> Self {
+    fn with(record: Stored<ContainerRecord>, position: PathBuf) -> Self {
         Self {
             id: record.get().id.clone(),
+            position,
             op_lock: tokio::sync::Mutex::default(),
             record,
             cpu_rate: CpuRate::default(),
@@ -112,6 +120,11 @@ impl Container {
         self.record.settled().await;
     }
 
+    /// The file that says how much of its output is in its log, beside its record.
+    pub(crate) fn position_path(&self) -> &Path {
+        &self.position
+    }
+
     /// The open log, if it has one.
     pub fn log(&self) -> Option<Arc<log::LogFile>> {
         lock(&self.log).clone()
@@ -137,13 +150,25 @@ impl Container {
         lock(&self.tasks).abort_all();
     }
 
-    /// Removes the record from disk, for good: an end that is told later does
-    /// not bring it back.
+    /// Removes the record from disk, for good, and what is beside it: an end that is told
+    /// later does not bring it back.
     ///
     /// # Errors
     /// The disk refuses it; a record that is gone is no error.
     pub async fn forget(&self) -> Result<(), FileError> {
+        let position = self.position.clone();
+        blocking(move || remove_if_there(&position)).await?;
         self.record.remove().await
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
+fn remove_if_there(path: &Path) -> Result<(), FileError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(FileError::at("remove the position in a container's log", path)(error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -189,7 +214,9 @@ mod tests {
     async fn an_end_after_the_removal_brings_no_record_back() {
         let folder = tempfile::tempdir().unwrap();
         let container = container(folder.path()).await;
+        std::fs::write(container.position_path(), "").unwrap();
         container.forget().await.unwrap();
+        assert!(!container.position_path().exists());
         assert!(container.record_exit(Exit::reported(0, false, 9), || ()).await);
         container.update(|record| record.guest_pid = 2).await.unwrap();
         assert!(!folder.path().join("containers/c.json").exists());

@@ -3,21 +3,24 @@
 //!
 //! A stream may end or break before its container does: the program has closed
 //! it, or a connection was lost. Either way it is asked for again, at a growing
-//! pause, until the container has ended and nothing more comes.
+//! pause, until the container has ended and nothing more comes: from the first byte
+//! on that is not in the log. The agent keeps what was not confirmed.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_agent_client::Agent;
-use husk_proto::agent::stream::{Kind, StreamHeader};
-use tokio::net::UnixStream;
+use husk_agent_client::{Agent, Output};
+use husk_proto::agent::stream::{Kind, OutputHeader};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::model::{Container, log};
+use crate::model::Container;
+use crate::model::fanout::Fanout;
+use crate::model::log::Copying;
 
 /// Most time between the agent's word that a container has ended and the last
 /// byte of its output.
@@ -60,7 +63,7 @@ impl Capture {
     pub async fn start(agent: &Agent, container: &Arc<Container>) -> std::io::Result<Self> {
         let mut opened = Vec::new();
         for kind in kinds(container) {
-            opened.push(Some(agent.open_stream(&header(container, *kind)).await?));
+            opened.push(Some(agent.open_output(&header(container, *kind, 0)).await?));
         }
         Ok(Self::of(agent, container, opened))
     }
@@ -69,7 +72,8 @@ impl Capture {
     pub async fn resume(agent: &Agent, container: &Arc<Container>) -> Self {
         let mut opened = Vec::new();
         for kind in kinds(container) {
-            let stream = agent.open_stream(&header(container, *kind)).await.inspect_err(|error| {
+            let from = container.log().map_or(0, |log| log.taken(*kind));
+            let stream = agent.open_output(&header(container, *kind, from)).await.inspect_err(|error| {
                 tracing::warn!(%error, "failed to open an output of a container; it is asked for again");
             });
             opened.push(stream.ok());
@@ -77,7 +81,7 @@ impl Capture {
         Self::of(agent, container, opened)
     }
 
-    fn of(agent: &Agent, container: &Arc<Container>, opened: Vec<Option<UnixStream>>) -> Self {
+    fn of(agent: &Agent, container: &Arc<Container>, opened: Vec<Option<Output>>) -> Self {
         let (rest, told) = watch::channel(None);
         let enough = CancellationToken::new();
         let mut streams = JoinSet::new();
@@ -105,8 +109,8 @@ impl Capture {
     }
 }
 
-fn header(container: &Container, kind: Kind) -> StreamHeader {
-    StreamHeader { kind, container_id: container.id.to_string(), process_id: String::new() }
+fn header(container: &Container, kind: Kind, from: u64) -> OutputHeader {
+    OutputHeader { kind, container_id: container.id.to_string(), from }
 }
 
 /// One of the streams.
@@ -120,42 +124,73 @@ struct Stream {
 
 impl Stream {
     /// Copies it to its end, beginning with a connection that is there already.
-    async fn copy(mut self, mut opened: Option<UnixStream>) {
+    async fn copy(mut self, mut opened: Option<Output>) {
         let container = self.container.clone();
-        let (attached, name) = match self.kind {
-            Kind::Stderr => (&container.output.stderr, "stderr"),
-            _ => (&container.output.stdout, "stdout"),
+        let attached = match self.kind {
+            Kind::Stderr => &container.output.stderr,
+            _ => &container.output.stdout,
         };
-        let log = container.log();
-        let header = header(&container, self.kind);
+        let mut from = container.log().map_or(0, |log| log.taken(self.kind));
         let mut pause = ASK_AGAIN;
         loop {
-            if let Some(stream) = opened.take() {
+            if let Some(output) = opened.take() {
                 // A stream that is opened after the end has its bytes at once, or none.
                 let had_ended = self.rest.borrow().is_some();
-                let copied = log::copy(stream, name, log.as_ref(), attached, &self.enough).await;
-                match copied {
-                    Ok(0) if had_ended => break,
-                    Ok(bytes) if bytes > 0 => pause = ASK_AGAIN,
-                    _ => {}
+                let (bytes, ended) = self.copy_one(output, &mut from, attached).await;
+                if had_ended && bytes == 0 && ended.is_ok() {
+                    break;
+                }
+                if bytes > 0 {
+                    pause = ASK_AGAIN;
                 }
             }
             if !self.is_to_go_on(pause).await {
                 break;
             }
             pause = (pause * 2).min(AT_THE_LATEST);
+            let header = header(&container, self.kind, from);
             let again = tokio::select! {
-                again = self.agent.open_stream(&header) => again,
+                again = self.agent.open_output(&header) => again,
                 () = self.enough.cancelled() => break,
             };
             match again {
-                Ok(stream) => opened = Some(stream),
+                Ok(output) => opened = Some(output),
                 Err(error) => {
                     tracing::debug!(%error, "failed to open an output of a container again");
                 }
             }
         }
         attached.end();
+    }
+
+    /// Copies what one connection brings. `from` is the number of the byte that follows
+    /// what was had before, and then of the one that follows this.
+    async fn copy_one(
+        &self,
+        output: Output,
+        from: &mut u64,
+        attached: &Fanout,
+    ) -> (u64, std::io::Result<()>) {
+        let log = self.container.log();
+        let copying = Copying { kind: self.kind, log: log.as_ref(), attached, enough: &self.enough };
+        let (bytes, ended) = match output {
+            Output::Ended => (0, Ok(())),
+            Output::Unconfirmed(stream) => copying.run(stream, None::<OwnedWriteHalf>, *from).await,
+            Output::Confirmed(stream, start) => {
+                if let Some(log) = &log {
+                    if start > *from {
+                        let lost = start - *from;
+                        tracing::info!(lost, "an earlier huskd took output of which the log does not tell");
+                    }
+                    log.begin(self.kind, start);
+                }
+                *from = start;
+                let (stream, confirm) = stream.into_split();
+                copying.run(stream, Some(confirm), start).await
+            }
+        };
+        *from = from.saturating_add(bytes);
+        (bytes, ended)
     }
 
     /// Waits for a while, or until the container has ended; false when there is
@@ -205,7 +240,7 @@ mod tests {
         let pod = pod_of(fake.serve(folder.path(), SOON).await);
         let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         let path = folder.path().join("0.log");
-        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
+        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path, None).unwrap())));
         follow(&sandbox, &pod, &container).await.unwrap();
         let has = async |lines: &[&str]| {
             let met = async {
@@ -224,6 +259,51 @@ mod tests {
         assert_eq!(logged(&path).len(), 2);
     }
 
+    /// A huskd dies again and again while a container speaks, each time with some output on
+    /// its way, and the log is rotated meanwhile: each line is in it once, in order.
+    #[tokio::test]
+    async fn nothing_is_lost_or_repeated_when_huskd_dies() {
+        let folder = tempfile::tempdir().unwrap();
+        let said: String = (0..60_000).map(|line| format!("line {line}\n")).collect();
+        let fake = Arc::new(Fake { stdout: said.into_bytes(), endless: true, ..Fake::default() });
+        let pod = pod_of(fake.serve(folder.path(), SOON).await);
+        let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
+        let (path, position) = (folder.path().join("0.log"), folder.path().join("position"));
+        let open = || Arc::new(LogFile::open(folder.path(), &path, Some(&position)).unwrap());
+        for death in 0..20 {
+            container.set_log(Some(open()));
+            let capture = Capture::resume(&pod.agent, &container).await;
+            sleep(Duration::from_micros(300 * death)).await;
+            drop(capture);
+            // Its tasks end where they wait: with bytes that were read, and not written.
+            sleep(Duration::from_millis(5)).await;
+            if death % 4 == 1 {
+                std::fs::rename(&path, folder.path().join(format!("0.log.{death:02}"))).unwrap();
+            }
+            if death % 8 == 5 {
+                open();
+            }
+        }
+        container.set_log(Some(open()));
+        resume(&sandbox, &pod, &container).await;
+        fake.killed.send_replace(true);
+        timeout(SOON, container.wait_exited()).await.unwrap();
+        let mut files: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| {
+                path.extension().is_some_and(|end| end != "log") && path.to_string_lossy().contains("0.log")
+            })
+            .collect();
+        files.sort();
+        files.push(path);
+        assert_eq!(files.len(), 6);
+        let lines: Vec<_> = files.iter().flat_map(|file| logged(file)).collect();
+        let expected: Vec<_> = (0..60_000).map(|line| format!("stdout F line {line}")).collect();
+        let wrong = lines.iter().zip(&expected).position(|(is, expected)| is != expected);
+        assert_eq!((lines.len(), wrong), (expected.len(), None));
+    }
+
     #[tokio::test]
     async fn what_the_agent_has_kept_is_fetched_when_its_container_has_ended() {
         let folder = tempfile::tempdir().unwrap();
@@ -231,7 +311,7 @@ mod tests {
         let pod = pod_of(fake.serve(folder.path(), SOON).await);
         let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         let path = folder.path().join("0.log");
-        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
+        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path, None).unwrap())));
         resume(&sandbox, &pod, &container).await;
         timeout(SOON, container.wait_exited()).await.unwrap();
         assert!(logged(&path).contains(&"stdout F last words".to_owned()));

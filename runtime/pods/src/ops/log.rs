@@ -21,7 +21,9 @@ pub(crate) async fn open_log(sandbox: &Sandbox, container: &Container) -> Result
     }
     let stage = "open container log";
     let (folder, place) = (sandbox.record().config.log_directory.clone(), path.clone());
-    let opened = sandbox.lane.run(stage, move || LogFile::open(Path::new(&folder), &place)).await?;
+    let position = container.position_path().to_owned();
+    let open = move || LogFile::open(Path::new(&folder), &place, Some(&position));
+    let opened = sandbox.lane.run(stage, open).await?;
     let log = opened.map_err(FileError::at(stage, &path))?;
     container.set_log(Some(Arc::new(log)));
     Ok(())

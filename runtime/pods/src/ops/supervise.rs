@@ -126,7 +126,7 @@ mod tests {
         let pod = pod_of(fake.serve(folder.path(), Duration::from_secs(20)).await);
         let (sandbox, container) = running(folder.path(), "p", Events::default()).await;
         let path = folder.path().join("0.log");
-        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path).unwrap())));
+        container.set_log(Some(Arc::new(LogFile::open(folder.path(), &path, None).unwrap())));
         let mut attached = container.output.stdout.subscribe();
         follow(&sandbox, &pod, &container).await.unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -2,6 +2,10 @@
 //! `<RFC 3339 time> <stdout|stderr> <F|P> <text>`, where `P` marks a piece of a
 //! longer line and `F` its last (or only) piece.
 
+mod copy;
+mod lines;
+mod position;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,18 +15,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use chrono::{SecondsFormat, Utc};
 use husk_base::lock;
+use husk_proto::agent::stream::Kind;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio_util::sync::CancellationToken;
 
-use super::fanout::Fanout;
+pub(crate) use self::copy::Copying;
+use self::position::Position;
 use crate::lane::Lane;
-
-/// Longest text in one log line, bytes; the same as other runtimes use.
-const MAX_LINE: usize = 16 * 1024;
 
 /// How long a write to a file system that a server answers for is waited for. What
 /// was to be written is lost then.
@@ -36,7 +36,11 @@ const WRITE_LIMIT: Duration = Duration::from_secs(10);
 pub struct LogFile {
     folder: PathBuf,
     path: PathBuf,
+    /// Locked before `position`.
     file: Mutex<File>,
+    /// How much is in it; never locked while a file system is waited for that is not the
+    /// node's own.
+    position: Mutex<Position>,
     /// Whether the file is on a file system of the node's own, on which a write does
     /// not wait for a server.
     is_local: AtomicBool,
@@ -46,20 +50,24 @@ pub struct LogFile {
 
 impl LogFile {
     /// Opens the log at `path`, which is below the pod's log `folder`, making
-    /// folders that are not there.
+    /// folders that are not there. The file `position` keeps for the next huskd how much
+    /// of the output is in the log.
     ///
     /// # Errors
     /// The disk refuses it, a symbolic link is below the folder, or the log is no regular
     /// file.
     #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]
-    pub fn open(folder: &Path, path: &Path) -> io::Result<Self> {
+    pub fn open(folder: &Path, path: &Path, position: Option<&Path>) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let file = append(folder, path)?;
+        let is_local = is_local(&file);
+        let position = Position::open(position, &file, path, is_local)?;
         Ok(Self {
             folder: folder.into(),
             path: path.into(),
-            is_local: AtomicBool::new(is_local(&file)),
+            is_local: AtomicBool::new(is_local),
             file: Mutex::new(file),
+            position: Mutex::new(position),
             lane: Lane::new(2, WRITE_LIMIT),
         })
     }
@@ -70,22 +78,59 @@ impl LogFile {
     /// # Errors
     /// As [`LogFile::open`]; the old file stays in use then.
     pub fn reopen(&self) -> io::Result<()> {
-        let file = append(&self.folder, &self.path)?;
-        self.is_local.store(is_local(&file), Ordering::Relaxed);
-        *lock(&self.file) = file;
+        let new = append(&self.folder, &self.path)?;
+        let mut file = lock(&self.file);
+        lock(&self.position).moved(&new)?;
+        self.is_local.store(is_local(&new), Ordering::Relaxed);
+        *file = new;
         Ok(())
     }
 
-    /// Appends to the log: at once on the node's own disks, so that nothing comes
-    /// between the read of a container's output and this; else on a thread of its
-    /// own, in bounded time.
-    async fn write(self: &Arc<Self>, entry: &[u8]) -> io::Result<()> {
-        if self.is_local.load(Ordering::Relaxed) {
-            return lock(&self.file).write_all(entry);
+    /// How much of a stream is in the log, as far as the log and its position tell.
+    pub(crate) fn taken(&self, kind: Kind) -> u64 {
+        lock(&self.position).taken(kind)
+    }
+
+    /// What is written next begins at the byte `start` of a stream.
+    pub(crate) fn begin(&self, kind: Kind, start: u64) {
+        let mut position = lock(&self.position);
+        if position.taken(kind) != start {
+            position.advance(kind, start, 0);
+            position.record();
         }
-        let (log, entry) = (self.clone(), entry.to_vec());
-        let written = self.lane.run_now(move || lock(&log.file).write_all(&entry)).await;
+    }
+
+    /// Appends `entry` to the log, which has a stream up to the byte `upto` then: at once
+    /// on the node's own disks, so that nothing comes between the read of a container's
+    /// output and this; else on a thread of its own, in bounded time.
+    async fn write(self: &Arc<Self>, entry: &[u8], kind: Kind, upto: u64) -> io::Result<()> {
+        if self.is_local.load(Ordering::Relaxed) {
+            return self.write_local(entry, kind, upto);
+        }
+        let (log, bytes) = (self.clone(), entry.to_vec());
+        let written = self.lane.run_now(move || lock(&log.file).write_all(&bytes)).await;
+        let mut position = lock(&self.position);
+        position.advance(kind, upto, entry.len());
+        // The lines of such a log are not asked when it is taken over.
+        position.record();
         written.map_err(|why| io::Error::new(io::ErrorKind::TimedOut, why))?
+    }
+
+    fn write_local(&self, entry: &[u8], kind: Kind, upto: u64) -> io::Result<()> {
+        let mut file = lock(&self.file);
+        let written = file.write_all(entry);
+        let mut position = lock(&self.position);
+        if written.is_ok() {
+            position.advance(kind, upto, entry.len());
+            return Ok(());
+        }
+        // No line is left without its end, and what could not be written is lost.
+        if file.metadata()?.len() > position.length() {
+            let _ = file.set_len(position.length());
+        }
+        position.advance(kind, upto, 0);
+        position.moved(&file)?;
+        written
     }
 }
 
@@ -124,7 +169,7 @@ fn append(folder: &Path, path: &Path) -> io::Result<File> {
             continue;
         }
         // A fifo in the file's place must not hold the daemon up.
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = open_below(&below, part, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o640))?;
         let file = File::from(file);
         return if file.metadata()?.is_file() { Ok(file) } else { Err(wrong("it is not a regular file")) };
@@ -144,104 +189,6 @@ fn open_below(folder: &OwnedFd, name: &OsStr, flags: OFlags, mode: Mode) -> io::
     })
 }
 
-/// Copies a container's output stream to its log, and then to those who are
-/// attached, until the stream ends or breaks, or `enough` says that no more of
-/// it is waited for. A log that cannot be written (a full disk) loses text,
-/// never blocks the container. Answers with how many bytes there were.
-///
-/// # Errors
-/// The stream broke.
-pub async fn copy(
-    mut from: impl AsyncRead + Unpin,
-    name: &str,
-    log: Option<&Arc<LogFile>>,
-    attached: &Fanout,
-    enough: &CancellationToken,
-) -> io::Result<u64> {
-    let mut pieces = Pieces::default();
-    let mut copied = 0;
-    let mut buffer = vec![0u8; MAX_LINE];
-    let mut entry = Vec::new();
-    let mut complained = false;
-    loop {
-        let read = tokio::select! {
-            biased;
-            () = enough.cancelled() => Ok(0),
-            read = from.read(&mut buffer) => read,
-        };
-        let length = *read.as_ref().unwrap_or(&0);
-        entry.clear();
-        if length == 0 {
-            pieces.finish(name, &mut entry);
-        } else {
-            pieces.push(buffer.get(..length).unwrap_or_default(), name, &mut entry);
-        }
-        if let Some(log) = log
-            && !entry.is_empty()
-        {
-            match log.write(&entry).await {
-                Ok(()) => complained = false,
-                Err(error) if !complained => {
-                    complained = true;
-                    tracing::warn!(log = %log.path.display(), %error, "failed to write a container's log: its output is lost");
-                }
-                Err(_) => {}
-            }
-        }
-        if length == 0 {
-            return read.map(|_| copied);
-        }
-        copied += length as u64;
-        attached.publish(buffer.get(..length).unwrap_or_default()).await;
-    }
-}
-
-/// Cuts a stream of bytes into log lines.
-#[derive(Debug, Default)]
-struct Pieces {
-    /// Text since the last newline that has not been written.
-    rest: Vec<u8>,
-}
-
-impl Pieces {
-    fn push(&mut self, bytes: &[u8], name: &str, out: &mut Vec<u8>) {
-        let time = Utc::now();
-        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let (text, ends) = match part.split_last() {
-                Some((b'\n', text)) => (text, true),
-                _ => (part, false),
-            };
-            self.rest.extend_from_slice(text);
-            while self.rest.len() > MAX_LINE {
-                let later = self.rest.split_off(MAX_LINE);
-                line(out, &time, name, b'P', &self.rest);
-                self.rest = later;
-            }
-            if ends {
-                line(out, &time, name, b'F', &self.rest);
-                self.rest.clear();
-            }
-        }
-    }
-
-    /// The stream has ended: what is left is a line without its newline.
-    fn finish(&mut self, name: &str, out: &mut Vec<u8>) {
-        if !self.rest.is_empty() {
-            line(out, &Utc::now(), name, b'P', &self.rest);
-            self.rest.clear();
-        }
-    }
-}
-
-fn line(out: &mut Vec<u8>, time: &chrono::DateTime<Utc>, name: &str, tag: u8, text: &[u8]) {
-    out.extend_from_slice(time.to_rfc3339_opts(SecondsFormat::Nanos, true).as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(name.as_bytes());
-    out.extend_from_slice(&[b' ', tag, b' ']);
-    out.extend_from_slice(text);
-    out.push(b'\n');
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::indexing_slicing)]
@@ -249,19 +196,27 @@ mod tests {
     use std::pin::Pin;
     use std::task::{Context, Poll};
 
-    use proptest::prelude::*;
-    use tokio::io::ReadBuf;
+    use std::time::Duration;
 
+    use tokio::io::{AsyncRead, AsyncReadExt, DuplexStream, ReadBuf};
+    use tokio_util::sync::CancellationToken;
+
+    use super::lines::MAX_LINE;
     use super::*;
+    use crate::model::fanout::Fanout;
 
-    async fn copied(from: impl AsyncRead + Unpin, log: &Arc<LogFile>) -> io::Result<u64> {
-        copy(from, "stdout", Some(log), &Fanout::default(), &CancellationToken::new()).await
+    const STDOUT: Kind = Kind::Stdout;
+
+    async fn copied(from: impl AsyncRead + Unpin, log: &Arc<LogFile>) -> io::Result<()> {
+        let (attached, enough) = (&Fanout::default(), &CancellationToken::new());
+        let copying = Copying { kind: STDOUT, log: Some(log), attached, enough };
+        copying.run(from, None::<DuplexStream>, 0).await.1
     }
 
     async fn logged(bytes: &[u8]) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/0.log");
-        let log = Arc::new(LogFile::open(folder.path(), &path).unwrap());
+        let log = Arc::new(LogFile::open(folder.path(), &path, None).unwrap());
         copied(bytes, &log).await.unwrap();
         std::fs::read_to_string(path).unwrap().lines().map(|line| line[31..].to_owned()).collect()
     }
@@ -284,7 +239,7 @@ mod tests {
     async fn after_rotation_the_log_goes_on_in_a_new_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
-        let log = Arc::new(LogFile::open(folder.path(), &path).unwrap());
+        let log = Arc::new(LogFile::open(folder.path(), &path, None).unwrap());
         copied(&b"old\n"[..], &log).await.unwrap();
         std::fs::rename(&path, folder.path().join("0.log.1")).unwrap();
         log.reopen().unwrap();
@@ -303,24 +258,24 @@ mod tests {
         symlink(&away, folder.join("dir")).unwrap();
         symlink(away.join("file"), folder.join("c/0.log")).unwrap();
         for path in ["dir/0.log", "c/0.log"] {
-            let error = LogFile::open(&folder, &folder.join(path)).unwrap_err().to_string();
+            let error = LogFile::open(&folder, &folder.join(path), None).unwrap_err().to_string();
             assert!(error.contains("symbolic link"), "{error}");
         }
         assert_eq!(std::fs::read_dir(&away).unwrap().count(), 0);
         // Nor does one that takes the place of a log that is to be reopened.
-        let log = Arc::new(LogFile::open(&folder, &folder.join("c/1.log")).unwrap());
+        let log = Arc::new(LogFile::open(&folder, &folder.join("c/1.log"), None).unwrap());
         std::fs::rename(folder.join("c/1.log"), folder.join("c/1.log.old")).unwrap();
         symlink(away.join("file"), folder.join("c/1.log")).unwrap();
         log.reopen().unwrap_err();
-        log.write(b"still here").await.unwrap();
+        log.write(b"still here", STDOUT, 1).await.unwrap();
         assert_eq!(std::fs::read(folder.join("c/1.log.old")).unwrap(), b"still here");
         assert_eq!(std::fs::read_dir(&away).unwrap().count(), 0);
         // A folder that the node itself leads elsewhere is fine.
         let linked = root.path().join("linked");
         symlink(&folder, &linked).unwrap();
-        LogFile::open(&linked, &linked.join("new/0.log")).unwrap();
+        LogFile::open(&linked, &linked.join("new/0.log"), None).unwrap();
         assert!(folder.join("new/0.log").is_file());
-        LogFile::open(&folder, &away.join("0.log")).unwrap_err();
+        LogFile::open(&folder, &away.join("0.log"), None).unwrap_err();
     }
 
     #[test]
@@ -328,9 +283,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        LogFile::open(folder.path(), &path).unwrap_err();
+        LogFile::open(folder.path(), &path, None).unwrap_err();
         let _reader = File::options().read(true).write(true).open(&path).unwrap();
-        let error = LogFile::open(folder.path(), &path).unwrap_err().to_string();
+        let error = LogFile::open(folder.path(), &path, None).unwrap_err().to_string();
         assert!(error.contains("regular file"), "{error}");
     }
 
@@ -346,7 +301,7 @@ mod tests {
     async fn what_breaks_off_is_logged_to_its_last_byte() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
-        let log = Arc::new(LogFile::open(folder.path(), &path).unwrap());
+        let log = Arc::new(LogFile::open(folder.path(), &path, None).unwrap());
         assert!(copied(AsyncReadExt::chain(&b"one\ntwo"[..], Broken), &log).await.is_err());
         assert!(std::fs::read_to_string(&path).unwrap().ends_with("stdout P two\n"));
     }
@@ -355,7 +310,7 @@ mod tests {
     async fn a_log_that_does_not_answer_holds_up_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("0.log");
-        let mut log = LogFile::open(folder.path(), &path).unwrap();
+        let mut log = LogFile::open(folder.path(), &path, None).unwrap();
         log.is_local = AtomicBool::new(false);
         log.lane = Lane::new(2, Duration::from_millis(100));
         let log = Arc::new(log);
@@ -370,38 +325,68 @@ mod tests {
         });
         taken.recv().unwrap();
         for _ in 0..2 {
-            assert_eq!(log.write(b"late\n").await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+            assert_eq!(log.write(b"late\n", STDOUT, 1).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
         }
         // The container goes on, and what it says from here on is lost at once.
         copied(&[b'x'; 1 << 20][..], &log).await.unwrap();
         drop(holder);
         server.join().unwrap();
-        while log.write(b"again\n").await.is_err() {
+        while log.write(b"again\n", STDOUT, 1).await.is_err() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "late\nlate\nagain\n");
     }
 
-    proptest! {
-        /// However the bytes arrive, the log holds all of them, in lines of bounded length.
-        #[test]
-        fn no_byte_is_lost(chunks in proptest::collection::vec(proptest::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..40_000), 0..4)) {
-            let mut pieces = Pieces::default();
-            let mut out = Vec::new();
-            for chunk in &chunks {
-                pieces.push(chunk, "stderr", &mut out);
-            }
-            pieces.finish("stderr", &mut out);
-            let mut text = Vec::new();
-            for line in out.split_inclusive(|byte| *byte == b'\n') {
-                let line = &line[31..line.len() - 1];
-                prop_assert!(line.len() <= MAX_LINE + 9);
-                text.extend_from_slice(&line[9..]);
-                if line[7] == b'F' {
-                    text.push(b'\n');
-                }
-            }
-            prop_assert_eq!(text, chunks.concat());
+    /// A log of which a huskd wrote `entries` and died, and how much the next one finds.
+    fn found(entries: &[&[u8]], torn: &[u8], between: impl FnOnce(&Path)) -> (LogFile, PathBuf) {
+        let folder = tempfile::tempdir().unwrap().keep();
+        let (path, position) = (folder.join("0.log"), folder.join("position"));
+        std::fs::write(&path, b"2026 stdout F of another container\n").unwrap();
+        let log = LogFile::open(&folder, &path, Some(&position)).unwrap();
+        let mut upto = 0;
+        for entry in entries {
+            let text = entry.splitn(4, |byte| *byte == b' ').nth(3).unwrap();
+            upto += text.len() as u64;
+            log.write_local(entry, STDOUT, upto).unwrap();
         }
+        std::fs::File::options().append(true).open(&path).unwrap().write_all(torn).unwrap();
+        drop(log);
+        between(&path);
+        (LogFile::open(&folder, &path, Some(&position)).unwrap(), path)
+    }
+
+    #[test]
+    fn the_next_huskd_finds_how_much_is_in_the_log() {
+        let long = [b"2026 stdout F ".as_slice(), &[b'x'; 100_000], b"\n"].concat();
+        let (log, path) = found(
+            &[b"2026 stdout F one\n", &long, &long, &long, b"2026 stdout F two\n"],
+            b"2026 stdo",
+            |_| (),
+        );
+        assert_eq!((log.taken(STDOUT), log.taken(Kind::Stderr)), (300_011, 0));
+        assert!(std::fs::read_to_string(path).unwrap().ends_with("\n2026 stdout F two\n"));
+    }
+
+    #[test]
+    fn the_next_huskd_finds_how_much_is_in_a_log_that_was_rotated() {
+        let rotate = |path: &Path| std::fs::rename(path, path.with_extension("log.20261202-021500")).unwrap();
+        let (log, path) = found(&[b"2026 stdout F one\n"], b"2026 stdout F tw", rotate);
+        assert_eq!(log.taken(STDOUT), 4);
+        let rotated = std::fs::read_to_string(path.with_extension("log.20261202-021500")).unwrap();
+        assert!(rotated.ends_with("\n2026 stdout F one\n") && std::fs::read(&path).unwrap().is_empty());
+        // What follows is in the new one.
+        log.write_local(b"2026 stdout F two\n", STDOUT, 8).unwrap();
+        drop(log);
+        let log =
+            LogFile::open(path.parent().unwrap(), &path, Some(&path.with_file_name("position"))).unwrap();
+        assert_eq!(log.taken(STDOUT), 8);
+    }
+
+    #[test]
+    fn a_log_that_somebody_has_cut_or_a_position_that_is_damaged_is_no_reason_to_fail() {
+        let cut = |path: &Path| std::fs::write(path, b"").unwrap();
+        assert_eq!(found(&[b"2026 stdout F one\n"], b"", cut).0.taken(STDOUT), 0);
+        let damage = |path: &Path| std::fs::write(path.with_file_name("position"), b"{\"x").unwrap();
+        assert_eq!(found(&[b"2026 stdout F one\n"], b"", damage).0.taken(STDOUT), 0);
     }
 }
