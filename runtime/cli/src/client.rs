@@ -9,6 +9,7 @@ use husk_base::dirs::sandbox_run_dir;
 use husk_base::id::SandboxId;
 use husk_config::Config;
 use husk_proto::cri;
+use husk_proto::cri::image_service_client::ImageServiceClient;
 use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
 use husk_vm::Control;
 use hyper_util::rt::TokioIo;
@@ -21,19 +22,37 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection to huskd.
 pub type Client = RuntimeServiceClient<Channel>;
 
+/// A connection to the images of huskd.
+pub type Images = ImageServiceClient<Channel>;
+
 /// Connects to huskd.
 pub async fn connect(socket: &Path) -> anyhow::Result<Client> {
+    Ok(RuntimeServiceClient::new(channel(socket, TIMEOUT).await?))
+}
+
+/// Connects to the images of huskd.
+pub async fn images(socket: &Path) -> anyhow::Result<Images> {
+    images_within(socket, TIMEOUT).await
+}
+
+/// The same with another time limit of a request.
+pub async fn images_within(socket: &Path, limit: Duration) -> anyhow::Result<Images> {
+    // An answer with many images is longer than tonic's limit of 4 MiB.
+    Ok(ImageServiceClient::new(channel(socket, limit).await?).max_decoding_message_size(64 << 20))
+}
+
+async fn channel(socket: &Path, limit: Duration) -> anyhow::Result<Channel> {
     let path = socket.to_owned();
     // The address is not used: the connector has the socket's path.
     let channel = Endpoint::from_static("http://localhost")
-        .timeout(TIMEOUT)
+        .timeout(limit)
         .connect_with_connector(tower::service_fn(move |_| {
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         }))
         .await;
     match channel {
-        Ok(channel) => Ok(RuntimeServiceClient::new(channel)),
+        Ok(channel) => Ok(channel),
         Err(error) => bail!("huskd does not answer on {}: {}", socket.display(), cause(&error)),
     }
 }

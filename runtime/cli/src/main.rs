@@ -10,12 +10,14 @@ use husk_config::Config;
 mod check;
 mod client;
 mod console;
+mod credentials;
+mod images;
 mod info;
 mod inspect;
 mod pods;
 mod version;
 
-/// Shows the pods of this node and their virtual machines.
+/// Shows the pods of this node and their virtual machines, and manages images.
 #[derive(Debug, Parser)]
 #[command(name = "husk", version)]
 struct Arguments {
@@ -33,6 +35,14 @@ enum Command {
     Info(info::Arguments),
     Console(console::Arguments),
     Inspect(inspect::Arguments),
+    Images(images::list::Arguments),
+    Pull(images::pull::Arguments),
+    Rmi(images::remove::Arguments),
+    Image(images::Arguments),
+    History(images::history::Arguments),
+    Login(credentials::login::Arguments),
+    Logout(credentials::login::Logout),
+    System(images::df::Arguments),
     /// Prints the versions of husk and of the huskd that runs.
     Version,
 }
@@ -59,6 +69,14 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             Command::Info(info) => info::run(info, &config?).await?,
             Command::Console(console) => console::run(console, &config?).await?,
             Command::Inspect(inspect) => inspect::run(inspect, &config?).await?,
+            Command::Images(list) => images::list::run(list, &config?).await?,
+            Command::Pull(pull) => images::pull::run(pull, &config?).await?,
+            Command::Rmi(remove) => images::remove::run(remove, &config?).await?,
+            Command::Image(image) => images::run(image, &config?).await?,
+            Command::History(history) => images::history::run(history, &config?).await?,
+            Command::Login(login) => credentials::login::run(login).await?,
+            Command::Logout(logout) => credentials::login::logout(logout).await?,
+            Command::System(system) => images::df::run(system, &config?).await?,
             Command::Version => version::run(&config?).await,
         }
         Ok(ExitCode::SUCCESS)
