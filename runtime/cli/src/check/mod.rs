@@ -7,6 +7,7 @@ use husk_config::{Config, Error};
 
 mod files;
 mod host;
+mod jail;
 mod kvm;
 mod report;
 
@@ -18,10 +19,33 @@ pub struct Arguments {
     /// Check KVM only.
     #[arg(long, alias = "kvm-only")]
     kvm: bool,
+    /// Say for each wall around the VMM and the file server of this pod whether it holds, as
+    /// the kernel shows it, and check nothing else. The exit code is 1 if one does not.
+    #[arg(long, value_name = "POD", conflicts_with = "kvm")]
+    jail: Option<String>,
+}
+
+/// Prints the walls around a pod. The exit code is 0 if all of them hold, 1 if they do not.
+async fn jail(pod: &str, config: Result<Config, Error>) -> ExitCode {
+    let checked = match config {
+        Ok(config) => jail::run(&config, pod).await,
+        Err(error) => Err(error.into()),
+    };
+    match checked {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("husk: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Prints the report. The exit code is 0 if pods can run here, 1 if they cannot.
 pub async fn run(arguments: &Arguments, path: &Path, config: Result<Config, Error>) -> ExitCode {
+    if let Some(pod) = &arguments.jail {
+        return jail(pod, config).await;
+    }
     let mut report = Report::default();
     report.add("kvm", kvm::check());
     if !arguments.kvm {
