@@ -16,8 +16,12 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
-/// The time limit of a request.
+/// The time limit of a request that only asks.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The time limit of a request that has something done: images come from far away, and stopping
+/// a container takes as long as its user allows.
+const WORK_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A connection to huskd.
 pub type Client = RuntimeServiceClient<Channel>;
@@ -41,7 +45,13 @@ pub async fn images_within(socket: &Path, limit: Duration) -> anyhow::Result<Ima
     Ok(ImageServiceClient::new(channel(socket, limit).await?).max_decoding_message_size(64 << 20))
 }
 
-async fn channel(socket: &Path, limit: Duration) -> anyhow::Result<Channel> {
+/// Connects to huskd, for requests that take their time.
+pub async fn connect_for_work(socket: &Path) -> anyhow::Result<Client> {
+    Ok(RuntimeServiceClient::new(channel(socket, WORK_TIMEOUT).await?))
+}
+
+/// A connection whose requests have this time limit.
+pub async fn channel(socket: &Path, limit: Duration) -> anyhow::Result<Channel> {
     let path = socket.to_owned();
     // The address is not used: the connector has the socket's path.
     let channel = Endpoint::from_static("http://localhost")
@@ -84,6 +94,13 @@ pub async fn status(client: &mut Client, id: &str) -> anyhow::Result<cri::PodSan
 pub fn unreached(status: &cri::PodSandboxStatusResponse) -> Option<String> {
     let info: serde_json::Value = serde_json::from_str(status.info.get("info")?).ok()?;
     Some(info.get("unreached")?.as_str()?.to_owned())
+}
+
+/// The configuration with which a pod was made, as the verbose part of its status has it.
+pub fn pod_config(status: &cri::PodSandboxStatusResponse) -> cri::PodSandboxConfig {
+    let info = status.info.get("info").and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    let config = info.and_then(|mut info| info.get_mut("config").map(serde_json::Value::take));
+    config.and_then(|config| serde_json::from_value(config).ok()).unwrap_or_default()
 }
 
 /// Turns a refusal into an error with huskd's message.

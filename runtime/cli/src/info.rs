@@ -4,7 +4,7 @@ use anyhow::Context;
 use husk_config::Config;
 use husk_proto::cri;
 
-use super::{client, pods};
+use super::{client, output, pods};
 
 /// Shows one pod, its machine and its containers.
 #[derive(Debug, clap::Args)]
@@ -29,7 +29,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     if let Some(why) = &unreached {
         line("unreached", why);
     }
-    line("age", &pods::age(status.created_at));
+    line("age", &output::time::age(status.created_at));
     line("handler", &status.runtime_handler);
     if let Some(network) = &status.network {
         let more = network.additional_ips.iter().map(|ip| ip.ip.as_str());
@@ -62,7 +62,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
             cri::ContainerState::ContainerExited => "exited",
             cri::ContainerState::ContainerUnknown => "unknown",
         };
-        let short = container.id.get(..13).unwrap_or(&container.id);
+        let short = output::short(&container.id);
         line("container", &format!("{short}  {name}  {state}"));
     }
     Ok(())

@@ -11,13 +11,26 @@ mod check;
 mod client;
 mod console;
 mod credentials;
+mod events;
+mod exit;
+mod find;
 mod images;
 mod info;
 mod inspect;
+mod labels;
+mod logs;
+mod output;
+mod pod;
 mod pods;
+mod port;
+mod ps;
+mod rm;
+mod stats;
+mod stop;
 mod version;
+mod wait;
 
-/// Shows the pods of this node and their virtual machines, and manages images.
+/// Shows the pods and containers of this node and their virtual machines, ends containers, and manages images.
 #[derive(Debug, Parser)]
 #[command(name = "husk", version)]
 struct Arguments {
@@ -32,6 +45,7 @@ struct Arguments {
 enum Command {
     Check(check::Arguments),
     Pods(pods::Arguments),
+    Pod(pod::Arguments),
     Info(info::Arguments),
     Console(console::Arguments),
     Inspect(inspect::Arguments),
@@ -43,6 +57,14 @@ enum Command {
     Login(credentials::login::Arguments),
     Logout(credentials::login::Logout),
     System(images::df::Arguments),
+    Ps(ps::Arguments),
+    Stop(stop::Arguments),
+    Rm(rm::Arguments),
+    Logs(logs::Arguments),
+    Wait(wait::Arguments),
+    Stats(stats::Arguments),
+    Port(port::Arguments),
+    Events(events::Arguments),
     /// Prints the versions of husk and of the huskd that runs.
     Version,
 }
@@ -51,11 +73,18 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(&arguments) {
         Ok(code) => code,
+        // The reader of a pipe has read as much as it wanted.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("husk: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    kind == Some(std::io::ErrorKind::BrokenPipe)
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
@@ -66,6 +95,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         match &arguments.command {
             Command::Check(check) => return Ok(check::run(check, &arguments.config, config).await),
             Command::Pods(pods) => pods::run(pods, &config?).await?,
+            Command::Pod(pod) => pod::run(pod, &config?).await?,
             Command::Info(info) => info::run(info, &config?).await?,
             Command::Console(console) => console::run(console, &config?).await?,
             Command::Inspect(inspect) => inspect::run(inspect, &config?).await?,
@@ -77,6 +107,14 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             Command::Login(login) => credentials::login::run(login).await?,
             Command::Logout(logout) => credentials::login::logout(logout).await?,
             Command::System(system) => images::df::run(system, &config?).await?,
+            Command::Ps(ps) => ps::run(ps, &config?).await?,
+            Command::Stop(stop) => stop::run(stop, &config?).await?,
+            Command::Rm(rm) => rm::run(rm, &config?).await?,
+            Command::Logs(logs) => logs::run(logs, &config?).await?,
+            Command::Wait(wait) => wait::run(wait, &config?).await?,
+            Command::Stats(stats) => stats::run(stats, &config?).await?,
+            Command::Port(port) => port::run(port, &config?).await?,
+            Command::Events(events) => events::run(events, &config?).await?,
             Command::Version => version::run(&config?).await,
         }
         Ok(ExitCode::SUCCESS)
@@ -95,18 +133,26 @@ mod tests {
     fn help_texts() -> Vec<(String, String)> {
         let mut husk = Arguments::command().bin_name("husk");
         husk.build();
-        let mut texts = vec![("## `husk`".to_owned(), husk.render_long_help().to_string())];
-        for command in husk.get_subcommands_mut().filter(|command| command.get_name() != "help") {
-            let heading = format!("## `husk {}`", command.get_name());
-            texts.push((heading, command.render_long_help().to_string()));
-        }
+        let mut texts = Vec::new();
+        add_help(&mut husk, "husk", &mut texts);
         texts
     }
 
-    /// The page with `help` in the block below `heading`.
+    fn add_help(command: &mut clap::Command, name: &str, texts: &mut Vec<(String, String)>) {
+        texts.push((format!("## `{name}`"), command.render_long_help().to_string()));
+        for inner in command.get_subcommands_mut().filter(|inner| inner.get_name() != "help") {
+            let name = format!("{name} {}", inner.get_name());
+            add_help(inner, &name, texts);
+        }
+    }
+
+    /// The page with `help` in the block below `heading`; a heading that is missing is added
+    /// before huskd's.
     fn with_block(page: &str, heading: &str, help: &str) -> String {
-        let start =
-            page.find(&format!("{heading}\n")).unwrap_or_else(|| panic!("docs/cli.md has no {heading}"));
+        let Some(start) = page.find(&format!("{heading}\n")) else {
+            let (before, after) = page.split_once("## `huskd`").unwrap();
+            return format!("{before}{heading}\n\n```text\n{}\n```\n\n## `huskd`{after}", help.trim_end());
+        };
         let begin = start + page[start..].find("```text\n").unwrap() + "```text\n".len();
         let end = begin + page[begin..].find("```").unwrap();
         format!("{}{}\n{}", &page[..begin], help.trim_end(), &page[end..])
@@ -126,7 +172,7 @@ mod tests {
         } else {
             assert_eq!(page, wanted, "run this test with HUSK_UPDATE_DOCS=1 to update docs/cli.md");
         }
-        let headings = page.lines().filter(|line| line.starts_with("## `husk ")).count();
+        let headings = wanted.lines().filter(|line| line.starts_with("## `husk ")).count();
         assert_eq!(headings, texts.len() - 1, "docs/cli.md describes a command that does not exist");
     }
 }

@@ -5,7 +5,7 @@ use husk_proto::cri;
 
 use super::text;
 use crate::client::{self, said};
-use crate::pods::table;
+use crate::output::table;
 
 /// Shows the space that images and containers take.
 #[derive(Debug, clap::Args)]
@@ -48,6 +48,6 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
         row("images", all.len(), active.len(), taken, idle),
         row("containers", containers.len(), running, written, 0),
     ];
-    print!("{}", table(["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"], &rows));
+    print!("{}", table(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"], &rows));
     Ok(())
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::text;
 use crate::client;
-use crate::pods::table;
+use crate::output::table;
 
 /// Columns of a step's command, unless all of it is asked for.
 const COMMAND_COLUMNS: usize = 60;
@@ -25,7 +25,7 @@ pub struct Arguments {
 pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     let mut client = client::images(&config.socket).await?;
     let (_, info) = super::one(&mut client, &arguments.image).await?;
-    print!("{}", table(["CREATED", "CREATED BY", "COMMENT"], &rows(&info, arguments.no_trunc)));
+    print!("{}", table(&["CREATED", "CREATED BY", "COMMENT"], &rows(&info, arguments.no_trunc)));
     Ok(())
 }
 

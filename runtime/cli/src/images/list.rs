@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::text;
 use crate::client;
-use crate::pods::table;
+use crate::output::table;
 
 /// Lists the images of this node.
 #[derive(Debug, clap::Args)]
@@ -44,11 +44,11 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&images)?);
     } else if arguments.digests {
         let rows: Vec<_> = images.iter().flat_map(|image| rows(image, arguments.no_trunc)).collect();
-        print!("{}", table(["REPOSITORY", "TAG", "DIGEST", "IMAGE ID", "SIZE"], &rows));
+        print!("{}", table(&["REPOSITORY", "TAG", "DIGEST", "IMAGE ID", "SIZE"], &rows));
     } else {
         let rows: Vec<_> = images.iter().flat_map(|image| rows(image, arguments.no_trunc)).collect();
         let rows: Vec<_> = rows.into_iter().map(|[name, tag, _, id, size]| [name, tag, id, size]).collect();
-        print!("{}", table(["REPOSITORY", "TAG", "IMAGE ID", "SIZE"], &rows));
+        print!("{}", table(&["REPOSITORY", "TAG", "IMAGE ID", "SIZE"], &rows));
     }
     Ok(())
 }
