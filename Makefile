@@ -23,11 +23,11 @@ guest-image: ## all programs, and the guest's kernel and root file system in tar
 
 .PHONY: build
 build: guest-image ## everything, as it is installed, in target/dist
-	install -D -t $(dist)/bin $(target)/release/huskd $(target)/release/husk
-	install -D -t $(dist)/libexec/husk $(target)/release/husk-vmm $(target)/release/husk-fs \
-		$(target)/release/husk-agent
-	install -D -m 644 -t $(dist)/share/husk target/guest/vmlinux target/guest/rootfs.erofs \
-		target/guest/husk-default.apparmor
+	packaging/stage $(dist)
+
+.PHONY: dist
+dist: build ## a tarball and a Debian package, and the symbols of their programs, in target
+	packaging/dist
 
 .PHONY: demo
 demo: ## a pod in a virtual machine, from nothing, driven by crictl
@@ -46,7 +46,7 @@ test: deps-test build ## some of each kind of tests, what changes touch, and a p
 
 .PHONY: test-all
 test-all: deps-test build ## every test there is, conformance and benchmarks too: hours
-	@tests/support/deps posix bench
+	@tests/support/deps posix bench dist
 	tests/support/run-tests --all
 
 HANDLER ?= kata-runtime
@@ -88,6 +88,11 @@ bench: deps-test build ## start-up times, memory, streams and volumes beside con
 	mkdir -p target/bench
 	$(kvm_host) --timeout 3000 --rwdir target/bench -- tests/bench/run
 
+.PHONY: test-dist
+test-dist: deps-test dist ## installs, upgrades and removes both packages in clean roots of Debian 12 and 13
+	@tests/support/deps dist
+	tests/dist/run
+
 .PHONY: lint
 lint: ## formatting, clippy, licences, advisories, ruff, shellcheck, and the documentation's links
 	@tests/support/deps lint
@@ -109,17 +114,10 @@ kvm-shell: deps-test ## a shell in the KVM host that the tests run in
 	$(kvm_host) shell
 
 .PHONY: install
-install: ## target/dist, the configuration and the systemd unit below PREFIX
-	@test -x $(dist)/bin/huskd || { echo 'nothing is built: run `make build` first' >&2; exit 1; }
-	install -D -t $(DESTDIR)$(PREFIX)/bin $(dist)/bin/huskd $(dist)/bin/husk
-	install -D -t $(DESTDIR)$(PREFIX)/libexec/husk $(dist)/libexec/husk/husk-vmm $(dist)/libexec/husk/husk-fs \
-		$(dist)/libexec/husk/husk-agent
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/husk $(dist)/share/husk/vmlinux $(dist)/share/husk/rootfs.erofs \
-		$(dist)/share/husk/husk-default.apparmor
-	install -d $(DESTDIR)/etc/husk $(DESTDIR)$(PREFIX)/lib/systemd/system
-	test -e $(DESTDIR)/etc/husk/config.toml || \
-		install -m 644 docs/config.toml $(DESTDIR)/etc/husk/config.toml
-	sed 's|@PREFIX@|$(PREFIX)|' docs/huskd.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/huskd.service
+install: ## what is built, the configuration and the systemd unit below PREFIX; what the tarball of `make dist` has
+	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT && \
+		packaging/stage --symbols "$$tree/symbols" "$$tree" && install packaging/install.sh "$$tree" && \
+		"$$tree/install.sh" --prefix '$(PREFIX)' --destdir '$(DESTDIR)'
 
 .PHONY: clean
 clean: ## remove what was built; the cache in ~/.cache/husk stays

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use husk_config::Config;
 
 mod check;
 mod client;
+mod completion;
 mod console;
 mod credentials;
 mod events;
@@ -67,6 +68,9 @@ enum Command {
     Events(events::Arguments),
     /// Prints the versions of husk and of the huskd that runs.
     Version,
+    Completion(completion::Arguments),
+    #[command(hide = true)]
+    Manual(completion::Manual),
 }
 
 fn main() -> ExitCode {
@@ -116,6 +120,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             Command::Port(port) => port::run(port, &config?).await?,
             Command::Events(events) => events::run(events, &config?).await?,
             Command::Version => version::run(&config?).await,
+            Command::Completion(shell) => completion::run(shell, Arguments::command())?,
+            Command::Manual(manual) => completion::manual(manual, Arguments::command())?,
         }
         Ok(ExitCode::SUCCESS)
     })
@@ -124,8 +130,6 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-
-    use clap::CommandFactory;
 
     use super::*;
 
@@ -140,7 +144,9 @@ mod tests {
 
     fn add_help(command: &mut clap::Command, name: &str, texts: &mut Vec<(String, String)>) {
         texts.push((format!("## `{name}`"), command.render_long_help().to_string()));
-        for inner in command.get_subcommands_mut().filter(|inner| inner.get_name() != "help") {
+        for inner in
+            command.get_subcommands_mut().filter(|inner| inner.get_name() != "help" && !inner.is_hide_set())
+        {
             let name = format!("{name} {}", inner.get_name());
             add_help(inner, &name, texts);
         }
