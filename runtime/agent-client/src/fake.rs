@@ -176,7 +176,7 @@ impl Fake {
         tokio::join!(send, listen);
     }
 
-    /// What an output says. A second request for standard output adds to the first.
+    /// The text of an output. A second request for standard output adds to the first.
     fn said(&self, kind: Kind) -> Vec<u8> {
         match (kind, &self.more) {
             (Kind::Stderr, _) => self.stderr.clone(),

@@ -16,7 +16,7 @@ pub struct Retained {
 impl Retained {
     /// Most bytes that wait; a little more than what a client may leave unconfirmed
     /// because its line has not ended.
-    const ROOM: usize = 128 * 1024;
+    const MAX_WAITING: usize = 128 * 1024;
 
     /// Whether there is nothing that waits to be sent or confirmed.
     pub fn is_empty(&self) -> bool {
@@ -25,7 +25,7 @@ impl Retained {
 
     /// Whether more may be read from the process.
     pub fn has_room(&self) -> bool {
-        self.bytes.len() < Self::ROOM
+        self.bytes.len() < Self::MAX_WAITING
     }
 
     /// Takes what was read from the process.
@@ -71,7 +71,7 @@ impl Retained {
     /// Begins anew for another client, which has all bytes below the number `from`.
     /// Returns the number of the first byte that is sent to it.
     pub fn begin(&mut self, from: u64) -> u64 {
-        // What a client has, an earlier one has confirmed in its place.
+        // Bytes that this client has count as confirmed by the one before.
         self.sent = self.bytes.len();
         self.confirm(from);
         self.sent = 0;

@@ -275,7 +275,7 @@ mod tests {
             let capture = Capture::resume(&pod.agent, &container).await;
             sleep(Duration::from_micros(300 * death)).await;
             drop(capture);
-            // Its tasks end where they wait: with bytes that were read, and not written.
+            // The tasks end where they wait: with bytes that were read, and not written.
             sleep(Duration::from_millis(5)).await;
             if death % 4 == 1 {
                 std::fs::rename(&path, folder.path().join(format!("0.log.{death:02}"))).unwrap();

@@ -26,13 +26,13 @@ pub(crate) struct Copying<'a> {
     pub kind: Kind,
     /// The log, if there is one.
     pub log: Option<&'a Arc<LogFile>>,
-    /// Those who are attached.
+    /// The clients that are attached.
     pub attached: &'a Fanout,
     /// No more is waited for.
     pub enough: &'a CancellationToken,
 }
 
-/// What the agent has been told of the bytes in the log.
+/// The agent's knowledge of the bytes in the log.
 struct Confirmations<W> {
     /// The way to an agent that wants to know.
     to: Option<W>,

@@ -91,7 +91,7 @@ impl LogFile {
         lock(&self.position).taken(kind)
     }
 
-    /// What is written next begins at the byte `start` of a stream.
+    /// The next entry begins at the byte `start` of a stream.
     pub(crate) fn begin(&self, kind: Kind, start: u64) {
         let mut position = lock(&self.position);
         if position.taken(kind) != start {
@@ -374,7 +374,7 @@ mod tests {
         assert_eq!(log.taken(STDOUT), 4);
         let rotated = std::fs::read_to_string(path.with_extension("log.20261202-021500")).unwrap();
         assert!(rotated.ends_with("\n2026 stdout F one\n") && std::fs::read(&path).unwrap().is_empty());
-        // What follows is in the new one.
+        // Later lines are in the new one.
         log.write_local(b"2026 stdout F two\n", STDOUT, 8).unwrap();
         drop(log);
         let log =

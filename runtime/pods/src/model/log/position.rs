@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lines;
 
-/// How far a log grows until its length is written down again.
+/// How far a log grows until its length is recorded again.
 const SPAN: u64 = 256 * 1024;
 
 /// Most bytes of a log that are read when it is taken over. An earlier release, which
