@@ -38,15 +38,15 @@ pub struct Mount {
 /// A process.
 #[derive(Clone, Debug, Default)]
 pub struct Process {
-    /// Its start time, clock ticks since the host's boot.
+    /// The process's start time, clock ticks since the host's boot.
     pub began: u64,
-    /// Its threads.
+    /// The process's threads.
     pub threads: Vec<Thread>,
     /// Kinds of namespaces that it shares with this very process, which is in the host's.
     pub shared_namespaces: Vec<&'static str>,
     /// All mounts that it sees.
     pub mounts: Vec<Mount>,
-    /// Its control group, from the root of the hierarchy.
+    /// The process's control group, from the root of the hierarchy.
     pub cgroup: PathBuf,
     /// Hard resource limits by their names in `/proc/PID/limits`; `None` for no limit.
     pub limits: BTreeMap<String, Option<u64>>,
