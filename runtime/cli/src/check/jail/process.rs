@@ -74,7 +74,12 @@ impl Process {
         let text = |name: &str| fs::read_to_string(folder.join(name));
         let mut threads = Vec::new();
         for task in fs::read_dir(folder.join("task"))? {
-            threads.push(thread(&fs::read_to_string(task?.path().join("status"))?));
+            match fs::read_to_string(task?.path().join("status")) {
+                Ok(status) => threads.push(thread(&status)),
+                // The thread has ended meanwhile.
+                Err(error) if has_ended(&error) => {}
+                Err(error) => return Err(error),
+            }
         }
         let mut shared_namespaces = Vec::new();
         for kind in NAMESPACES {
@@ -98,6 +103,11 @@ impl Process {
             threads,
         })
     }
+}
+
+/// Whether an error means that a process or thread is no more.
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 fn open(folder: &Path) -> io::Result<(usize, Vec<PathBuf>)> {
