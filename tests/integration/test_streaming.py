@@ -219,7 +219,9 @@ class Exec(StreamingTest):
         pod, sandbox = self.pod()
         created = self.container(pod, sandbox, start=False)
         self.assertIn(b"is created", self.run_crictl("exec", created, "true").stderr)
-        self.assertIn(b"is created", self.run_crictl("attach", created).stderr)
+        ended = self.container(pod, sandbox, "ended", command=["true"])
+        self.wait_exited(ended)
+        self.assertIn(b"is exited", self.run_crictl("attach", ended).stderr)
         self.assertIn(b"not found", self.run_crictl("exec", "none", "true").stderr)
 
     def test_a_url_works_once_and_only_as_it_is(self):
@@ -246,6 +248,14 @@ class Attach(StreamingTest):
             self.assertEqual(client.returncode, 0)
         logged = self.node.crictl("logs", container).split()
         self.assertEqual(len([line for line in logged if line.startswith("o")]), 300)
+
+    def test_attach_before_the_start_misses_nothing(self):
+        pod, sandbox = self.pod()
+        created = self.container(pod, sandbox, command=["echo", "first"], start=False)
+        client = self.start("attach", created)
+        time.sleep(2)
+        self.node.crictl("start", created)
+        self.assertEqual(client.communicate(timeout=120)[0], b"first\n")
 
     def test_attach_types_into_a_container_whose_input_then_ends(self):
         for transport in TRANSPORTS:

@@ -1,4 +1,5 @@
-//! Attach: a client joins what a running container says and hears.
+//! Attach: a client joins what a container says and hears. One that was created and not
+//! started can be joined too, so that a client misses nothing of its beginning.
 //!
 //! The container's log gets everything in any case, and first. A client that
 //! does not keep up holds the container up for a while and is then let go, see
@@ -16,7 +17,7 @@ use tokio::task::JoinHandle;
 use tracing::Instrument;
 
 use super::exec::{check, resize};
-use super::ready::pod_of_running;
+use super::ready::pod_of_unended;
 use crate::model::Container;
 use crate::model::fanout::Subscription;
 use crate::{Error, Node};
@@ -27,11 +28,11 @@ const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// Answers with the URL at which the client finds the container.
 ///
 /// # Errors
-/// A container that does not run, or streams that cannot be had together.
+/// A container that has ended, or streams that cannot be had together.
 pub fn attach(node: &Arc<Node>, container_id: &str, wanted: StreamOptions) -> Result<String, Error> {
     let (sandbox, container) = node.registry.container(container_id)?;
     check("attach", wanted)?;
-    let running = pod_of_running("attach", &sandbox, &container)?;
+    let running = pod_of_unended("attach", &sandbox, &container)?;
     let span = container.span();
     let run = |client| async move { run(&running.agent, &container, client).await }.instrument(span).boxed();
     Ok(node.streaming.offer(Session::Attach(wanted, Box::new(run)))?)

@@ -20,6 +20,18 @@ pub(crate) fn ready_pod(sandbox: &Sandbox) -> Result<Arc<RunningPod>, Error> {
     })
 }
 
+/// The pod of a container that runs, or is about to; `rpc` is what is asked of it.
+pub(crate) fn pod_of_unended(
+    rpc: &str,
+    sandbox: &Sandbox,
+    container: &Container,
+) -> Result<Arc<RunningPod>, Error> {
+    match container.record().state {
+        State::Created => ready_pod(sandbox),
+        _ => pod_of_running(rpc, sandbox, container),
+    }
+}
+
 /// The pod of a container that runs; `rpc` is what is asked of it.
 pub(crate) fn pod_of_running(
     rpc: &str,

@@ -40,6 +40,8 @@ pub async fn remove_container(node: &Arc<Node>, id: &str) -> Result<(), Error> {
         // The agent said that it has ended: the end is told before the removal.
         let _ = tokio::time::timeout(END, container.wait_exited()).await;
     }
+    // Clients may be attached to a container that never started.
+    container.output.end();
     sandbox.send_event(container.id.as_str(), EventKind::Deleted);
     tracing::info!("container removed");
     Ok(())
