@@ -1,26 +1,10 @@
 """The command `husk`: containers, listed and ended."""
 
-from pods import SharedPodTest, json, subprocess, wait_until
+from command import Command
+from pods import SharedPodTest, json, wait_until
 
 
-class Containers(SharedPodTest):
-    def command(self, *arguments):
-        return list(map(str, [self.node.prefix / "bin/husk", "--config", self.node.config, *arguments]))
-
-    def husk(self, *arguments, code=0):
-        """Runs husk, which must end with this exit code; returns what it printed, without the last newline."""
-        done = subprocess.run(self.command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
-        return (done.stdout if code == 0 else done.stderr).rstrip("\n")
-
-    def start(self, *arguments):
-        """Starts husk, which is killed at the end of the test if it still runs."""
-        process = subprocess.Popen(self.command(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process
-
+class Containers(Command, SharedPodTest):
     def test_containers_are_listed_followed_and_ended(self):
         script = "echo one; echo two >&2; echo three; trap 'exit 3' TERM; while :; do sleep 0.2; done"
         _, container = self.running(name="job", command=["sh", "-c", script], labels={"app": "shop"})

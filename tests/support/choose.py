@@ -39,7 +39,7 @@ TOUCHES = {
     r"runtime/cli|credential": ["test_command_images"],
     r"recover|sandbox|lifecycle|pods|container|log|records": ["test_life"],
     r"error|config|cri": ["test_bad_input"],
-    r"cli": ["test_command"],
+    r"cli": ["test_command", "test_command_run"],
     r"vmm": [MACHINES],
     r"agent|proto": [AGENT],
     r"kernel|features|guest-image": [FEATURES, MACHINES],

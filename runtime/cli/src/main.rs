@@ -11,27 +11,37 @@ mod check;
 mod client;
 mod completion;
 mod console;
+mod create;
 mod credentials;
 mod events;
+mod exec;
 mod exit;
 mod find;
+mod image;
 mod images;
 mod info;
 mod inspect;
+mod interrupts;
 mod labels;
 mod logs;
 mod output;
 mod pod;
 mod pods;
 mod port;
+mod progress;
 mod ps;
 mod rm;
+mod run;
+mod signal;
+mod spec;
+mod start;
 mod stats;
 mod stop;
+mod stream;
 mod version;
 mod wait;
 
-/// Shows the pods and containers of this node and their virtual machines, ends containers, and manages images.
+/// Runs containers, each in a virtual machine of its own, and shows and ends what runs on this node.
 #[derive(Debug, Parser)]
 #[command(name = "husk", version)]
 struct Arguments {
@@ -44,6 +54,11 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(Box<run::Arguments>),
+    Create(Box<create::Arguments>),
+    Start(start::Arguments),
+    Exec(exec::Arguments),
+    Attach(exec::Attach),
     Check(check::Arguments),
     Pods(pods::Arguments),
     Pod(pod::Arguments),
@@ -95,8 +110,13 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start")?;
     // `husk check` works without a usable configuration.
     let config = Config::load(&arguments.config);
-    runtime.block_on(async {
+    let done = runtime.block_on(async {
         match &arguments.command {
+            Command::Run(run) => return Ok(run::run(run, &config?).await),
+            Command::Create(create) => create::run(create, &config?).await?,
+            Command::Start(start) => start::run(start, &config?).await?,
+            Command::Exec(exec) => return exec::run(exec, &config?).await,
+            Command::Attach(attach) => return exec::attach(attach, &config?).await,
             Command::Check(check) => return Ok(check::run(check, &arguments.config, config).await),
             Command::Pods(pods) => pods::run(pods, &config?).await?,
             Command::Pod(pod) => pod::run(pod, &config?).await?,
@@ -124,7 +144,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             Command::Manual(manual) => completion::manual(manual, Arguments::command())?,
         }
         Ok(ExitCode::SUCCESS)
-    })
+    });
+    // A read of the terminal may go on for ever, and nobody waits for it.
+    runtime.shutdown_background();
+    done
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use husk_config::Config;
 use husk_proto::cri::{self, ContainerState};
 
 use super::client::{self, Client};
-use super::{find, output};
+use super::{find, labels, output};
 
 /// Removes containers.
 #[derive(Debug, clap::Args)]
@@ -28,6 +28,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
             bail!("container {wanted} runs: stop it first, or use --force");
         }
         remove(&mut client, &container).await?;
+        labels::remove_files(config, container.annotations.get(labels::FILES));
         output::print(&format!("{wanted}\n"))?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use super::client::{self, Client};
 use super::{find, labels, output};
 
 /// The seconds that a container gets unless it, or the caller, says otherwise.
-const GRACE: i64 = 10;
+pub const GRACE: i64 = 10;
 
 /// Stops containers: each is sent its stop signal, and SIGKILL when its time is over.
 #[derive(Debug, clap::Args)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use husk_config::Config;
 use husk_proto::cri;
 
-use crate::client::{self, said};
+use crate::client::{self, Images, said};
 use crate::credentials;
 
 /// Time for what comes after the pull itself, or before it while others are pulled.
@@ -28,8 +28,7 @@ pub struct Arguments {
 
 /// Pulls one image after the other.
 pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
-    let limit = Duration::from_secs(config.images.pull_timeout_seconds).saturating_add(BESIDES);
-    let mut client = client::images_within(&config.socket, limit).await?;
+    let mut client = connect(config).await?;
     for image in &arguments.images {
         let auth = match arguments.anonymous {
             true => None,
@@ -38,10 +37,26 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
         if !arguments.quiet {
             eprintln!("pulling {image}{}", if auth.is_some() { " with credentials" } else { "" });
         }
-        let spec = Some(cri::ImageSpec { image: image.clone(), ..Default::default() });
-        let request = cri::PullImageRequest { image: spec, auth, sandbox_config: None };
-        let answer = client.pull_image(request).await.map_err(said)?;
-        println!("{}", answer.into_inner().image_ref);
+        println!("{}", pull(&mut client, image, auth).await?);
     }
     Ok(())
+}
+
+/// A connection for pulls, which take as long as the configuration allows.
+///
+/// # Errors
+/// huskd does not answer.
+pub async fn connect(config: &Config) -> anyhow::Result<Images> {
+    let limit = Duration::from_secs(config.images.pull_timeout_seconds).saturating_add(BESIDES);
+    client::images_within(&config.socket, limit).await
+}
+
+/// Pulls an image, and answers with its reference.
+///
+/// # Errors
+/// huskd's.
+pub async fn pull(client: &mut Images, image: &str, auth: Option<cri::AuthConfig>) -> anyhow::Result<String> {
+    let spec = Some(cri::ImageSpec { image: image.to_owned(), ..Default::default() });
+    let request = cri::PullImageRequest { image: spec, auth, sandbox_config: None };
+    Ok(client.pull_image(request).await.map_err(said)?.into_inner().image_ref)
 }
