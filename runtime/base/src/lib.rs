@@ -36,6 +36,14 @@ pub fn now() -> i64 {
         .unwrap_or_default()
 }
 
+/// The start time of a process in clock ticks since the host's boot, from the text of its
+/// `/proc/PID/stat`: what tells it from another that has its id later.
+#[must_use]
+pub fn start_time(stat: &str) -> Option<u64> {
+    // The name, field 2, may have any bytes in it; the start time is field 22.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
 /// Locks a mutex, even one whose holder panicked. Callers replace as a whole what a
 /// mutex guards, so that it is never left half-changed.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -67,23 +67,13 @@ pub async fn ensure(control: &Control, plan: Plan<'_>) -> Result<(), Error> {
         FsState::None => return Err(problem("the machine has no file system device")),
         FsState::Gone => return Err(problem("it has died, and the pod's files with it: restart the pod")),
     }
-    let program = plan.program.to_owned();
     let log = plan.run_dir.join("fs.log");
     let record = plan.run_dir.join(RECORD);
-    let (started, process) =
-        start(&plan, &log).map_err(|cause| Error::File { stage: STAGE, path: program, cause })?;
+    let (started, process) = start(&plan, &log).map_err(Error::file(STAGE, plan.program))?;
     crash::point("file server started");
     let log_path = log.clone();
-    let socket = blocking(move || wait_ready(started, &log_path)).await.map_err(|cause| Error::File {
-        stage: STAGE,
-        path: log,
-        cause,
-    })?;
-    tokio::fs::write(&record, process.to_string()).await.map_err(|cause| Error::File {
-        stage: STAGE,
-        path: record,
-        cause,
-    })?;
+    let socket = blocking(move || wait_ready(started, &log_path)).await.map_err(Error::file(STAGE, &log))?;
+    tokio::fs::write(&record, process.to_string()).await.map_err(Error::file(STAGE, &record))?;
     crash::point("file server recorded");
     control.attach_fs(socket).await
 }
@@ -98,9 +88,7 @@ pub fn namespace(run_dir: &Path) -> Result<Option<OwnedFd>, Error> {
     let record = run_dir.join(RECORD);
     let recorded = match std::fs::read_to_string(&record) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        recorded => {
-            recorded.map_err(|cause| Error::File { stage: "find the file server", path: record, cause })?
-        }
+        recorded => recorded.map_err(Error::file("find the file server", &record))?,
     };
     let Some(process) = Process::parse(&recorded) else { return Ok(None) };
     let Ok(namespace) = File::open(format!("/proc/{}/ns/mnt", process.pid)) else { return Ok(None) };
@@ -160,10 +148,7 @@ impl Process {
     #[expect(clippy::disallowed_methods, reason = "a file of /proc waits for no disk")]
     fn of(pid: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name, field 2, may have any bytes in it; the start time is field 22.
-        let (_, fields) = stat.rsplit_once(')')?;
-        let began = fields.split_whitespace().nth(19)?.parse().ok()?;
-        Some(Self { pid, began })
+        Some(Self { pid, began: husk_base::start_time(&stat)? })
     }
 
     fn parse(text: &str) -> Option<Self> {

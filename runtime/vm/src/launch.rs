@@ -97,17 +97,13 @@ pub struct Launched {
 pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launched, Error> {
     let started = Instant::now();
     let vsock_path = vsock_path(&plan.run_dir);
-    let file = |stage, path: &Path| {
-        let path = path.to_owned();
-        move |cause: io::Error| Error::File { stage, path, cause }
-    };
     let process = VmmProcess::of(plan);
     let Started { process, vsock, kernel, rootfs, scratch } = blocking(move || process.start()).await?;
     let vmm_pid = process.pid;
-    let process = Process::watch(process.pidfd).map_err(file("start VMM", &plan.handler.vmm))?;
+    let process = Process::watch(process.pidfd).map_err(Error::file("start VMM", &plan.handler.vmm))?;
 
     let cloned = template.is_some();
-    let (ready, theirs) = ready_pair().map_err(file("make vsock socket", &vsock_path))?;
+    let (ready, theirs) = ready_pair().map_err(Error::file("make vsock socket", &vsock_path))?;
     let files = Files { kernel, rootfs, scratch, vsock: vsock.into(), ready: theirs };
     let (config, fds) = vm_config(plan, template, files)?;
     let control = Control::new(control_path(&plan.run_dir));
@@ -119,7 +115,7 @@ pub async fn launch(plan: &Plan<'_>, template: Option<Template>) -> Result<Launc
     let ends = Ends { vmm: &vmm };
     if !cloned {
         let limit = Duration::from_secs(plan.handler.boot_timeout_seconds);
-        let spoken = async { agent_ready(ready).await.map_err(file("wait for agent", &vsock_path)) };
+        let spoken = async { agent_ready(ready).await.map_err(Error::file("wait for agent", &vsock_path)) };
         ends.before(limit, spoken).await?;
     }
     let spoke = Instant::now();
@@ -210,11 +206,7 @@ fn vm_config(
     let limits = plan.limits;
     let mut nets = Vec::new();
     for nic in &plan.nics {
-        let tap = nic.tap.try_clone().map_err(|cause| Error::File {
-            stage: "pass tap",
-            path: "/dev/net/tun".into(),
-            cause,
-        })?;
+        let tap = nic.tap.try_clone().map_err(Error::file("pass tap", Path::new("/dev/net/tun")))?;
         nets.push(NetConfig {
             tap: pass(tap),
             mac: nic.mac,

@@ -288,6 +288,14 @@ fn record_file(path: &Path) -> std::io::Result<std::fs::File> {
     std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
+impl Error {
+    /// Names the step and the file of an error, for `map_err`.
+    pub(crate) fn file(stage: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |cause| Self::File { stage, path, cause }
+    }
+}
+
 impl From<Exit> for Error {
     fn from(exit: Exit) -> Self {
         Self::Ended { reason: exit.reason, detail: exit.detail, console: exit.console }

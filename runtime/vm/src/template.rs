@@ -335,7 +335,7 @@ async fn publish(work: &Path, folder: &Path) -> Result<(), Failure> {
     remove(folder).await;
     crash::point("template to be published");
     let renamed = tokio::fs::rename(work, folder).await;
-    renamed.map_err(|cause| Failure::Save(file("publish", folder, cause)))
+    renamed.map_err(Error::file("publish", folder)).map_err(Failure::Save)
 }
 
 async fn make_in(
@@ -345,17 +345,14 @@ async fn make_in(
     disks: &SandboxDisks,
     make_tap: &MakeTap,
 ) -> Result<(), Failure> {
-    let failed = |what: &Path| {
-        let what = what.to_owned();
-        move |cause: io::Error| file("make", &what, cause)
-    };
+    let failed = |what: &Path| Error::file("make", what);
     tokio::fs::create_dir_all(work).await.map_err(failed(work)).map_err(Failure::Save)?;
     let disk = work.join("disk");
     disks
         .create(&disk, key.handler.disk_mib)
         .await
-        .map_err(|error| Failure::Boot(file("make", &disk, io::Error::other(error))))?;
-    let tap = make_tap.call().await.map_err(|cause| Failure::Boot(file("make a tap for", work, cause)))?;
+        .map_err(|error| Failure::Boot(Error::file("make", &disk)(io::Error::other(error))))?;
+    let tap = make_tap.call().await.map_err(Error::file("make a tap for", work)).map_err(Failure::Boot)?;
     let id = SandboxId::from(format!("template-{}", key.name).as_str());
     let plan = Plan {
         id: &id,
@@ -405,10 +402,6 @@ async fn hang_up(control: &Control) -> Result<(), Error> {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     Ok(())
-}
-
-fn file(stage: &'static str, path: &Path, cause: io::Error) -> Error {
-    Error::File { stage, path: path.into(), cause }
 }
 
 #[expect(clippy::disallowed_methods, reason = "it runs where it may block")]

@@ -59,35 +59,40 @@ impl VmmProcess {
     /// # Errors
     /// The step that failed. What was made is left to [`super::destroy`].
     pub fn start(self) -> Result<Started, Error> {
-        let file = |stage, path: &Path| {
-            let path = path.to_owned();
-            move |cause: io::Error| Error::File { stage, path, cause }
-        };
         let open = |stage, path: &Path, write: bool| {
-            File::options().read(true).write(write).open(path).map(OwnedFd::from).map_err(file(stage, path))
+            File::options()
+                .read(true)
+                .write(write)
+                .open(path)
+                .map(OwnedFd::from)
+                .map_err(Error::file(stage, path))
         };
         let kernel = open("open guest kernel", &self.kernel, false)?;
         let rootfs = open("open guest root filesystem", &self.rootfs, false)?;
         let scratch = open("open sandbox disk", &self.scratch, true)?;
 
-        dirs::make(&self.run_dir, dirs::ROOT_ONLY).map_err(file("make folder for sockets", &self.run_dir))?;
+        dirs::make(&self.run_dir, dirs::ROOT_ONLY)
+            .map_err(Error::file("make folder for sockets", &self.run_dir))?;
         crash::point("VM folder made");
         let control_path = control_path(&self.run_dir);
         let vsock_path = vsock_path(&self.run_dir);
         let exit_path = exit_path(&self.run_dir);
         let log_path = self.run_dir.join(LOG);
-        let control = listen_seqpacket(&control_path).map_err(file("make control socket", &control_path))?;
-        let vsock = UnixListener::bind(&vsock_path).map_err(file("make vsock socket", &vsock_path))?;
-        let exit = record_file(&exit_path).map_err(file("make exit record", &exit_path))?;
-        let log = record_file(&log_path).map_err(file("make VMM log", &log_path))?;
+        let control =
+            listen_seqpacket(&control_path).map_err(Error::file("make control socket", &control_path))?;
+        let vsock = UnixListener::bind(&vsock_path).map_err(Error::file("make vsock socket", &vsock_path))?;
+        let exit = record_file(&exit_path).map_err(Error::file("make exit record", &exit_path))?;
+        let log = record_file(&log_path).map_err(Error::file("make VMM log", &log_path))?;
         crash::point("VM sockets made");
 
-        let user = users::claim(&self.run_dir).map_err(file("choose the VMM's user", &self.run_dir))?;
+        let user =
+            users::claim(&self.run_dir).map_err(Error::file("choose the VMM's user", &self.run_dir))?;
         if let Some(cgroup) = &self.cgroup {
-            cgroup::make(cgroup).map_err(file("make control group", cgroup))?;
+            cgroup::make(cgroup).map_err(Error::file("make control group", cgroup))?;
         }
         // From here on only the VMM holds its socket: once it has ended, nothing listens.
-        let process = self.spawn(user, control, exit, log).map_err(file("start VMM", &self.program))?;
+        let process =
+            self.spawn(user, control, exit, log).map_err(Error::file("start VMM", &self.program))?;
         crash::point("VMM started");
         Ok(Started { process, vsock, kernel, rootfs, scratch })
     }

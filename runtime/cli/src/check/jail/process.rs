@@ -91,7 +91,7 @@ impl Process {
         let (open_files, open_directories) = open(&folder)?;
         let user = threads.first().and_then(|thread| thread.uids.get(1).copied());
         Ok(Self {
-            began: began(&text("stat")?).ok_or(io::ErrorKind::InvalidData)?,
+            began: husk_base::start_time(&text("stat")?).ok_or(io::ErrorKind::InvalidData)?,
             shared_namespaces,
             mounts: mounts(&text("mountinfo")?),
             cgroup: cgroup(&text("cgroup")?),
@@ -120,11 +120,6 @@ fn open(folder: &Path) -> io::Result<(usize, Vec<PathBuf>)> {
         }
     }
     Ok((count, directories))
-}
-
-fn began(stat: &str) -> Option<u64> {
-    // The name, field 2, may have any bytes in it; the start time is field 22.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 fn thread(status: &str) -> Thread {
