@@ -1,6 +1,7 @@
 //! Shared by the subcommands: a CRI client of huskd, pods by the names that a person has for
 //! them, and their VMs.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use husk_proto::cri::image_service_client::ImageServiceClient;
 use husk_proto::cri::runtime_service_client::RuntimeServiceClient;
 use husk_vm::Control;
 use hyper_util::rt::TokioIo;
+use serde_json::Value;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
@@ -90,16 +92,26 @@ pub async fn status(client: &mut Client, id: &str) -> anyhow::Result<cri::PodSan
     Ok(client.pod_sandbox_status(request).await.map_err(said)?.into_inner())
 }
 
+/// The verbose part of an answer, which CRI leaves to the runtime; null if there is none.
+pub fn info(verbose: &HashMap<String, String>) -> Value {
+    verbose.get("info").and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+}
+
+/// Stops a pod: its containers, and its VM.
+pub async fn stop_pod(client: &mut Client, id: &str) -> anyhow::Result<()> {
+    let request = cri::StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
+    client.stop_pod_sandbox(request).await.map_err(said)?;
+    Ok(())
+}
+
 /// The reason for which huskd cannot reach a pod that lives and does not answer.
 pub fn unreached(status: &cri::PodSandboxStatusResponse) -> Option<String> {
-    let info: serde_json::Value = serde_json::from_str(status.info.get("info")?).ok()?;
-    Some(info.get("unreached")?.as_str()?.to_owned())
+    Some(info(&status.info).get("unreached")?.as_str()?.to_owned())
 }
 
 /// The configuration with which a pod was made, as the verbose part of its status has it.
 pub fn pod_config(status: &cri::PodSandboxStatusResponse) -> cri::PodSandboxConfig {
-    let info = status.info.get("info").and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
-    let config = info.and_then(|mut info| info.get_mut("config").map(serde_json::Value::take));
+    let config = info(&status.info).get_mut("config").map(Value::take);
     config.and_then(|config| serde_json::from_value(config).ok()).unwrap_or_default()
 }
 

@@ -1,6 +1,5 @@
 //! `husk create`: a container that is started later.
 
-use anyhow::bail;
 use husk_config::Config;
 
 use super::run::make::Made;
@@ -15,28 +14,13 @@ use super::{interrupts::Interrupts, output, spec};
 pub struct Arguments {
     #[command(flatten)]
     flags: spec::Flags,
-    /// The image, and the program with its arguments in place of the image's.
-    #[arg(
-        value_name = "IMAGE [COMMAND]",
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
-    words: Vec<String>,
+    #[command(flatten)]
+    program: spec::Program,
 }
 
 /// Makes the container and its pod.
 pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
-    if let Some(refused) = spec::no_image(&arguments.words) {
-        bail!(refused);
-    }
-    let mut made = Made::default();
     let mut interrupts = Interrupts::new()?;
-    if let Err(error) = made.container(config, &arguments.flags, &arguments.words, &mut interrupts).await {
-        if let Err(remains) = made.remove(config).await {
-            eprintln!("husk: failed to remove what was made: {remains:#}");
-        }
-        return Err(error);
-    }
+    let made = Made::new(config, &arguments.flags, &arguments.program, &mut interrupts).await?;
     output::print(&format!("{}\n", made.container))
 }

@@ -86,8 +86,7 @@ pub async fn attach(arguments: &Attach, config: &Config) -> anyhow::Result<ExitC
         End::Lost => bail!("huskd hung up; the container goes on: attach again, or see husk logs"),
         End::Told(told) => {
             stream::code_of(&told)?;
-            let status = exit::wait(&mut client, &container.id).await?;
-            Ok(ExitCode::from(u8::try_from(status.exit_code).unwrap_or(u8::MAX)))
+            Ok(ExitCode::from(exit::code(&mut client, &container.id).await?))
         }
     }
 }
@@ -96,10 +95,7 @@ pub async fn attach(arguments: &Attach, config: &Config) -> anyhow::Result<ExitC
 /// has it.
 async fn terminal_and_input(client: &mut client::Client, id: &str) -> anyhow::Result<(bool, bool)> {
     let status = find::status(client, id).await?;
-    let info = status.info.get("info").and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
-    let is = |field: &str| {
-        let field = info.as_ref().and_then(|info| info.pointer(field));
-        field.and_then(serde_json::Value::as_bool).unwrap_or(false)
-    };
+    let info = client::info(&status.info);
+    let is = |field: &str| info.pointer(field).and_then(serde_json::Value::as_bool).unwrap_or(false);
     Ok((is("/config/tty"), is("/config/stdin")))
 }

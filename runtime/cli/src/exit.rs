@@ -12,6 +12,14 @@ const LOOKS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_m
 /// How many times in a row huskd may not answer, as when it is started again.
 const UNANSWERED: u32 = 60;
 
+/// The exit code of a container once it has ended, as a process can have it.
+///
+/// # Errors
+/// As for [`wait`].
+pub async fn code(client: &mut Client, id: &str) -> anyhow::Result<u8> {
+    Ok(u8::try_from(wait(client, id).await?.exit_code).unwrap_or(u8::MAX))
+}
+
 /// Waits until a container has ended, however long that takes.
 ///
 /// # Errors

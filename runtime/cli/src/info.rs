@@ -4,7 +4,7 @@ use anyhow::Context;
 use husk_config::Config;
 use husk_proto::cri;
 
-use super::{client, output, pods};
+use super::{client, find, output, pods};
 
 /// Shows one pod, its machine and its containers.
 #[derive(Debug, clap::Args)]
@@ -56,12 +56,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     let request = cri::ListContainersRequest { filter: Some(filter) };
     for container in client.list_containers(request).await.map_err(client::said)?.into_inner().containers {
         let name = container.metadata.as_ref().map_or("", |metadata| metadata.name.as_str());
-        let state = match container.state() {
-            cri::ContainerState::ContainerCreated => "created",
-            cri::ContainerState::ContainerRunning => "running",
-            cri::ContainerState::ContainerExited => "exited",
-            cri::ContainerState::ContainerUnknown => "unknown",
-        };
+        let state = find::state(container.state());
         let short = output::short(&container.id);
         line("container", &format!("{short}  {name}  {state}"));
     }

@@ -29,11 +29,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
             Some(container) => container,
             None => vm(config, name).await?,
         };
-        let text = match &arguments.output.format {
-            Some(template) => template.render(&value)? + "\n",
-            None => output::document(arguments.output.output, &value)?,
-        };
-        output::print(&text)?;
+        output::one(&arguments.output, &value)?;
     }
     Ok(())
 }
@@ -55,9 +51,7 @@ fn describe(
     pod: &cri::PodSandboxStatusResponse,
 ) -> anyhow::Result<Value> {
     let status = answer.status.as_ref().context("huskd knows the container and says nothing about it")?;
-    let info = |info: Option<&String>| info.and_then(|text| serde_json::from_str::<Value>(text).ok());
-    let inner = info(answer.info.get("info")).unwrap_or_default();
-    let pod_inner = info(pod.info.get("info")).unwrap_or_default();
+    let (inner, pod_inner) = (client::info(&answer.info), client::info(&pod.info));
     let pod_status = pod.status.clone().unwrap_or_default();
     let metadata = pod_status.metadata.unwrap_or_default();
     let network = pod_status.network.unwrap_or_default();

@@ -43,8 +43,9 @@ pub fn remove_files(config: &Config, files: Option<&String>) {
 
 /// 16 random digits.
 fn random_hex() -> anyhow::Result<String> {
-    let random = getrandom::u64().context("get random bytes")?;
-    Ok(format!("{random:016x}"))
+    let mut random = [0; 8];
+    husk_base::random::fill(&mut random).context("get random bytes")?;
+    Ok(husk_base::id::hex(&random))
 }
 
 #[cfg(test)]

@@ -17,7 +17,6 @@ mod events;
 mod exec;
 mod exit;
 mod find;
-mod image;
 mod images;
 mod info;
 mod inspect;

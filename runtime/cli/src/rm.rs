@@ -48,8 +48,7 @@ pub async fn remove(client: &mut Client, container: &cri::Container) -> anyhow::
 
 /// Removes a pod with its containers, which are killed.
 pub async fn remove_pod(client: &mut Client, id: &str) -> anyhow::Result<()> {
-    let request = cri::StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
-    client.stop_pod_sandbox(request).await.map_err(client::said)?;
+    client::stop_pod(client, id).await?;
     let request = cri::RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
     client.remove_pod_sandbox(request).await.map_err(client::said)?;
     Ok(())

@@ -39,8 +39,7 @@ pub async fn stop(client: &mut Client, container: &cri::Container, grace: i64) -
     let request = cri::StopContainerRequest { container_id: container.id.clone(), timeout: grace };
     client.stop_container(request).await.map_err(client::said)?;
     if find::own_pod(client, container).await?.is_some() {
-        let request = cri::StopPodSandboxRequest { pod_sandbox_id: container.pod_sandbox_id.clone() };
-        client.stop_pod_sandbox(request).await.map_err(client::said)?;
+        client::stop_pod(client, &container.pod_sandbox_id).await?;
     }
     Ok(())
 }

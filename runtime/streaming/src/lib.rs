@@ -20,6 +20,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 
+pub mod channel;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod negotiate;

@@ -4,6 +4,7 @@ use hyper::HeaderMap;
 use hyper::header::{CONNECTION, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
+use super::channel;
 use super::status::Language;
 
 /// The header in which a SPDY client names the protocols that it knows, and the
@@ -54,7 +55,7 @@ pub const SPDY_PROTOCOLS: [Protocol; 4] = [
 
 /// The protocols over WebSocket, the best first. There is a channel for the terminal's size in all of them.
 pub const WEBSOCKET_PROTOCOLS: [Protocol; 5] = [
-    Protocol { closes: true, ..protocol("v5.channel.k8s.io", Language::Status, true) },
+    Protocol { closes: true, ..protocol(channel::PROTOCOL, Language::Status, true) },
     protocol("v4.channel.k8s.io", Language::Status, true),
     Protocol { base64: true, ..protocol("v4.base64.channel.k8s.io", Language::Status, true) },
     OLDEST_WEBSOCKET,

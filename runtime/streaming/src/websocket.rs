@@ -27,18 +27,12 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::channel::{CLOSE, ERROR, RESIZE, STDERR, STDIN, STDOUT};
 use super::negotiate::Protocol;
 use super::peer::{CLOSE_DEADLINE, Peer, left_alone};
 use super::pipe::{Command, INCOMING, Incoming, OUTGOING, Outgoing, PIECE, PendingResets};
 use super::resize::Sizes;
 use super::session::{Client, Run, StreamOptions};
-
-const STDIN: u8 = 0;
-const STDOUT: u8 = 1;
-const STDERR: u8 = 2;
-const ERROR: u8 = 3;
-const RESIZE: u8 = 4;
-const CLOSE: u8 = 255;
 
 /// The pause between two pongs to a client whose input nobody takes.
 const REASSURANCE: Duration = Duration::from_secs(15);

@@ -5,6 +5,7 @@ use husk_proto::cri;
 
 use super::text;
 use crate::client::{self, said};
+use crate::find;
 use crate::output::table;
 
 /// Shows the space that images and containers take.
@@ -28,15 +29,15 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     let info = images.image_fs_info(cri::ImageFsInfoRequest::default()).await.map_err(said)?.into_inner();
     let taken = info.image_filesystems.iter().filter_map(|usage| usage.used_bytes.as_ref());
     let taken = taken.map(|bytes| bytes.value).fold(0, u64::saturating_add);
-    let used = super::used(config).await?;
+    let mut client = client::connect(&config.socket).await?;
+    let containers = find::containers(&mut client).await?;
+    let of_containers = containers.len();
+    let running =
+        containers.iter().filter(|one| one.state() == cri::ContainerState::ContainerRunning).count();
+    let used = super::used_by(containers);
     let (active, idle): (Vec<_>, Vec<_>) = all.iter().partition(|image| super::is_used(image, &used));
     let idle = idle.iter().filter(|image| !image.pinned).map(|image| image.size).fold(0, u64::saturating_add);
 
-    let mut client = client::connect(&config.socket).await?;
-    let containers = client.list_containers(cri::ListContainersRequest::default()).await.map_err(said)?;
-    let containers = containers.into_inner().containers;
-    let running =
-        containers.iter().filter(|one| one.state() == cri::ContainerState::ContainerRunning).count();
     let stats = client.list_container_stats(cri::ListContainerStatsRequest::default()).await.map_err(said)?;
     let written = stats.into_inner().stats.into_iter().filter_map(|one| one.writable_layer?.used_bytes);
     let written = written.map(|bytes| bytes.value).fold(0, u64::saturating_add);
@@ -46,7 +47,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     };
     let rows = [
         row("images", all.len(), active.len(), taken, idle),
-        row("containers", containers.len(), running, written, 0),
+        row("containers", of_containers, running, written, 0),
     ];
     print!("{}", table(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"], &rows));
     Ok(())

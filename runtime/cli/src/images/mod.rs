@@ -7,6 +7,7 @@ use husk_config::Config;
 use husk_proto::cri;
 
 use crate::client::{self, Images, said};
+use crate::find;
 
 pub mod df;
 pub mod history;
@@ -57,17 +58,20 @@ async fn all(client: &mut Images) -> anyhow::Result<Vec<cri::Image>> {
 }
 
 /// One image by a name or an id, and what its configuration says; none, if it is not here.
-async fn find(client: &mut Images, name: &str) -> anyhow::Result<Option<(cri::Image, serde_json::Value)>> {
+pub async fn status(
+    client: &mut Images,
+    name: &str,
+) -> anyhow::Result<Option<(cri::Image, serde_json::Value)>> {
     let image = Some(cri::ImageSpec { image: name.to_owned(), ..Default::default() });
     let request = cri::ImageStatusRequest { image, verbose: true };
     let answer = client.image_status(request).await.map_err(said)?.into_inner();
-    let info = answer.info.get("info").and_then(|info| serde_json::from_str(info).ok()).unwrap_or_default();
+    let info = client::info(&answer.info);
     Ok(answer.image.map(|image| (image, info)))
 }
 
 /// The same of an image that has to be here.
 async fn one(client: &mut Images, name: &str) -> anyhow::Result<(cri::Image, serde_json::Value)> {
-    match find(client, name).await? {
+    match status(client, name).await? {
         Some(found) => Ok(found),
         None => bail!("there is no image {name}: `husk images` lists them"),
     }
@@ -82,8 +86,12 @@ async fn remove_one(client: &mut Images, id: &str) -> anyhow::Result<()> {
 /// The ids and references of images that containers use, also of those that have ended.
 async fn used(config: &Config) -> anyhow::Result<HashSet<String>> {
     let mut client = client::connect(&config.socket).await?;
-    let answer = client.list_containers(cri::ListContainersRequest::default()).await.map_err(said)?;
-    Ok(answer.into_inner().containers.into_iter().flat_map(names_used).collect())
+    Ok(used_by(find::containers(&mut client).await?))
+}
+
+/// The same for these containers.
+fn used_by(containers: Vec<cri::Container>) -> HashSet<String> {
+    containers.into_iter().flat_map(names_used).collect()
 }
 
 fn names_used(container: cri::Container) -> Vec<String> {

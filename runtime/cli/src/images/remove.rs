@@ -25,7 +25,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     let mut stay = 0;
     for name in &arguments.images {
         let removed = async {
-            let found = super::find(&mut client, name).await?;
+            let found = super::status(&mut client, name).await?;
             if found.is_none() && arguments.force {
                 return Ok(());
             }

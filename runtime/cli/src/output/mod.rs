@@ -71,6 +71,17 @@ fn render(options: &Options, quiet: bool, columns: &[Column], items: Vec<Item>) 
     }
 }
 
+/// Prints one thing as a document, or as the template says.
+///
+/// # Errors
+/// As for [`list`].
+pub fn one(options: &Options, value: &Value) -> anyhow::Result<()> {
+    match &options.format {
+        Some(template) => print(&(template.render(value)? + "\n")),
+        None => print(&document(options.output, value)?),
+    }
+}
+
 /// A JSON or YAML document; a table of a document is its JSON.
 ///
 /// # Errors

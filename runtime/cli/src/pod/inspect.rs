@@ -27,19 +27,14 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     for wanted in &arguments.pods {
         let id = &client::find(&all, wanted)?.id;
         let value = describe(&client::status(&mut client, id).await?)?;
-        let text = match &arguments.output.format {
-            Some(template) => template.render(&value)? + "\n",
-            None => output::document(arguments.output.output, &value)?,
-        };
-        output::print(&text)?;
+        output::one(&arguments.output, &value)?;
     }
     Ok(())
 }
 
 fn describe(answer: &cri::PodSandboxStatusResponse) -> anyhow::Result<Value> {
     let status = answer.status.as_ref().context("huskd knows the pod and says nothing about it")?;
-    let info: Value =
-        answer.info.get("info").and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    let info = client::info(&answer.info);
     let metadata = status.metadata.clone().unwrap_or_default();
     let network = status.network.clone().unwrap_or_default();
     let more: Vec<&str> = network.additional_ips.iter().map(|ip| ip.ip.as_str()).collect();

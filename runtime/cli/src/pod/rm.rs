@@ -4,7 +4,7 @@ use anyhow::bail;
 use husk_config::Config;
 use husk_proto::cri::PodSandboxState;
 
-use crate::{client, output, rm};
+use crate::{client, labels, output, rm};
 
 /// Removes pods and their containers.
 #[derive(Debug, clap::Args)]
@@ -28,6 +28,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
             bail!("pod {wanted} is ready: stop it first, or use --force");
         }
         rm::remove_pod(&mut client, &pod.id).await?;
+        labels::remove_files(config, pod.annotations.get(labels::FILES));
         output::print(&format!("{wanted}\n"))?;
     }
     Ok(())

@@ -1,7 +1,6 @@
 //! `husk pod stop`: the end of pods' containers and VMs.
 
 use husk_config::Config;
-use husk_proto::cri;
 
 use crate::{client, output};
 
@@ -19,9 +18,7 @@ pub async fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
     let mut client = client::connect_for_work(&config.socket).await?;
     for wanted in &arguments.pods {
         let all = client::pods(&mut client).await?;
-        let pod_sandbox_id = client::find(&all, wanted)?.id.clone();
-        let request = cri::StopPodSandboxRequest { pod_sandbox_id };
-        client.stop_pod_sandbox(request).await.map_err(client::said)?;
+        client::stop_pod(&mut client, &client::find(&all, wanted)?.id).await?;
         output::print(&format!("{wanted}\n"))?;
     }
     Ok(())

@@ -7,13 +7,14 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use husk_config::Config;
 use husk_proto::cri;
+use serde_json::Value;
 
 use crate::client::{self, Client, Images, said};
 use crate::interrupts::Interrupts;
 use crate::progress::stage;
 use crate::rm::remove_pod;
-use crate::spec::{Flags, Plan, Pull};
-use crate::{credentials, find, image, images, labels};
+use crate::spec::{Flags, Plan, Port, Program, Pull};
+use crate::{credentials, find, images, labels, output};
 
 /// The name of the log in a container's directory.
 const LOG: &str = "output.log";
@@ -32,18 +33,35 @@ pub struct Made {
 }
 
 impl Made {
-    /// Makes the container, and notes each thing as soon as there is one.
+    /// Makes the container.
     ///
     /// # Errors
-    /// The step that failed, or an interrupt. [`Made::remove`] removes what there is by then.
-    pub async fn container(
+    /// The step that failed, or an interrupt. Nothing is left then.
+    pub async fn new(
+        config: &Config,
+        flags: &Flags,
+        program: &Program,
+        interrupts: &mut Interrupts,
+    ) -> anyhow::Result<Self> {
+        let mut made = Self::default();
+        match made.make(config, flags, program, interrupts).await {
+            Ok(()) => Ok(made),
+            Err(error) => {
+                made.remove(config).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes one thing after the other, and notes each as soon as there is one.
+    async fn make(
         &mut self,
         config: &Config,
         flags: &Flags,
-        words: &[String],
+        program: &Program,
         interrupts: &mut Interrupts,
     ) -> anyhow::Result<()> {
-        let Some((image, command)) = words.split_first() else { bail!("name an image") };
+        let (image, command) = program.image()?;
         let mut plan = flags.plan(image, command)?;
         plan.container.stdin_once = flags.streams().1;
         let mut client = client::connect_for_work(&config.socket).await?;
@@ -52,7 +70,7 @@ impl Made {
 
         let known = fetch(&mut store, image, flags.identity.pull, interrupts).await?;
         if plan.publish_all {
-            plan.pod.port_mappings.extend(image::published(&known)?);
+            plan.pod.port_mappings.extend(Port::exposed_by(&known)?);
         }
         for image in std::mem::take(&mut plan.images) {
             fetch(&mut store, &image, flags.identity.pull, interrupts).await?;
@@ -138,11 +156,14 @@ impl Made {
         Ok(())
     }
 
-    /// Removes all that was made.
-    ///
-    /// # Errors
-    /// huskd's, about the first thing that stays.
-    pub async fn remove(&self, config: &Config) -> anyhow::Result<()> {
+    /// Removes all that was made; a failure to is told, and is not what matters most.
+    pub async fn remove(&self, config: &Config) {
+        if let Err(error) = stage("removing the container", self.try_remove(config)).await {
+            eprintln!("husk: failed to remove what was made: {error:#}");
+        }
+    }
+
+    async fn try_remove(&self, config: &Config) -> anyhow::Result<()> {
         let mut client = client::connect_for_work(&config.socket).await?;
         if self.own_pod {
             remove_pod(&mut client, &self.pod).await?;
@@ -161,8 +182,7 @@ impl Made {
     /// huskd's.
     pub async fn stop_pod(&self, client: &mut Client) -> anyhow::Result<()> {
         if self.own_pod {
-            let request = cri::StopPodSandboxRequest { pod_sandbox_id: self.pod.clone() };
-            client.stop_pod_sandbox(request).await.map_err(said)?;
+            client::stop_pod(client, &self.pod).await?;
         }
         Ok(())
     }
@@ -172,23 +192,23 @@ async fn refuse_taken(client: &mut Client, name: &str) -> anyhow::Result<()> {
     let containers = find::containers(client).await?;
     match containers.iter().find(|container| find::own_name(container) == Some(name)) {
         Some(other) => {
-            let id = other.id.get(..12).unwrap_or(&other.id);
+            let id = output::short(&other.id);
             bail!("the name {name} is container {id}'s: remove it (husk rm {name}), or choose another name")
         }
         None => Ok(()),
     }
 }
 
-/// The image as huskd has it, pulled if the policy says so. A pull ends at an interrupt.
+/// The verbose part of an image, which is pulled if the policy says so. A pull ends at an interrupt.
 async fn fetch(
     store: &mut Images,
     name: &str,
     policy: Pull,
     interrupts: &mut Interrupts,
-) -> anyhow::Result<cri::ImageStatusResponse> {
-    let known = image::status(store, name).await?;
+) -> anyhow::Result<Value> {
+    let known = images::status(store, name).await?;
     match (known, policy) {
-        (Some(known), Pull::Missing | Pull::Never) => return Ok(known),
+        (Some((_, info)), Pull::Missing | Pull::Never) => return Ok(info),
         (None, Pull::Never) => bail!("the node does not have image {name}, and --pull never was given"),
         (_, Pull::Missing | Pull::Always) => {}
     }
@@ -201,8 +221,8 @@ async fn fetch(
         pulled = stage(&text, images::pull::pull(store, name, auth)) => pulled.map(drop)?,
         () = interrupts.next() => bail!("interrupted while pulling {name}"),
     }
-    match image::status(store, name).await? {
-        Some(known) => Ok(known),
+    match images::status(store, name).await? {
+        Some((_, info)) => Ok(info),
         None => bail!("image {name} was removed while it was needed: try again"),
     }
 }

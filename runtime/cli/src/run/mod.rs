@@ -45,14 +45,8 @@ pub struct Arguments {
     rm: bool,
     #[command(flatten)]
     flags: Flags,
-    /// The image, and the program with its arguments in place of the image's.
-    #[arg(
-        value_name = "IMAGE [COMMAND]",
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
-    words: Vec<String>,
+    #[command(flatten)]
+    program: spec::Program,
 }
 
 /// Runs the container to its end, or leaves it.
@@ -81,25 +75,16 @@ fn code_of(error: &str) -> u8 {
 }
 
 async fn attempt(arguments: &Arguments, config: &Config) -> anyhow::Result<u8> {
-    if let Some(refused) = spec::no_image(&arguments.words) {
-        bail!(refused);
-    }
+    arguments.program.image()?;
     if arguments.detach && arguments.rm {
         bail!("--rm with -d is not possible: huskd does not remove containers by itself yet; use husk rm -f");
     }
     let mut interrupts = Interrupts::new()?;
-    let mut made = Made::default();
-    let ended = match made.container(config, &arguments.flags, &arguments.words, &mut interrupts).await {
-        Ok(()) => follow(arguments, config, &made, &mut interrupts).await,
-        Err(error) => {
-            remove(config, &made).await;
-            return Err(error);
-        }
-    };
-    match ended {
+    let made = Made::new(config, &arguments.flags, &arguments.program, &mut interrupts).await?;
+    match follow(arguments, config, &made, &mut interrupts).await {
         // Nothing has run: there is nothing to look at.
         Err(Failure::Start(error)) => {
-            remove(config, &made).await;
+            made.remove(config).await;
             Err(error)
         }
         Ok(Ended::Left) => Ok(0),
@@ -114,18 +99,11 @@ async fn attempt(arguments: &Arguments, config: &Config) -> anyhow::Result<u8> {
     }
 }
 
-/// Removes what was made; a failure to is told, and is not what matters most.
-async fn remove(config: &Config, made: &Made) {
-    if let Err(error) = stage("removing the container", made.remove(config)).await {
-        eprintln!("husk: failed to remove what was made: {error:#}");
-    }
-}
-
 /// The end of a container that nobody looks after any more: removed with `--rm`, or else its VM
 /// ends with it.
 async fn finish(arguments: &Arguments, config: &Config, made: &Made) {
     if arguments.rm {
-        return remove(config, made).await;
+        return made.remove(config).await;
     }
     let stop = async {
         let mut client = client::connect_for_work(&config.socket).await?;
@@ -197,8 +175,7 @@ async fn watch(
             End::Detached => return Ok(Ended::Left),
             End::Told(told) => {
                 stream::code_of(&told)?;
-                let status = exit::wait(client, container).await?;
-                return Ok(Ended::Exited(u8::try_from(status.exit_code).unwrap_or(u8::MAX)));
+                return Ok(Ended::Exited(exit::code(client, container).await?));
             }
             End::Lost => {}
         }
@@ -206,10 +183,7 @@ async fn watch(
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         stream = match attach(client, container, tty, stdin).await {
             Ok(stream) => stream,
-            Err(_) => {
-                let status = exit::wait(client, container).await?;
-                return Ok(Ended::Exited(u8::try_from(status.exit_code).unwrap_or(u8::MAX)));
-            }
+            Err(_) => return Ok(Ended::Exited(exit::code(client, container).await?)),
         };
     }
     bail!("huskd hangs up whenever container {container} is attached to: see its log")

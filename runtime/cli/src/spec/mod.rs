@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use husk_proto::cri;
 
 mod identity;
@@ -22,7 +23,7 @@ mod tests;
 
 pub use identity::Pull;
 pub use port::Port;
-pub use refused::no_image;
+use refused::no_image;
 
 /// The flags that `husk run` and `husk create` have in common.
 #[derive(Clone, Debug, clap::Args)]
@@ -39,6 +40,32 @@ pub struct Flags {
     limits: limits::Limits,
     #[command(flatten)]
     security: security::Security,
+}
+
+/// The words behind the flags of `husk run` and `husk create`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Program {
+    /// The image, and the program with its arguments in place of the image's.
+    #[arg(
+        value_name = "IMAGE [COMMAND]",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    words: Vec<String>,
+}
+
+impl Program {
+    /// The image, and the command; none for the image's own.
+    ///
+    /// # Errors
+    /// The words begin with a flag, which is told with the reason.
+    pub fn image(&self) -> anyhow::Result<(&String, &[String])> {
+        if let Some(refused) = no_image(&self.words) {
+            anyhow::bail!(refused);
+        }
+        self.words.split_first().context("name an image")
+    }
 }
 
 /// A container that is asked for, with the pod that it gets unless it joins one.

@@ -29,7 +29,9 @@ pub fn check(name: &str) -> anyhow::Result<&str> {
 
 /// A name for a container that was given none.
 pub fn made_up() -> anyhow::Result<String> {
-    let random = getrandom::u32().context("get random bytes")?;
+    let mut random = [0; 4];
+    husk_base::random::fill(&mut random).context("get random bytes")?;
+    let random = u32::from_ne_bytes(random);
     let pick = |words: &[&'static str; 32], shift: u32| {
         usize::try_from((random >> shift) % 32)
             .ok()

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use husk_proto::cri;
+use serde_json::Value;
 
 /// Ports that are published: `[IP:][HOST_PORT:]PORT[/PROTOCOL]`; ports can be ranges.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,12 +55,20 @@ fn range(text: &str) -> Result<RangeInclusive<u16>, String> {
 }
 
 impl Port {
-    /// A port that an image exposes, `80/tcp`, on a free port of the host.
+    /// Mappings from free ports of the host to all ports that an image exposes; `info` is the
+    /// verbose part of its status.
     ///
     /// # Errors
-    /// Text that is no port.
-    pub fn exposed(text: &str) -> anyhow::Result<Self> {
-        text.parse().map_err(|error| anyhow::anyhow!("the image exposes `{text}`: {error}"))
+    /// Text that is no port, and no free port.
+    pub fn exposed_by(info: &Value) -> anyhow::Result<Vec<cri::PortMapping>> {
+        let ports = info.pointer("/imageSpec/config/ExposedPorts").and_then(Value::as_object);
+        let mut mappings = Vec::new();
+        for text in ports.into_iter().flat_map(|ports| ports.keys()) {
+            let port: Self =
+                text.parse().map_err(|error| anyhow::anyhow!("-P: the image exposes `{text}`: {error}"))?;
+            mappings.extend(port.mappings().context("-P")?);
+        }
+        Ok(mappings)
     }
 
     /// The mappings in CRI's words, with free ports of the host where none are named.
@@ -119,5 +128,16 @@ mod tests {
         {
             assert!(text.parse::<Port>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn every_port_that_an_image_exposes_gets_one_of_the_host() {
+        let image = |info: &str| serde_json::from_str::<Value>(info).unwrap();
+        let two = image(r#"{"imageSpec":{"config":{"ExposedPorts":{"53/udp":{},"80/tcp":{}}}}}"#);
+        let mappings = Port::exposed_by(&two).unwrap();
+        assert_eq!(mappings.iter().map(|mapping| mapping.container_port).collect::<Vec<_>>(), [53, 80]);
+        assert!(mappings.iter().all(|mapping| mapping.host_port > 0));
+        assert_eq!(Port::exposed_by(&image("{}")).unwrap(), Vec::new());
+        assert!(Port::exposed_by(&image(r#"{"imageSpec":{"config":{"ExposedPorts":{"x":{}}}}}"#)).is_err());
     }
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
+use husk_streaming::channel::{CLOSE, ERROR, PROTOCOL, RESIZE, STDERR, STDIN, STDOUT};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,15 +23,6 @@ mod terminal;
 use keys::Keys;
 pub use status::code_of;
 use terminal::Raw;
-
-const PROTOCOL: &str = "v5.channel.k8s.io";
-
-const STDIN: u8 = 0;
-const STDOUT: u8 = 1;
-const STDERR: u8 = 2;
-const ERROR: u8 = 3;
-const RESIZE: u8 = 4;
-const CLOSE: u8 = 255;
 
 /// The most input that one message has, bytes.
 const PIECE: usize = 16 * 1024;

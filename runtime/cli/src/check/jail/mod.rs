@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use husk_base::dirs::sandbox_run_dir;
 use husk_base::id::SandboxId;
 use husk_config::Config;
@@ -28,11 +28,10 @@ pub async fn run(config: &Config, pod: &str) -> anyhow::Result<bool> {
         bail!("pod {id} has no VM: its containers are the host's");
     }
     let status = client::status(&mut huskd, &id).await?;
-    let info: Value = status
-        .info
-        .get("info")
-        .and_then(|info| serde_json::from_str(info).ok())
-        .context("huskd tells nothing of the pod's VM")?;
+    let info = client::info(&status.info);
+    if info.is_null() {
+        bail!("huskd tells nothing of the pod's VM");
+    }
     let vmm = info.get("pid").and_then(Value::as_u64).and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
     let cgroup = info.get("cgroup").and_then(Value::as_str).map(Path::new);
     let run_dir = sandbox_run_dir(&config.run_dir, &SandboxId::from(id.as_str()));
