@@ -9,10 +9,10 @@ class Command:
     def command(self, *arguments):
         return list(map(str, [self.node.prefix / "bin/husk", "--config", self.node.config, *arguments]))
 
-    def husk(self, *arguments, code=0, stdin=""):
+    def husk(self, *arguments, code=0, stdin="", env=None):
         """Runs husk, which must end with this exit code; returns what it printed, without the last newline."""
-        done = subprocess.run(self.command(*arguments), input=stdin, capture_output=True, text=True, timeout=300)
-        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        done = subprocess.run(self.command(*arguments), input=stdin, capture_output=True, text=True, timeout=300, env=env)
+        self.assertEqual(done.returncode, code, f"{arguments}: {done.stdout}{done.stderr}")
         return (done.stdout if code == 0 else done.stderr).rstrip("\n")
 
     def start(self, *arguments, **settings):

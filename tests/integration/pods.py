@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -125,6 +126,18 @@ class PodTest(unittest.TestCase):
         expected = [["stdout", "F", f"line {number}"] for number in range(lines)]
         wrong = next(((is_, want) for is_, want in zip(said, expected) if is_ != want), None)
         self.assertEqual((len(said), wrong), (lines, None))
+
+    def read_until(self, stream, text, seconds=60):
+        """Returns the output of a process, up to `text`."""
+        seen, deadline = b"", time.monotonic() + seconds
+        while text not in seen:
+            left = deadline - time.monotonic()
+            self.assertGreater(left, 0, f"{text} is not in {seen}")
+            if select.select([stream], [], [], left)[0]:
+                piece = os.read(stream.fileno() if hasattr(stream, "fileno") else stream, 65536)
+                self.assertTrue(piece, f"{text} is not in {seen}, which is all")
+                seen += piece
+        return seen
 
     def in_background(self, *arguments):
         """crictl, which is killed at the end of the test if it still runs."""

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import tempfile
 import threading
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from command import Command
 from pods import PodTest
 
 
@@ -50,7 +50,7 @@ class Guarded:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-class CommandImagesTest(PodTest):
+class CommandImagesTest(Command, PodTest):
     def setUp(self):
         super().setUp()
         self.home = tempfile.TemporaryDirectory()
@@ -65,15 +65,11 @@ class CommandImagesTest(PodTest):
         self.node.crictl("pull", self.node.image("busybox"))
         super().tearDown()
 
-    def husk(self, *arguments, stdin="", status=0, **environment):
-        command = [self.node.prefix / "bin/husk", "--config", self.node.config, *arguments]
-        more = {"HOME": self.home.name, **environment}
+    def husk(self, *arguments, code=0, stdin="", **environment):
+        """Runs husk with a home of its own, in which credentials are."""
         inherited = {name: value for name, value in os.environ.items() if name != "DOCKER_CONFIG"}
-        done = subprocess.run(
-            list(map(str, command)), input=stdin, capture_output=True, text=True, timeout=300, env={**inherited, **more}
-        )
-        self.assertEqual(done.returncode, status, f"{arguments}: {done.stdout}{done.stderr}")
-        return (done.stdout if status == 0 else done.stderr).rstrip("\n")
+        env = {**inherited, "HOME": self.home.name, **environment}
+        return super().husk(*arguments, code=code, stdin=stdin, env=env)
 
     def pull(self, image):
         self.pulled.append(image)
@@ -109,19 +105,19 @@ class CommandImagesTest(PodTest):
         self.assertIn(f"untagged: {name}", removed)
         self.assertIn(f"deleted: {shown['ID']}", removed)
         self.assertNotIn(shown["ID"], [image["ID"] for image in self.listed()])
-        said = self.husk("rmi", name, status=1)
+        said = self.husk("rmi", name, code=1)
         self.assertIn(f"there is no image {name}", said)
         self.husk("rmi", "--force", name)
 
     def test_a_pull_that_fails_says_why_and_the_daemon_is_named(self):
-        said = self.husk("pull", f"{self.node.registry}/husk/nothing:1", status=1)
+        said = self.husk("pull", f"{self.node.registry}/husk/nothing:1", code=1)
         self.assertIn("husk/nothing", said)
         self.assertIn("husk: huskd:", said)
 
     def test_prune_takes_what_no_container_needs(self):
         name = self.node.image("volumes")
         self.pull(name)
-        said = self.husk("image", "prune", "--all", status=1)
+        said = self.husk("image", "prune", "--all", code=1)
         self.assertIn("use --force", said)
         self.husk("image", "prune", "--force")
         self.assertIn(name, [tag for image in self.listed() for tag in image["RepoTags"]])
@@ -133,7 +129,7 @@ class CommandImagesTest(PodTest):
         guarded = Guarded(self.node.registry, "Basic bWU6c2VjcmV0")
         self.addCleanup(guarded.server.shutdown)
         name = f"{guarded.address}/husk/busybox:1"
-        self.husk("pull", name, status=1)
+        self.husk("pull", name, code=1)
         self.assertEqual(guarded.server.allowed, 0)
         said = self.husk("login", "-u", "me", "--password-stdin", f"http://{guarded.address}/v2/", stdin="secret\n")
         self.assertIn(str(self.config), said)
@@ -143,10 +139,10 @@ class CommandImagesTest(PodTest):
         self.pull(name)
         self.assertGreater(guarded.server.allowed, 0)
         self.husk("rmi", name)
-        self.husk("pull", "--anonymous", name, status=1)
+        self.husk("pull", "--anonymous", name, code=1)
         self.husk("logout", guarded.address)
         self.assertEqual(json.loads(self.config.read_text()), {"auths": {}})
-        self.husk("pull", name, status=1)
+        self.husk("pull", name, code=1)
 
     def test_a_credential_helper_is_asked(self):
         guarded = Guarded(self.node.registry, "Basic bWU6c2VjcmV0")
@@ -162,7 +158,7 @@ class CommandImagesTest(PodTest):
         self.config.write_text(json.dumps({"credHelpers": {guarded.address: "husktest"}, "detachKeys": "ctrl-x"}))
         more = {"PATH": f"{self.home.name}:{os.environ['PATH']}"}
         name = f"{guarded.address}/husk/busybox:1"
-        self.husk("pull", name, status=1, **more)
+        self.husk("pull", name, code=1, **more)
         self.husk("login", "-u", "me", "--password-stdin", guarded.address, stdin="secret", **more)
         self.assertNotIn("auths", json.loads(self.config.read_text()))
         self.pulled.append(name)
@@ -170,12 +166,12 @@ class CommandImagesTest(PodTest):
         self.assertGreater(guarded.server.allowed, 0)
         self.husk("logout", guarded.address, **more)
         self.husk("rmi", name, **more)
-        self.husk("pull", name, status=1, **more)
+        self.husk("pull", name, code=1, **more)
 
     def test_an_image_in_use_stays(self):
         self.running()
         image = self.node.image("busybox")
-        self.assertIn("is used by a container", self.husk("rmi", image, status=1))
+        self.assertIn("is used by a container", self.husk("rmi", image, code=1))
         self.husk("image", "prune", "--all", "--force")
         self.assertIn(image, [tag for image in self.listed() for tag in image["RepoTags"]])
         rows = {line.split()[0]: line.split() for line in self.husk("system", "df").splitlines()}

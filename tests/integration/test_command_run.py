@@ -2,10 +2,8 @@
 
 import os
 import pty
-import select
 import signal
 import subprocess
-import time
 
 from command import Command
 from pods import PodTest, wait_until
@@ -49,19 +47,11 @@ class Run(Command, PodTest):
         os.close(theirs)
         self.addCleanup(shell.wait)
         self.addCleanup(shell.kill)
-        self.read_until(ours, b"#")
+        self.read_until(ours, b"#", 120)
         os.write(ours, b"tty; exit 5\n")
-        self.read_until(ours, b"/dev/pts/0")
+        self.read_until(ours, b"/dev/pts/0", 120)
         self.assertEqual(shell.wait(timeout=120), 5)
         self.nothing_is_left()
-
-    def read_until(self, stream, text, seconds=120):
-        seen, deadline = b"", time.monotonic() + seconds
-        while text not in seen:
-            left = deadline - time.monotonic()
-            self.assertGreater(left, 0, f"{text} is not in {seen}")
-            if select.select([stream], [], [], left)[0]:
-                seen += os.read(stream, 65536)
 
     def test_ctrl_c_ends_the_container_and_its_pod(self):
         words = ["run", "--rm", "--name", "sleeper", "--stop-timeout", "1", self.image(), "sleep", "1000"]

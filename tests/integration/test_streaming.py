@@ -45,18 +45,6 @@ class StreamingTest(SharedPodTest):
     def says(self, container, *command):
         return self.node.exec(container, *command)
 
-    def read_until(self, stream, text, seconds=60):
-        """Returns the output of a process, up to `text`."""
-        seen, deadline = b"", time.monotonic() + seconds
-        while text not in seen:
-            left = deadline - time.monotonic()
-            self.assertGreater(left, 0, f"{text} is not in {seen}")
-            if select.select([stream], [], [], left)[0]:
-                piece = os.read(stream.fileno() if hasattr(stream, "fileno") else stream, 65536)
-                self.assertTrue(piece, f"{text} is not in {seen}, which is all")
-                seen += piece
-        return seen
-
 
 class Exec(StreamingTest):
     def test_exec_brings_both_outputs_and_the_exit_code(self):
