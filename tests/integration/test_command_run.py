@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 from command import Command
-from pods import PodTest, wait_until
+from pods import PodTest, can_connect, wait_until
 
 HANDLERS = ("kata-runtime", "runc")
 
@@ -74,6 +74,15 @@ class Run(Command, PodTest):
         self.assertEqual(self.husk("stop", "web"), "web")
         self.assertEqual(self.husk("inspect", "--format", "{{.State.ExitCode}}", "web"), "3")
         self.assertEqual(self.husk("rm", "web"), "web")
+        self.nothing_is_left()
+
+    def test_a_port_is_published_and_goes_with_the_pod(self):
+        script = "while :; do nc -l -p 7000 -e echo hello; done"
+        self.husk("run", "-d", "--name", "web", "-p", "127.0.0.1:17002:7000", self.image(), "sh", "-c", script)
+        self.assertEqual(self.husk("port", "web", "7000"), "127.0.0.1:17002")
+        wait_until(lambda: can_connect(("127.0.0.1", 17002)), 60, "wait for the port")
+        self.assertEqual(self.husk("pod", "rm", "-f", "husk/web"), "husk/web")
+        self.assertFalse(can_connect(("127.0.0.1", 17002)))
         self.nothing_is_left()
 
     def test_a_container_is_made_now_and_started_later(self):
